@@ -1,0 +1,12 @@
+"""The one exception that a user is meant to read."""
+
+
+class UserError(Exception):
+    """Bad input or a missing requirement, told in one line that also says the mend.
+
+    Entry scripts print the message without a traceback and exit with status 2.
+    """
+
+
+class Unsupported(UserError):
+    """A combination that cannot run here (no kernel, no such granularity); a sweep records it and goes on."""
