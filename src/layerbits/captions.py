@@ -1,0 +1,143 @@
+"""Caption lists: what a model is calibrated on, and a held-out split that shares no line with it.
+
+Calibration takes the first lines of a list, so that small ⊂ medium ⊂ large. The held-out lines come from behind
+the largest calibration size; in a list too short for that they come from its end, and never from the lines that
+the run itself calibrates on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from layerbits.cache import cache_dir
+from layerbits.errors import UserError
+
+SIZES = {"small": 16, "medium": 128, "large": 512}
+"""Number of calibration captions by name."""
+
+HELD_OUT = 256
+"""Held-out captions, at most."""
+
+COCO_FILE = "coco2017_captions.txt"
+"""Name of the built COCO 2017 list in the cache folder."""
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """Captions of one run.
+
+    Attributes:
+        name: Dataset name.
+        size: ``small``, ``medium``, ``large`` or a number as text.
+        captions: Calibration captions, in order.
+        held_out: Up to :data:`HELD_OUT` further captions, disjoint from ``captions`` up to case and spacing. Apart
+            from every named size when the list has ``SIZES["large"] + HELD_OUT`` captions, otherwise the last ones
+            that are left; empty when the list ends with ``captions``.
+        digest: First 16 hex digits of the SHA-256 of ``captions`` joined by newlines.
+    """
+
+    name: str
+    size: str
+    captions: tuple[str, ...]
+    held_out: tuple[str, ...]
+    digest: str
+
+
+def load_captions(name: str, size: str, path: str | Path | None = None) -> CaptionSet:
+    """Loads a caption list and splits it.
+
+    Args:
+        name: ``everyday`` (shipped), ``coco2017`` (built by ``python -m layerbits.coco``), ``text_file``, or any
+            other name together with ``path``.
+        size: A key of :data:`SIZES`, or a number of captions as text.
+        path: Text file, one caption a line, in UTF-8 (:func:`read_captions`).
+
+    Raises:
+        UserError: Unknown dataset or size, no such file, an unusable file, or one with too few captions.
+    """
+    count = _count(size)
+    source, lines = _lines(name, path)
+    if len(lines) < count:
+        raise UserError(
+            f"{source} has {len(lines)} distinct captions, dataset.size={size} needs {count}; {_fit(lines)}"
+        )
+    start = max(count, min(SIZES["large"], len(lines) - HELD_OUT))
+    captions = lines[:count]
+    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]
+    return CaptionSet(name, size, captions, lines[start : start + HELD_OUT], digest)
+
+
+def read_captions(data: bytes, source: str) -> tuple[str, ...]:
+    """Reads a caption file: one caption a line.
+
+    Blank lines, surrounding whitespace and a byte order mark are dropped. A line that repeats an earlier one, up to
+    case and spacing, is dropped too.
+
+    Args:
+        data: The file's bytes, UTF-8.
+        source: How to name the file in an error.
+
+    Raises:
+        UserError: Not UTF-8, or no caption at all.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{source} is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from None
+    distinct: dict[str, str] = {}
+    for line_text in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
+        distinct.setdefault(normalised(line_text), line_text.strip())
+    distinct.pop("", None)
+    if not distinct:
+        raise UserError(f"{source} has no captions; give a text file with one caption a line")
+    return tuple(distinct.values())
+
+
+def normalised(caption: str) -> str:
+    """A caption with case folded and runs of whitespace as one space: equal for lines that count as one."""
+    return " ".join(caption.casefold().split())
+
+
+def _count(size: str) -> int:
+    if size in SIZES:
+        return SIZES[size]
+    if size.isascii() and size.isdigit() and int(size) > 0:
+        return int(size)
+    raise UserError(f"dataset.size={size} is not known; use {', '.join(SIZES)} or a number of captions")
+
+
+def _lines(name: str, path: str | Path | None) -> tuple[str, tuple[str, ...]]:
+    if name == "everyday":
+        if path is not None:
+            raise UserError("dataset=everyday is the shipped list; for a list of your own use dataset=text_file")
+        data = resources.files("layerbits").joinpath("data/everyday_captions.txt").read_bytes()
+        return "the everyday list", read_captions(data, "the everyday list")
+    if path is None:
+        if name != "coco2017":
+            raise UserError(f"dataset={name} needs dataset.path=FILE, a text file with one caption a line")
+        path = cache_dir() / COCO_FILE
+        if not path.exists():
+            raise UserError(
+                f"the COCO 2017 captions are not built yet (no {path}); run `python -m layerbits.coco`, "
+                "or use dataset=text_file dataset.path=FILE"
+            )
+    path = Path(path).expanduser()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no caption file at {path}; set dataset.path to a text file, one caption a line") from None
+    except IsADirectoryError:
+        raise UserError(f"dataset.path={path} is a folder; give a text file, one caption a line") from None
+    except OSError as error:
+        raise UserError(f"cannot read the captions in {path} ({error.strerror}); give a readable text file") from None
+    return str(path), read_captions(data, str(path))
+
+
+def _fit(lines: Sequence[str]) -> str:
+    fitting = [name for name, count in SIZES.items() if count <= len(lines)]
+    return f"use dataset.size={' or '.join([*fitting, str(len(lines))])}, or a longer list"
