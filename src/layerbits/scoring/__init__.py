@@ -1,0 +1,1 @@
+"""The engine: candidates + model + rows → scores."""

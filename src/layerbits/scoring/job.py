@@ -1,0 +1,91 @@
+"""What an engine gets and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from layerbits.calibration import Calibration
+from layerbits.models import LoadedModel
+from layerbits.result import FloatArray, Group, NonFinite
+
+METHODS = ("gradient", "kl_div")
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """One scoring pass.
+
+    Attributes:
+        loaded: The model; an engine leaves its weights untouched and its quantizers disabled or removed.
+        scored: Names of the linears that the search may touch.
+        configs: Candidate name → ModelOpt config with bare quantizer names, an algorithm and our effective bits.
+        calibration: Batches for the ranges and for the scores.
+        target_bits: Budget in weight storage bits per weight over the scored linears.
+        workdir: Folder for search checkpoints, shared by runs with the same fingerprint.
+        fingerprint: Digest of everything that the scores depend on.
+        memory: ``auto``, ``fast`` or ``lean``.
+    """
+
+    loaded: LoadedModel
+    scored: tuple[str, ...]
+    configs: Mapping[str, dict[str, Any]]
+    calibration: Calibration
+    method: str
+    target_bits: float
+    workdir: Path
+    fingerprint: str
+    memory: str = "auto"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a pass measured, per group and candidate.
+
+    Attributes:
+        raw: ``[G, C]`` ModelOpt's scores, never clamped; NaN where not finite.
+        predicted_kl: ``[G, C]`` nats per token.
+        chosen: Candidate name → per group whether the solver quantized it at the job's target.
+        states: Candidate name → ModelOpt's search state, accepted by ``mtq.get_auto_quantize_config``.
+        other_weights: Weights of quantizable modules outside the search (ModelOpt's denominator has them too).
+        sample_kl: ``[S, G, C]`` or ``None``. sample_tokens: ``[S]`` or ``None``.
+        memory: Estimates in GB. mode: Memory mode that ran.
+        resumed: Whether a search checkpoint was used.
+    """
+
+    groups: tuple[Group, ...]
+    raw: FloatArray
+    predicted_kl: FloatArray
+    chosen: Mapping[str, tuple[bool, ...]]
+    states: Mapping[str, dict[str, Any]]
+    other_weights: int
+    sample_kl: FloatArray | None = None
+    sample_tokens: npt.NDArray[np.int64] | None = None
+    nonfinite: tuple[NonFinite, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, float] = field(default_factory=dict)
+    mode: str = ""
+    resumed: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def predicted_kl(raw_by_batch: FloatArray, loss_tokens: FloatArray) -> FloatArray:
+    """Raw scores on the scale of one token's loss: ``½ · Σ_b N_b² · raw_b / Σ_b N_b``.
+
+    Under a diagonal empirical Fisher this estimates the KL divergence, in nats per token, that quantizing the
+    group alone would cause. It does not depend on how rows are batched.
+
+    Args:
+        raw_by_batch: ``[B, ...]`` raw score of each batch.
+        loss_tokens: ``[B]`` loss tokens of each batch.
+
+    Returns:
+        ``[...]`` nats per token.
+    """
+    weights = loss_tokens**2 / loss_tokens.sum() / 2
+    return np.tensordot(weights, raw_by_batch, axes=1)

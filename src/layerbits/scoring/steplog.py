@@ -1,0 +1,88 @@
+"""Finished steps of a pass on disk: a killed pass goes on from its last one, several processes share the work."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from layerbits.errors import UserError
+from layerbits.result import FloatArray, write_json
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one batch contributes.
+
+    Attributes:
+        raw: ``[G, C]`` raw scores of the batch.
+        samples: ``[s]`` samples that it holds. sample_raw: ``[s, G, C]`` their shares. sample_tokens: ``[s]``.
+        bad: ``[n, 3]`` linear, candidate and sample of scores that are not finite.
+    """
+
+    raw: FloatArray
+    samples: npt.NDArray[np.int64]
+    sample_raw: FloatArray
+    sample_tokens: npt.NDArray[np.int64]
+    bad: npt.NDArray[np.int64]
+
+
+class StepLog:
+    """A folder with one file a step, each whole or not there.
+
+    Args:
+        folder: Kept by runs with the same fingerprint.
+        fingerprint: Digest of everything that the scores depend on.
+
+    Raises:
+        UserError: The folder holds steps of other parameters.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        owner = folder / "fingerprint.json"
+        if owner.exists():
+            if json.loads(owner.read_text()) != fingerprint:
+                raise UserError(
+                    f"the search checkpoint in {folder} was made with other parameters; "
+                    "give another folder as autoquant.checkpoint or delete it"
+                )
+        else:
+            write_json(owner, fingerprint)
+
+    def read(self, index: int) -> Step | None:
+        """A finished step, ``None`` where it is not finished."""
+        path = self._path(f"step-{index:05d}.npz")
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as data:
+            return Step(**{name: data[name] for name in Step.__dataclass_fields__})
+
+    def write(self, index: int, step: Step) -> None:
+        """Keeps a finished step."""
+        self._write(f"step-{index:05d}.npz", vars(step))
+
+    def read_ranges(self, part: int = 0) -> dict[str, Any] | None:
+        """Calibrated ranges (arrays by name), ``None`` where calibration was not finished."""
+        path = self._path(f"ranges-{part}.npz")
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as data:
+            return {name: data[name] for name in data.files}
+
+    def write_ranges(self, ranges: dict[str, Any], part: int = 0) -> None:
+        """Keeps calibrated ranges."""
+        self._write(f"ranges-{part}.npz", ranges)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / name
+
+    def _write(self, name: str, arrays: dict[str, Any]) -> None:
+        partial = self._path(f".{name}.{os.getpid()}.npz")
+        np.savez(partial, **arrays)
+        partial.replace(self._path(name))

@@ -1,0 +1,120 @@
+"""One step of a model on one batch: calibration forward, loss and its backward, logits of the loss positions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from layerbits.calibration import Batch, Segment
+
+_LOGITS_AT_ONCE = 1 << 27
+"""Logits in one piece of a chunked loss: 512 MB in float32."""
+
+
+def calibration_forward(model: Any, batch: Batch, need_logits: bool) -> None:
+    """Runs every token of a batch through the model for its activation ranges.
+
+    Args:
+        model: The model.
+        batch: Its segments run one by one, so that packed rows never meet a padded token.
+        need_logits: Whether the output head is scored and must see every token too.
+    """
+    extra: dict[str, Any] = {}
+    if not need_logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        extra["logits_to_keep"] = 1
+    for segment in batch.segments:
+        model(**_inputs(model, segment), **extra)
+
+
+def loss_backward(
+    model: Any, batch: Batch, after_segment: Callable[[], None] = lambda: None, chunked: bool = False
+) -> None:
+    """Backpropagates the mean token loss of a batch, segment by segment.
+
+    Args:
+        model: A causal language model.
+        batch: Its segments share one mean, so that cutting a batch into segments changes no gradient.
+        after_segment: Called after each segment's backward.
+        chunked: Whether to make the logits in pieces, which saves their memory (see :func:`has_plain_head`).
+    """
+    import torch
+
+    for segment in batch.segments:
+        if chunked:
+            _chunked_backward(model, segment, batch.loss_tokens)
+        else:
+            logits, targets = predictions(model, segment)
+            total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            (total / batch.loss_tokens).backward()
+        after_segment()
+
+
+def has_plain_head(model: Any, batch: Batch) -> bool:
+    """Whether the logits are nothing but the output head on the last hidden state (no scaling, no soft cap)."""
+    import torch
+
+    segment = batch.segments[0]
+    probe = Segment(segment.input_ids[:1, :8], None, segment.loss_mask[:1, :8], segment.sample[:1, :8])
+    with torch.no_grad():
+        whole = model(**_inputs(model, probe)).logits
+        hidden = model.base_model(**_inputs(model, probe)).last_hidden_state
+        if hidden.device != whole.device:
+            return False  # spread over several GPUs: leave it to the model
+        return bool(torch.equal(model.get_output_embeddings()(hidden), whole))
+
+
+def _chunked_backward(model: Any, segment: Segment, loss_tokens: int) -> None:
+    import torch
+
+    inputs = _inputs(model, segment)
+    hidden = model.base_model(**inputs).last_hidden_state
+    kept, targets = _loss_positions(hidden, inputs["input_ids"], segment)
+    head = model.get_output_embeddings()
+    gradient = torch.empty_like(kept)
+    size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    for start in range(0, len(kept), size):
+        piece = kept[start : start + size].detach().requires_grad_()
+        logits = head(piece).float()
+        total = torch.nn.functional.cross_entropy(logits, targets[start : start + size], reduction="sum")
+        (gradient[start : start + size],) = torch.autograd.grad(total / loss_tokens, piece)
+    kept.backward(gradient)
+
+
+def loss_logits(model: Any, batch: Batch) -> Any:
+    """Logits at the positions that the loss counts.
+
+    Returns:
+        Tensor ``[loss tokens of the batch, vocabulary]`` in the model's dtype.
+    """
+    import torch
+
+    return torch.cat([predictions(model, segment)[0] for segment in batch.segments])
+
+
+def predictions(model: Any, segment: Segment) -> tuple[Any, Any]:
+    """Logits and target tokens of a segment's loss positions.
+
+    Returns:
+        ``[n, vocabulary]`` logits and ``[n]`` targets.
+    """
+    inputs = _inputs(model, segment)
+    return _loss_positions(model(**inputs).logits, inputs["input_ids"], segment)
+
+
+def _loss_positions(values: Any, input_ids: Any, segment: Segment) -> tuple[Any, Any]:
+    """``[n, ...]`` values at the positions that predict a counted token, and those tokens."""
+    wanted = segment.loss_mask[:, 1:]
+    targets = input_ids[:, 1:].to(values.device)
+    if bool(wanted.all()):
+        return values[:, :-1].flatten(0, 1), targets.flatten()
+    mask = wanted.to(values.device)
+    return values[:, :-1][mask], targets[mask]
+
+
+def _inputs(model: Any, segment: Segment) -> dict[str, Any]:
+    device = model.get_input_embeddings().weight.device
+    inputs = {"input_ids": segment.input_ids.to(device)}
+    if segment.attention_mask is not None:
+        inputs["attention_mask"] = segment.attention_mask.to(device)
+    return inputs

@@ -1,0 +1,244 @@
+"""The reference engine: plain ``mtq.auto_quantize``, one candidate a pass."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerbits.errors import UserError
+from layerbits.models import output_head, unscored_patterns
+from layerbits.result import FloatArray, NonFinite, write_json
+from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of
+from layerbits.scoring.job import Scores, ScoringJob, predicted_kl
+from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits
+
+
+def score(job: ScoringJob) -> Scores:
+    """Scores one candidate with ModelOpt's own search.
+
+    The search checkpoint in ``job.workdir`` lets a killed run, started again with the same parameters, skip
+    what was done. Afterwards the model computes what it did before, with all quantizers disabled.
+
+    Raises:
+        UserError: The checkpoint belongs to other parameters, or the scores are not usable.
+    """
+    import modelopt.torch.quantization as mtq
+    import torch
+
+    ((name, config),) = job.configs.items()
+    model = job.loaded.model
+    steps = _StepLog(job.workdir / "steps.json", job.fingerprint)
+    checkpoint = job.workdir / "autoquant_checkpoint.pt"
+    _discard_damaged(checkpoint)
+    resumed = checkpoint.exists()
+    head = output_head(model)
+    unscored = unscored_patterns(model, set(job.scored))
+    batches = list(zip_longest(job.calibration.calib, job.calibration.score))
+    clock = _Clock()
+
+    def forward_step(_model: Any, pair: tuple[Any, Any]) -> Any:
+        # ModelOpt calls one function in both phases; it scores kl_div in inference mode and calibrates outside.
+        if torch.is_inference_mode_enabled():
+            clock.enter("score")
+            return loss_logits(_model, pair[1])
+        clock.enter("calibrate")
+        return calibration_forward(_model, pair[0], need_logits=head in job.scored)
+
+    def forward_backward_step(_model: Any, pair: tuple[Any, Any]) -> None:
+        clock.enter("score")
+        loss_backward(_model, pair[1])
+        steps.append(_importances(_model))
+
+    with _quiet(), _restored_after(model):
+        clock.enter("calibrate")
+        model, state = mtq.auto_quantize(
+            model,
+            constraints={"effective_bits": job.target_bits, "cost": {"excluded_module_name_patterns": unscored}},
+            quantization_formats=[config],
+            data_loader=batches,
+            forward_step=forward_step,
+            forward_backward_step=forward_backward_step if job.method == "gradient" else None,
+            num_calib_steps=len(job.calibration.calib),
+            num_score_steps=len(job.calibration.score),
+            disabled_layers=unscored,
+            method=job.method,
+            checkpoint=str(checkpoint),
+        )
+        clock.stop()
+        decisions = [(n, h) for n, h in recipe_hparams(model) if h.is_configurable]
+        other = sum(weights_of(h) for _, h in recipe_hparams(model) if not h.is_configurable)
+    groups = named_groups([(tuple(h.quant_module_names), weights_of(h)) for _, h in decisions], head)
+    raw = np.array([_stat(state, n, "scores") for n, _ in decisions], dtype=np.float64)[:, None]
+    tokens = np.array([b.loss_tokens for b in job.calibration.score], dtype=np.float64)
+    if job.method == "gradient":
+        kl = predicted_kl(steps.per_batch(len(tokens), len(groups)), tokens)[:, None]
+    else:
+        kl = raw / tokens.sum()
+    bad = ~np.isfinite(raw) | ~np.isfinite(kl)
+    raw[bad] = kl[bad] = np.nan
+    return Scores(
+        groups=groups,
+        raw=raw,
+        predicted_kl=kl,
+        chosen={name: tuple(state["best"]["recipe"][n].num_bits < 16 for n, _ in decisions)},
+        states={name: {k: v for k, v in state.items() if k != "quantizer_states"}},
+        other_weights=other,
+        nonfinite=tuple(NonFinite(groups[g].key, name, detail="raw score") for g in np.flatnonzero(bad[:, 0])),
+        seconds=clock.seconds,
+        resumed=resumed,
+    )
+
+
+def _stat(state: dict[str, Any], name: str, what: str) -> float:
+    # One candidate and "unquantized" (score 0) per group: ModelOpt's clamping to the previous format has nothing
+    # to bite on, so the first entry is the raw score.
+    return float(state["candidate_stats"][name][what][0])
+
+
+def _importances(model: Any) -> list[float]:
+    """Running raw score per decision, after a backward pass."""
+    import torch
+
+    totals = []
+    for name, hparam in recipe_hparams(model):
+        if not hparam.is_configurable:
+            continue
+        recipe = hparam.choices[0]
+        parts = [hparam._importance_dict[recipe][module] for module in hparam.score_modules]
+        if any(part is None for part in parts):
+            raise UserError(f"{name.removesuffix('.quant_recipe')} was never called in a forward pass; exclude it")
+        totals.append(torch.stack(parts).sum())
+    return torch.stack(totals).double().tolist()
+
+
+class _StepLog:
+    """Running raw scores after every step, on disk beside ModelOpt's checkpoint."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self._path = path
+        self._fingerprint = fingerprint
+        self._running: list[list[float]] = []
+        self._from_disk = path.exists()
+        if self._from_disk:
+            data = json.loads(path.read_text())
+            if data["fingerprint"] != fingerprint:
+                raise UserError(
+                    f"the search checkpoint in {path.parent} was made with other parameters; "
+                    "give another folder as autoquant.checkpoint or delete it"
+                )
+            self._running = [[np.nan if v is None else v for v in step] for step in data["running"]]
+        else:
+            self._write()
+
+    def append(self, totals: list[float]) -> None:
+        if self._from_disk:  # ModelOpt scores from the start again: its own checkpoint holds no scores yet
+            self._running, self._from_disk = [], False
+        self._running.append(totals)
+        self._write()
+
+    def per_batch(self, batches: int, groups: int) -> FloatArray:
+        running = np.array(self._running, dtype=np.float64)
+        if running.shape != (batches, groups):
+            raise UserError(f"the search checkpoint in {self._path.parent} is incomplete; delete it and run again")
+        return np.diff(running, axis=0, prepend=0.0)
+
+    def _write(self) -> None:
+        finite = [[v if np.isfinite(v) else None for v in step] for step in self._running]
+        write_json(self._path, {"fingerprint": self._fingerprint, "running": finite})
+
+
+class _Clock:
+    """Seconds per phase of a search whose phases only show in its callbacks."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._phase = ""
+        self._since = 0.0
+
+    def enter(self, phase: str) -> None:
+        if phase != self._phase:
+            self.stop()
+            self._phase, self._since = phase, time.perf_counter()
+
+    def stop(self) -> None:
+        if self._phase:
+            spent = time.perf_counter() - self._since
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
+            self._phase = ""
+
+
+def _discard_damaged(checkpoint: Path) -> None:
+    """A run killed while ModelOpt wrote its checkpoint leaves a torn file; it is no result."""
+    import torch
+
+    if not checkpoint.exists():
+        return
+    try:
+        torch.load(checkpoint, map_location="cpu")
+    except (EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError):
+        warnings.warn(f"{checkpoint} is damaged (a run was killed while writing it); scoring again", stacklevel=2)
+        checkpoint.unlink()
+
+
+@contextmanager
+def _restored_after(model: Any) -> Iterator[None]:
+    """Undoes what ModelOpt's search leaves behind: gradient checkpointing, train mode, converted linears."""
+    use_cache = model.config.use_cache
+    requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    patched = {m for m in model.modules() if "forward" in vars(m)}
+    try:
+        yield
+    finally:
+        if getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_disable()
+        model.eval()
+        model.config.use_cache = use_cache
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(requires_grad.get(name, False))
+            parameter.grad = None
+        _plain_again(model, patched)
+
+
+def _plain_again(model: Any, patched: set[Any]) -> None:
+    """Turns ModelOpt's dynamic modules back into what they were; no weight was changed."""
+    from modelopt.torch.opt.conversion import ModeloptStateManager
+    from modelopt.torch.opt.dynamic import DynamicModule
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, TensorQuantizer):
+                delattr(module, name)
+        module.__dict__.pop("_hparams_for_scoring", None)
+        module.__dict__.pop("output_diff_dict", None)
+        if isinstance(module, DynamicModule):
+            module.export()
+        if module not in patched:
+            vars(module).pop("forward", None)  # scoring put the forward of the converted class here
+    if ModeloptStateManager.is_converted(model):
+        ModeloptStateManager.remove_state(model)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides the warnings that every search gives and that ask nothing of the user."""
+    with warnings.catch_warnings():
+        for message in (
+            ".*custom quantization formats.*",
+            ".*gradient checkpointing.*",
+            ".*does not exist! Initializing from scratch.*",
+            ".*Per-rank checkpoint.*",
+            ".*torch.utils.checkpoint.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield

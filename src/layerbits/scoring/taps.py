@@ -1,0 +1,193 @@
+"""The scored linears under observation: ranges, quantized weights, and scores as gradients arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from layerbits.calibration import Batch
+from layerbits.errors import Unsupported, UserError
+from layerbits.scoring import quantizers
+from layerbits.scoring.reduction import token_scores
+from layerbits.scoring.steps import calibration_forward, loss_backward
+
+
+class Taps:
+    """Hooks on the scored linears of a model; the model itself stays as it is.
+
+    Args:
+        model: The whole model.
+        names: Its scored linears (``M`` of them).
+        settings: Distinct quantizer settings of ``C`` candidates.
+        keep_weights: Whether to keep the quantized weights from one batch to the next.
+
+    Raises:
+        Unsupported: A scored module is no plain linear.
+    """
+
+    def __init__(self, model: Any, names: Sequence[str], settings: quantizers.Settings, keep_weights: bool) -> None:
+        import torch
+
+        self.model = model
+        self._names = names
+        self._modules = [model.get_submodule(n) for n in names]
+        for name, module in zip(names, self._modules, strict=True):
+            if not isinstance(module, torch.nn.Linear):
+                kind = type(module).__name__
+                raise Unsupported(f"{name} is a {kind}; one pass scores linears, use autoquant.engine=stock")
+        self._pairs = settings.pairs
+        devices = [m.weight.device for m in self._modules]
+        self._weight_quantizers = [[quantizers.make_quantizer(s, d) for s in settings.weights] for d in devices]
+        self._input_quantizers = [[quantizers.make_quantizer(s, d) for s in settings.inputs] for d in devices]
+        self._kept: list[list[Any]] | None = [] if keep_weights else None
+        self._calls = [0] * len(names)
+        self._tokens: Any = None
+        self._at = 0
+
+    def calibrate(self, batches: Sequence[Batch], need_logits: bool) -> None:
+        """Finds the static input ranges, all of them in one forward over the batches."""
+        import torch
+
+        ranged = [[q for q in row if quantizers.needs_range(q)] for row in self._input_quantizers]
+        if not any(ranged):
+            return
+        for row in ranged:
+            for quantizer in row:
+                quantizers.collecting(quantizer, True)
+        handles = [
+            m.register_forward_pre_hook(lambda _m, args, row=row: _see(row, args[0]))
+            for m, row in zip(self._modules, ranged, strict=True)
+        ]
+        try:
+            with torch.no_grad():
+                for batch in progress(batches, "calibrating"):
+                    calibration_forward(self.model, batch, need_logits)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for row in ranged:
+            for quantizer in row:
+                quantizers.collecting(quantizer, False)
+
+    def ranges(self) -> dict[str, Any]:
+        """Static input ranges as float32 arrays by name."""
+        return {
+            f"{name}.{i}": q.amax.float().cpu().numpy()
+            for name, row in zip(self._names, self._input_quantizers, strict=True)
+            for i, q in enumerate(row)
+            if quantizers.needs_range(q)
+        }
+
+    def load_ranges(self, ranges: dict[str, Any]) -> None:
+        """Takes the ranges of :meth:`ranges` and finds those of the weights."""
+        import torch
+
+        with torch.no_grad():
+            for name, module, weights, inputs in zip(
+                self._names, self._modules, self._weight_quantizers, self._input_quantizers, strict=True
+            ):
+                for i, quantizer in enumerate(inputs):
+                    if quantizers.needs_range(quantizer):
+                        amax = torch.as_tensor(ranges[f"{name}.{i}"]).to(module.weight)
+                        quantizer.amax = amax
+                for quantizer in weights:
+                    quantizers.calibrate_weight(quantizer, module.weight)
+            if self._kept is not None:
+                self._kept = [self._quantized_weights(i) for i in range(len(self._modules))]
+
+    def drop_weights(self) -> None:
+        """Frees the kept weights; from then on weights are quantized on the fly."""
+        self._kept = None
+
+    def score(self, batch: Batch, chunked: bool) -> tuple[Any, Any]:
+        """Scores one batch.
+
+        Returns:
+            Per-token scores, float32 ``[M, C, T]``, and the sample of each token, ``[T]`` (-1: padding).
+
+        Raises:
+            UserError: A linear is not called exactly once a forward.
+        """
+        import torch
+
+        owner = torch.cat([s.sample.flatten() for s in batch.segments])
+        shape = (len(self._names), len(self._pairs), len(owner))
+        self._tokens = torch.zeros(shape, device=self._modules[0].weight.device)
+        self._at = 0
+        self._calls = [0] * len(self._names)
+        sizes = iter([s.input_ids.numel() for s in batch.segments])
+        with self._observed(), _no_parameter_gradients(self.model):
+            loss_backward(self.model, batch, lambda: self._next_segment(next(sizes)), chunked)
+        return self._tokens, owner
+
+    def _next_segment(self, size: int) -> None:
+        for name, calls in zip(self._names, self._calls, strict=True):
+            if calls != 1:
+                times = "never called" if calls == 0 else f"called {calls} times"
+                raise UserError(f"{name} is {times} in a forward pass; exclude it or use autoquant.engine=stock")
+        self._calls = [0] * len(self._names)
+        self._at += size
+
+    @contextmanager
+    def _observed(self) -> Iterator[None]:
+        embedding = self.model.get_input_embeddings()
+        handles = [embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_())]
+        handles += [m.register_forward_hook(self._keep(i)) for i, m in enumerate(self._modules)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _keep(self, index: int) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], output: Any) -> None:
+            if output.requires_grad:
+                held = [args[0].detach(), output.detach()]
+                output.register_hook(lambda gradient: self._add(index, held, gradient))
+
+        return hook
+
+    def _add(self, index: int, held: list[Any], gradient: Any) -> None:
+        import torch
+
+        x, y = held
+        held.clear()  # the graph outlives this hook, the tensors need not
+        self._calls[index] += 1
+        bias = self._modules[index].bias
+        span = slice(self._at, self._at + y.numel() // y.shape[-1])
+        with torch.no_grad():
+            weights = self._quantized_weights(index) if self._kept is None else self._kept[index]
+            inputs = [x if q is None else q(x) for q in self._input_quantizers[index]]
+            for c, (w, i) in enumerate(self._pairs):
+                quantized = torch.nn.functional.linear(inputs[i], weights[w], bias)
+                self._tokens[index, c, span] = token_scores(gradient, quantized, y)
+
+    def _quantized_weights(self, index: int) -> list[Any]:
+        weight = self._modules[index].weight.detach()
+        return [weight if q is None else q(weight) for q in self._weight_quantizers[index]]
+
+
+def progress(items: Sequence[Any], what: str) -> Any:
+    """The items under a progress bar."""
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, unit="batch")
+
+
+def _see(row: list[Any], x: Any) -> None:
+    for quantizer in row:
+        quantizer(x)
+
+
+@contextmanager
+def _no_parameter_gradients(model: Any) -> Iterator[None]:
+    """Only activations need gradients here; a parameter's would cost a third of the backward pass."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
