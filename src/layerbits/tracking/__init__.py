@@ -1,0 +1,22 @@
+"""What LayerBits writes to MLflow, and nothing else does: stores, runs and what a result leaves in one.
+
+``docs/tracking.md`` is the contract. Importing this package does not import mlflow.
+"""
+
+from layerbits.tracking.log import NotLogged, log_cell, log_result, push
+from layerbits.tracking.session import PARENT_VARIABLE, RunSession, Terminated, parent_run, start_run
+from layerbits.tracking.store import open_store, redact
+
+__all__ = [
+    "PARENT_VARIABLE",
+    "NotLogged",
+    "RunSession",
+    "Terminated",
+    "log_cell",
+    "log_result",
+    "open_store",
+    "parent_run",
+    "push",
+    "redact",
+    "start_run",
+]

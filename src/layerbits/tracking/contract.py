@@ -1,0 +1,171 @@
+"""What a result becomes in MLflow: names and values, no MLflow (the contract is ``docs/tracking.md``)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from layerbits.result import SensitivityResult, by_kind
+
+SCHEMA_VERSION = 1
+RESULT_ID = "layerbits.result_id"
+TABLE = "sensitivity/layer_sensitivity.json"
+
+# Okabe and Ito's colours for all eyes (https://jfly.uni-koeln.de/color/): hue = weights, lightness = activations.
+_HUES = {"fp4": (213, 94, 0), "fp8": (0, 114, 178), "int8": (0, 158, 115), "int4": (204, 121, 167)}
+_GREY = (110, 110, 110)
+_LIGHTER = {"fp16": 0.0, "fp8": 0.35, "int8": 0.6}
+
+
+def parameters(result: SensitivityResult) -> dict[str, str]:
+    """Parameters in force, under ``eff.`` so that they never collide with what ``mlflow run`` logs as typed."""
+    info, data = result.candidates[0], result.calibration
+    values = {
+        "model": result.model.name,
+        "model_revision": result.model.revision,
+        "weight_precision": info.weight_precision,
+        "activation_precision": info.activation_precision,
+        "quant_pair": info.quant_pair,
+        "format_name": info.format_name,
+        "granularity": info.granularity,
+        "config_hash": info.config_hash,
+        "dataset": data.dataset,
+        "dataset_size": data.size,
+        "dataset_digest": data.digest,
+        "packing": data.packing,
+        "seq_len": data.seq_len,
+        "batch_size": data.batch_size,
+        "calib_samples": data.calib_samples,
+        "score_samples": data.score_samples,
+        "method": result.method,
+        "engine": result.engine,
+        "target_effective_bits": result.recipe.target_bits,
+        "seed": result.seed,
+        "dtype": result.model.dtype,
+        "device": result.device,
+    }
+    return {f"eff.{name}": str(value) for name, value in values.items()}
+
+
+def metrics(result: SensitivityResult) -> list[tuple[str, float, int]]:
+    """All metrics as (key, value, step), non-finite values left out.
+
+    The step of a ``*_by_layer`` metric is the block; where a block has several groups of one kind, they are summed.
+    """
+    kinds = ("scores", "score_by_layer"), ("predicted_kl", "predicted_kl_by_layer")
+    rows = [(key, value, 0) for key, value in _scalars(result)]
+    for values, prefix in kinds:
+        rows += [(f"{prefix}/{kind}", value, block) for kind, block, value in _lines(result, values)]
+    return [row for row in rows if math.isfinite(row[1])]
+
+
+def tags(result: SensitivityResult) -> dict[str, str]:
+    """Facts about where and how, and what MLflow's UI shows a run by."""
+    from layerbits.report import note
+
+    info = result.candidates[0]
+    return {
+        **result.provenance,
+        **result.tags,
+        "layerbits.schema_version": str(SCHEMA_VERSION),
+        "config_hash": info.config_hash,
+        "warnings": str(len(result.warnings)),
+        "outcome": "ok",
+        "mlflow.note.content": note(result),
+        "mlflow.runColor": color(info.weight_precision, info.activation_precision),
+        # What mlflow.log_table would set; it rounds to ten decimals, and raw scores reach far below.
+        "mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}]),
+    }
+
+
+def table(result: SensitivityResult) -> str:
+    """The scores per group in the JSON that ``mlflow.load_table`` and the UI read."""
+    rows = result.rows()
+    columns = list(rows[0])
+    data = [[_cell(row[name]) for name in columns] for row in rows]
+    return json.dumps({"columns": columns, "data": data}, allow_nan=False)
+
+
+def dataset(result: SensitivityResult) -> dict[str, str]:
+    """The captions as the fields of an MLflow dataset: named and counted, not carried along."""
+    data = result.calibration
+    profile = {
+        "captions": data.calib_samples,
+        "packing": data.packing,
+        "seq_len": data.seq_len,
+        "calib_rows": data.calib_rows,
+        "score_rows": data.score_rows,
+        "loss_tokens": data.loss_tokens,
+    }
+    return {
+        "name": f"{data.dataset}-{data.size}",
+        "digest": data.digest[:36],  # as long as MLflow takes it; eff.dataset_digest has all of it
+        "source_type": "code",
+        "source": json.dumps({"tags": {"dataset": data.dataset, "size": data.size, "digest": data.digest}}),
+        "schema": json.dumps({"mlflow_colspec": [{"type": "string", "name": "caption", "required": True}]}),
+        "profile": json.dumps(profile),
+    }
+
+
+def color(weight_precision: str, activation_precision: str) -> str:
+    """A pair's colour as ``#rrggbb``; grey for weights that have none."""
+    hue = next((rgb for name, rgb in _HUES.items() if name in weight_precision.lower()), _GREY)
+    lighter = _LIGHTER.get(activation_precision.lower(), 0.0)
+    return "#" + "".join(f"{round(part + (255 - part) * lighter):02x}" for part in hue)
+
+
+def result_id(directory: Path) -> str:
+    """What tells a result from every other: the digest of its manifest."""
+    return hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()[:32]
+
+
+def milliseconds(result: SensitivityResult) -> int:
+    """When the result was made, in Unix milliseconds; now where it does not say."""
+    try:
+        return int(datetime.fromisoformat(result.created).timestamp() * 1000)
+    except ValueError:
+        return int(time.time() * 1000)
+
+
+def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
+    recipe = result.recipe
+    yield "summary/effective_bits", recipe.effective_bits
+    yield "summary/effective_bits_modelopt", recipe.effective_bits_modelopt
+    yield "summary/score_sum", result.total("scores")
+    yield "summary/predicted_kl_sum", result.total("predicted_kl")
+    yield "summary/score_chosen", recipe.score
+    yield "summary/quantized_groups", float(sum(chosen is not None for chosen in recipe.chosen))
+    yield "summary/groups", float(len(result.groups))
+    pairs = zip(result.scores[:, 0], result.predicted_kl[:, 0], strict=True)
+    yield "summary/nonfinite", float(sum(not (math.isfinite(s) and math.isfinite(k)) for s, k in pairs))
+    for kind, share in result.shares().items():
+        yield f"share/{kind}", share
+    for group, score in zip(result.groups, result.scores[:, 0], strict=True):
+        yield f"score/{group.key}", float(score)
+    for phase, seconds in result.seconds.items():
+        yield f"seconds/{phase}", seconds
+    for what, gigabytes in result.memory.items():
+        yield f"memory/{what}", gigabytes
+
+
+def _lines(result: SensitivityResult, values: str) -> Iterator[tuple[str, int, float]]:
+    column = getattr(result, values)[:, 0]
+    for kind, positions in by_kind(result.groups):
+        blocks: dict[int, float] = {}
+        for position in positions:
+            block = result.groups[position].block
+            if block is not None:
+                blocks[block] = blocks.get(block, 0.0) + float(column[position])
+        yield from ((kind, block, value) for block, value in sorted(blocks.items()))
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return ", ".join(value) if isinstance(value, list) else value

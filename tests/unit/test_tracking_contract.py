@@ -1,0 +1,169 @@
+"""What a result becomes in MLflow: names and values, without MLflow."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from layerbits.result import Group
+from layerbits.tracking import contract
+from tests.integration.tracking_support import KINDS, small_result, write_folder
+
+
+@pytest.fixture
+def result():
+    return small_result()
+
+
+def values(result):
+    return {key: value for key, value, step in contract.metrics(result) if step == 0}
+
+
+def line(result, key):
+    return [(step, value) for k, value, step in contract.metrics(result) if k == key]
+
+
+def test_parameters_are_those_of_the_contract(result):
+    assert contract.parameters(result) == {
+        "eff.model": "tiny",
+        "eff.model_revision": "c0ffee",
+        "eff.weight_precision": "int8",
+        "eff.activation_precision": "fp16",
+        "eff.quant_pair": "wint8_afp16",
+        "eff.format_name": "INT8_WEIGHT_ONLY_CFG",
+        "eff.granularity": "default",
+        "eff.config_hash": "ab12",
+        "eff.dataset": "everyday",
+        "eff.dataset_size": "small",
+        "eff.dataset_digest": "d1" * 32,
+        "eff.packing": "packed",
+        "eff.seq_len": "128",
+        "eff.batch_size": "2",
+        "eff.calib_samples": "16",
+        "eff.score_samples": "16",
+        "eff.method": "gradient",
+        "eff.engine": "stock",
+        "eff.target_effective_bits": "12.0",
+        "eff.seed": "0",
+        "eff.dtype": "float32",
+        "eff.device": "cpu",
+    }
+
+
+def test_summary_counts_and_sums(result):
+    found = values(result)
+    finite = result.scores[np.isfinite(result.scores)]
+    assert found["summary/score_sum"] == pytest.approx(finite.sum())
+    assert found["summary/predicted_kl_sum"] == pytest.approx(finite.sum() * 3e4)
+    assert found["summary/score_chosen"] == 1e-7
+    assert (found["summary/effective_bits"], found["summary/effective_bits_modelopt"]) == (12.0, 12.5)
+    assert (found["summary/groups"], found["summary/quantized_groups"]) == (12, 6)
+
+
+def test_nonfinite_scores_are_counted_and_left_out(result):
+    keys = {key for key, _, _ in contract.metrics(result)}
+    assert values(result)["summary/nonfinite"] == 1
+    assert "score/B01.o" not in keys
+    assert "score/B00.o" in keys
+    assert [step for step, _ in line(result, "score_by_layer/o")] == [0, 2]
+    assert all(math.isfinite(value) for _, value, _ in contract.metrics(result))
+
+
+def test_lines_have_the_block_as_step(result):
+    for kind in ("qkv", "gate_up", "down"):
+        at = [i for i, group in enumerate(result.groups) if group.kind == kind]
+        assert line(result, f"score_by_layer/{kind}") == [(b, result.scores[i, 0]) for b, i in enumerate(at)]
+        assert line(result, f"predicted_kl_by_layer/{kind}") == [
+            (b, result.predicted_kl[i, 0]) for b, i in enumerate(at)
+        ]
+
+
+def test_several_groups_of_a_kind_in_a_block_are_summed():
+    groups = (Group("B00.down.0", 0, "down", ("a",), 1), Group("B00.down.1", 0, "down", ("b",), 1))
+    base = small_result()
+    result = replace(
+        base,
+        groups=groups,
+        scores=np.array([[1.0], [2.0]]),
+        predicted_kl=np.array([[4.0], [np.nan]]),
+        recipe=replace(base.recipe, chosen=(None, None)),
+    )
+    assert line(result, "score_by_layer/down") == [(0, 3.0)]
+    assert line(result, "predicted_kl_by_layer/down") == []  # a sum of a part would look like a sum
+
+
+def test_a_group_outside_the_blocks_has_a_score_and_no_line():
+    base = small_result(blocks=1)
+    result = replace(
+        base,
+        groups=(*base.groups, Group("lm_head", None, "lm_head", ("lm_head",), 1)),
+        scores=np.ones((5, 1)),
+        predicted_kl=np.ones((5, 1)),
+        recipe=replace(base.recipe, chosen=(None,) * 5),
+    )
+    assert values(result)["score/lm_head"] == 1
+    assert values(result)["share/lm_head"] == pytest.approx(0.2)
+    assert line(result, "score_by_layer/lm_head") == []
+
+
+def test_shares_seconds_and_memory(result):
+    found = values(result)
+    assert sum(found[f"share/{kind}"] for kind in KINDS) == pytest.approx(1)
+    assert (found["seconds/load"], found["seconds/score"], found["memory/peak_rss_gb"]) == (1.0, 2.5, 0.5)
+
+
+def test_table_keeps_every_digit_and_has_null_for_infinity(result):
+    table = json.loads(contract.table(result))
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    by_layer = {row["layer"]: row for row in rows}
+    assert [by_layer[g.key]["score"] for g in result.groups if g.key != "B01.o"] == [
+        s for s in result.scores[:, 0].tolist() if math.isfinite(s)
+    ]
+    assert by_layer["B01.o"]["score"] is None
+    assert set(table["columns"]) >= {
+        "block",
+        "kind",
+        "layer",
+        "candidate",
+        "score",
+        "predicted_kl",
+        "bits",
+        "chosen",
+        "rank",
+    }
+
+
+def test_tags_say_versions_contract_and_pair(result):
+    tags = contract.tags(result)
+    assert tags["version.torch"] == "2.13.0"
+    assert tags["deployable"] == "true"
+    assert tags["outcome"] == "ok"
+    assert tags["layerbits.schema_version"] == "1"
+    assert tags["config_hash"] == "ab12"
+    assert tags["mlflow.note.content"]
+
+
+def test_dataset_digest_fits_mlflow(result):
+    dataset = contract.dataset(result)
+    assert dataset["digest"] == ("d1" * 32)[:36]
+    assert json.loads(dataset["source"])["tags"]["digest"] == "d1" * 32
+
+
+def test_pairs_have_a_hue_by_weights_and_a_lightness_by_activations():
+    assert contract.color("fp8", "fp16") == "#0072b2"
+    colors = {contract.color(w, a) for w in ("fp4", "fp8", "int8", "int4") for a in ("fp16", "fp8", "int8")}
+    assert len(colors) == 12
+    assert contract.color("int3", "fp16") == "#6e6e6e"
+
+
+def test_result_id_follows_the_manifest(tmp_path):
+    one = write_folder(small_result(), tmp_path / "one")
+    same = write_folder(small_result(), tmp_path / "same")
+    other = write_folder(small_result(seed=1), tmp_path / "other")
+    assert contract.result_id(one) == contract.result_id(same) != contract.result_id(other)
+
+
+def test_time_of_a_result():
+    assert contract.milliseconds(small_result()) == 1772600767000
