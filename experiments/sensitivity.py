@@ -1,0 +1,72 @@
+"""Scores the groups of one model under one quant pair at one granularity, and logs the run.
+
+python experiments/sensitivity.py quant_pair=wint8_afp16 dataset.size=medium
+python experiments/sensitivity.py -m quant_pair=wfp8_afp8,wint8_afp16
+python experiments/sensitivity.py report_only=outputs/tmp/RUN/manifest.json
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from layerbits import entry
+from layerbits.config import Settings
+from layerbits.errors import UserError
+from layerbits.result import SensitivityResult
+
+ROOT = Path(__file__).resolve().parent.parent
+_failed: list[str] = []
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="sensitivity")
+def main(config: DictConfig) -> None:
+    """Composes the configuration and runs it; a failed job of a multirun leaves the others running."""
+    multirun = hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN"
+    try:
+        sensitivity(Settings.from_config(OmegaConf.to_container(config, resolve=True)))
+    except UserError as error:
+        if not multirun:
+            entry.fail(error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _failed.append(str(error))
+
+
+def sensitivity(settings: Settings) -> None:
+    """Runs one job: check, score, write, log."""
+    if settings.report_only:
+        from layerbits.report import rebuild
+
+        print(f"report: {rebuild(settings.report_only, settings.output_root / 'report_only')}")
+        return
+    if not settings.tracking.enabled:
+        print(f"result: {_score(settings)[0]}")
+        return
+    from layerbits import tracking
+
+    tracking.open_store(settings.tracking.uri, ROOT)
+    name = settings.tracking.run_name or settings.run_name
+    with tracking.start_run(
+        name, settings.tracking.experiment, system_metrics=settings.tracking.system_metrics
+    ) as session:
+        directory, result = _score(settings)
+        print(f"result: {directory}")
+        tracking.log_result(session, result, directory)
+
+
+def _score(settings: Settings) -> tuple[Path, SensitivityResult]:
+    from layerbits.sensitivity import plan, run, write
+
+    planned = plan(settings)
+    for line in planned.warnings(planned.candidates[0][1]):
+        print(f"warning: {line}", file=sys.stderr)
+    (outcome,) = run(planned, ROOT)
+    return write(outcome, settings), outcome.result
+
+
+if __name__ == "__main__":
+    entry.run(main)
+    sys.exit(entry.USER_ERROR_STATUS if _failed else 0)

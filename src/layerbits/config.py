@@ -1,0 +1,144 @@
+"""The composed Hydra configuration as typed settings, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerbits.errors import UserError
+from layerbits.formats import QuantPair
+from layerbits.granularity import Overlay
+from layerbits.models import ModelSpec
+
+METHODS = ("gradient", "kl_div")
+ENGINES = ("onepass", "stock")
+LAYOUTS = ("tmp", "publish")
+MEMORY = ("auto", "fast", "lean")
+DEVICES = ("auto", "cpu", "cuda")
+FP4 = ("mxfp4", "nvfp4")
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Which captions: the ``dataset`` group."""
+
+    name: str
+    size: str
+    path: str | None
+    packing: str
+
+
+@dataclass(frozen=True)
+class AutoQuantSpec:
+    """How to score: the ``autoquant`` group.
+
+    Attributes:
+        num_score_samples: Captions to score on, a prefix of the calibration captions; ``None`` = all.
+        memory: ``fast`` keeps activations and quantized weights, ``lean`` recomputes them, ``auto`` picks by estimate.
+        checkpoint: Folder for the search checkpoint; ``None`` = one per set of parameters in the cache.
+    """
+
+    method: str
+    engine: str
+    effective_bits: float
+    num_score_samples: int | None
+    batch_size: int
+    seq_len: int
+    memory: str
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
+class TrackingSpec:
+    """Where to log: the ``tracking`` group."""
+
+    enabled: bool
+    uri: str | None
+    experiment: str
+    run_name: str | None
+    system_metrics: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that one sensitivity run depends on; ``composed`` is the configuration as written."""
+
+    model: ModelSpec
+    quant_pair: QuantPair
+    overlay: Overlay
+    dataset: DatasetSpec
+    autoquant: AutoQuantSpec
+    tracking: TrackingSpec
+    fp4: str
+    experimental: bool
+    strict: bool
+    seed: int
+    device: str
+    output_layout: str
+    output_root: Path
+    report_only: str | None
+    composed: Mapping[str, Any]
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run: model, pair, granularity and dataset size."""
+        return f"{self.model.name} {self.quant_pair.name} {self.overlay.name} {self.dataset.size}"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Settings:
+        """Reads a resolved configuration.
+
+        Raises:
+            UserError: A value is not one of its choices or out of range.
+        """
+        autoquant = dict(config["autoquant"])
+        samples = autoquant["num_score_samples"]
+        autoquant["num_score_samples"] = None if samples in (None, "all") else _int("num_score_samples", samples)
+        for key in ("batch_size", "seq_len"):
+            autoquant[key] = _int(f"autoquant.{key}", autoquant[key])
+        autoquant["effective_bits"] = _float("autoquant.effective_bits", autoquant["effective_bits"])
+        _choice("autoquant.method", autoquant["method"], METHODS)
+        _choice("autoquant.engine", autoquant["engine"], ENGINES)
+        _choice("autoquant.memory", autoquant["memory"], MEMORY)
+        _choice("output_layout", config["output_layout"], LAYOUTS)
+        _choice("device", config["device"], DEVICES)
+        _choice("fp4", config["fp4"], FP4)
+        dataset = {**config["dataset"], "size": str(config["dataset"]["size"])}
+        return cls(
+            model=ModelSpec.from_mapping(config["model"]),
+            quant_pair=QuantPair.from_mapping(config["quant_pair"]),
+            overlay=Overlay.from_mapping(config["quant_granularity"]),
+            dataset=DatasetSpec(**dataset),
+            autoquant=AutoQuantSpec(**autoquant),
+            tracking=TrackingSpec(**config["tracking"]),
+            fp4=config["fp4"],
+            experimental=bool(config["experimental"]),
+            strict=bool(config["strict"]),
+            seed=_int("seed", config["seed"]),
+            device=config["device"],
+            output_layout=config["output_layout"],
+            output_root=Path(config["output_root"]).expanduser().absolute(),
+            report_only=config["report_only"],
+            composed=config,
+        )
+
+
+def _choice(key: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{key}={value} is not known; use one of {', '.join(choices)}")
+
+
+def _int(key: str, value: object) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise UserError(f"{key}={value} is not a whole number") from None
+
+
+def _float(key: str, value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        raise UserError(f"{key}={value} is not a number") from None
