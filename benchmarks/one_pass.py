@@ -1,0 +1,205 @@
+"""One pass against stock ``mtq.auto_quantize``: seconds, peak memory, equality of scores and recipes.
+
+    python benchmarks/one_pass.py --shape qwen3-vl-4b --parts floor,stock,fast,lean --out record.json
+    python benchmarks/one_pass.py --shape tiny --steps 2 --rows 2 --length 64 --device cpu
+
+All parts run in one process on one model of random weights; kernels are built and warmed before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from shapes import SHAPES, random_model, random_rows
+
+from layerbits.candidate import resolve_candidate
+from layerbits.formats import QuantPair
+from layerbits.granularity import Overlay
+from layerbits.provenance import provenance
+from layerbits.scoring import onepass, stock
+from layerbits.scoring.job import Scores, ScoringJob
+from layerbits.scoring.memory import checkpointed
+from layerbits.scoring.steps import calibration_forward, has_plain_head, loss_backward
+from layerbits.scoring.taps import _no_parameter_gradients
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+SIX = ("wfp4_afp8", "wfp4_afp16", "wfp8_afp8", "wfp8_afp16", "wint8_afp16", "wint8_afp8")
+TWELVE = (*SIX, "wfp4_aint8", "wfp8_aint8", "wint8_aint8", "wint4_afp16", "wint4_afp8", "wint4_aint8")
+BUDGETS = (13.0, 12.0, 11.0, 9.0)
+
+
+def configs(pairs: tuple[str, ...], device: str) -> dict[str, dict[str, Any]]:
+    """Search configs of quant pairs at their default granularity."""
+    from layerbits import fp4
+
+    found = {}
+    for name in pairs:
+        pair = QuantPair.from_mapping(yaml.safe_load((CONFIGS / "quant_pair" / f"{name}.yaml").read_text()))
+        config = resolve_candidate(pair, Overlay("default", {})).search_config()
+        if device == "cpu":
+            fp4.register_backends()
+            config = fp4.with_reference_backend(config)
+        found[name] = config
+    return found
+
+
+class Bench:
+    """One model and its rows; each part adds a row to the record."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = arguments.device
+        dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+        self.loaded = random_model(arguments.shape, self.device, dtype)
+        self.rows = random_rows(
+            self.loaded.model.get_input_embeddings().num_embeddings, arguments.steps, arguments.rows, arguments.length
+        )
+        head = self.loaded.model.get_output_embeddings()
+        self.scored = tuple(n for n in self.loaded.linears if self.loaded.model.get_submodule(n) is not head)
+        self.record: dict[str, Any] = {"arguments": vars(arguments), "provenance": provenance(CONFIGS.parent)}
+
+    def job(self, pairs: tuple[str, ...], memory: str = "fast", steps: int | None = None) -> ScoringJob:
+        """A job in a fresh folder, so that nothing is resumed."""
+        rows = self.rows if steps is None else type(self.rows)(self.rows.calib[:steps], self.rows.score[:steps], 1, ())
+        found = configs(pairs, self.device)
+        return ScoringJob(
+            self.loaded, self.scored, found, rows, "gradient", 12.0, Path(tempfile.mkdtemp()), "benchmark", memory
+        )
+
+    def timed(self, name: str, run: Any) -> Any:
+        """Runs, and records seconds and peak GB."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        row = {"seconds": time.perf_counter() - start}
+        if self.device == "cuda":
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if isinstance(result, Scores):
+            row |= {f"seconds_{k}": v for k, v in result.seconds.items()} | dict(result.memory)
+        self.record[name] = row
+        print(name, {k: round(v, 3) for k, v in row.items()}, flush=True)
+        return result
+
+    def floor(self) -> None:
+        """What the model alone takes: forward, forward + backward, one more pass over the scored linears."""
+        model, batch = self.loaded.model, self.rows.score[0]
+        chunked = has_plain_head(model, batch)
+
+        def forward() -> None:
+            with torch.no_grad():
+                calibration_forward(model, batch, need_logits=False)
+
+        def backward() -> None:
+            hook = model.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_())
+            with _no_parameter_gradients(model):
+                loss_backward(model, batch, chunked=chunked)
+            hook.remove()
+
+        def checkpointed_backward() -> None:
+            with checkpointed(model):
+                backward()
+
+        tokens = batch.segments[0].input_ids.numel()
+        inputs = {
+            n: torch.randn(tokens, n, device=self.device, dtype=model.dtype)
+            for n in {self.loaded.linears[name][1] for name in self.scored}
+        }
+
+        def matmuls() -> None:
+            with torch.no_grad():
+                for name in self.scored:
+                    module = model.get_submodule(name)
+                    torch.nn.functional.linear(inputs[module.in_features], module.weight)
+
+        parts = {
+            "floor_forward": forward, "floor_backward": backward,
+            "floor_checkpointed": checkpointed_backward, "floor_matmuls": matmuls,
+        }  # fmt: skip
+        for name, part in parts.items():
+            for _ in range(2):
+                part()
+            self.timed(name, lambda part=part: [part() for _ in range(5)])
+            self.record[name]["per_step"] = self.record[name]["seconds"] / 5
+
+    def compare(self, one: Scores, reference: dict[str, Scores]) -> None:
+        """Largest relative difference of raw scores, and whether the recipes agree at several budgets."""
+        import modelopt.torch.quantization as mtq
+
+        table = {}
+        for c, (name, scores) in enumerate(reference.items()):
+            relative = np.abs(one.raw[:, c] / scores.raw[:, 0] - 1)
+            same = []
+            for bits in BUDGETS:
+                if (
+                    bits
+                    < 16
+                    * scores.states[name]["candidate_stats"][next(iter(scores.states[name]["best"]["recipe"]))][
+                        "formats"
+                    ][0].compression
+                ):
+                    continue
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    pair = [
+                        mtq.get_auto_quantize_config(s.states[name], {"effective_bits": bits}) for s in (one, scores)
+                    ]
+                same.append(str(pair[0]["quant_cfg"]) == str(pair[1]["quant_cfg"]))
+            table[name] = {
+                "max_relative": float(relative.max()),
+                "median_relative": float(np.median(relative)),
+                "same_recipes": f"{sum(same)}/{len(same)}",
+            }
+            print("equality", name, table[name], flush=True)
+        self.record["equality"] = table
+
+
+def main() -> None:
+    """Runs the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-vl-4b")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--parts", default="floor,stock,fast,lean,twelve")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    parts = arguments.parts.split(",")
+    arguments.out, out = str(arguments.out), arguments.out
+    bench = Bench(arguments)
+    onepass.score(bench.job(TWELVE, steps=1))  # builds and warms every kernel
+    if "floor" in parts:
+        bench.floor()
+    one = bench.timed("fast_six", lambda: onepass.score(bench.job(SIX))) if "fast" in parts else None
+    if "twelve" in parts:
+        bench.timed("fast_twelve", lambda: onepass.score(bench.job(TWELVE)))
+    if "lean" in parts:
+        bench.timed("lean_six", lambda: onepass.score(bench.job(SIX, "lean")))
+    if "single" in parts:
+        bench.timed("fast_single", lambda: onepass.score(bench.job(("wint8_afp16",))))
+    if "stock" in parts:
+        stock.score(bench.job(SIX[:1], steps=1))
+        found = {p: bench.timed(f"stock_{p}", lambda p=p: stock.score(bench.job((p,)))) for p in SIX}
+        bench.record["stock_six"] = {"seconds": sum(bench.record[f"stock_{p}"]["seconds"] for p in SIX)}
+        print("stock_six", bench.record["stock_six"])
+        if one is not None:
+            bench.compare(one, found)
+    if out:
+        out.write_text(json.dumps(bench.record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

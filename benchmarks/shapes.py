@@ -1,0 +1,81 @@
+"""Models of real shape with random weights, and rows of random tokens: what speed and memory need, without a hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from layerbits.calibration import Batch, Calibration, Segment
+from layerbits.models import LoadedModel, language_model_linears
+from layerbits.result import ModelInfo
+
+_TOKENS_PER_CAPTION = 12
+
+
+def qwen3_vl_4b() -> Any:
+    """Config of Qwen3-VL-4B-Instruct (language model: 36 blocks, 3.6 billion weights in its linears)."""
+    from transformers import Qwen3VLConfig
+
+    text = {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True,
+    }  # fmt: skip
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
+    return Qwen3VLConfig(
+        text_config=text, vision_config={**vision, "deepstack_visual_indexes": [5, 11, 17]}, tie_word_embeddings=True
+    )
+
+
+def qwen2_5_vl_3b() -> Any:
+    """Config of Qwen2.5-VL-3B-Instruct (language model: 36 blocks)."""
+    from transformers import Qwen2_5_VLConfig
+
+    text = {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return Qwen2_5_VLConfig(text_config=text, tie_word_embeddings=True)
+
+
+def tiny_llama() -> Any:
+    """A model of two blocks, to try a benchmark on a CPU."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=1024,
+    )  # fmt: skip
+
+
+SHAPES = {"qwen3-vl-4b": qwen3_vl_4b, "qwen2.5-vl-3b": qwen2_5_vl_3b, "tiny": tiny_llama}
+
+
+def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LoadedModel:
+    """A model of a shape with random weights."""
+    from layerbits.models import _build
+
+    torch.manual_seed(seed)
+    config = SHAPES[shape]()
+    name = {"tiny": "LlamaForCausalLM"}.get(shape, type(config).__name__.replace("Config", "ForConditionalGeneration"))
+    config.architectures = [name]
+    with torch.device(device):
+        model = _build(config, dtype).eval()
+    model.config.use_cache = False
+    info = ModelInfo(shape, shape, f"random-{seed}", name, str(dtype).removeprefix("torch."))
+    return LoadedModel(model, None, info, language_model_linears(model))
+
+
+def random_rows(vocabulary: int, steps: int, rows: int, length: int, seed: int = 1) -> Calibration:
+    """Packed rows of random tokens, cut into captions of about the usual length."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for step in range(steps):
+        ids = torch.randint(0, vocabulary, (rows, length), generator=generator)
+        mask = torch.ones(rows, length, dtype=torch.bool)
+        mask[:, 0] = False
+        first = step * rows * length
+        sample = ((first + torch.arange(rows * length)) // _TOKENS_PER_CAPTION).reshape(rows, length).int()
+        batches.append(Batch((Segment(ids, None, mask, sample),)))
+    every = tuple(batches)
+    return Calibration(every, every, 1 + int(every[-1].segments[0].sample.max()), ())
