@@ -43,7 +43,7 @@ def sensitivity(settings: Settings) -> None:
         print(f"report: {rebuild(settings.report_only, settings.output_root / 'report_only')}")
         return
     if not settings.tracking.enabled:
-        print(f"result: {_score(settings)[0]}")
+        _score(settings)
         return
     from layerbits import tracking
 
@@ -53,20 +53,22 @@ def sensitivity(settings: Settings) -> None:
         name, settings.tracking.experiment, system_metrics=settings.tracking.system_metrics
     ) as session:
         directory, result = _score(settings)
-        print(f"result: {directory}")
         tracking.log_result(session, result, directory)
 
 
 def _score(settings: Settings) -> tuple[Path, SensitivityResult]:
+    from layerbits.report import note
     from layerbits.sensitivity import plan, run, write
 
     planned = plan(settings)
     for line in planned.warnings(planned.candidates[0][1]):
         print(f"warning: {line}", file=sys.stderr)
     (outcome,) = run(planned, ROOT)
-    return write(outcome, settings), outcome.result
+    directory = write(outcome, settings)
+    print(f"\n{note(outcome.result)}\nresult: {directory}")
+    return directory, outcome.result
 
 
 if __name__ == "__main__":
-    entry.run(main)
+    entry.run(main, ROOT / "configs")
     sys.exit(entry.USER_ERROR_STATUS if _failed else 0)

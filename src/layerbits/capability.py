@@ -84,6 +84,8 @@ def _impossible(quantizer: str, cfg: Cfg, cuda: bool) -> str | None:
                 f"MX {what} have one dynamic E8M0 scale per {', '.join(map(str, MX_BLOCKS))} values of a row, not "
                 f"{lengths}; use w_group32 or quant_granularity=default"
             )
+        if isinstance(bits, int) and bits != 8:
+            return f"MX {what} hold floats or 8-bit integers, not INT{bits}; use a group overlay instead of scale_bits"
         if bits != FP4 and not cuda:
             return f"MX {what} other than FP4 need ModelOpt's CUDA kernels; use a GPU, or an FP8 or INT8 pair"
         return None

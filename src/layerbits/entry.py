@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 
 from layerbits.errors import UserError
 
@@ -47,10 +49,35 @@ _HYDRA_FLAGS = {
 }
 
 
-def run(main: Callable[[], object]) -> None:
+def check_choices(arguments: Sequence[str], configs: Path) -> None:
+    """Checks choices of config groups before Hydra does, for an error in one line.
+
+    Args:
+        arguments: Hydra's command line.
+        configs: Folder of the config groups; a choice may also be in a folder given by ``--config-dir``.
+
+    Raises:
+        UserError: A group has no such choice.
+    """
+    if any(a.startswith(("--config-dir", "-cd", "hydra.searchpath")) for a in arguments):
+        return
+    for argument in arguments:
+        group, _, values = argument.lstrip("+").partition("=")
+        if not values or not (configs / group).is_dir() or values in ("null", "~"):
+            continue
+        known = sorted(p.stem for p in (configs / group).glob("*.yaml"))
+        for value in values.split(","):
+            if value not in known:
+                close = get_close_matches(value, known)
+                hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)},"
+                raise UserError(f"{group}={value} is not known; {hint} or add configs/{group}/{value}.yaml")
+
+
+def run(main: Callable[[], object], configs: Path) -> None:
     """Runs a script's main function; a :class:`UserError` ends it with one line and status 2."""
     sys.argv[1:] = hydra_arguments(sys.argv[1:])
     try:
+        check_choices(sys.argv[1:], configs)
         main()
     except UserError as error:
         fail(error)

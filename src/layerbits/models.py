@@ -44,9 +44,9 @@ class ModelSpec:
         Raises:
             UserError: No path, or an unknown dtype.
         """
+        if not values["path"]:
+            raise UserError("this model needs model.path: a Hugging Face id or a local checkpoint folder")
         spec = cls(**{**values, "name": values["name"] or Path(str(values["path"])).name})
-        if not spec.path:
-            raise UserError(f"model={spec.name} needs model.path: a Hugging Face id or a local checkpoint folder")
         if spec.dtype not in DTYPES:
             raise UserError(f"model.dtype is {spec.dtype!r}; use one of {', '.join(DTYPES)}")
         return spec

@@ -214,7 +214,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                 sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, [c]],
                 sample_tokens=scores.sample_tokens,
                 nonfinite=tuple(n for n in scores.nonfinite if n.candidate == candidate.info.name),
-                settings=dict(settings.composed),
+                settings=_shown(settings.composed),
                 provenance=facts,
                 seconds={**seconds, **scores.seconds},
                 memory={**peak_memory(), **scores.memory},
@@ -325,6 +325,14 @@ def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, A
         return config
     fp4.register_backends()
     return fp4.with_reference_backend(config)
+
+
+def _shown(composed: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as it may be published: no password of a tracking URI."""
+    from layerbits.tracking import redact
+
+    tracking = {**composed["tracking"], "uri": redact(composed["tracking"]["uri"] or "") or None}
+    return {**composed, "tracking": tracking}
 
 
 def _weights_options(settings: Settings) -> list[Any]:

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import modelopt.torch.quantization as mtq
 import pytest
@@ -14,6 +15,7 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.conversion import set_quantizer_by_cfg
 from torch import nn
 
+import layerbits
 from layerbits import fp4
 from layerbits.bits import INPUT, WEIGHT, effective_cfgs
 from layerbits.candidate import aliases, check_target, config_hash, live_entries, resolve_candidate
@@ -264,9 +266,9 @@ def test_the_custom_pair_of_a_user_resolves():
 def test_the_module_imports_without_torch():
     heavy = "[m for m in ('torch', 'modelopt', 'mlflow') if m in sys.modules]"
     code = f"import layerbits.candidate, layerbits.capability, sys; print({heavy})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": "src"}
-    )
+    source = str(Path(layerbits.__file__).parents[1])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": source})
     assert done.stdout.strip() == "[]"
 
 

@@ -99,6 +99,7 @@ def test_what_needs_a_gpu_is_refused_without_one(weight, message):
     ("weight", "message"),
     [
         ({"num_bits": (2, 1), "block_sizes": {-1: 32, **MX, "type": "static"}}, "MX weights have one dynamic E8M0"),
+        ({"num_bits": 4, "block_sizes": {-1: 32, **MX}}, "MX weights hold floats or 8-bit integers, not INT4"),
         ({"num_bits": (2, 1), "block_sizes": {-1: None, **MX}}, "FP4 weights need block scales"),
         ({"num_bits": (2, 1), "block_sizes": {-1: 16}}, "FP4 weights need block scales"),
         ({"num_bits": (2, 1), "block_sizes": {-2: 16, **NV}}, "would be mislabelled"),

@@ -9,7 +9,7 @@ from typing import Any
 
 MODES = ("auto", "fast", "lean")
 
-_AUTOGRAD = 1.3
+_AUTOGRAD = 0.8
 """Bytes that autograd keeps per byte of the scored linears' inputs and outputs (attention, norms, activations)."""
 _LOGITS = 3 * (1 << 29)  # logits, their gradient and a copy in float32, one piece of the chunked loss
 _HEADROOM = 0.92  # of what is free: the allocator's fragments and the kernels' workspaces

@@ -77,17 +77,21 @@ def calibrate_weight(quantizer: Any, weight: Any) -> None:
     """Finds the range of a weight as ModelOpt's ``max`` calibration does."""
     if not needs_range(quantizer):
         return
-    collecting(quantizer, True)
+    quantizer.disable_quant()
+    quantizer.enable_calib()
     quantizer(weight)
-    collecting(quantizer, False)
+    quantizer.load_calib_amax()
+    quantizer.enable_quant()
+    quantizer.disable_calib()
 
 
-def collecting(quantizer: Any, on: bool) -> None:
-    """Switches a quantizer to collecting its range, or loads what it collected and quantizes from then on."""
-    if on:
-        quantizer.disable_quant()
-        quantizer.enable_calib()
-    else:
-        quantizer.load_calib_amax()
-        quantizer.enable_quant()
-        quantizer.disable_calib()
+def largest(x: Any, axis: Any) -> Any:
+    """Largest magnitude of an input along the axes that a quantizer does not keep, as ModelOpt's max calibrator.
+
+    Args:
+        x: Input of a linear, ``[..., in_features]``.
+        axis: The quantizer's axis: ``None`` = one range, ``-1`` = one per feature.
+    """
+    from modelopt.torch.quantization.utils import convert_quantization_axis_to_reduce_axis, reduce_amax
+
+    return reduce_amax(x, axis=convert_quantization_axis_to_reduce_axis(x, axis))

@@ -46,29 +46,46 @@ class Taps:
         self._at = 0
 
     def calibrate(self, batches: Sequence[Batch], need_logits: bool) -> None:
-        """Finds the static input ranges, all of them in one forward over the batches."""
+        """Finds the static input ranges, all of them in one forward over the batches.
+
+        Raises:
+            UserError: An input is not finite.
+        """
         import torch
 
-        ranged = [[q for q in row if quantizers.needs_range(q)] for row in self._input_quantizers]
-        if not any(ranged):
+        axes = {q.axis for row in self._input_quantizers for q in row if quantizers.needs_range(q)}
+        if not axes:
             return
-        for row in ranged:
-            for quantizer in row:
-                quantizers.collecting(quantizer, True)
-        handles = [
-            m.register_forward_pre_hook(lambda _m, args, row=row: _see(row, args[0]))
-            for m, row in zip(self._modules, ranged, strict=True)
-        ]
+        running: list[dict[Any, Any]] = [{} for _ in self._modules]
+        last: list[Any] = [None, {}]  # fused linears share one input tensor; its ranges are found once
+
+        def see(index: int) -> Any:
+            def hook(_module: Any, args: tuple[Any, ...]) -> None:
+                if last[0] is not args[0]:
+                    last[:] = [args[0], {axis: quantizers.largest(args[0], axis) for axis in axes}]
+                known = running[index]
+                for axis, amax in last[1].items():
+                    known[axis] = torch.maximum(known[axis], amax) if axis in known else amax
+
+            return hook
+
+        handles = [m.register_forward_pre_hook(see(i)) for i, m in enumerate(self._modules)]
         try:
             with torch.no_grad():
                 for batch in progress(batches, "calibrating"):
                     calibration_forward(self.model, batch, need_logits)
         finally:
+            last.clear()
             for handle in handles:
                 handle.remove()
-        for row in ranged:
+        for name, row, known in zip(self._names, self._input_quantizers, running, strict=True):
             for quantizer in row:
-                quantizers.collecting(quantizer, False)
+                if quantizers.needs_range(quantizer):
+                    if quantizer.axis not in known:
+                        raise UserError(f"{name} is never called in a forward pass; exclude it")
+                    if not bool(torch.isfinite(known[quantizer.axis]).all()):
+                        raise UserError(f"the input of {name} is not finite; try model.dtype=float32 or bfloat16")
+                    quantizer.amax = known[quantizer.axis]
 
     def ranges(self) -> dict[str, Any]:
         """Static input ranges as float32 arrays by name."""
@@ -173,11 +190,6 @@ def progress(items: Sequence[Any], what: str) -> Any:
     from tqdm import tqdm
 
     return tqdm(items, desc=what, unit="batch")
-
-
-def _see(row: list[Any], x: Any) -> None:
-    for quantizer in row:
-        quantizer(x)
 
 
 @contextmanager

@@ -1,0 +1,26 @@
+"""Figures of sensitivity results, for reports and notebooks alike: plain data in, matplotlib ``Figure`` out.
+
+A frame is tidy: one row per group (and candidate) with the columns of :meth:`SensitivityResult.rows`; ``low`` and
+``high`` hold an interval of the drawn value where one is known. Nothing here touches pyplot or other global state; in
+a notebook ``%matplotlib inline`` makes a returned figure show itself.
+"""
+
+from layerbits.figures.compare import overlay, pareto, rank_change, rank_correlation, scatter_agreement
+from layerbits.figures.run import by_layer, cumulative_share, heatmap, ranked_bars, save_figures
+from layerbits.frames import Intervals, groups_for_share, tidy
+
+__all__ = [
+    "Intervals",
+    "by_layer",
+    "cumulative_share",
+    "groups_for_share",
+    "heatmap",
+    "overlay",
+    "pareto",
+    "rank_change",
+    "rank_correlation",
+    "ranked_bars",
+    "save_figures",
+    "scatter_agreement",
+    "tidy",
+]

@@ -1,0 +1,250 @@
+"""Figures of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from layerbits.figures.style import (
+    BLACK,
+    COLORMAP,
+    FONT,
+    GREY,
+    HATCH,
+    KIND_STYLES,
+    LABELS,
+    color_norm,
+    draw_line,
+    finish_lines,
+    headline,
+    key,
+    label_of,
+    label_outer,
+    legend_below,
+    line_style,
+    log_scale,
+    odd_keys,
+    panels,
+    plain_axes,
+    save_png,
+    spans,
+)
+from layerbits.frames import Grid, Intervals, by_candidate, descending, grid, groups_for_share, listed, numeric, tidy
+from layerbits.result import SensitivityResult
+
+_ZERO = "#dddddd"
+
+
+def heatmap(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | None = None, title: str = "") -> Figure:
+    """Block × kind of linear, a panel per candidate under one colour scale.
+
+    Cells that the solver quantized carry a dot; what is not finite is hatched and named in the legend.
+
+    Args:
+        frame: Tidy frame of one run.
+        value: Column to draw.
+        label: Words for the value with its unit; by default from the column name.
+        title: Above the figure.
+    """
+    grids = {name: grid(part, value) for name, part in by_candidate(frame, value).items()}
+    norm = color_norm(np.concatenate([g.values.ravel() for g in grids.values()]))
+    heights = [len(g.kinds) for g in grids.values()]
+    figure = Figure(figsize=(10, 1.6 + 0.34 * sum(heights) + 0.42 * (len(grids) - 1)), layout="constrained")
+    axes = figure.subplots(len(grids), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for ax, (name, cells) in zip(axes, grids.items(), strict=True):
+        _draw_cells(ax, cells, norm)
+        if len(grids) > 1:
+            ax.set_title(name, fontsize=FONT, loc="left")
+    axes[-1].set_xlabel("Decoder block", fontsize=FONT)
+    bar = figure.colorbar(ScalarMappable(norm, COLORMAP), ax=list(axes), fraction=0.03, pad=0.01)
+    bar.set_label(label_of(value, label), fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT - 1)
+    handles: list[Line2D | Patch] = []
+    if any(g.chosen.any() for g in grids.values()):
+        dot = {"markerfacecolor": "white", "markeredgecolor": BLACK, "linestyle": ""}
+        handles.append(key("quantized by the recipe", marker="o", **dot))
+    if any((g.present & (g.values <= 0)).any() for g in grids.values()):
+        handles.append(Patch(facecolor=_ZERO, edgecolor=GREY, label="zero or below"))
+    unusable = list(dict.fromkeys(layer for g in grids.values() for layer in g.unusable))
+    if unusable:
+        handles.append(Patch(facecolor="white", edgecolor=BLACK, hatch=HATCH, label=f"not finite: {listed(unusable)}"))
+    legend_below(figure, handles)
+    headline(figure, title)
+    return figure
+
+
+def by_layer(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | None = None, title: str = "") -> Figure:
+    """Value along the blocks, a line per kind of linear, a panel per candidate (arguments: :func:`heatmap`)."""
+    grids = {name: grid(part, value) for name, part in by_candidate(frame, value).items()}
+    columns = min(len(grids), 2)
+    figure, axes = panels(len(grids), columns, width=8 + 2 * (columns - 1), height=3.2 if columns == 1 else 2.4)
+    for ax, (name, cells) in zip(axes, grids.items(), strict=True):
+        for kind in cells.kinds:
+            draw_line(ax, cells, kind, KIND_STYLES[kind])
+        if len(grids) > 1:
+            ax.set_title(name, fontsize=FONT, loc="left")
+    finish_lines(axes, list(grids.values()))
+    label_outer(axes, columns, "Decoder block", label_of(value, label))
+    kinds = dict.fromkeys(k for g in grids.values() for k in g.kinds)
+    legend_below(figure, [*(key(k, **KIND_STYLES[k]) for k in kinds), *odd_keys(list(grids.values()))])
+    headline(figure, title)
+    return figure
+
+
+def ranked_bars(
+    frame: pd.DataFrame,
+    value: str = "predicted_kl",
+    top: int = 20,
+    *,
+    label: str | None = None,
+    title: str = "",
+) -> Figure:
+    """The ``top`` most sensitive groups as bars, largest value first, a panel per candidate.
+
+    Whiskers where the columns ``low`` and ``high`` hold an interval of the value; a group that the solver did not
+    quantize is hatched. What is not finite is named below.
+
+    Args:
+        frame: Tidy frame of one run.
+        value: Column to draw.
+        top: Groups per panel.
+        label: Words for the value with its unit; by default from the column name.
+        title: Above the figure.
+    """
+    parts = by_candidate(frame, value)
+    columns = min(len(parts), 3)
+    shown = min(top, max(len(part) for part in parts.values()))
+    figure, axes = panels(len(parts), columns, width=(7.5, 10, 12)[columns - 1], height=0.6 + 0.2 * shown)
+    unusable: dict[str, None] = {}
+    kinds: set[str] = set()
+    for ax, (name, part) in zip(axes, parts.items(), strict=True):
+        amounts = numeric(part[value])
+        unusable.update(dict.fromkeys(part["layer"][~np.isfinite(amounts)]))
+        part = part.iloc[descending(amounts)[:top]]
+        kinds |= set(part["kind"])
+        _draw_bars(ax, part, value)
+        if len(parts) > 1:
+            ax.set_title(name, fontsize=FONT, loc="left")
+    label_outer(axes, columns, label_of(value, label), "")
+    handles: list[Line2D | Patch] = [
+        Patch(facecolor=style["color"], label=kind) for kind, style in KIND_STYLES.items() if kind in kinds
+    ]
+    if "chosen" in frame:
+        handles.append(Patch(facecolor="white", edgecolor=GREY, hatch=HATCH, label="not quantized by the recipe"))
+    if unusable:
+        handles.append(key(f"not finite: {listed(list(unusable))}", marker="x", linestyle="", color=GREY))
+    legend_below(figure, handles)
+    headline(figure, title)
+    return figure
+
+
+def cumulative_share(frame: pd.DataFrame, value: str = "score", share: float = 0.9, *, title: str = "") -> Figure:
+    """How many groups make most of the damage: running share of the sum, largest first, a line per candidate.
+
+    Args:
+        frame: Tidy frame of one run.
+        value: Column to sum; what is not finite is left out.
+        share: The share whose number of groups is marked.
+        title: Above the figure.
+    """
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    ax = figure.subplots()
+    for i, (name, part) in enumerate(by_candidate(frame, value).items()):
+        amounts = numeric(part[value])
+        needed = groups_for_share(amounts, share)
+        if needed == 0:
+            continue
+        running = np.cumsum(np.maximum(amounts[descending(amounts)], 0.0))
+        running = np.concatenate([[0.0], 100 * running / running[-1]])
+        style = line_style(i)
+        words = f"{name}: {needed} of {len(running) - 1} groups make {share:.0%}"
+        ax.plot(running, **style, markevery=[needed], markersize=7, linewidth=1.6, label=words.removeprefix(": "))
+    ax.axhline(share * 100, color=GREY, linewidth=0.8, linestyle=":")
+    ax.set_ylim(0, 102)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("Groups, most sensitive first", fontsize=FONT)
+    ax.set_ylabel(f"Share of the summed {'raw score' if value == 'score' else value} (%)", fontsize=FONT)
+    plain_axes(ax, "both")
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(fontsize=FONT - 1, loc="lower right")
+    headline(figure, title)
+    return figure
+
+
+def save_figures(result: SensitivityResult, directory: Path, intervals: Intervals | None = None) -> list[Path]:
+    """Writes the figures of one run as PNG, each whole or not at all.
+
+    Args:
+        result: What was measured; where no predicted KL is known (an imported result), raw scores are drawn.
+        directory: Made where missing.
+        intervals: Drawn as whiskers.
+
+    Returns:
+        Paths of ``heatmap.png``, ``by_layer.png``, ``ranked.png`` and ``cumulative.png``.
+    """
+    known = bool(np.isfinite(result.predicted_kl).any())
+    value = "predicted_kl" if known else "score"
+    # Intervals are of the predicted KL: raw scores cannot carry them.
+    frame = tidy(result, intervals if known else None)
+    measured = known and result.method == "kl_div"
+    label = "KL on the calibration rows (nats per token)" if measured else LABELS[value]
+    count = len(result.candidates)
+    title = f"{result.model.name}, {count} candidates, {result.calibration.size}" if count > 2 else result.run_name
+    drawn = {
+        "heatmap": heatmap(frame, value, label=label, title=title),
+        "by_layer": by_layer(frame, value, label=label, title=title),
+        "ranked": ranked_bars(frame, value, 20 if count <= 2 else 10, label=label, title=title),
+        "cumulative": cumulative_share(frame, title=title),
+    }
+    return [save_png(figure, directory / f"{name}.png") for name, figure in drawn.items()]
+
+
+def _draw_cells(ax: Axes, cells: Grid, norm: Normalize) -> None:
+    height, width = cells.values.shape
+    drawable = np.ma.masked_where(~(cells.values > 0), cells.values)
+    ax.imshow(drawable, norm=norm, cmap=COLORMAP, aspect="auto", interpolation="nearest")
+    for y, x in zip(*np.nonzero(cells.present & ~(cells.values > 0)), strict=True):
+        cell = Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=_ZERO, linewidth=0)
+        if np.isnan(cells.values[y, x]):
+            cell.set(facecolor="white", edgecolor=BLACK, hatch=HATCH)
+        ax.add_patch(cell)
+    y, x = np.nonzero(cells.chosen)
+    ax.scatter(x, y, s=14 if width <= 48 else 6, facecolor="white", edgecolor=BLACK, linewidth=0.7)
+    every = 1 if width <= 40 else 5
+    ticks = [i for i, b in enumerate(cells.blocks) if b is None or i % every == 0]
+    ax.set_xticks(ticks, ["–" if cells.blocks[i] is None else str(cells.blocks[i]) for i in ticks])
+    ax.set_yticks(range(height), cells.kinds)
+    ax.tick_params(labelsize=FONT - 1, length=0)
+    # White lines between the cells.
+    ax.vlines(np.arange(width - 1) + 0.5, -0.5, height - 0.5, color="white", linewidth=0.8)
+    ax.hlines(np.arange(height - 1) + 0.5, -0.5, width - 0.5, color="white", linewidth=0.8)
+    ax.spines[:].set_visible(False)
+
+
+def _draw_bars(ax: Axes, part: pd.DataFrame, value: str) -> None:
+    amounts = numeric(part[value])
+    y = np.arange(len(part))
+    bars = ax.barh(y, amounts, height=0.72, color=[KIND_STYLES[k]["color"] for k in part["kind"]])
+    if "chosen" in part:
+        for bar, chosen in zip(bars, part["chosen"], strict=True):
+            if not chosen:
+                bar.set(hatch=HATCH, edgecolor="white", linewidth=0)
+    if {"low", "high"} <= set(part.columns):
+        low, high = numeric(part["low"]), numeric(part["high"])
+        known = np.isfinite(low) & np.isfinite(high)
+        ax.hlines(y[known], low[known], high[known], color=BLACK, linewidth=1.1)
+        ax.plot(low[known], y[known], "|", high[known], y[known], "|", color=BLACK, markersize=6)
+    if spans(amounts, 100.0):
+        log_scale(ax, "x", amounts)
+    ax.set_yticks(y, part["layer"])
+    ax.set_ylim(len(part) - 0.4, -0.6)
+    plain_axes(ax, "x")
+    ax.tick_params(axis="y", length=0)

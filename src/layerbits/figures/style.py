@@ -1,0 +1,213 @@
+"""How the figures look: colours, scales, panels, legends."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
+
+from layerbits.atomic import atomic
+from layerbits.frames import Grid, listed
+from layerbits.result import FloatArray
+
+# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): apart for every colour vision; without its yellow, which
+# vanishes on white paper.
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#777777"
+_DASHES: dict[str, Any] = {"dash-dot-dot": (0, (4, 1, 1, 1, 1, 1)), "dots": (0, (1, 1)), "long": (0, (7, 2))}
+KIND_STYLES: dict[str, dict[str, Any]] = {
+    "qkv": {"color": BLUE, "marker": "o", "linestyle": "-"},
+    "o": {"color": ORANGE, "marker": "s", "linestyle": "--"},
+    "gate_up": {"color": GREEN, "marker": "^", "linestyle": "-."},
+    "down": {"color": VERMILLION, "marker": "D", "linestyle": _DASHES["dash-dot-dot"]},
+    "lm_head": {"color": PURPLE, "marker": "v", "linestyle": _DASHES["dots"]},
+    "other": {"color": BLACK, "marker": "P", "linestyle": _DASHES["long"]},
+}
+"""Colour, marker and line style per kind of linear; marker and line style alone tell them apart in grey print."""
+HATCH = "////"
+COLORMAP = "cividis"
+LABELS = {
+    "predicted_kl": "Predicted KL (nats per token)",
+    "score": "Raw score (ModelOpt's definition)",
+    "kl": "Measured KL (nats per token)",
+    "bits": "Effective bits (weight storage bits per weight)",
+}
+FONT = 9
+
+_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+_MARKERS = ("o", "D", "^", "s", "v", "P", "X")
+_LINES: tuple[Any, ...] = ("-", "--", "-.", _DASHES["dash-dot-dot"], _DASHES["dots"], _DASHES["long"])
+_DECADES_SHOWN = 8  # below the top, a colour scale ends: rounding noise near zero must not use up the colours
+_DPI = 120
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, marker and line style of the ``index``-th line; colours repeat after 7, the combination after 42."""
+    turn, at = divmod(index, len(_COLORS))
+    return {
+        "color": _COLORS[at],
+        "marker": _MARKERS[(at + turn) % len(_MARKERS)],
+        "linestyle": _LINES[index % len(_LINES)],
+    }
+
+
+def label_of(value: str, label: str | None = None) -> str:
+    """Words for a column: those given, else the ones known for it, else its name."""
+    return label or LABELS.get(value, value)
+
+
+def spans(values: FloatArray, ratio: float = 10.0) -> bool:
+    """Whether the positive part of the values spans more than ``ratio``, so that a log scale serves."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    return bool(positive.size and positive.max() > ratio * positive.min())
+
+
+def color_norm(values: FloatArray) -> Normalize:
+    """Log colours where the values span decades, linear from zero otherwise."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not positive.size:
+        return Normalize(0.0, 1.0)
+    top = float(positive.max())
+    if not spans(values):
+        return Normalize(0.0, top)
+    return LogNorm(max(float(positive.min()), top * 10.0**-_DECADES_SHOWN), top, clip=True)
+
+
+def log_scale(ax: Axes, which: str, values: FloatArray) -> None:
+    """Log scale along ``x`` or ``y``; beyond two decades only whole decades are labelled."""
+    getattr(ax, f"set_{which}scale")("log")
+    if spans(values, 100.0):
+        axis = getattr(ax, f"{which}axis")
+        axis.set_major_locator(LogLocator(numticks=8))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def plain_axes(ax: Axes, lines: Literal["x", "y", "both"]) -> None:
+    """Small text, no box, light lines along ``x``, ``y`` or ``both``."""
+    ax.tick_params(labelsize=FONT - 1)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis=lines, color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` equal panels in rows of ``columns``; ``height`` (inch) is that of a row."""
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width, 0.8 + height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for unused in axes[count:]:
+        unused.set_visible(False)
+    return figure, axes[:count]
+
+
+def label_outer(axes: Sequence[Axes], columns: int, x: str, y: str) -> None:
+    """Axis titles once: x below the lowest panel of each column, y left of each row."""
+    for i, ax in enumerate(axes):
+        if i + columns >= len(axes):
+            ax.set_xlabel(x, fontsize=FONT)
+        if i % columns == 0:
+            ax.set_ylabel(y, fontsize=FONT)
+
+
+def legend_below(figure: Figure, handles: Sequence[Line2D | Patch]) -> None:
+    """One legend for the figure, below the panels, as many columns as its words leave room for."""
+    if not handles:
+        return
+    widths = [len(str(h.get_label())) * 0.068 + 0.65 for h in handles]  # inch, about, at this font size
+    columns = len(handles)
+    # Columns are filled from the top, each as wide as its widest entry.
+    while columns > 1 and sum(max(part) for part in _columns(widths, columns)) > figure.get_figwidth():
+        columns -= 1
+    figure.legend(
+        handles=list(handles),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=FONT - 1,
+        frameon=False,
+        handlelength=2.8,
+    )
+
+
+def headline(figure: Figure, title: str) -> None:
+    """A title above the figure, wrapped where it is wider."""
+    if title:
+        lines = textwrap.fill(title, int(figure.get_figwidth() * 10.5))
+        figure.suptitle(lines, fontsize=FONT + 1, fontweight="bold")
+
+
+def key(label: str, **style: Any) -> Line2D:
+    """A legend entry for a marker or line."""
+    return Line2D([], [], **{"markersize": 5, **style}, label=label)
+
+
+def draw_line(ax: Axes, cells: Grid, kind: str, style: Mapping[str, Any]) -> None:
+    """Values of one kind along the blocks; a cross at the bottom where there is none, a level for lm_head."""
+    row = cells.kinds.index(kind)
+    inside = [i for i, block in enumerate(cells.blocks) if block is not None and cells.present[row, i]]
+    blocks = np.array([cells.blocks[i] for i in inside], dtype=float)
+    values = cells.values[row, inside]
+    ax.plot(blocks, np.where(values > 0, values, np.nan), linewidth=1.2, markersize=3.5, **style)
+    bad = blocks[~np.isfinite(values)]
+    foot = ax.get_xaxis_transform()
+    ax.plot(bad, np.full(bad.size, 0.02), "x", color=style["color"], markersize=6, transform=foot)
+    zero = blocks[values <= 0]
+    ax.plot(zero, np.zeros(zero.size), marker=3, linestyle="", color=style["color"], markersize=6, transform=foot)
+    if None in cells.blocks and cells.present[row, -1] and cells.values[row, -1] > 0:
+        ax.axhline(cells.values[row, -1], linewidth=1.4, color=style["color"], linestyle=style["linestyle"])
+
+
+def finish_lines(axes: Sequence[Axes], grids: Sequence[Grid]) -> None:
+    """One scale for all panels of :func:`draw_line`: log where the values span decades."""
+    values = np.concatenate([g.values.ravel() for g in grids])
+    positive = values[np.isfinite(values) & (values > 0)]
+    blocks = [b for g in grids for b in g.blocks if b is not None]
+    for ax in axes:
+        if spans(values):
+            log_scale(ax, "y", values)
+            ax.set_ylim(positive.min() / 2, positive.max() * 2)
+        else:
+            ax.set_ylim(0, positive.max() * 1.08 if positive.size else 1.0)
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
+        if blocks:
+            ax.set_xlim(min(blocks) - 0.7, max(blocks) + 0.7)
+        plain_axes(ax, "both")
+
+
+def odd_keys(grids: Sequence[Grid]) -> list[Line2D]:
+    """Legend entries for the marks that :func:`draw_line` sets where a line cannot go."""
+    keys = []
+    unusable = list(dict.fromkeys(layer for g in grids for layer in g.unusable))
+    if unusable:
+        keys.append(key(f"not finite: {listed(unusable)}", marker="x", linestyle="", color=GREY))
+    if any((g.present & (g.values <= 0)).any() for g in grids):
+        keys.append(key("zero", marker=3, linestyle="", color=GREY))
+    return keys
+
+
+def _columns(widths: Sequence[float], columns: int) -> list[Sequence[float]]:
+    rows, extra = divmod(len(widths), columns)
+    ends = np.cumsum([rows + (i < extra) for i in range(columns)])
+    return [widths[end - rows - (i < extra) : end] for i, end in enumerate(ends)]
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Writes the figure with a palette of 256 colours, a third of the size, whole or not at all."""
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(_DPI)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    with atomic(path) as file:
+        image.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "png")
+    return path

@@ -1,0 +1,260 @@
+"""MXFP4 and NVFP4 fake quantization in plain PyTorch, bit for bit what ModelOpt's CUDA kernels compute.
+
+ModelOpt 0.47 fake-quantizes FP4 on CUDA alone. The two functions here repeat that arithmetic on any device, and
+:func:`register_backends` makes them available to ModelOpt's quantizers by name. The arithmetic follows
+``tensor_quant_mx.cu`` (MXFP4, built with ``--use_fast_math``: subnormal FP32 numbers count as zero, ``a / b`` is
+``a`` times the hardware's reciprocal of ``b``) and ``fp4_kernel_hopper.py`` (NVFP4; Triton's ``/`` is PTX
+``div.full.f32``, again a product with the reciprocal). Zeros may differ from the kernels' in sign. A NaN, which the
+kernels turn into a finite number, makes its whole block NaN here, so that it is seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerbits.errors import Unsupported, UserError
+
+MXFP4_BACKEND = "layerbits_mxfp4"
+NVFP4_BACKEND = "layerbits_nvfp4"
+_BACKENDS: dict[tuple[int, ...], str] = {(8, 0): MXFP4_BACKEND, (4, 3): NVFP4_BACKEND}
+"""Backend by exponent and mantissa bits of the block scale."""
+
+_E2M1_MAX = 6.0
+_E4M3_MAX = 448.0
+_FP32_MAX = torch.finfo(torch.float32).max
+_FP32_TINY = torch.finfo(torch.float32).tiny
+_FP32_LARGEST_SUBNORMAL = _FP32_TINY - 2.0**-149
+_MXFP4_BLOCK_SIZES = (8, 16, 32)
+_NVFP4_BLOCK_SIZE = 16
+_NVFP4_MIN_SCALE = 1e-5
+"""Block scales below it are replaced by 1 (``fp4_kernel_hopper.py``)."""
+_NVFP4_MIN_GLOBAL_SCALE = 1e-12
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def register_backends() -> None:
+    """Registers :data:`MXFP4_BACKEND` and :data:`NVFP4_BACKEND` with ModelOpt; a second call changes nothing."""
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+        is_registered_quant_backend,
+        register_quant_backend,
+    )
+
+    for name, entrypoint in ((MXFP4_BACKEND, _mxfp4_entrypoint), (NVFP4_BACKEND, _nvfp4_entrypoint)):
+        if not is_registered_quant_backend(name):
+            register_quant_backend(name, entrypoint)
+
+
+def with_reference_backend(config: dict[str, Any]) -> dict[str, Any]:
+    """Copies a ModelOpt quantization config with its FP4 quantizers set to the backends of this module.
+
+    Args:
+        config: ModelOpt config with an ordered ``quant_cfg`` list; left as it is.
+
+    Returns:
+        Deep copy in which every enabled FP4 quantizer has ``backend``; the rest is equal.
+
+    Raises:
+        Unsupported: An FP4 quantizer with static block scales, which this module does not compute.
+    """
+    config = copy.deepcopy(config)
+    for entry in config["quant_cfg"]:
+        if not entry.get("enable", True):
+            continue
+        cfg = entry.get("cfg") or []
+        for attributes in cfg if isinstance(cfg, list) else [cfg]:
+            backend = _backend_of(attributes)
+            if backend is not None:
+                attributes["backend"] = backend
+    return config
+
+
+def cuda_kernels_available() -> bool:
+    """Says whether ModelOpt's own FP4 kernels can run here, without building them.
+
+    ModelOpt builds its MX extension at first use (about 40 s) and needs the toolchain in every process, also to load
+    an earlier build. So besides a GPU this looks for nvcc, ninja and a C++ compiler; a build that has failed or
+    succeeded in this process settles it.
+    """
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    from modelopt.torch.quantization.extensions import get_cuda_ext_mx
+    from torch.utils import cpp_extension
+
+    if hasattr(get_cuda_ext_mx, "extension"):
+        return get_cuda_ext_mx.extension is not None
+    nvcc = os.environ.get("PYTORCH_NVCC") or str(Path(cpp_extension.CUDA_HOME or "") / "bin" / "nvcc")
+    return (
+        cpp_extension.CUDA_HOME is not None
+        and shutil.which(nvcc) is not None
+        and cpp_extension.is_ninja_available()
+        and shutil.which(os.environ.get("CXX", "c++")) is not None
+    )
+
+
+def mxfp4(x: Tensor, block_size: int = 32) -> Tensor:
+    """Fake-quantizes to MXFP4: E2M1 values, one power-of-two scale per block of the last dimension.
+
+    The scale is ``2 ** ceil(log2(amax / 6))`` (NVIDIA's rule, not OCP's floor). The last block of a row may be short.
+    The gradient passes straight through.
+
+    Args:
+        x: ``[..., n]`` float32, float16 or bfloat16.
+        block_size: 8, 16 or 32, what ModelOpt's kernel takes.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+
+    Raises:
+        UserError: Another dtype, no dimension, or another block size.
+    """
+    _check(x)
+    if block_size not in _MXFP4_BLOCK_SIZES:
+        raise UserError(f"MXFP4 block size {block_size} is not one of {_MXFP4_BLOCK_SIZES}: use 32")
+    return _apply(x, _mxfp4_blocks, block_size, None)
+
+
+def nvfp4(x: Tensor, global_amax: Tensor, block_size: int = 16, pass_through_bwd: bool = True) -> Tensor:
+    """Fake-quantizes to NVFP4: E2M1 values, an E4M3 scale per block of 16, one FP32 scale per tensor.
+
+    Args:
+        x: ``[..., n]`` float32, float16 or bfloat16.
+        global_amax: Largest magnitude that the tensor's scale is made for; of several the largest counts.
+        block_size: 16; ModelOpt's kernel uses 16 whatever is configured, so another size is refused.
+        pass_through_bwd: Whether the gradient passes straight through; otherwise it is zero where
+            ``abs(x) > global_amax``.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+
+    Raises:
+        UserError: Another dtype, no dimension, or another block size.
+    """
+    _check(x)
+    if block_size != _NVFP4_BLOCK_SIZE:
+        raise UserError(f"NVFP4 block size {block_size} does not exist: use {_NVFP4_BLOCK_SIZE}")
+    global_amax = global_amax.detach().to(x.device)
+    return _apply(
+        x, lambda blocks: _nvfp4_blocks(blocks, global_amax), block_size, None if pass_through_bwd else global_amax
+    )
+
+
+class _FakeQuant(torch.autograd.Function):
+    """Straight-through estimator, with ModelOpt's clipping of the gradient if ``clip_amax`` is given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, quantize: Callable[[Tensor], Tensor], block_size: int, clip_amax: Tensor | None
+    ) -> Tensor:
+        if clip_amax is not None:
+            ctx.save_for_backward(x, clip_amax)
+        rows = x.reshape(-1, x.shape[-1]).float()
+        padding = -rows.shape[-1] % block_size
+        if padding:
+            rows = torch.nn.functional.pad(rows, (0, padding))
+        out = quantize(rows.reshape(rows.shape[0], -1, block_size)).flatten(1)
+        return out[:, : x.shape[-1]].reshape(x.shape).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        if ctx.saved_tensors:
+            x, clip_amax = ctx.saved_tensors
+            grad = torch.where(x.abs() <= clip_amax, grad, 0)
+        return grad, None, None, None
+
+
+def _apply(x: Tensor, quantize: Callable[[Tensor], Tensor], block_size: int, clip_amax: Tensor | None) -> Tensor:
+    if x.numel() == 0:
+        return x.clone()
+    out: Tensor = _FakeQuant.apply(x, quantize, block_size, clip_amax)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _mxfp4_blocks(blocks: Tensor) -> Tensor:
+    """Quantizes ``[rows, blocks, size]`` FP32, a scale per block."""
+    magnitude = torch.threshold_(blocks.abs(), _FP32_LARGEST_SUBNORMAL, 0.0)
+    amax = magnitude.amax(-1, keepdim=True)
+    # ceil(log2(amax / 6)) from the bits: 6 = 1.5 * 2**2, so a mantissa above 1.5 carries into the exponent.
+    exponent = ((amax.clamp(max=_FP32_MAX).view(torch.int32) + 0x3FFFFF) >> 23) - 2
+    exponent.clamp_(1, 253)
+    scale = ((254 - exponent) << 23).view(torch.float32)
+    unscale = (exponent << 23).view(torch.float32)
+    # amax / 6 is subnormal, hence zero, and so is the scale made from it.
+    unscale.masked_fill_(amax < _E2M1_MAX * _FP32_TINY, 0.0)
+    unscale.masked_fill_(amax.isnan(), torch.nan)
+    return _round_e2m1_(magnitude.mul_(scale)).mul_(unscale).copysign_(blocks)
+
+
+def _nvfp4_blocks(blocks: Tensor, global_amax: Tensor) -> Tensor:
+    """Quantizes ``[rows, blocks, 16]`` FP32, an E4M3 scale per block below one scale for all."""
+    magnitude = blocks.abs()
+    amax = magnitude.amax(-1, keepdim=True)
+    # Not a division: on CUDA, PyTorch divides by a Python number by multiplying with its reciprocal.
+    global_scale = global_amax.float().amax() * (1.0 / (_E2M1_MAX * _E4M3_MAX))
+    invalid = amax.isnan() | global_scale.isnan()
+    global_scale = torch.where(global_scale > 0.0, global_scale, _NVFP4_MIN_GLOBAL_SCALE)
+    scale = torch.fmin(amax * _device_reciprocal(_E2M1_MAX * global_scale), amax.new_tensor(_E4M3_MAX))
+    scale = scale.to(torch.float8_e4m3fn).float() * global_scale
+    scale = torch.where(scale >= _NVFP4_MIN_SCALE, scale, 1.0).masked_fill_(invalid, torch.nan)
+    return _round_e2m1_(magnitude.mul_(_device_reciprocal(scale))).mul_(scale).copysign_(blocks)
+
+
+def _round_e2m1_(magnitude: Tensor) -> Tensor:
+    """Rounds non-negative FP32 numbers in place to E2M1 (0, .5, 1, 1.5, 2, 3, 4, 6), ties to even; above 6, NaN: 6."""
+    magnitude.nan_to_num_(nan=_E2M1_MAX).clamp_(max=_E2M1_MAX)
+    # The spacing of E2M1 is half the power of two below the number, at least 0.5. Adding 2**23 spacings leaves the
+    # FP32 sum no finer digit, so that the addition itself rounds to nearest, ties to even.
+    shift = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
+    shift.clamp_(min=1.0).mul_(2.0**22)
+    return magnitude.add_(shift).sub_(shift)
+
+
+def _device_reciprocal(x: Tensor) -> Tensor:
+    """Reciprocal as the GPU's ``MUFU.RCP`` gives it."""
+    return x.reciprocal()
+
+
+def _check(x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise UserError(f"FP4 fake quantization takes float32, float16 or bfloat16, not {x.dtype}: cast the tensor")
+    if x.dim() == 0:
+        raise UserError("FP4 fake quantization needs a tensor with at least one dimension: reshape the scalar")
+
+
+def _backend_of(attributes: dict[str, Any]) -> str | None:
+    """Backend for one quantizer's attributes, ``None`` if it is no enabled FP4 block quantizer."""
+    block_sizes = attributes.get("block_sizes")
+    if not attributes.get("enable", True) or not block_sizes or _bits(attributes.get("num_bits")) != (2, 1):
+        return None
+    backend = _BACKENDS.get(_bits(block_sizes.get("scale_bits")))
+    if backend is not None and block_sizes.get("type") != "dynamic":
+        raise Unsupported("FP4 with static block scales needs ModelOpt's CUDA kernels: set block_sizes type to dynamic")
+    return backend
+
+
+def _bits(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else ()
+
+
+def _block_size(inputs: Tensor, quantizer: Any) -> int:
+    size = quantizer.block_sizes.get(-1) or quantizer.block_sizes.get(inputs.dim() - 1)
+    if size is None:
+        raise UserError("FP4 quantizes blocks of the last dimension: give block_sizes the key -1")
+    return int(size)
+
+
+def _mxfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
+    return mxfp4(inputs, _block_size(inputs, quantizer))
+
+
+def _nvfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
+    # The calibrated amax, a pinned one, or this tensor's: ModelOpt's own choice has no public name.
+    amax = quantizer._get_amax(inputs)
+    return nvfp4(inputs, amax, _block_size(inputs, quantizer), quantizer._pass_through_bwd)

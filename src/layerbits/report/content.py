@@ -1,0 +1,153 @@
+"""What a report tells, as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from layerbits.frames import Intervals, groups_for_share, listed
+from layerbits.report.wording import config_words
+from layerbits.result import NonFinite, SensitivityResult, by_kind
+
+SCHEMA_VERSION = 1
+MOST = 0.9
+"""The share of the damage whose number of groups is told."""
+_NAMED = 20
+
+
+def json_report(result: SensitivityResult, intervals: Intervals | None = None) -> dict[str, Any]:
+    """Everything that the Markdown report tells, as JSON data (numbers that are not finite become ``None``).
+
+    Args:
+        result: What was measured.
+        intervals: (group key, candidate name) → ends of the predicted KL; its layers then carry ``low`` and ``high``.
+    """
+    chosen = result.recipe.chosen
+    kept = [g for g, name in zip(result.groups, chosen, strict=True) if name is None]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_name": result.run_name,
+        "created": result.created,
+        "attention": list(_attention(result)),
+        "model": asdict(result.model),
+        "calibration": {**asdict(result.calibration), "batch_loss_tokens": list(result.calibration.batch_loss_tokens)},
+        "method": result.method,
+        "engine": result.engine,
+        "seed": result.seed,
+        "device": result.device,
+        "recipe": {
+            "target_bits": result.recipe.target_bits,
+            "effective_bits": result.recipe.effective_bits,
+            "effective_bits_modelopt": result.recipe.effective_bits_modelopt,
+            "score": _number(result.recipe.score),
+            "groups": len(result.groups),
+            "quantized_groups": len(result.groups) - len(kept),
+            "unquantized_modules": [m for g in kept for m in g.modules],
+        },
+        "candidates": [_candidate(result, c, intervals) for c in range(len(result.candidates))],
+        "nonfinite": [asdict(n) for n in result.nonfinite],
+        "seconds": dict(result.seconds),
+        "memory": dict(result.memory),
+        "tags": dict(result.tags),
+        "provenance": dict(result.provenance),
+    }
+
+
+def _candidate(result: SensitivityResult, c: int, intervals: Intervals | None) -> dict[str, Any]:
+    info = result.candidates[c]
+    scores, kl = result.scores[:, c], result.predicted_kl[:, c]
+    total, chosen, shares = result.total("scores", c), result.recipe.chosen, result.shares(c)
+    position = {g.key: i for i, g in enumerate(result.groups)}
+    layers = []
+    for row in result.rows():
+        if row["candidate"] != info.name:
+            continue
+        layer = {
+            "rank": row["rank"],
+            "layer": row["layer"],
+            "block": row["block"],
+            "kind": row["kind"],
+            "modules": row["modules"],
+            "weights": row["weights"],
+            "predicted_kl": _number(row["predicted_kl"]),
+            "score": _number(row["score"]),
+            "share": _number(row["score"] / total) if total > 0 else None,
+            "chosen": chosen[position[row["layer"]]],
+        }
+        if intervals is not None:
+            low, high = intervals.get((row["layer"], info.name), (math.nan, math.nan))
+            layer |= {"low": _number(low), "high": _number(high)}
+        layers.append(layer)
+    kinds = [
+        {
+            "kind": kind,
+            "groups": len(at),
+            "weights": sum(result.groups[i].weights for i in at),
+            "predicted_kl": _sum(kl[at]),
+            "score": _sum(scores[at]),
+            "share": shares[kind] if total > 0 else None,
+            "quantized": sum(chosen[i] == info.name for i in at),
+        }
+        for kind, at in by_kind(result.groups)
+    ]
+    return {
+        "name": info.name,
+        "quant_pair": info.quant_pair,
+        "granularity": info.granularity,
+        "format_name": info.format_name,
+        "words": config_words(info.config),
+        "config_hash": info.config_hash,
+        "adjustments": list(info.adjustments),
+        "bits": info.bits,
+        "bits_modelopt": info.bits_modelopt,
+        "predicted_kl_sum": _sum(kl),
+        "score_sum": _sum(scores),
+        "nonfinite": int((~np.isfinite(scores)).sum()),
+        "groups_for_most": groups_for_share(scores, MOST) or None,
+        "kinds": kinds,
+        "layers": layers,
+    }
+
+
+def _attention(result: SensitivityResult) -> Iterator[str]:
+    """What a reader must know before any number, a sentence each."""
+    known = np.isfinite(result.predicted_kl).any()
+    for c, info in enumerate(result.candidates):
+        entries = [n for n in result.nonfinite if n.candidate == info.name]
+        why = {n.group: n.detail for n in reversed(entries)}
+        bad = [g.key for g, score in zip(result.groups, result.scores[:, c], strict=True) if not math.isfinite(score)]
+        if bad:
+            names = listed([f"{key} ({why[key]})" if why.get(key) else key for key in bad], _NAMED)
+            yield (
+                f"{info.name}: the score of {len(bad)} of {len(result.groups)} groups is not finite: {names}. They "
+                "rank last, and totals and shares leave them out."
+            )
+        parts = [_entry(n) for n in entries if n.group not in bad]
+        if parts:
+            yield f"{info.name}: not finite within groups that have a score: {listed(parts, _NAMED)}."
+        half = np.isfinite(result.scores[:, c]) & ~np.isfinite(result.predicted_kl[:, c])
+        if known and half.any():
+            names = listed([result.groups[i].key for i in np.flatnonzero(half)], _NAMED)
+            yield f"{info.name}: the predicted KL of {names} is not finite and missing in its sum."
+    if not known and np.isfinite(result.scores).any():
+        yield "The predicted KL is not known for this result: only raw scores are told."
+    yield from result.warnings
+
+
+def _entry(n: NonFinite) -> str:
+    sample = f" sample {n.sample}" if n.sample is not None else ""
+    return f"{n.group}{sample}{f' ({n.detail})' if n.detail else ''}"
+
+
+def _sum(values: Any) -> float | None:
+    """Sum of the finite values; ``None`` where there is none, which is not the same as zero."""
+    finite = values[np.isfinite(values)]
+    return float(finite.sum()) if finite.size else None
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,65 @@
+"""Reports and figures on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from layerbits.atomic import atomic
+from layerbits.frames import Intervals
+from layerbits.report.content import json_report
+from layerbits.report.markdown import markdown_report
+from layerbits.result import SensitivityResult, load_manifest, write_json
+
+MARKDOWN = Path("report") / "layer-sensitivity-report.md"
+JSON = Path("report") / "layer-sensitivity-report.json"
+MANIFEST = Path("manifest.json")
+SAMPLES = Path("sensitivity") / "scores.parquet"
+
+
+def write_report(result: SensitivityResult, directory: Path, intervals: Intervals | None = None) -> list[Path]:
+    """Writes what a result leaves that needs no torch; each file is whole or not there.
+
+    The manifest follows the per-sample scores, so that one without them says that none were kept.
+
+    Args:
+        result: What was measured.
+        directory: Made where missing.
+        intervals: (group key, candidate name) → ends of the predicted KL.
+
+    Returns:
+        Paths of ``sensitivity/scores.parquet`` (where the engine kept samples), ``manifest.json``, the reports and the
+        figures.
+    """
+    paths = []
+    if result.sample_kl is not None and result.sample_tokens is not None:
+        paths.append(directory / SAMPLES)
+        with atomic(paths[-1]) as file:
+            result.sample_frame().to_parquet(file)
+    write_json(directory / MANIFEST, result.to_manifest())
+    return [*paths, directory / MANIFEST, *_render(result, directory, intervals)]
+
+
+def rebuild(manifest_path: Path, out_dir: Path) -> Path:
+    """Makes the reports and figures of a past run again, from its manifest alone.
+
+    Args:
+        manifest_path: ``manifest.json`` of a run, or its folder.
+        out_dir: Where ``report/`` and ``figures/`` go; may be the run's own folder.
+
+    Returns:
+        Path of the Markdown report.
+
+    Raises:
+        UserError: The manifest is missing or not one.
+    """
+    _render(load_manifest(manifest_path), out_dir, None)
+    return out_dir / MARKDOWN
+
+
+def _render(result: SensitivityResult, directory: Path, intervals: Intervals | None) -> list[Path]:
+    from layerbits.figures import save_figures  # matplotlib takes a second to import
+
+    write_json(directory / JSON, json_report(result, intervals))
+    with atomic(directory / MARKDOWN) as file:
+        file.write(markdown_report(result, intervals).encode())
+    return [directory / MARKDOWN, directory / JSON, *save_figures(result, directory / "figures", intervals)]

@@ -1,0 +1,81 @@
+"""ModelOpt quantizer settings and module names in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from layerbits.bits import INPUT, WEIGHT, effective_cfgs
+from layerbits.errors import UserError
+
+
+def config_words(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a candidate's configuration does, in words.
+
+    Args:
+        config: ``quant_cfg`` and ``algorithm`` in plain JSON types; empty where it is not known.
+
+    Returns:
+        ``weight``, ``activation`` and ``algorithm``.
+    """
+    if "quant_cfg" not in config:
+        return dict.fromkeys(("weight", "activation", "algorithm"), "not known")
+    algorithm = config.get("algorithm")
+    method = algorithm.get("method") if isinstance(algorithm, Mapping) else algorithm
+    try:
+        cfgs = effective_cfgs(dict(config))
+    except UserError as error:  # a configuration that another version wrote still gets its report
+        return {"weight": str(error), "activation": "not known", "algorithm": str(method)}
+    return {
+        "weight": quantizer_words(cfgs[WEIGHT], WEIGHT),
+        "activation": quantizer_words(cfgs[INPUT], INPUT),
+        "algorithm": "none" if method is None else str(method),
+    }
+
+
+def quantizer_words(cfg: Any, quantizer: str) -> str:
+    """One quantizer's ``cfg`` in words, e.g. ``FP4 (E2M1), blocks of 32 with E8M0 scales, dynamic``."""
+    if cfg is None:
+        return "not quantized, compute dtype"
+    if isinstance(cfg, Sequence):
+        return ", then ".join(quantizer_words(stage, quantizer) for stage in cfg)
+    blocks = cfg.get("block_sizes") or {}
+    kind = blocks.get("type") or cfg.get("type") or "static"
+    return f"{_number(cfg.get('num_bits', 8))}, {_scales(cfg, blocks, quantizer)}, {kind}"
+
+
+def modules_words(modules: Sequence[str]) -> str:
+    """Module names with what they share said once: ``model.layers.0.mlp: gate_proj, up_proj``."""
+    parents = {m.rpartition(".")[0] for m in modules}
+    if len(modules) < 2 or len(parents) > 1 or parents == {""}:
+        return ", ".join(f"`{m}`" for m in modules)
+    return f"`{parents.pop()}`: " + ", ".join(f"`{m.rpartition('.')[2]}`" for m in modules)
+
+
+def _number(bits: Any) -> str:
+    if isinstance(bits, Sequence) and not isinstance(bits, str):
+        exponent, mantissa = bits
+        return f"FP{exponent + mantissa + 1} (E{exponent}M{mantissa})"
+    return f"INT{bits}" if isinstance(bits, int) else str(bits)
+
+
+def _scales(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], quantizer: str) -> str:
+    lengths = {int(k): v for k, v in blocks.items() if str(k).lstrip("-").isdigit()}
+    if lengths and None not in lengths.values():
+        scale = blocks.get("scale_bits")
+        stored = f"E{scale[0]}M{scale[1]}" if isinstance(scale, Sequence) else f"{scale or 16}-bit"
+        return f"blocks of {' × '.join(str(v) for v in lengths.values())} with {stored} scales"
+    last = "input channel"
+    # ModelOpt's axes are those that keep a scale of their own; whole-dimension blocks name those that share one.
+    if lengths:
+        if set(lengths) == {-1}:
+            return "a scale per output channel" if quantizer == WEIGHT else "a scale per token"
+        return f"a scale per slice across dimensions {sorted(lengths)}"
+    axis = cfg.get("axis")
+    if axis is None:
+        return "a scale per tensor"
+    if quantizer == WEIGHT:
+        return (
+            f"a scale per {({0: 'output channel', -2: 'output channel', 1: last, -1: last}).get(axis, f'axis {axis}')}"
+        )
+    return f"a scale per {({2: last, -1: last}).get(axis, f'axis {axis}')}"
