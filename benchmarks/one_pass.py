@@ -1,6 +1,7 @@
 """One pass against stock ``mtq.auto_quantize``: seconds, peak memory, equality of scores and recipes.
 
     python benchmarks/one_pass.py --shape qwen3-vl-4b --parts floor,stock,fast,lean --out record.json
+    torchrun --nproc_per_node 2 benchmarks/one_pass.py --parts floor,fast,rows
     python benchmarks/one_pass.py --shape tiny --steps 2 --rows 2 --length 64 --device cpu
 
 All parts run in one process on one model of random weights; kernels are built and warmed before the clock starts.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -25,7 +27,7 @@ from layerbits.candidate import resolve_candidate
 from layerbits.formats import QuantPair
 from layerbits.granularity import Overlay
 from layerbits.provenance import provenance
-from layerbits.scoring import onepass, stock
+from layerbits.scoring import distributed, onepass, stock
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.memory import checkpointed
 from layerbits.scoring.steps import calibration_forward, has_plain_head, loss_backward
@@ -57,22 +59,27 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.device = arguments.device
+        self.jobs = 0
+        if self.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
-        self.loaded = random_model(arguments.shape, self.device, dtype)
+        self.loaded = random_model(arguments.shape, distributed.device(self.device), dtype)
         self.rows = random_rows(
             self.loaded.model.get_input_embeddings().num_embeddings, arguments.steps, arguments.rows, arguments.length
         )
         head = self.loaded.model.get_output_embeddings()
         self.scored = tuple(n for n in self.loaded.linears if self.loaded.model.get_submodule(n) is not head)
+        # one folder for all processes of a torchrun
+        self.folder = Path(tempfile.gettempdir()) / f"one-pass-{os.environ.get('MASTER_PORT', os.getpid())}"
         self.record: dict[str, Any] = {"arguments": vars(arguments), "provenance": provenance(CONFIGS.parent)}
 
     def job(self, pairs: tuple[str, ...], memory: str = "fast", steps: int | None = None) -> ScoringJob:
         """A job in a fresh folder, so that nothing is resumed."""
         rows = self.rows if steps is None else type(self.rows)(self.rows.calib[:steps], self.rows.score[:steps], 1, ())
         found = configs(pairs, self.device)
-        return ScoringJob(
-            self.loaded, self.scored, found, rows, "gradient", 12.0, Path(tempfile.mkdtemp()), "benchmark", memory
-        )
+        self.jobs += 1
+        folder = self.folder / str(self.jobs)
+        return ScoringJob(self.loaded, self.scored, found, rows, "gradient", 12.0, folder, "benchmark", memory)
 
     def timed(self, name: str, run: Any) -> Any:
         """Runs, and records seconds and peak GB."""
@@ -90,7 +97,8 @@ class Bench:
         if isinstance(result, Scores):
             row |= {f"seconds_{k}": v for k, v in result.seconds.items()} | dict(result.memory)
         self.record[name] = row
-        print(name, {k: round(v, 3) for k, v in row.items()}, flush=True)
+        if distributed.rank() == 0:
+            print(name, {k: round(v, 3) for k, v in row.items()}, flush=True)
         return result
 
     def floor(self) -> None:
@@ -197,7 +205,9 @@ def main() -> None:
         print("stock_six", bench.record["stock_six"])
         if one is not None:
             bench.compare(one, found)
-    if out:
+    if "rows" in parts:  # to compare the sums of runs with different numbers of processes
+        bench.record["sums"] = onepass.score(bench.job(SIX)).raw.sum(axis=0).tolist()
+    if out and distributed.rank() == 0:
         out.write_text(json.dumps(bench.record, indent=1) + "\n")
 
 

@@ -40,7 +40,13 @@ def sensitivity(settings: Settings) -> None:
     if settings.report_only:
         from layerbits.report import rebuild
 
-        print(f"report: {rebuild(settings.report_only, settings.output_root / 'report_only')}")
+        print(f"report: {rebuild(Path(settings.report_only), settings.output_root / 'report_only')}")
+        return
+    from layerbits.scoring import distributed
+    from layerbits.sensitivity import plan, run
+
+    if distributed.rank() > 0:  # under torchrun the first process writes and logs, the others only score
+        run(plan(settings), ROOT)
         return
     if not settings.tracking.enabled:
         _score(settings)

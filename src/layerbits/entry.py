@@ -73,14 +73,26 @@ def check_choices(arguments: Sequence[str], configs: Path) -> None:
                 raise UserError(f"{group}={value} is not known; {hint} or add configs/{group}/{value}.yaml")
 
 
-def run(main: Callable[[], object], configs: Path) -> None:
-    """Runs a script's main function; a :class:`UserError` ends it with one line and status 2."""
-    sys.argv[1:] = hydra_arguments(sys.argv[1:])
+def run(main: Callable[[], object], configs: Path, lists: Sequence[str] = ()) -> None:
+    """Runs a script's main function; a :class:`UserError` ends it with one line and status 2.
+
+    Args:
+        main: Decorated by ``hydra.main``.
+        configs: Folder of the config groups.
+        lists: Keys whose comma-separated value is one text, where Hydra alone would read a sweep.
+    """
+    arguments = hydra_arguments(sys.argv[1:])
+    sys.argv[1:] = [_quoted(a) if a.partition("=")[0] in lists else a for a in arguments]
     try:
         check_choices(sys.argv[1:], configs)
         main()
     except UserError as error:
         fail(error)
+
+
+def _quoted(argument: str) -> str:
+    key, _, value = argument.partition("=")
+    return argument if value[:1] in ("'", '"', "[") else f"{key}='{value}'"
 
 
 def fail(error: UserError) -> None:

@@ -11,12 +11,15 @@ kernels turn into a finite number, makes its whole block NaN here, so that it is
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import shutil
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +32,7 @@ _BACKENDS: dict[tuple[int, ...], str] = {(8, 0): MXFP4_BACKEND, (4, 3): NVFP4_BA
 
 _E2M1_MAX = 6.0
 _E4M3_MAX = 448.0
+_E4M3_NAN = 0x7F
 _FP32_MAX = torch.finfo(torch.float32).max
 _FP32_TINY = torch.finfo(torch.float32).tiny
 _FP32_LARGEST_SUBNORMAL = _FP32_TINY - 2.0**-149
@@ -37,6 +41,8 @@ _NVFP4_BLOCK_SIZE = 16
 _NVFP4_MIN_SCALE = 1e-5
 """Block scales below it are replaced by 1 (``fp4_kernel_hopper.py``)."""
 _NVFP4_MIN_GLOBAL_SCALE = 1e-12
+_RECIPROCAL_ROUNDING = 2023
+"""What the reciprocal unit adds to its sum before it drops the 15 lowest bits."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -201,9 +207,12 @@ def _nvfp4_blocks(blocks: Tensor, global_amax: Tensor) -> Tensor:
     invalid = amax.isnan() | global_scale.isnan()
     global_scale = torch.where(global_scale > 0.0, global_scale, _NVFP4_MIN_GLOBAL_SCALE)
     scale = torch.fmin(amax * _device_reciprocal(_E2M1_MAX * global_scale), amax.new_tensor(_E4M3_MAX))
-    scale = scale.to(torch.float8_e4m3fn).float() * global_scale
-    scale = torch.where(scale >= _NVFP4_MIN_SCALE, scale, 1.0).masked_fill_(invalid, torch.nan)
-    return _round_e2m1_(magnitude.mul_(_device_reciprocal(scale))).mul_(scale).copysign_(blocks)
+    # Every block has one of 127 scales, so their reciprocals are made once and looked up by the E4M3 code.
+    code = scale.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill_(invalid, _E4M3_NAN).long()
+    scales = torch.arange(_E4M3_NAN, dtype=torch.uint8, device=blocks.device).view(torch.float8_e4m3fn).float()
+    scales = scales * global_scale
+    scales = torch.nn.functional.pad(torch.where(scales >= _NVFP4_MIN_SCALE, scales, 1.0), (0, 1), value=torch.nan)
+    return _round_e2m1_(magnitude.mul_(_device_reciprocal(scales)[code])).mul_(scales[code]).copysign_(blocks)
 
 
 def _round_e2m1_(magnitude: Tensor) -> Tensor:
@@ -217,8 +226,34 @@ def _round_e2m1_(magnitude: Tensor) -> Tensor:
 
 
 def _device_reciprocal(x: Tensor) -> Tensor:
-    """Reciprocal as the GPU's ``MUFU.RCP`` gives it."""
-    return x.reciprocal()
+    """Reciprocal as the GPU's ``MUFU.RCP`` gives it: within 1 ulp, not always the nearest FP32 number.
+
+    The unit interpolates quadratically (Oberman and Siu, "A High-Performance Area-Efficient Multifunction
+    Interpolator", ARITH 2005): the upper 7 bits of the mantissa select three coefficients, the lower 16 are the
+    variable. ``tests/golden/fit_reciprocal.py`` finds the coefficients from an H200's reciprocals of all mantissas.
+    """
+    coefficients, square = _reciprocal_tables(x.device)
+    bits = x.view(torch.int32).long()
+    low = bits & 0xFFFF
+    c0, c1, c2 = coefficients[:, (bits >> 16) & 0x7F]
+    mantissa = ((c0 << 13) - c1 * low + c2 * square[low] + _RECIPROCAL_ROUNDING) >> 15
+    result = (((252 - (bits >> 23)) << 23) + mantissa).int().view(torch.float32)
+    # The rest (zero, infinity, NaN, a subnormal argument or result) decides no rounding.
+    return torch.where((x >= _FP32_TINY) & (x <= 1.0 / _FP32_TINY), result, x.reciprocal())
+
+
+@functools.cache
+def _reciprocal_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Coefficients ``[3, 128]`` of the interpolation and, in units of ``2**17``, the squares ``[2**16]`` in it."""
+    with resources.files("layerbits").joinpath("data/gpu_reciprocal.csv").open() as file:
+        coefficients = np.loadtxt(file, dtype=np.int64, delimiter=",").T
+    low = np.arange(2**16)
+    square = np.zeros_like(low)
+    # The squarer adds the products of the bits i <= j, without those that weigh less than 2**17.
+    for j in range(9, 16):
+        partners = low & ((1 << j) - (1 << (16 - j)))
+        square += ((low >> j) & 1) * ((1 << 2 * j) + (partners << (j + 1)))
+    return torch.from_numpy(coefficients).to(device), torch.from_numpy(square >> 17).to(device)
 
 
 def _check(x: Tensor) -> None:

@@ -41,6 +41,7 @@ class Plan:
         candidates: What one pass scores together, each with what it needs of this machine.
         scored: Names of the linears that the search may touch.
         fingerprint: Digest of all that the scores depend on (not the budget: that is solved anew).
+        cells: Candidate name → digest by which a sweep finds the finished run.
     """
 
     settings: Settings
@@ -52,6 +53,7 @@ class Plan:
     scored: tuple[str, ...]
     device: str
     fingerprint: str
+    cells: Mapping[str, str]
 
     def warnings(self, capability: Capability) -> tuple[str, ...]:
         """What the user should know before a candidate is scored."""
@@ -113,21 +115,16 @@ class Workbench:
         linears = {n: self.linears[n] for n in self.scored(candidate)}
         return check(candidate, linears, self.device == "cuda", self.settings.strict)
 
+    def cell(self, candidate: Candidate, capability: Capability) -> str:
+        """Digest of what a sweep goes by to find a finished run: parameters, configuration, revision and data."""
+        return _digest([*self._identity([(candidate, capability)]), self.settings.autoquant.effective_bits])
+
     def plan(self, candidates: Sequence[tuple[Candidate, Capability]]) -> Plan:
         """A pass over candidates that cover the same linears."""
-        spec, data = self.settings.autoquant, self.settings.dataset
-        scored = self.scored(candidates[0][0])
         versions = provenance(Path.cwd())
-        parts = {
-            "model": [self.resolved.source, self.resolved.revision, *_weights_options(self.settings)],
-            "scored": scored,
-            "candidates": [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
-            "captions": self.captions.digest,
-            "rows": [data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
-            "method": [spec.method, spec.engine, self.settings.seed, self.device],
-            "versions": [versions["version.modelopt"], versions["version.torch"]],
-        }
-        fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        fingerprint = _digest(
+            [*self._identity(candidates), versions["version.modelopt"], versions["version.torch"]],
+        )
         return Plan(
             self.settings,
             tuple(candidates),
@@ -135,10 +132,21 @@ class Workbench:
             self.resolved,
             self.tokenizer,
             self.calibration,
-            scored,
+            self.scored(candidates[0][0]),
             self.device,
             fingerprint,
+            {c.info.name: self.cell(c, capability) for c, capability in candidates},
         )
+
+    def _identity(self, candidates: Sequence[tuple[Candidate, Capability]]) -> list[Any]:
+        spec, data, model = self.settings.autoquant, self.settings.dataset, self.settings.model
+        return [
+            [self.resolved.source, self.resolved.revision, model.dtype, model.random_weights],
+            self.scored(candidates[0][0]),
+            [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
+            [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
+            [spec.method, spec.engine, self.settings.seed, self.device],
+        ]
 
 
 def workbench(settings: Settings) -> Workbench:
@@ -160,6 +168,18 @@ def workbench(settings: Settings) -> Workbench:
     return Workbench(settings, captions, resolved, tokenizer, calibration, linears, device)
 
 
+def load_model(plan: Plan) -> LoadedModel:
+    """Loads a plan's model onto its device."""
+    import torch
+
+    from layerbits.scoring import distributed
+
+    device = distributed.device(plan.device)
+    if plan.device == "cuda":
+        torch.cuda.set_device(device if ":" in device else 0)
+    return load(plan.resolved, plan.tokenizer, device, plan.settings.seed)
+
+
 def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outcome]:
     """Scores a plan's candidates and solves the budget of each.
 
@@ -173,16 +193,16 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     """
     import torch
 
-    from layerbits.scoring import distributed, onepass, stock
+    from layerbits.scoring import onepass, stock
     from layerbits.scoring.job import ScoringJob
 
     settings, spec = plan.settings, plan.settings.autoquant
     seconds: dict[str, float] = {}
-    torch.manual_seed(settings.seed)
     if loaded is None:
         start = time.perf_counter()
-        loaded = load(plan.resolved, plan.tokenizer, distributed.device(plan.device), settings.seed)
+        loaded = load_model(plan)
         seconds["load"] = time.perf_counter() - start
+    torch.manual_seed(settings.seed)
     job = ScoringJob(
         loaded=loaded,
         scored=plan.scored,
@@ -218,7 +238,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                 provenance=facts,
                 seconds={**seconds, **scores.seconds},
                 memory={**peak_memory(), **scores.memory},
-                tags=_tags(plan, capability, scores),
+                tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
                 warnings=(*plan.warnings(capability), *scores.notes),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             ),
@@ -335,8 +355,8 @@ def _shown(composed: Mapping[str, Any]) -> dict[str, Any]:
     return {**composed, "tracking": tracking}
 
 
-def _weights_options(settings: Settings) -> list[Any]:
-    return [settings.model.dtype, settings.model.random_weights]
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _calibration_info(plan: Plan) -> CalibrationInfo:

@@ -104,8 +104,9 @@ def test_the_gpu_computes_what_the_cpu_does(quantizer, cfg, dtype):
         values = layers["cpu"].weight.detach() if quantizer == WEIGHT else x
         on_cpu = getattr(layers["cpu"], quantizer)(values)
         on_gpu = getattr(layers["cuda"], quantizer)(values.cuda()).cpu()
-        # A scale that the two round differently in its last bit may move a value that lies on a tie.
-        assert (on_cpu != on_gpu).float().mean() <= 1e-3, (x.shape, (on_cpu - on_gpu).abs().max())
+        # The kernels multiply by a reciprocal where the CPU divides: a last bit of the result, and a step for a tie.
+        off = ~torch.isclose(on_cpu, on_gpu, rtol=4 * torch.finfo(dtype).eps, atol=0)
+        assert off.float().mean() <= 1e-3, (x.shape, (on_cpu - on_gpu).abs().max())
 
 
 def test_modelopt_computes_nvfp4_blocks_of_16_whatever_the_format_says():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import layerbits
 from layerbits.result import (
     CalibrationInfo,
     CandidateInfo,
@@ -37,18 +41,30 @@ QUANTIZERS = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_result() -> Callable[..., SensitivityResult]:
     """A factory of synthetic results, consistent in itself (samples sum to the predicted KL, bits to the recipe)."""
     return synthetic
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def published() -> Callable[[str], SensitivityResult]:
     """A factory of results from published tables: ``published("qwen3_vl_4b_lm_medium/wfp8_afp8")``."""
     if not PUBLISHED.is_dir():
         pytest.skip("the published tables are not here")
     return from_table
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., list[str]]:
+    """Runs code in a fresh interpreter that finds the library; returns the lines that it prints."""
+
+    def run(code: str, *arguments: object) -> list[str]:
+        env = {**os.environ, "PYTHONPATH": str(Path(layerbits.__file__).parents[1])}
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.splitlines()
+
+    return run
 
 
 def synthetic(

@@ -242,6 +242,8 @@ def _draw_bars(ax: Axes, part: pd.DataFrame, value: str) -> None:
         known = np.isfinite(low) & np.isfinite(high)
         ax.hlines(y[known], low[known], high[known], color=BLACK, linewidth=1.1)
         ax.plot(low[known], y[known], "|", high[known], y[known], "|", color=BLACK, markersize=6)
+    if not len(part):
+        ax.text(0.5, 0.5, "no finite value", transform=ax.transAxes, ha="center", va="center", fontsize=FONT)
     if spans(amounts, 100.0):
         log_scale(ax, "x", amounts)
     ax.set_yticks(y, part["layer"])

@@ -50,6 +50,7 @@ _COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _MARKERS = ("o", "D", "^", "s", "v", "P", "X")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", _DASHES["dash-dot-dot"], _DASHES["dots"], _DASHES["long"])
 _DECADES_SHOWN = 8  # below the top, a colour scale ends: rounding noise near zero must not use up the colours
+_ZERO = "$0$"
 _DPI = 120
 
 
@@ -163,7 +164,7 @@ def draw_line(ax: Axes, cells: Grid, kind: str, style: Mapping[str, Any]) -> Non
     foot = ax.get_xaxis_transform()
     ax.plot(bad, np.full(bad.size, 0.02), "x", color=style["color"], markersize=6, transform=foot)
     zero = blocks[values <= 0]
-    ax.plot(zero, np.zeros(zero.size), marker=3, linestyle="", color=style["color"], markersize=6, transform=foot)
+    ax.plot(zero, np.full(zero.size, 0.03), marker=_ZERO, linestyle="", color=style["color"], transform=foot)
     if None in cells.blocks and cells.present[row, -1] and cells.values[row, -1] > 0:
         ax.axhline(cells.values[row, -1], linewidth=1.4, color=style["color"], linestyle=style["linestyle"])
 
@@ -179,7 +180,7 @@ def finish_lines(axes: Sequence[Axes], grids: Sequence[Grid]) -> None:
             ax.set_ylim(positive.min() / 2, positive.max() * 2)
         else:
             ax.set_ylim(0, positive.max() * 1.08 if positive.size else 1.0)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
         if blocks:
             ax.set_xlim(min(blocks) - 0.7, max(blocks) + 0.7)
         plain_axes(ax, "both")
@@ -192,7 +193,7 @@ def odd_keys(grids: Sequence[Grid]) -> list[Line2D]:
     if unusable:
         keys.append(key(f"not finite: {listed(unusable)}", marker="x", linestyle="", color=GREY))
     if any((g.present & (g.values <= 0)).any() for g in grids):
-        keys.append(key("zero", marker=3, linestyle="", color=GREY))
+        keys.append(key("zero or below", marker=_ZERO, linestyle="", color=GREY))
     return keys
 
 

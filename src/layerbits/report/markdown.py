@@ -13,10 +13,10 @@ from layerbits.report.wording import modules_words
 from layerbits.result import SensitivityResult
 
 FIGURES = {
-    "heatmap": "Sensitivity by block and kind",
-    "by_layer": "Along the blocks",
-    "ranked": "Most sensitive groups",
-    "cumulative": "How many groups make most of the damage",
+    "heatmap": "by block and kind",
+    "by_layer": "along the blocks",
+    "ranked": "most sensitive groups",
+    "cumulative": "how many groups make most of the damage",
 }
 """Files that :func:`layerbits.figures.save_figures` writes, with their captions."""
 _LISTED = 10
@@ -106,8 +106,8 @@ def _headline(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _figures() -> Iterator[str]:
-    for name, caption in FIGURES.items():
-        yield f"![{caption}](../figures/{name}.png)"
+    # Links, not images: MLflow's viewer cannot resolve a relative image, which would show as broken.
+    yield "Figures: " + ", ".join(f"[{caption}](../figures/{name}.png)" for name, caption in FIGURES.items())
 
 
 def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
@@ -197,7 +197,7 @@ def _run(data: Mapping[str, Any]) -> Iterator[str]:
                 ["inputs", c["words"]["activation"]],
                 ["calibration algorithm", c["words"]["algorithm"]],
                 ["config hash", f"`{c['config_hash']}`"],
-                ["adjusted", "<br>".join(c["adjustments"]) or "nothing: the format as it is named"],
+                ["adjusted", "; ".join(c["adjustments"]) or "nothing: the format as it is named"],
             ],
         )
 
@@ -224,8 +224,8 @@ def _reading(method: str, intervals: bool) -> Iterator[str]:
         yield (
             "**Predicted KL** is half of that sum on the scale of one token's loss, ½ · Σ N²·raw / Σ N over the "
             "batches with N loss tokens each, in nats per token. It compares across runs, pairs and batch sizes. Under "
-            "a diagonal empirical Fisher it estimates the KL divergence that quantizing this group alone would cause: an "
-            "estimate, not a measurement. The total over groups assumes that damages add."
+            "a diagonal empirical Fisher it estimates the KL divergence that quantizing this group alone would cause: "
+            "an estimate, not a measurement. The total over groups assumes that damages add."
         )
     if intervals:
         yield f"**low** and **high** are the ends of each group's {_kl_name(method)} interval, from resampled captions."

@@ -8,6 +8,12 @@ from typing import Any
 from layerbits.bits import INPUT, WEIGHT, effective_cfgs
 from layerbits.errors import UserError
 
+# Weights are [out, in], activations [batch, tokens, in].
+_AXES: dict[str, dict[Any, str]] = {
+    WEIGHT: {0: "output channel", -2: "output channel", 1: "input channel", -1: "input channel"},
+    INPUT: {2: "input channel", -1: "input channel"},
+}
+
 
 def config_words(config: Mapping[str, Any]) -> dict[str, str]:
     """What a candidate's configuration does, in words.
@@ -63,9 +69,9 @@ def _scales(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], quantizer: str) -
     lengths = {int(k): v for k, v in blocks.items() if str(k).lstrip("-").isdigit()}
     if lengths and None not in lengths.values():
         scale = blocks.get("scale_bits")
-        stored = f"E{scale[0]}M{scale[1]}" if isinstance(scale, Sequence) else f"{scale or 16}-bit"
-        return f"blocks of {' × '.join(str(v) for v in lengths.values())} with {stored} scales"
-    last = "input channel"
+        stored = f"E{scale[0]}M{scale[1]}" if isinstance(scale, Sequence) else f"{scale}-bit"
+        words = f"blocks of {' × '.join(str(v) for v in lengths.values())}"
+        return words if scale is None else f"{words} with {stored} scales"
     # ModelOpt's axes are those that keep a scale of their own; whole-dimension blocks name those that share one.
     if lengths:
         if set(lengths) == {-1}:
@@ -74,8 +80,6 @@ def _scales(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], quantizer: str) -
     axis = cfg.get("axis")
     if axis is None:
         return "a scale per tensor"
-    if quantizer == WEIGHT:
-        return (
-            f"a scale per {({0: 'output channel', -2: 'output channel', 1: last, -1: last}).get(axis, f'axis {axis}')}"
-        )
-    return f"a scale per {({2: last, -1: last}).get(axis, f'axis {axis}')}"
+    if isinstance(axis, Sequence):
+        axis = axis[0] if len(axis) == 1 else tuple(axis)
+    return f"a scale per {_AXES[quantizer].get(axis, f'axis {axis}')}"

@@ -7,11 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from layerbits.scoring.steps import LOGITS_AT_ONCE
+
 MODES = ("auto", "fast", "lean")
 
 _AUTOGRAD = 0.8
 """Bytes that autograd keeps per byte of the scored linears' inputs and outputs (attention, norms, activations)."""
-_LOGITS = 3 * (1 << 29)  # logits, their gradient and a copy in float32, one piece of the chunked loss
+_LOGIT = 18
+"""Bytes per logit of the loss: logits, their float32 copy, log-probabilities and gradients."""
 _HEADROOM = 0.92  # of what is free: the allocator's fragments and the kernels' workspaces
 
 
@@ -22,11 +25,13 @@ class MemoryPlan:
     Attributes:
         mode: ``fast`` keeps activations and quantized weights; ``lean`` recomputes activations block by block and
             quantizes weights on the fly.
-        fast_gb: Estimated peak of ``fast``. lean_gb: Estimated peak of ``lean``.
+        pieces: Whether the loss must make its logits in pieces to fit.
+        fast_gb: Estimated peak of ``fast``. lean_gb: Estimated peak of ``lean``, both with logits in pieces.
         free_gb: Memory that is free for the pass, the loaded model counted as free.
     """
 
     mode: str
+    pieces: bool
     fast_gb: float
     lean_gb: float
     free_gb: float
@@ -49,11 +54,14 @@ def plan_memory(model: Any, linears: list[Any], tokens: int, weight_settings: in
     copies = weight_settings * sum(m.weight.numel() for m in linears) * size
     largest = 2 * max(m.weight.numel() for m in linears) * size * max(1, weight_settings)
     boundary = blocks * tokens * linears[0].in_features * size
-    fast = own + kept + copies + _LOGITS
-    lean = own + kept / blocks + boundary + largest + _LOGITS
+    logits = tokens * model.get_output_embeddings().weight.shape[0] * _LOGIT
+    piece = min(logits, LOGITS_AT_ONCE * _LOGIT)
+    fast = own + kept + copies + piece
+    lean = own + kept / blocks + boundary + largest + piece
     free = own + _free_bytes(linears[0].weight.device)
     mode = wanted if wanted != "auto" else ("fast" if fast <= _HEADROOM * free else "lean")
-    return MemoryPlan(mode, fast / 1e9, lean / 1e9, free / 1e9)
+    whole = (fast if mode == "fast" else lean) - piece + logits
+    return MemoryPlan(mode, whole > _HEADROOM * free, fast / 1e9, lean / 1e9, free / 1e9)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def score(job: ScoringJob) -> Scores:
     start = clock()
     resumed = log.read(0) is not None
     mode = memory.mode
-    chunked = head not in job.scored and has_plain_head(model, job.calibration.score[0])
+    chunked = memory.pieces and head not in job.scored and has_plain_head(model, job.calibration.score[0])
     mine = list(range(distributed.rank(), len(job.calibration.score), distributed.world()))
     for index in progress(mine, "scoring"):
         if log.read(index) is None:
@@ -120,7 +120,7 @@ def _calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> 
         log.write_ranges(taps.ranges(), part=1 + distributed.rank())
         distributed.barrier()
         parts = [log.read_ranges(1 + r) or {} for r in range(distributed.world())]
-        known = {name: np.maximum.reduce([p[name] for p in parts if name in p]) for name in parts[0]}
+        known = {name: np.maximum.reduce([p[name] for p in parts if name in p]) for name in {n for p in parts for n in p}}
         if distributed.rank() == 0:
             log.write_ranges(known)
     taps.load_ranges(known)

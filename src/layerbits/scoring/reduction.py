@@ -16,29 +16,34 @@ def token_scores(gradient: Any, quantized: Any, output: Any) -> Any:
 
     Args:
         gradient: dL/dy, ``[..., out_features]``.
-        quantized: Output with the candidate's quantizers, same shape and dtype.
-        output: Output of the unquantized linear, same shape and dtype.
+        quantized: Outputs with ``n`` quantized weights side by side, ``[..., n * out_features]``.
+        output: Output of the unquantized linear, ``[..., out_features]``, all of one dtype.
 
     Returns:
-        float32 ``[tokens]``, the leading dimensions flattened.
+        float32 ``[n, tokens]``, the leading dimensions flattened.
     """
     features = output.shape[-1]
-    gradient, quantized, output = (t.reshape(-1, features) for t in (gradient, quantized, output))
+    many = quantized.shape[-1] // features
+    gradient, output = (t.reshape(-1, features) for t in (gradient, output))
+    quantized = quantized.reshape(-1, many, features)
     if output.is_cuda:
-        return _fused(gradient.contiguous(), quantized.contiguous(), output.contiguous())
-    error = (quantized - output).float().mul_(gradient)
-    return error.clamp_(-CLAMP, CLAMP).square_().sum(dim=-1)
+        return _fused(gradient.contiguous(), quantized, output.contiguous())
+    error = (quantized - output[:, None]).float().mul_(gradient[:, None])
+    return error.clamp_(-CLAMP, CLAMP).square_().sum(dim=-1).T
 
 
 def _fused(gradient: Any, quantized: Any, output: Any) -> Any:
     import torch
     import triton
 
-    tokens, features = output.shape
-    scores = torch.empty(tokens, dtype=torch.float32, device=output.device)
-    block = min(4096, triton.next_power_of_2(features))
+    tokens, many, features = quantized.shape
+    scores = torch.empty(many, tokens, dtype=torch.float32, device=output.device)
+    rows = triton.next_power_of_2(many)
+    block = max(64, min(4096 // rows, triton.next_power_of_2(features)))
     with torch.cuda.device(output.device):
-        _kernel()[(tokens,)](gradient, quantized, output, scores, features, CLAMP, BLOCK=block, num_warps=8)
+        _kernel()[(tokens,)](
+            gradient, quantized, output, scores, features, many, tokens, CLAMP, ROWS=rows, BLOCK=block, num_warps=8
+        )
     return scores
 
 

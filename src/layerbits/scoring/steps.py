@@ -8,7 +8,7 @@ from typing import Any
 
 from layerbits.calibration import Batch, Segment
 
-_LOGITS_AT_ONCE = 1 << 27
+LOGITS_AT_ONCE = 1 << 27
 """Logits in one piece of a chunked loss: 512 MB in float32."""
 
 
@@ -72,7 +72,7 @@ def _chunked_backward(model: Any, segment: Segment, loss_tokens: int) -> None:
     kept, targets = _loss_positions(hidden, inputs["input_ids"], segment)
     head = model.get_output_embeddings()
     gradient = torch.empty_like(kept)
-    size = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     for start in range(0, len(kept), size):
         piece = kept[start : start + size].detach().requires_grad_()
         logits = head(piece).float()

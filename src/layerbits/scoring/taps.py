@@ -36,11 +36,12 @@ class Taps:
             if not isinstance(module, torch.nn.Linear):
                 kind = type(module).__name__
                 raise Unsupported(f"{name} is a {kind}; one pass scores linears, use autoquant.engine=stock")
-        self._pairs = settings.pairs
+        self._candidates = len(settings.pairs)
+        self._runs = _runs(settings)
         devices = [m.weight.device for m in self._modules]
         self._weight_quantizers = [[quantizers.make_quantizer(s, d) for s in settings.weights] for d in devices]
         self._input_quantizers = [[quantizers.make_quantizer(s, d) for s in settings.inputs] for d in devices]
-        self._kept: list[list[Any]] | None = [] if keep_weights else None
+        self._kept: list[Any] | None = [] if keep_weights else None
         self._calls = [0] * len(names)
         self._tokens: Any = None
         self._at = 0
@@ -54,7 +55,7 @@ class Taps:
         import torch
 
         axes = {q.axis for row in self._input_quantizers for q in row if quantizers.needs_range(q)}
-        if not axes:
+        if not axes or not batches:  # a process of a torchrun may have none
             return
         running: list[dict[Any, Any]] = [{} for _ in self._modules]
         last: list[Any] = [None, {}]  # fused linears share one input tensor; its ranges are found once
@@ -93,7 +94,7 @@ class Taps:
             f"{name}.{i}": q.amax.float().cpu().numpy()
             for name, row in zip(self._names, self._input_quantizers, strict=True)
             for i, q in enumerate(row)
-            if quantizers.needs_range(q)
+            if quantizers.needs_range(q) and q.amax is not None
         }
 
     def load_ranges(self, ranges: dict[str, Any]) -> None:
@@ -129,7 +130,7 @@ class Taps:
         import torch
 
         owner = torch.cat([s.sample.flatten() for s in batch.segments])
-        shape = (len(self._names), len(self._pairs), len(owner))
+        shape = (len(self._names), self._candidates, len(owner))
         self._tokens = torch.zeros(shape, device=self._modules[0].weight.device)
         self._at = 0
         self._calls = [0] * len(self._names)
@@ -171,18 +172,44 @@ class Taps:
         x, y = held
         held.clear()  # the graph outlives this hook, the tensors need not
         self._calls[index] += 1
-        bias = self._modules[index].bias
-        span = slice(self._at, self._at + y.numel() // y.shape[-1])
+        module = self._modules[index]
+        features = module.out_features
+        span = slice(self._at, self._at + y.numel() // features)
         with torch.no_grad():
             weights = self._quantized_weights(index) if self._kept is None else self._kept[index]
-            inputs = [x if q is None else q(x) for q in self._input_quantizers[index]]
-            for c, (w, i) in enumerate(self._pairs):
-                quantized = torch.nn.functional.linear(inputs[i], weights[w], bias)
-                self._tokens[index, c, span] = token_scores(gradient, quantized, y)
+            for setting, quantizer in enumerate(self._input_quantizers[index]):
+                seen = x if quantizer is None else quantizer(x)
+                for first, last, candidates in self._runs[setting]:
+                    bias = None if module.bias is None else module.bias.repeat(last - first)
+                    outputs = torch.nn.functional.linear(seen, weights[first * features : last * features], bias)
+                    scores = token_scores(gradient, outputs, y)
+                    self._tokens[index, candidates, span] = scores.to(self._tokens.device)
 
-    def _quantized_weights(self, index: int) -> list[Any]:
+    def _quantized_weights(self, index: int) -> Any:
+        """The weights of all settings under each other, ``[W * out_features, in_features]``."""
+        import torch
+
         weight = self._modules[index].weight.detach()
-        return [weight if q is None else q(weight) for q in self._weight_quantizers[index]]
+        return torch.cat([weight if q is None else q(weight) for q in self._weight_quantizers[index]])
+
+
+def _runs(settings: quantizers.Settings) -> list[list[tuple[int, int, list[int]]]]:
+    """Per input setting, runs of neighbouring weight settings: one matrix product serves all candidates of a run.
+
+    Returns:
+        (first weight setting, one past the last, positions of the candidates), lists of lists.
+    """
+    runs: list[list[tuple[int, int, list[int]]]] = []
+    for setting in range(len(settings.inputs)):
+        mine = sorted((w, c) for c, (w, i) in enumerate(settings.pairs) if i == setting)
+        found: list[tuple[int, int, list[int]]] = []
+        for w, c in mine:
+            if found and found[-1][1] == w:
+                found[-1] = (found[-1][0], w + 1, [*found[-1][2], c])
+            else:
+                found.append((w, w + 1, [c]))
+        runs.append(found)
+    return runs
 
 
 def progress(items: Sequence[Any], what: str) -> Any:

@@ -3,7 +3,7 @@
 ``docs/tracking.md`` is the contract. Importing this package does not import mlflow.
 """
 
-from layerbits.tracking.log import NotLogged, log_cell, log_result, push
+from layerbits.tracking.log import NotLogged, finished_run, log_cell, log_folder, log_result, push
 from layerbits.tracking.session import PARENT_VARIABLE, RunSession, Terminated, parent_run, start_run
 from layerbits.tracking.store import open_store, redact
 
@@ -12,7 +12,9 @@ __all__ = [
     "NotLogged",
     "RunSession",
     "Terminated",
+    "finished_run",
     "log_cell",
+    "log_folder",
     "log_result",
     "open_store",
     "parent_run",

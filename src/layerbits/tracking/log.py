@@ -65,6 +65,8 @@ def log_cell(
 ) -> str:
     """Records a cell of a sweep that has no result of its own, as a run that has ended.
 
+    An alias that is recorded already is not recorded again.
+
     Args:
         name: Run name.
         outcome: ``skipped``, ``unsupported`` or ``failed``.
@@ -86,6 +88,11 @@ def log_cell(
 
     client = mlflow.MlflowClient()
     parent = parent_run_id or os.environ.get(PARENT_VARIABLE)
+    where = client.get_run(parent).info.experiment_id if parent else experiment_id(experiment)
+    quoted = name.replace("'", "''")
+    known = f"attributes.run_name = '{quoted}' and tags.outcome = '{outcome}' and tags.alias_of = '{alias_of}'"
+    if alias_of and (runs := client.search_runs([where], known, max_results=1)):
+        return str(runs[0].info.run_id)
     tags = Ending(_CELL_STATUS[outcome], outcome, redact(" ".join(reason.split()))).tags
     if parent:
         tags["mlflow.parentRunId"] = parent
@@ -99,6 +106,23 @@ def log_cell(
     except MlflowException as error:
         raise UserError(f"could not record {name} in {redact(mlflow.get_tracking_uri())}: {one_line(error)}") from error
     return run_id
+
+
+def finished_run(cell: str, experiment_id: str) -> str | None:
+    """Run id of a finished run of a cell (``tags.cell``) in an experiment, the latest first; ``None`` without one."""
+    import mlflow
+
+    runs = mlflow.MlflowClient().search_runs(
+        [experiment_id], f"tags.cell = '{cell}' and tags.outcome = 'ok'", max_results=1
+    )
+    return str(runs[0].info.run_id) if runs else None
+
+
+def log_folder(run: RunSession, directory: Path, artifact_path: str) -> None:
+    """Logs a folder's files under an artifact path of an open run."""
+    import mlflow
+
+    mlflow.MlflowClient().log_artifacts(run.run_id, str(directory), artifact_path)
 
 
 def push(

@@ -33,12 +33,14 @@ class RunSession:
     Attributes:
         tracking_uri: The store it is in.
         resumed: Whether ``mlflow run`` had created it.
+        nested: Whether it has a parent run.
     """
 
     run_id: str
     experiment_id: str
     tracking_uri: str
     resumed: bool
+    nested: bool
 
     @property
     def link(self) -> str:
@@ -199,7 +201,7 @@ def _open(
                 "(MLFLOW_TRACKING_URI, a SQLite path absolute)"
             ) from error
         raise UserError(f"cannot start a run in {redact(uri)}: {one_line(error)}") from error
-    return RunSession(run.info.run_id, run.info.experiment_id, uri, resumed is not None)
+    return RunSession(run.info.run_id, run.info.experiment_id, uri, resumed is not None, bool(parent_run_id))
 
 
 def _named_by_user(name: str | None) -> bool:
@@ -237,7 +239,7 @@ def _close(session: RunSession, ending: Ending) -> None:
     if session.resumed and ending.status == "KILLED":
         keep_killed(session.run_id)
     print(f"run {ending.outcome}: {session.link}", flush=True)
-    if command := ui_command(session.tracking_uri):
+    if not session.nested and (command := ui_command(session.tracking_uri)):
         print(f"open the UI with: {command}", flush=True)
 
 
@@ -269,7 +271,7 @@ def _parent_ending(session: RunSession, error: BaseException | None, received: i
         return Ending(stopped.status, stopped.outcome, stopped.reason, counts)
     if counts["killed"]:
         return Ending("KILLED", "killed", "a child run was stopped", counts)
-    if not counts["ok"]:
+    if not counts["ok"] and (error is not None or counts["failed"] or counts["unsupported"] or not counts):
         reason = ending_of(error).reason if error is not None else "no child run succeeded"
         return Ending("FAILED", "failed", reason, counts)
     if counts["failed"] or error is not None:

@@ -1,0 +1,223 @@
+"""A scheme as a running model: fake quantizers in front of the linears of a loaded model, and away again.
+
+The linears get a forward of their own that quantizes input and weight with ModelOpt's ``TensorQuantizer``; the weights
+themselves are never written. So several schemes take turns on one loaded model, and without one it computes bit for
+bit what it did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from layerbits import fp4
+from layerbits.errors import Unsupported, UserError
+from layerbits.formats import Format, normalise, plain
+from layerbits.granularity import TOKEN_GROUP_BACKEND, register_backend
+from layerbits.models import output_head
+from layerbits.result import CandidateInfo
+from layerbits.scoring import quantizers
+from layerbits.scoring.taps import Taps
+
+if TYPE_CHECKING:
+    from layerbits.calibration import Batch
+    from layerbits.schemes import Scheme
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Static activation ranges of an unquantized model, for any number of schemes.
+
+    Attributes:
+        amax: Full module name → settings of an input quantizer (JSON) → largest magnitude.
+    """
+
+    amax: Mapping[str, Mapping[str, Any]]
+
+
+def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch]) -> Ranges:
+    """Finds the static activation ranges that some schemes need, all in one forward over the batches.
+
+    Args:
+        model: The whole model, unquantized.
+        schemes: What will be applied.
+        batches: Calibration batches (``Calibration.calib``).
+
+    Raises:
+        UserError: A linear of a scheme is not in the model or never called, or its input is not finite.
+        Unsupported: A candidate needs more than ranges (AWQ, SmoothQuant, chained quantizers).
+    """
+    infos = {c.config_hash: c for scheme in schemes for c in scheme.candidates}
+    names = list(dict.fromkeys(module for scheme in schemes for module in scheme.modules))
+    linears = {name: _linear(model, name) for name in names}
+    if not linears:
+        return Ranges({})
+    settings = quantizers.distinct_settings([runtime_config(c, _device(linears)) for c in infos.values()])
+    taps = Taps(model, names, settings, keep_weights=False)
+    taps.calibrate(batches, need_logits=output_head(model) in linears)
+    keys = [_key(attributes) for attributes in settings.inputs]
+    found = taps.ranges()
+    return Ranges({n: {key: found[f"{n}.{i}"] for i, key in enumerate(keys) if f"{n}.{i}" in found} for n in names})
+
+
+class AppliedScheme:
+    """A scheme in force on a model until :meth:`remove`, or until the end of a ``with`` block."""
+
+    def __init__(self, scheme: Scheme, linears: Mapping[str, Any]) -> None:
+        self.scheme = scheme
+        self._linears = linears
+
+    def remove(self) -> None:
+        """Takes the quantizers away; a second call does nothing."""
+        for module in self._linears.values():
+            _restore(module)
+        self._linears = {}
+
+    def __enter__(self) -> AppliedScheme:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.remove()
+
+
+def apply_scheme(
+    model: Any, scheme: Scheme, calibration: Sequence[Batch] | Ranges, keep_weights: bool = True
+) -> AppliedScheme:
+    """Makes a loaded model compute what a scheme says; ``model(**inputs)`` works as before.
+
+    Args:
+        model: The whole model, as loaded; its weights are not touched.
+        scheme: What to apply.
+        calibration: Calibration batches, or the ranges that :func:`find_ranges` found with them for several schemes.
+        keep_weights: Hold the quantized weights beside the weights; otherwise quantize them in every forward.
+
+    Raises:
+        UserError: A linear is not in the model, is under another scheme, or has no range.
+        Unsupported: A candidate that ModelOpt alone can calibrate.
+    """
+    import torch
+
+    linears = {name: _linear(model, name) for name in scheme.modules}
+    for name, module in linears.items():
+        if _MARK in vars(module):
+            raise UserError(f"{name} is under scheme {vars(module)[_MARK]} already; remove that one first")
+    ranges = calibration if isinstance(calibration, Ranges) else find_ranges(model, [scheme], calibration)
+    forwards = {}
+    with torch.no_grad():
+        for name, info in scheme.modules.items():
+            weight_quantizer, input_quantizer = module_quantizers(linears[name], name, info, ranges)
+            forwards[name] = _quantized_forward(linears[name], weight_quantizer, input_quantizer, keep_weights)
+    for name, module in linears.items():
+        _replace(module, forwards[name], scheme.name)
+    return AppliedScheme(scheme, linears)
+
+
+def module_quantizers(module: Any, name: str, info: CandidateInfo, ranges: Ranges) -> tuple[Any, Any]:
+    """ModelOpt's quantizers of a linear's weight and input under a candidate, calibrated; ``None`` = disabled.
+
+    Args:
+        module: The linear, with its original weight.
+        name: Its full name in the model.
+        info: The candidate.
+        ranges: Ranges that cover it.
+
+    Raises:
+        UserError: There is no range for it.
+    """
+    import torch
+
+    settings = quantizers.distinct_settings([runtime_config(info, module.weight.device)])
+    weight_quantizer = quantizers.make_quantizer(settings.weights[0], module.weight.device)
+    input_quantizer = quantizers.make_quantizer(settings.inputs[0], module.weight.device)
+    with torch.no_grad():
+        quantizers.calibrate_weight(weight_quantizer, module.weight)
+    if quantizers.needs_range(input_quantizer):
+        amax = ranges.amax.get(name, {}).get(_key(settings.inputs[0]))
+        if amax is None:
+            raise UserError(
+                f"no activation range of {name} under {info.name}; find the ranges with this scheme as well"
+            )
+        input_quantizer.amax = torch.as_tensor(amax).to(module.weight)
+    return weight_quantizer, input_quantizer
+
+
+def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
+    """A candidate's ModelOpt config with bare quantizer names, as it is computed on a device.
+
+    FP4 uses our backend where ModelOpt's kernels cannot run; token groups always use ours.
+
+    Args:
+        info: The candidate.
+        device: A torch device.
+    """
+    config = Format(info.format_name, normalise(info.config)).bare()
+    if TOKEN_GROUP_BACKEND in str(plain(config)):
+        register_backend()
+    if device.type == "cuda" and fp4.cuda_kernels_available():
+        return config
+    fp4.register_backends()
+    return fp4.with_reference_backend(config)
+
+
+_MARK = "_layerbits_scheme"
+
+
+def _linear(model: Any, name: str) -> Any:
+    import torch
+
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise UserError(
+            f"the model has no linear {name}; apply the scheme to the model that it was made from"
+        ) from None
+    if not isinstance(module, torch.nn.Linear):
+        raise Unsupported(f"{name} is a {type(module).__name__}; schemes are applied to plain linears")
+    return module
+
+
+def _device(linears: Mapping[str, Any]) -> Any:
+    return next(iter(linears.values())).weight.device
+
+
+def _key(attributes: Any) -> str:
+    return "none" if attributes is None else str(attributes.model_dump_json())
+
+
+def _quantized_forward(module: Any, weight_quantizer: Any, input_quantizer: Any, keep_weights: bool) -> Any:
+    from torch.nn.functional import linear
+
+    def quantized() -> Any:
+        return module.weight if weight_quantizer is None else weight_quantizer(module.weight)
+
+    kept = quantized().detach() if keep_weights else None
+
+    def forward(x: Any) -> Any:
+        weight = quantized() if kept is None else kept
+        return linear(x if input_quantizer is None else input_quantizer(x), weight, module.bias)
+
+    return forward
+
+
+def _slot(module: Any) -> str:
+    # accelerate, which spreads a model over GPUs, puts its own forward in front and keeps the original here
+    return "_old_forward" if "_old_forward" in vars(module) else "forward"
+
+
+def _replace(module: Any, forward: Any, name: str) -> None:
+    slot = _slot(module)
+    vars(module)[_MARK] = name
+    vars(module)[f"{_MARK}_before"] = vars(module).get(slot)
+    vars(module)[slot] = forward
+
+
+def _restore(module: Any) -> None:
+    slot = _slot(module)
+    del vars(module)[_MARK]
+    before = vars(module).pop(f"{_MARK}_before")
+    if before is None:
+        del vars(module)[slot]
+    else:
+        vars(module)[slot] = before

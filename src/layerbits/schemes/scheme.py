@@ -1,0 +1,181 @@
+"""A scheme: which candidate each group gets, or none, as plain typed data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from layerbits.errors import UserError
+from layerbits.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, write_json
+
+SCHEMA_VERSION = 1
+UNQUANTIZED_BITS = 16.0
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """An assignment group → candidate or unquantized; shapes: ``G`` groups.
+
+    Attributes:
+        name: Short name, part of file names.
+        source_run_ids: Runs (or manifest files) whose scores it was made from.
+        model: The model that was scored.
+        calibration: What the scores, and so the static activation ranges, were taken on.
+        groups: ``[G]`` all groups that the search could touch.
+        candidates: Those that the assignment uses, in the order of the source.
+        assignment: ``[G]`` candidate name, ``None`` = left unquantized.
+        effective_bits: Weight storage bits per weight over all groups.
+        effective_bits_modelopt: ModelOpt's own figure; ``None`` where the source does not tell its denominator.
+        predicted_kl: Nats per token, summed over the quantized groups; NaN where the source has none.
+        score: Raw score summed over the quantized groups.
+        how: What it was made by: ``method`` (budget, coverage, random, first_last) and its parameters.
+        settings: The ``model``, ``dataset``, ``autoquant`` and ``seed`` settings of the source, to load both again.
+        notes: What a reader should know, a line each.
+    """
+
+    name: str
+    source_run_ids: tuple[str, ...]
+    model: ModelInfo
+    calibration: CalibrationInfo
+    groups: tuple[Group, ...]
+    candidates: tuple[CandidateInfo, ...]
+    assignment: tuple[str | None, ...]
+    effective_bits: float
+    effective_bits_modelopt: float | None
+    predicted_kl: float
+    score: float
+    how: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the assignment.
+
+        Raises:
+            ValueError: It does not fit the groups and candidates.
+        """
+        if len(self.assignment) != len(self.groups):
+            raise ValueError(f"{len(self.assignment)} assignments for {len(self.groups)} groups")
+        if {c.name for c in self.candidates} != {name for name in self.assignment if name is not None}:
+            raise ValueError("the candidates are not those that the assignment uses")
+
+    @property
+    def source_run_id(self) -> str:
+        """The source runs as one tag, separated by commas."""
+        return ",".join(self.source_run_ids)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the scores had no say in it."""
+        return self.how.get("method") in ("random", "first_last")
+
+    @cached_property
+    def modules(self) -> dict[str, CandidateInfo]:
+        """Quantized linears: full module name → its candidate, in model order."""
+        by_name = {c.name: c for c in self.candidates}
+        return {
+            module: by_name[name]
+            for group, name in zip(self.groups, self.assignment, strict=True)
+            if name is not None
+            for module in group.modules
+        }
+
+    @property
+    def exclude(self) -> list[str]:
+        """Full names of the linears that the search could quantize and that stay as they are.
+
+        What the search never touched (vision tower, output head, …) is not among them: a model knows those, a record
+        of scores does not.
+        """
+        return [m for g, name in zip(self.groups, self.assignment, strict=True) if name is None for m in g.modules]
+
+    @cached_property
+    def digest(self) -> str:
+        """Content hash: model revision, and per quantized linear the hash of its configuration; no name, no numbers."""
+        content = [self.model.revision, sorted((module, c.config_hash) for module, c in self.modules.items())]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def check_model(self, model: ModelInfo) -> None:
+        """Checks that a model is the one that was scored.
+
+        Raises:
+            UserError: It is another revision.
+        """
+        if model.revision != self.model.revision:
+            raise UserError(
+                f"scheme {self.name} is of {self.model.name} revision {self.model.revision}, the model here is "
+                f"{model.name} revision {model.revision}; score this revision, or set the model to the scored one"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data, with its schema version, digest and exclude list."""
+        data = asdict(self)
+        data["predicted_kl"] = self.predicted_kl if math.isfinite(self.predicted_kl) else None
+        return {"schema_version": SCHEMA_VERSION, "digest": self.digest, **data, "exclude": self.exclude}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Scheme:
+        """Reads :meth:`to_json`'s data back.
+
+        Raises:
+            UserError: Not a scheme, one of a later version, or one that was changed by hand.
+        """
+        version = data.get("schema_version") if isinstance(data, Mapping) else None
+        if not isinstance(version, int) or "assignment" not in data:
+            raise UserError("not a LayerBits scheme; give the scheme.json that experiments/scheme.py writes")
+        if version > SCHEMA_VERSION:
+            raise UserError(
+                f"scheme has schema_version {version}, this LayerBits reads up to {SCHEMA_VERSION}; upgrade layerbits"
+            )
+        try:
+            calibration = {**data["calibration"], "batch_loss_tokens": tuple(data["calibration"]["batch_loss_tokens"])}
+            scheme = cls(
+                name=data["name"],
+                source_run_ids=tuple(data["source_run_ids"]),
+                model=ModelInfo(**data["model"]),
+                calibration=CalibrationInfo(**calibration),
+                groups=tuple(Group(**{**g, "modules": tuple(g["modules"])}) for g in data["groups"]),
+                candidates=tuple(
+                    CandidateInfo(**{**c, "adjustments": tuple(c["adjustments"])}) for c in data["candidates"]
+                ),
+                assignment=tuple(data["assignment"]),
+                effective_bits=data["effective_bits"],
+                effective_bits_modelopt=data["effective_bits_modelopt"],
+                predicted_kl=math.nan if data["predicted_kl"] is None else data["predicted_kl"],
+                score=data["score"],
+                how=data["how"],
+                settings=data["settings"],
+                notes=tuple(data["notes"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"scheme is damaged ({error!r}); make it again with experiments/scheme.py") from error
+        if scheme.digest != data.get("digest"):
+            raise UserError(f"scheme {scheme.name} does not match its digest; make it again with experiments/scheme.py")
+        return scheme
+
+    def save(self, path: Path) -> Path:
+        """Writes the scheme, whole or not at all."""
+        write_json(path, self.to_json())
+        return path
+
+
+def load_scheme(path: str | Path) -> Scheme:
+    """Reads a scheme file.
+
+    Raises:
+        UserError: No such file, not JSON, or not a scheme that this version reads.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"no scheme at {path}; give a scheme file that experiments/scheme.py wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}); make the scheme again") from None
+    return Scheme.from_json(data)
