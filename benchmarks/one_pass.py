@@ -151,14 +151,6 @@ class Bench:
             relative = np.abs(one.raw[:, c] / scores.raw[:, 0] - 1)
             same = []
             for bits in BUDGETS:
-                if (
-                    bits
-                    < 16
-                    * scores.states[name]["candidate_stats"][next(iter(scores.states[name]["best"]["recipe"]))][
-                        "formats"
-                    ][0].compression
-                ):
-                    continue
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     pair = [

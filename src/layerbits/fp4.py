@@ -32,10 +32,11 @@ _BACKENDS: dict[tuple[int, ...], str] = {(8, 0): MXFP4_BACKEND, (4, 3): NVFP4_BA
 
 _E2M1_MAX = 6.0
 _E4M3_MAX = 448.0
-_E4M3_NAN = 0x7F
+_E4M3_CODE_OF_6 = 0x4C
 _FP32_MAX = torch.finfo(torch.float32).max
 _FP32_TINY = torch.finfo(torch.float32).tiny
-_FP32_LARGEST_SUBNORMAL = _FP32_TINY - 2.0**-149
+_FP32_SMALLEST = 2.0**-149
+_FP32_LARGEST_SUBNORMAL = _FP32_TINY - _FP32_SMALLEST
 _MXFP4_BLOCK_SIZES = (8, 16, 32)
 _NVFP4_BLOCK_SIZE = 16
 _NVFP4_MIN_SCALE = 1e-5
@@ -203,16 +204,19 @@ def _nvfp4_blocks(blocks: Tensor, global_amax: Tensor) -> Tensor:
     magnitude = blocks.abs()
     amax = magnitude.amax(-1, keepdim=True)
     # Not a division: on CUDA, PyTorch divides by a Python number by multiplying with its reciprocal.
-    global_scale = global_amax.float().amax() * (1.0 / (_E2M1_MAX * _E4M3_MAX))
-    invalid = amax.isnan() | global_scale.isnan()
-    global_scale = torch.where(global_scale > 0.0, global_scale, _NVFP4_MIN_GLOBAL_SCALE)
-    scale = torch.fmin(amax * _device_reciprocal(_E2M1_MAX * global_scale), amax.new_tensor(_E4M3_MAX))
-    # Every block has one of 127 scales, so their reciprocals are made once and looked up by the E4M3 code.
-    code = scale.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill_(invalid, _E4M3_NAN).long()
-    scales = torch.arange(_E4M3_NAN, dtype=torch.uint8, device=blocks.device).view(torch.float8_e4m3fn).float()
-    scales = scales * global_scale
-    scales = torch.nn.functional.pad(torch.where(scales >= _NVFP4_MIN_SCALE, scales, 1.0), (0, 1), value=torch.nan)
-    return _round_e2m1_(magnitude.mul_(_device_reciprocal(scales)[code])).mul_(scales[code]).copysign_(blocks)
+    global_scale = (global_amax.float().amax() * (1.0 / (_E2M1_MAX * _E4M3_MAX))).clamp(max=_FP32_MAX)
+    global_scale = torch.where(global_scale <= 0.0, _NVFP4_MIN_GLOBAL_SCALE, global_scale)
+    # An E4M3 code has few values: every scale and its reciprocal are made once, then taken by the blocks' codes.
+    codes = torch.arange(256, dtype=torch.uint8, device=blocks.device)
+    scales = codes.view(torch.float8_e4m3fn).float().mul_(global_scale)
+    reciprocals = _device_reciprocal(scales)
+    # Neither 0 nor infinite, so that NaN comes from NaN alone: clamp and E4M3 keep it, the kernel would not.
+    to_e4m3 = reciprocals[_E4M3_CODE_OF_6].clamp(_FP32_SMALLEST, _FP32_MAX)
+    code = (amax * to_e4m3).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).long()
+    too_small = scales < _NVFP4_MIN_SCALE
+    scale = scales.masked_fill_(too_small, 1.0).take(code)
+    reciprocal = reciprocals.masked_fill_(too_small, 1.0).take(code)
+    return _round_e2m1_(magnitude.mul_(reciprocal)).mul_(scale).copysign_(blocks)
 
 
 def _round_e2m1_(magnitude: Tensor) -> Tensor:
@@ -236,7 +240,7 @@ def _device_reciprocal(x: Tensor) -> Tensor:
     bits = x.view(torch.int32).long()
     low = bits & 0xFFFF
     c0, c1, c2 = coefficients[:, (bits >> 16) & 0x7F]
-    mantissa = ((c0 << 13) - c1 * low + c2 * square[low] + _RECIPROCAL_ROUNDING) >> 15
+    mantissa = (c0 - c1 * low + c2 * square[low]) >> 15
     result = (((252 - (bits >> 23)) << 23) + mantissa).int().view(torch.float32)
     # The rest (zero, infinity, NaN, a subnormal argument or result) decides no rounding.
     return torch.where((x >= _FP32_TINY) & (x <= 1.0 / _FP32_TINY), result, x.reciprocal())
@@ -246,7 +250,8 @@ def _device_reciprocal(x: Tensor) -> Tensor:
 def _reciprocal_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """Coefficients ``[3, 128]`` of the interpolation and, in units of ``2**17``, the squares ``[2**16]`` in it."""
     with resources.files("layerbits").joinpath("data/gpu_reciprocal.csv").open() as file:
-        coefficients = np.loadtxt(file, dtype=np.int64, delimiter=",").T
+        c0, c1, c2 = np.loadtxt(file, dtype=np.int64, delimiter=",", unpack=True)
+    coefficients = np.stack([(c0 << 13) + _RECIPROCAL_ROUNDING, c1, c2])
     low = np.arange(2**16)
     square = np.zeros_like(low)
     # The squarer adds the products of the bits i <= j, without those that weigh less than 2**17.

@@ -1,18 +1,66 @@
 """What a perturbation does to the predicted token: KL divergence and loss change, from two sets of logits.
 
-With ``d = z_q − z_p`` the difference of the logits and ``φ(d) = exp(d) − 1 − d``, the log ratio of the two partition
-sums is ``log Σ p·exp(d) = log1p(Σ p·d + Σ p·φ(d))``, and ``KL(P‖Q)`` is that minus ``Σ p·d``. It is the same number as
-``Σ p·(log p − log q)``, but ``φ ≥ 0``: no large terms cancel, so that a small divergence keeps its relative precision,
-and one pass over the logits is enough.
+With ``d = z_q − z_p`` the difference of the logits, taken relative to its value at the token that came true, and
+``φ(d) = exp(d) − 1 − d``, the loss changes by ``log Σ p·exp(d) = log1p(Σ p·d + Σ p·φ(d))``, and ``KL(P‖Q)`` is that
+minus ``Σ p·d``. It is the same number as ``Σ p·(log p − log q)``, but ``φ ≥ 0``: no large terms cancel, so that a small
+divergence keeps its relative precision, and one pass over the logits is enough.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from layerbits.scoring.memory import _free_bytes
+
+LOGITS_AT_ONCE = 1 << 27
+"""Logits in one piece: 512 MB in float32."""
 _AT_ONCE = 1 << 21
 """Logits that are compared at once on a CPU: 8 MB in float32, near enough to its caches."""
+_MAY_KEEP = 0.25  # of the free memory, for kept logits
+_LEAST, _MOST = -0.9, 1e30
+"""Where ``Σ p·exp(d) − 1`` is outside, float32 has lost it: the logits moved too far. The partition sums themselves are
+compared then."""
+
+
+class Reference:
+    """Unquantized predictions that others are compared with; their logits are kept where they fit, else made again.
+
+    Args:
+        logits_of: Makes logits of the values: the output head, or nothing.
+        values: Hidden states or logits of ``n`` tokens, ``[n, ...]``.
+        targets: Tokens that came true, ``[n]``.
+
+    Attributes:
+        vocabulary: Logits per token.
+        kept_bytes: Memory of the kept logits.
+    """
+
+    def __init__(self, logits_of: Callable[[Any], Any], values: Any, targets: Any) -> None:
+        import torch
+
+        self._logits_of = logits_of
+        self._values = values
+        self._targets = targets
+        self.vocabulary = int(logits_of(values[:1]).shape[-1])
+        size = max(1, LOGITS_AT_ONCE // self.vocabulary)
+        wanted = len(values) * self.vocabulary * values.element_size()
+        keep = wanted < _MAY_KEEP * _free_bytes(values.device)
+        self.kept_bytes = wanted if keep else 0
+        pieces, partition = [], []
+        for piece in values.split(size):
+            logits = logits_of(piece)
+            partition.append(log_partition(logits))
+            if keep:
+                pieces.append(logits)
+        self._kept = torch.cat(pieces) if keep else None
+        self._partition = torch.cat(partition)
+
+    def compare(self, span: slice, logits: Any) -> tuple[Any, Any]:
+        """The :func:`divergence` of logits ``[K, n, vocabulary]`` of the tokens in a span."""
+        own = self._logits_of(self._values[span]) if self._kept is None else self._kept[span]
+        return divergence(own, self._partition[span], logits, self._targets[span])
 
 
 def log_partition(logits: Any) -> Any:
@@ -27,7 +75,7 @@ def divergence(reference: Any, partition: Any, logits: Any, targets: Any) -> tup
     """KL divergence and loss change per token, against one reference.
 
     Args:
-        reference: Logits of the unquantized model, ``[n, vocabulary]``, any float dtype.
+        reference: Logits of the unquantized model, ``[n, vocabulary]``, contiguous, any float dtype.
         partition: Their :func:`log_partition`, ``[n]``.
         logits: Logits of ``K`` perturbed models, ``[K, n, vocabulary]``, same dtype.
         targets: Tokens that came true, ``[n]``.
@@ -36,19 +84,16 @@ def divergence(reference: Any, partition: Any, logits: Any, targets: Any) -> tup
         float32 ``[K, n]`` KL(reference ‖ perturbed) in nats, and float32 ``[K, n]`` cross-entropy of the perturbed
         model minus that of the reference.
     """
-    import torch
-
-    kl, ratio = (_fused if logits.is_cuda else _in_pieces)(reference, partition, logits)
-    at = targets[:, None]
-    true = logits.gather(2, at.expand(len(logits), -1, -1))[..., 0].float() - reference.gather(1, at)[:, 0].float()
-    return kl, ratio - torch.as_tensor(true)
+    if logits.is_cuda:
+        return _fused(reference, partition, logits.contiguous(), targets)
+    return _in_pieces(reference, partition, logits, targets)
 
 
-def _in_pieces(reference: Any, partition: Any, logits: Any) -> tuple[Any, Any]:
+def _in_pieces(reference: Any, partition: Any, logits: Any, targets: Any) -> tuple[Any, Any]:
     import torch
 
     tiles, tokens, vocabulary = logits.shape
-    kl, ratio = (torch.empty((tiles, tokens), device=logits.device) for _ in range(2))
+    kl, change = (torch.empty((tiles, tokens), device=logits.device) for _ in range(2))
     size = max(1, _AT_ONCE // vocabulary)
     for start in range(0, tokens, size):
         span = slice(start, start + size)
@@ -56,26 +101,40 @@ def _in_pieces(reference: Any, partition: Any, logits: Any) -> tuple[Any, Any]:
         p = (z - partition[span, None]).exp_()
         for k in range(tiles):
             d = logits[k, span].float() - z
+            shift = d.gather(1, targets[span, None])
+            d -= shift
             mean = torch.linalg.vecdot(p, d).double()
-            excess = torch.linalg.vecdot(p, torch.expm1(d).sub_(d)).double()
-            log_ratio = torch.log1p(mean + excess)
-            if not bool(torch.isfinite(log_ratio).all()):  # a logit grew by more than float32's exp can take
-                log_ratio = (log_partition(logits[k, span]) - partition[span]).double()
-            kl[k, span], ratio[k, span] = log_ratio - mean, log_ratio
-    return kl, ratio
+            whole = mean + torch.linalg.vecdot(p, torch.expm1(d).sub_(d)).double()
+            log_ratio = torch.log1p(whole)
+            plain = (whole > _LEAST) & (whole < _MOST)
+            if not bool(plain.all()):
+                apart = log_partition(logits[k, span]) - partition[span] - shift[:, 0]
+                log_ratio = torch.where(plain, log_ratio, apart.double())
+            kl[k, span], change[k, span] = log_ratio - mean, log_ratio
+    return kl, change
 
 
-def _fused(reference: Any, partition: Any, logits: Any) -> tuple[Any, Any]:
+def _fused(reference: Any, partition: Any, logits: Any, targets: Any) -> tuple[Any, Any]:
     import torch
 
     tiles, tokens, vocabulary = logits.shape
-    kl, ratio = (torch.empty((tiles, tokens), dtype=torch.float32, device=logits.device) for _ in range(2))
-    logits, reference = logits.contiguous(), reference.contiguous()
+    kl, change = (torch.empty((tiles, tokens), dtype=torch.float32, device=logits.device) for _ in range(2))
     with torch.cuda.device(logits.device):
         _kernel()[(tiles * tokens,)](
-            reference, partition, logits, kl, ratio, tokens, vocabulary, BLOCK=4096, num_warps=8
+            reference,
+            partition,
+            logits,
+            targets,
+            kl,
+            change,
+            tokens,
+            vocabulary,
+            _LEAST,
+            _MOST,
+            BLOCK=4096,
+            num_warps=8,
         )
-    return kl, ratio
+    return kl, change
 
 
 @cache

@@ -26,12 +26,14 @@ class MemoryPlan:
         mode: ``fast`` keeps activations and quantized weights; ``lean`` recomputes activations block by block and
             quantizes weights on the fly.
         pieces: Whether the loss must make its logits in pieces to fit.
-        fast_gb: Estimated peak of ``fast``. lean_gb: Estimated peak of ``lean``, both with logits in pieces.
+        estimate_gb: Estimated peak of the chosen mode.
+        fast_gb: The least that ``fast`` takes. lean_gb: The least that ``lean`` takes, both with logits in pieces.
         free_gb: Memory that is free for the pass, the loaded model counted as free.
     """
 
     mode: str
     pieces: bool
+    estimate_gb: float
     fast_gb: float
     lean_gb: float
     free_gb: float
@@ -60,8 +62,10 @@ def plan_memory(model: Any, linears: list[Any], tokens: int, weight_settings: in
     lean = own + kept / blocks + boundary + largest + piece
     free = own + _free_bytes(linears[0].weight.device)
     mode = wanted if wanted != "auto" else ("fast" if fast <= _HEADROOM * free else "lean")
-    whole = (fast if mode == "fast" else lean) - piece + logits
-    return MemoryPlan(mode, whole > _HEADROOM * free, fast / 1e9, lean / 1e9, free / 1e9)
+    least = fast if mode == "fast" else lean
+    pieces = least - piece + logits > _HEADROOM * free
+    estimate = least if pieces else least - piece + logits
+    return MemoryPlan(mode, pieces, estimate / 1e9, fast / 1e9, lean / 1e9, free / 1e9)
 
 
 @contextmanager

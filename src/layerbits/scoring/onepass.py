@@ -104,7 +104,12 @@ def score(job: ScoringJob) -> Scores:
             for m, c, sample in step.bad.tolist()
         ),
         seconds=seconds,
-        memory={"fast_estimate_gb": memory.fast_gb, "lean_estimate_gb": memory.lean_gb, "free_gb": memory.free_gb},
+        memory={
+            "estimate_gb": memory.estimate_gb,
+            "fast_estimate_gb": memory.fast_gb,
+            "lean_estimate_gb": memory.lean_gb,
+            "free_gb": memory.free_gb,
+        },
         mode=mode,
         resumed=resumed,
         notes=tuple(notes),
@@ -120,7 +125,8 @@ def _calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> 
         log.write_ranges(taps.ranges(), part=1 + distributed.rank())
         distributed.barrier()
         parts = [log.read_ranges(1 + r) or {} for r in range(distributed.world())]
-        known = {name: np.maximum.reduce([p[name] for p in parts if name in p]) for name in {n for p in parts for n in p}}
+        names = {name for part in parts for name in part}
+        known = {name: np.maximum.reduce([p[name] for p in parts if name in p]) for name in names}
         if distributed.rank() == 0:
             log.write_ranges(known)
     taps.load_ranges(known)

@@ -1,0 +1,154 @@
+"""``layerbits.history`` on a store of many runs, over HTTP: seconds of runs() and scores(), cold and cached.
+
+    python benchmarks/history.py --runs 5000 --out record.json
+    python benchmarks/history.py --runs 5000 --store postgresql+psycopg2://user:password@localhost/mlflow
+    python benchmarks/history.py --runs 500 --workers 1
+
+Fills the store (empty, or filled by an earlier call) with runs that have what the contract lets a run of a model with
+36 blocks leave: 144 groups, 171 metrics, 22 parameters, the tags. Rows go straight into the tables that a search reads;
+the history of the metrics, which it does not read, is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerbits import history
+from layerbits.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, Recipe, SensitivityResult
+from layerbits.tracking import contract
+
+PAIRS = ("wfp4_afp8", "wfp4_afp16", "wfp8_afp8", "wfp8_afp16", "wint8_afp16", "wint8_aint8")
+MODELS = ("qwen3_vl_4b", "qwen3_8b", "llama3_1b", "smollm2_135m")
+GRANULARITIES = ("default", "per-token")
+KINDS = ("qkv", "o", "gate_up", "down")
+BLOCKS = 36
+EXPERIMENT = "layerbits"
+
+
+def synthetic(index: int) -> SensitivityResult:
+    """The result number ``index``: pair, model and granularity go round, scores are drawn from that number."""
+    draw = np.random.default_rng(index)
+    pair = PAIRS[index % len(PAIRS)]
+    model = MODELS[index // len(PAIRS) % len(MODELS)]
+    granularity = GRANULARITIES[index // len(PAIRS) // len(MODELS) % len(GRANULARITIES)]
+    groups = tuple(Group(f"B{b:02d}.{k}", b, k, (f"layers.{b}.{k}",), 10_000_000) for b in range(BLOCKS) for k in KINDS)
+    weight, activation = pair.split("_")
+    info = CandidateInfo(
+        pair if granularity == "default" else f"{pair}/{granularity}", pair, granularity, "INT8_WEIGHT_ONLY_CFG",
+        weight[1:], activation[1:], {"algorithm": "max"}, f"{index:064x}", 8.25, 8.0,
+    )  # fmt: skip
+    scores = draw.lognormal(-18, 2, (len(groups), 1))
+    chosen = tuple(info.name if flag else None for flag in draw.random(len(groups)) < 0.5)
+    return SensitivityResult(
+        model=ModelInfo(model, f"org/{model}", "c0ffee" * 6, "Qwen3VLForConditionalGeneration", "bfloat16"),
+        calibration=CalibrationInfo(
+            "everyday", "small", "d1" * 32, "packed", 512, 8, 128, 128, 128, 128, 65_408, (4088,) * 16, 0.0
+        ),
+        method="gradient",
+        engine="onepass",
+        seed=index,
+        device="cuda",
+        groups=groups,
+        candidates=(info,),
+        scores=scores,
+        predicted_kl=scores * draw.uniform(1e5, 2e5),
+        recipe=Recipe(12.0, chosen, 11.5 + draw.random(), 11.9, float(scores.sum() / 3)),
+        provenance={
+            f"version.{name}": "1.2.3" for name in ("layerbits", "modelopt", "torch", "transformers", "mlflow")
+        },
+        seconds={"load": 4.0, "calibrate": 2.0, "score": 9.0, "solve": 0.5},
+        memory={"peak_rss_gb": 5.0, "peak_gpu_gb": 40.0},
+        tags={"deployable": "true", "fingerprint": f"{index:016x}"},
+        created="2026-03-04T05:06:07+00:00",
+    )
+
+
+def fill(uri: str, count: int, artifacts: str) -> None:
+    """Makes the store and its runs, a run a minute; a store that has that many is left as it is."""
+    from mlflow.store.tracking.dbmodels.models import SqlLatestMetric, SqlParam, SqlRun, SqlTag
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy import func, insert, select
+
+    store = SqlAlchemyStore(uri, artifacts)
+    experiment = store.get_experiment_by_name(EXPERIMENT)
+    where = int(experiment.experiment_id if experiment else store.create_experiment(EXPERIMENT))
+    first = 1_750_000_000_000
+    with store.engine.begin() as connection:
+        there = connection.execute(select(func.count()).select_from(SqlRun)).scalar_one()
+        for start in range(there, count, 100):
+            runs, metrics, params, tags = [], [], [], []
+            for index in range(start, min(start + 100, count)):
+                result, run = synthetic(index), uuid.uuid4().hex
+                at = first + 60_000 * index
+                runs.append(
+                    {
+                        "run_uuid": run, "name": result.run_name, "source_type": "UNKNOWN", "source_name": "",
+                        "entry_point_name": "", "user_id": "bench", "status": "FINISHED", "start_time": at,
+                        "end_time": at + 30_000, "source_version": "", "lifecycle_stage": "active",
+                        "artifact_uri": f"{artifacts}/{run}", "experiment_id": where,
+                    }
+                )  # fmt: skip
+                latest = {key: (value, step) for key, value, step in contract.metrics(result)}
+                metrics += [
+                    {"run_uuid": run, "key": k, "value": v, "step": s, "timestamp": at, "is_nan": False}
+                    for k, (v, s) in latest.items()
+                ]
+                params += [{"run_uuid": run, "key": k, "value": v} for k, v in contract.parameters(result).items()]
+                facts = {
+                    **contract.tags(result),
+                    contract.RESULT_ID: f"{index:032x}",
+                    "mlflow.runName": result.run_name,
+                }
+                tags += [{"run_uuid": run, "key": k, "value": v} for k, v in facts.items()]
+            for table, rows in ((SqlRun, runs), (SqlLatestMetric, metrics), (SqlParam, params), (SqlTag, tags)):
+                connection.execute(insert(table), rows)
+    store.engine.dispose()
+
+
+@contextmanager
+def server(uri: str, artifacts: str, workers: int) -> Iterator[str]:
+    """``mlflow server`` on the store; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", str(workers)]
+    command += ["--backend-store-uri", uri, "--artifacts-destination", artifacts]
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    answer = call()
+    return time.perf_counter() - start, answer

@@ -1,0 +1,262 @@
+"""Which candidate each group gets under a budget of bits: exact, by Lagrangian reduction and HiGHS (``scipy``).
+
+The problem is a multiple-choice knapsack: minimise ``Σ s[g, c]`` over one choice ``c`` per group, unquantized included,
+subject to ``Σ w[g] · bits[c] ≤ budget · Σ w[g]``. Relaxing the budget with a multiplier ``λ`` gives a lower bound and,
+rounded, a feasible choice. A choice whose reduced cost ``s + λ·a − min(s + λ·a)`` exceeds the gap between the two cannot
+be part of an optimum (Kellerer, Pferschy and Pisinger, *Knapsack Problems*, 2004, chapter 11), so the integer program is
+left with the few groups near the split.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from layerbits.errors import UserError
+from layerbits.result import FloatArray
+
+UNQUANTIZED = -1
+UNQUANTIZED_BITS = 16.0
+TOLERANCE = 1e-6
+"""Bits per weight by which a choice may miss its budget: the solver's feasibility tolerance."""
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """An optimal choice.
+
+    Attributes:
+        choice: ``[G]`` position of the candidate, :data:`UNQUANTIZED` = none.
+        bits: Weight storage bits per weight.
+        score: Sum over the quantized groups.
+    """
+
+    choice: IntArray
+    bits: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Scores and costs of all choices, unquantized last; ``K = C + 1``.
+
+    Attributes:
+        scores: ``[G, K]``; infinite where a candidate is not eligible.
+        bits: ``[G, K]`` share of a choice in the effective bits of the whole.
+    """
+
+    scores: FloatArray
+    bits: FloatArray
+
+    @property
+    def floor(self) -> float:
+        """Fewest effective bits that the eligible candidates reach."""
+        return float(np.where(np.isfinite(self.scores), self.bits, np.inf).min(axis=1).sum())
+
+    @property
+    def stuck(self) -> int:
+        """Groups without an eligible candidate."""
+        return int((~np.isfinite(self.scores[:, :-1])).all(axis=1).sum())
+
+    def solution(self, at: IntArray) -> Solution:
+        """The solution of a choice ``[G]`` among the ``K``."""
+        rows = np.arange(len(at))
+        choice = np.where(at == self.scores.shape[1] - 1, UNQUANTIZED, at)
+        return Solution(choice, float(self.bits[rows, at].sum()), float(self.scores[rows, at].sum()))
+
+
+def problem(scores: FloatArray, bits: Sequence[float], weights: Sequence[int]) -> Problem:
+    """States a problem.
+
+    Args:
+        scores: ``[G, C]``, any unit; a candidate is not eligible for a group where its score is not finite.
+        bits: ``[C]`` weight storage bits per weight of each candidate.
+        weights: ``[G]`` number of weights of each group.
+    """
+    share = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
+    padded = np.hstack([np.where(np.isfinite(scores), scores, np.inf), np.zeros((len(scores), 1))])
+    return Problem(padded, share[:, None] * np.append(np.asarray(bits, dtype=np.float64), UNQUANTIZED_BITS))
+
+
+def solve(scores: FloatArray, bits: Sequence[float], weights: Sequence[int], budget: float) -> Solution:
+    """Least score sum under a budget; the arguments are those of :func:`problem`.
+
+    Args:
+        scores: ``[G, C]``.
+        bits: ``[C]``.
+        weights: ``[G]``.
+        budget: Effective bits, at most (:data:`TOLERANCE`).
+
+    Raises:
+        UserError: The budget is out of the feasible range.
+    """
+    return pareto(scores, bits, weights, [budget])[0]
+
+
+def pareto(
+    scores: FloatArray, bits: Sequence[float], weights: Sequence[int], budgets: Sequence[float]
+) -> list[Solution]:
+    """:func:`solve` for many budgets.
+
+    Raises:
+        UserError: A budget is out of the feasible range.
+    """
+    stated = problem(scores, bits, weights)
+    for budget in budgets:
+        _check(stated, budget)
+    slopes = _slopes(stated)
+    return [_solve(stated, slopes, budget) for budget in budgets]
+
+
+def solve_exactly_at(
+    scores: FloatArray, bits: Sequence[float], weights: Sequence[int], effective_bits: float
+) -> Solution:
+    """Least score sum among the choices that take just that many bits (to within :data:`TOLERANCE`).
+
+    Raises:
+        UserError: No choice takes that many bits.
+    """
+    stated = problem(scores, bits, weights)
+    at = _integer_program(stated, stated.scores, np.isfinite(stated.scores), effective_bits, exactly=True)
+    if at is None:
+        raise UserError(f"no choice of groups takes {effective_bits:g} effective bits; give a budget instead")
+    return stated.solution(at)
+
+
+def _check(stated: Problem, budget: float) -> None:
+    floor = stated.floor
+    if not floor - TOLERANCE <= budget <= UNQUANTIZED_BITS:
+        why = f"; {stated.stuck} groups without a finite score stay unquantized" if stated.stuck else ""
+        raise UserError(
+            f"effective_bits={budget:g} cannot be reached: the feasible range is {floor:.4g} to {UNQUANTIZED_BITS:g}{why}"
+        )
+
+
+def _slopes(stated: Problem) -> FloatArray:
+    """Multipliers at which some group's cheapest choice changes, ascending: slopes of the groups' lower hulls."""
+    found = []
+    for scores, bits in zip(stated.scores, stated.bits, strict=True):
+        hull: list[tuple[float, float]] = []
+        for point in sorted((b, s) for b, s in zip(bits, scores, strict=True) if np.isfinite(s)):
+            if hull and point[1] >= hull[-1][1]:
+                continue  # more bits and no better
+            while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+                hull.pop()
+            if hull and hull[-1][0] == point[0]:
+                hull.pop()
+            hull.append(point)
+        found += [_slope(a, b) for a, b in zip(hull, hull[1:], strict=False)]
+    return np.unique(np.array([0.0, *found]))
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (a[1] - b[1]) / (b[0] - a[0])
+
+
+def _solve(stated: Problem, slopes: FloatArray, budget: float) -> Solution:
+    limit = budget + TOLERANCE / 2
+    low, high = 0, len(slopes) - 1  # the smallest multiplier whose cheapest choices fit
+    while low < high:
+        middle = (low + high) // 2
+        fits = _thriftiest(stated, slopes[middle])[1] <= limit
+        low, high = (low, middle) if fits else (middle + 1, high)
+    multiplier = float(slopes[low])
+    at, spent = _thriftiest(stated, multiplier)
+    at = _filled(stated, at, limit - spent)
+    best = stated.solution(at)
+    reduced = stated.scores + multiplier * stated.bits
+    lowest = reduced.min(axis=1)
+    gap = best.score - (float(lowest.sum()) - multiplier * limit)
+    if multiplier == 0.0 or gap <= 1e-12 * best.score:
+        return best
+    reduced -= lowest[:, None]
+    kept = reduced <= gap * (1 + 1e-9)
+    kept[np.arange(len(at)), at] = True
+    # Up to a constant the score is Σ reduced − λ · Σ bits; in units of the gap, so that tolerances mean little.
+    found = _integer_program(stated, (reduced - multiplier * stated.bits) * (1e3 / gap), kept, budget)
+    if found is None:
+        return best
+    better = stated.solution(found)
+    return better if better.score < best.score and better.bits <= budget + TOLERANCE else best
+
+
+def _thriftiest(stated: Problem, multiplier: float) -> tuple[IntArray, float]:
+    """Cheapest choice per group at a multiplier, the one of fewest bits among equals, and its bits."""
+    cost = stated.scores + multiplier * stated.bits
+    lowest = cost.min(axis=1, keepdims=True)
+    # A slope is a quotient: at it, two choices are equal up to rounding only.
+    equal = cost <= lowest + 1e-12 * np.abs(lowest)
+    at = np.where(equal, stated.bits, np.inf).argmin(axis=1).astype(np.int64)
+    return at, float(stated.bits[np.arange(len(at)), at].sum())
+
+
+def _filled(stated: Problem, at: IntArray, slack: float) -> IntArray:
+    """Spends what the budget leaves on better choices of single groups, the largest gain first."""
+    at = at.copy()
+    rows = np.arange(len(at))
+    while True:
+        extra = stated.bits - stated.bits[rows, at][:, None]
+        gain = np.where(extra <= slack, stated.scores[rows, at][:, None] - stated.scores, -np.inf)
+        best = int(gain.argmax())
+        group, choice = divmod(best, gain.shape[1])
+        if gain[group, choice] <= 0:
+            return at
+        slack -= extra[group, choice]
+        at[group] = choice
+
+
+def _integer_program(
+    stated: Problem, cost: FloatArray, kept: npt.NDArray[np.bool_], budget: float, exactly: bool = False
+) -> IntArray | None:
+    """Least ``cost`` among the kept choices; ``None`` where no combination fits the budget."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    fixed = kept.sum(axis=1) == 1
+    at = kept.argmax(axis=1).astype(np.int64)
+    left = budget - float(stated.bits[fixed, at[fixed]].sum())
+    groups, choices = np.nonzero(kept & ~fixed[:, None])
+    if not len(groups):
+        return at if not exactly or abs(left) <= TOLERANCE else None
+    rows = np.unique(groups, return_inverse=True)[1]
+    one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
+    with _silent():
+        answer = milp(
+            cost[groups, choices],
+            integrality=np.ones(len(groups)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(stated.bits[groups, choices][None], left if exactly else -np.inf, left),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
+    if answer.x is None:
+        return None
+    taken = answer.x > 0.5
+    at[groups[taken]] = choices[taken]
+    return at
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps the lines away that HiGHS 1.12 prints for its developers, below Python and whatever ``disp`` says."""
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+        libc.fflush(None)
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)

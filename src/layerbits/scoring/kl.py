@@ -1,0 +1,107 @@
+"""The ``kl_div`` engine: the KL divergence that quantizing each group alone causes, measured from its block on.
+
+What ModelOpt's searcher does with a whole forward per group and candidate, with the unquantized model run once a batch
+(:mod:`layerbits.scoring.suffix`). A raw score is the KL divergence in nats, summed over the tokens that the loss counts.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from layerbits.calibration import Batch
+from layerbits.scoring import distributed
+from layerbits.scoring.job import Scores, ScoringJob
+from layerbits.scoring.norms import fused_norms
+from layerbits.scoring.patches import Forward
+from layerbits.scoring.search import Search, assemble, calibrate, step_of
+from layerbits.scoring.steplog import Step, StepLog
+from layerbits.scoring.suffix import Perturbation, SuffixRunner, find_blocks
+from layerbits.scoring.taps import Taps, progress
+
+
+def score(job: ScoringJob) -> Scores:
+    """Measures all candidates of a job; the model itself is never changed.
+
+    The memory modes of the gradient engine do not apply: block inputs and the unquantized logits are what is kept.
+    Under ``torchrun`` the batches are shared out to the processes and every process returns the same scores.
+
+    Raises:
+        Unsupported: A candidate or the model needs ModelOpt's own search (``engine=stock``).
+    """
+    model = job.loaded.model
+    search = Search.of(job)
+    linears = _Linears(model, search.names, search.settings, keep_weights=False)
+    log = StepLog(job.workdir, job.fingerprint)
+    batches = job.calibration.score
+    kept_gb = 0.0
+
+    clock = time.perf_counter
+    start = clock()
+    blocks = find_blocks(model, search.names, batches[0])
+    calibrate(linears, job, log, search.need_logits)
+    seconds = {"calibrate": clock() - start}
+
+    start = clock()
+    resumed = log.read(0) is not None
+    perturbations = linears.perturbations(search.group_of, len(search.groups))
+    with fused_norms(model):
+        for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
+            if log.read(index) is None:
+                runner = SuffixRunner(model, blocks, batches[index])
+                kept_gb = max(kept_gb, runner.kept_bytes / 1e9)
+                log.write(index, _step(runner, perturbations, batches[index], len(search.groups)))
+    distributed.barrier()
+    steps = [step for step in map(log.read, range(len(batches))) if step is not None]
+    seconds["score"] = clock() - start
+
+    tokens = sum(b.loss_tokens for b in batches)
+    return assemble(
+        job,
+        search,
+        steps,
+        weights=np.full(len(batches), 1 / tokens),
+        details=[(g, "KL divergence") for g in range(len(search.groups))],
+        seconds=seconds,
+        resumed=resumed,
+        memory={"suffix_kept_gb": kept_gb} if kept_gb else {},
+    )
+
+
+class _Linears(Taps):
+    """The scored linears with their quantizers, to be run in place of the model's own."""
+
+    def perturbations(self, group_of: Any, groups: int) -> list[Perturbation]:
+        """One per group and candidate, candidates of a group side by side."""
+        members: list[list[int]] = [[] for _ in range(groups)]
+        for index, group in enumerate(group_of):
+            members[group].append(index)
+        return [
+            {self._names[index]: self._quantized(index, c) for index in group}
+            for group in members
+            for c in range(len(self._pairs))
+        ]
+
+    def _quantized(self, index: int, candidate: int) -> Forward:
+        import torch
+
+        module = self._modules[index]
+        w, i = self._pairs[candidate]
+        quantize_weight, quantize_input = self._weight_quantizers[index][w], self._input_quantizers[index][i]
+
+        def forward(x: Any) -> Any:
+            weight = module.weight if quantize_weight is None else quantize_weight(module.weight)
+            x = x if quantize_input is None else quantize_input(x)
+            return torch.nn.functional.linear(x, weight, module.bias)
+
+        return forward
+
+
+def _step(runner: SuffixRunner, perturbations: list[Perturbation], batch: Batch, groups: int) -> Step:
+    import torch
+
+    kl, _ = runner.measure(perturbations)
+    owner = torch.cat([s.sample[s.loss_mask] for s in batch.segments])
+    return step_of(kl.unflatten(0, (groups, -1)), owner, batch, np.arange(groups), groups)

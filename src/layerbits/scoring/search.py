@@ -1,0 +1,194 @@
+"""What the engines share around the measuring itself: groups before it, ranges, steps, and the scores after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from layerbits.calibration import Batch
+from layerbits.models import output_head, unscored_patterns
+from layerbits.result import FloatArray, Group, NonFinite
+from layerbits.scoring import distributed, quantizers
+from layerbits.scoring.groups import named_groups
+from layerbits.scoring.job import Scores, ScoringJob
+from layerbits.scoring.state import Decision, decisions, search_state
+from layerbits.scoring.steplog import Step, StepLog
+from layerbits.scoring.taps import Taps
+
+_NAMED = 100  # scores that are not finite are named up to this many a step
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched over.
+
+    Attributes:
+        found: All decisions of the model. searched: Those with a group each, in the order of ``groups`` (``G``).
+        unscored: Name patterns that stay unquantized.
+        names: Linears of the groups (``M``). group_of: Their groups, ``[M]``.
+        settings: Distinct quantizer settings of the candidates.
+        need_logits: Whether the output head is scored.
+    """
+
+    found: tuple[Decision, ...]
+    searched: tuple[Decision, ...]
+    unscored: tuple[str, ...]
+    groups: tuple[Group, ...]
+    names: tuple[str, ...]
+    group_of: npt.NDArray[np.int64]
+    settings: quantizers.Settings
+    need_logits: bool
+
+    @classmethod
+    def of(cls, job: ScoringJob) -> Search:
+        """Groups the scored linears of a job.
+
+        Raises:
+            Unsupported: A candidate needs ModelOpt's own search (``engine=stock``).
+        """
+        model = job.loaded.model
+        unscored = unscored_patterns(model, set(job.scored))
+        found = decisions(model, unscored)
+        searched = [d for d in found if d.searched]
+        head = output_head(model)
+        return cls(
+            found=tuple(found),
+            searched=tuple(searched),
+            unscored=tuple(unscored),
+            groups=named_groups([(d.modules, d.weights) for d in searched], head),
+            names=tuple(n for d in searched for n in d.modules),
+            group_of=np.repeat(np.arange(len(searched)), [len(d.modules) for d in searched]),
+            settings=quantizers.distinct_settings(list(job.configs.values())),
+            need_logits=head in job.scored,
+        )
+
+
+def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> None:
+    """Finds the ranges, or takes those of an earlier start of the same pass."""
+    known = log.read_ranges()
+    if known is None:
+        batches = job.calibration.calib[distributed.rank() :: distributed.world()]
+        taps.calibrate(batches, need_logits)
+        log.write_ranges(taps.ranges(), part=1 + distributed.rank())
+        distributed.barrier()
+        parts = [log.read_ranges(1 + r) or {} for r in range(distributed.world())]
+        known = {name: np.maximum.reduce([p[name] for p in parts if name in p]) for name in parts[0]}
+        if distributed.rank() == 0:
+            log.write_ranges(known)
+    taps.load_ranges(known)
+
+
+def step_of(by_token: Any, owner: Any, batch: Batch, group_of: Any, groups: int) -> Step:
+    """Sums per-token scores to groups, in total and per sample.
+
+    Args:
+        by_token: ``[M, C, T]`` scores of linears, or of groups.
+        owner: ``[T]`` sample of each token, -1 at padding.
+        batch: The rows that they come from.
+        group_of: ``[M]`` group of each.
+        groups: How many groups there are.
+    """
+    import torch
+
+    device = by_token.device
+    bad = torch.nonzero(~torch.isfinite(by_token))[:_NAMED].cpu()
+    summed = torch.zeros((groups, *by_token.shape[1:]), dtype=torch.float64, device=device)
+    summed.index_add_(0, torch.as_tensor(group_of, device=device), by_token.double())
+    samples, slots = torch.unique(owner[owner >= 0], return_inverse=True)
+    shares = torch.zeros((*summed.shape[:2], len(samples)), dtype=torch.float64, device=device)
+    shares.index_add_(2, slots.to(device), summed[:, :, (owner >= 0).to(device)])
+    counted = torch.cat([s.sample[s.loss_mask] for s in batch.segments])
+    raw = summed.sum(dim=2)
+    raw[~torch.isfinite(raw)] = torch.nan
+    return Step(
+        raw=raw.cpu().numpy(),
+        samples=samples.numpy().astype(np.int64),
+        sample_raw=shares.permute(2, 0, 1).cpu().numpy(),
+        sample_tokens=np.array([int((counted == s).sum()) for s in samples], dtype=np.int64),
+        bad=np.stack([bad[:, 0].numpy(), bad[:, 1].numpy(), owner[bad[:, 2]].numpy()], axis=1),
+    )
+
+
+def assemble(
+    job: ScoringJob,
+    search: Search,
+    steps: Sequence[Step],
+    *,
+    weights: FloatArray,
+    details: Sequence[tuple[int, str]],
+    seconds: Mapping[str, float],
+    resumed: bool,
+    memory: Mapping[str, float],
+    mode: str = "",
+    notes: tuple[str, ...] = (),
+) -> Scores:
+    """Solves the budget of each candidate and puts the scores together.
+
+    Args:
+        job: The job.
+        search: From :meth:`Search.of`.
+        steps: All of them, ``B``.
+        weights: ``[B]`` what a batch's raw score counts in the predicted KL.
+        details: What the first column of :attr:`Step.bad` stands for: group and description.
+        seconds: Time by phase, so far.
+        resumed: Whether a step was there before.
+        memory: Figures in GB.
+        mode: Memory mode that ran.
+        notes: What the user should know.
+    """
+    start = time.perf_counter()
+    raw_by_batch = np.stack([s.raw for s in steps])
+    raw = raw_by_batch.sum(axis=0)
+    sample_kl, sample_tokens = _by_sample(steps, weights)
+    states = {
+        name: search_state(
+            job.method,
+            search.found,
+            search.unscored,
+            name,
+            config=config,
+            raw=np.nan_to_num(raw[:, c]),
+            target_bits=job.target_bits,
+        )
+        for c, (name, config) in enumerate(job.configs.items())
+    }
+    candidates = list(job.configs)
+    return Scores(
+        groups=search.groups,
+        raw=raw,
+        predicted_kl=np.tensordot(weights, raw_by_batch, axes=1),
+        chosen={
+            name: tuple(state["best"]["recipe"][d.name].num_bits < 16 for d in search.searched)
+            for name, state in states.items()
+        },
+        states=states,
+        other_weights=sum(d.weights for d in search.found if not d.searched),
+        sample_kl=sample_kl,
+        sample_tokens=sample_tokens,
+        nonfinite=tuple(
+            NonFinite(search.groups[details[m][0]].key, candidates[c], sample=int(sample), detail=details[m][1])
+            for step in steps
+            for m, c, sample in step.bad.tolist()
+        ),
+        seconds={**seconds, "solve": time.perf_counter() - start},
+        memory=memory,
+        mode=mode,
+        resumed=resumed,
+        notes=notes,
+    )
+
+
+def _by_sample(steps: Sequence[Step], weights: FloatArray) -> tuple[FloatArray, npt.NDArray[np.int64]]:
+    """``[S, G, C]`` share of each sample in the predicted KL, and ``[S]`` loss tokens."""
+    samples = 1 + max(int(s.samples.max()) for s in steps)
+    kl = np.zeros((samples, *steps[0].raw.shape))
+    counts = np.zeros(samples, dtype=np.int64)
+    for step, weight in zip(steps, weights, strict=True):
+        kl[step.samples] += step.sample_raw * weight
+        counts[step.samples] += step.sample_tokens
+    return kl, counts
