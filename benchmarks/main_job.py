@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--engines", default="stock,onepass,grid")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    record: dict[str, Any] = {"command": sys.argv, "provenance": provenance(ROOT)}
+    record: dict[str, Any] = {"provenance": provenance(ROOT)}
     for engine in arguments.engines.split(","):
         folder = Path(tempfile.mkdtemp())
         captions = inputs(folder, arguments.shape, arguments.steps, arguments.rows, arguments.length)

@@ -71,7 +71,7 @@ class Bench:
         self.scored = tuple(n for n in self.loaded.linears if self.loaded.model.get_submodule(n) is not head)
         # one folder for all processes of a torchrun
         self.folder = Path(tempfile.gettempdir()) / f"one-pass-{os.environ.get('MASTER_PORT', os.getpid())}"
-        self.record: dict[str, Any] = {"arguments": vars(arguments), "provenance": provenance(CONFIGS.parent)}
+        self.record: dict[str, Any] = {"arguments": {k: v for k, v in vars(arguments).items() if k != "out"}, "provenance": provenance(CONFIGS.parent)}
 
     def job(self, pairs: tuple[str, ...], memory: str = "fast", steps: int | None = None) -> ScoringJob:
         """A job in a fresh folder, so that nothing is resumed."""
@@ -178,7 +178,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
-    arguments.out, out = str(arguments.out), arguments.out
     bench = Bench(arguments)
     onepass.score(bench.job(TWELVE, steps=1))  # builds and warms every kernel
     if "floor" in parts:
@@ -199,8 +198,8 @@ def main() -> None:
             bench.compare(one, found)
     if "rows" in parts:  # to compare the sums of runs with different numbers of processes
         bench.record["sums"] = onepass.score(bench.job(SIX)).raw.sum(axis=0).tolist()
-    if out and distributed.rank() == 0:
-        out.write_text(json.dumps(bench.record, indent=1) + "\n")
+    if arguments.out and distributed.rank() == 0:
+        arguments.out.write_text(json.dumps(bench.record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
