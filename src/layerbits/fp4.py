@@ -210,7 +210,7 @@ def _nvfp4_blocks(blocks: Tensor, global_amax: Tensor) -> Tensor:
     codes = torch.arange(256, dtype=torch.uint8, device=blocks.device)
     scales = codes.view(torch.float8_e4m3fn).float().mul_(global_scale)
     reciprocals = _device_reciprocal(scales)
-    # Neither 0 nor infinite, so that NaN comes from NaN alone: clamp and E4M3 keep it, the kernel would not.
+    # Neither 0 nor infinite: so the product is NaN only if the block or the global amax is, and that is kept.
     to_e4m3 = reciprocals[_E4M3_CODE_OF_6].clamp(_FP32_SMALLEST, _FP32_MAX)
     code = (amax * to_e4m3).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).long()
     too_small = scales < _NVFP4_MIN_SCALE
@@ -234,7 +234,8 @@ def _device_reciprocal(x: Tensor) -> Tensor:
 
     The unit interpolates quadratically (Oberman and Siu, "A High-Performance Area-Efficient Multifunction
     Interpolator", ARITH 2005): the upper 7 bits of the mantissa select three coefficients, the lower 16 are the
-    variable. ``tests/golden/fit_reciprocal.py`` finds the coefficients from an H200's reciprocals of all mantissas.
+    variable. ``tests/golden/fit_reciprocal.py`` finds the coefficients from an H200's reciprocals of all mantissas;
+    other GPUs have not been measured.
     """
     coefficients, square = _reciprocal_tables(x.device)
     bits = x.view(torch.int32).long()

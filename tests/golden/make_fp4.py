@@ -3,8 +3,9 @@
     PYTHONPATH=src python tests/golden/make_fp4.py OUTPUT_FOLDER
 
 Writes ``fp4.npz`` (the kernels' outputs as raw bits and a digest of each input; the inputs themselves come from
-:func:`cases` again) and ``rcp.npz`` (where the GPU's reciprocal differs from the correctly rounded one), and prints for
-every case how many elements differ between the kernels and ours. The tests import :func:`cases` from here.
+:func:`cases` again) and ``rcp.npz`` (where the GPU's reciprocal differs from the correctly rounded one, what
+``fit_reciprocal.py`` reads), and prints for every case how many elements differ between the kernels and ours. The tests
+import :func:`cases` and :func:`stress_cases` from here.
 """
 
 from __future__ import annotations
@@ -244,9 +245,13 @@ def _report_division(folder: Path) -> torch.Tensor:
     """Prints and stores how the GPU divides; returns the table of reciprocals."""
     from gpu_division import divide, reciprocals
 
+    from layerbits import fp4
+
     table = reciprocals()
     x = (torch.arange(2**23, dtype=torch.int32, device="cuda") + 0x3F800000).view(torch.float32)
     difference = table - (1.0 / x.double()).float().view(torch.int32)
+    ours_differ = int((fp4._device_reciprocal(x).view(torch.int32) != table).sum())
+    print(f"our model of the GPU's reciprocal differs from it in {ours_differ} of 2**23 mantissas")
     values, counts = difference.unique(return_counts=True)
     print(
         "GPU reciprocal minus correctly rounded one, in ulp:", dict(zip(values.tolist(), counts.tolist(), strict=True))
@@ -326,7 +331,7 @@ def _compare(case: Case, expected: np.ndarray, table: torch.Tensor) -> int:
     return counts[0] + counts[1] if case.golden else 0
 
 
-def _stress() -> Iterator[Case]:
+def stress_cases() -> Iterator[Case]:
     """Larger tensors that are compared on the GPU and not stored."""
     for seed, (short, dtype) in enumerate(DTYPES.items()):
         weights = (_normal(100 + seed, 2048, 1024) * 0.02).to(dtype)
@@ -382,7 +387,7 @@ def main(folder: Path) -> None:
                 _same(case, expected, "TensorQuantizer with our backend", backend=backend)
     meta = np.frombuffer(json.dumps({"versions": versions, "digests": digests}).encode(), np.uint8)
     np.savez_compressed(folder / "fp4.npz", meta=meta, **arrays)
-    for case in _stress():
+    for case in stress_cases():
         left += _compare(case, to_bits(kernel(case)), table)
     print(f"cuda_kernels_available after the build: {cuda_kernels_available()}")
     print(f"{len(arrays)} golden cases, {(folder / 'fp4.npz').stat().st_size / 1024:.0f} KiB")

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from layerbits import fp4
 from layerbits.fp4 import cuda_kernels_available, mxfp4, nvfp4, register_backends, with_reference_backend
-from tests.golden.make_fp4 import DTYPES, cases, kernel, mismatches, ours, to_bits
+from tests.golden.make_fp4 import DTYPES, cases, kernel, mismatches, ours, stress_cases, to_bits
 
 pytestmark = pytest.mark.skipif(not cuda_kernels_available(), reason="ModelOpt's FP4 kernels need CUDA, nvcc and ninja")
 
@@ -18,6 +19,23 @@ def test_every_golden_input_equals_the_kernels(kind, dtype, device):
             if where.any():
                 differing[case.name] = int(where.sum())
     assert differing == {}
+
+
+def test_larger_inputs_equal_the_kernels():
+    differing = {}
+    for case in stress_cases():
+        where = mismatches(to_bits(kernel(case)), to_bits(ours(case, "cuda")), case.x.dtype)
+        if where.any():
+            differing[case.name] = int(where.sum())
+    assert differing == {}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_reciprocal_is_the_gpus_for_every_mantissa(device):
+    from tests.golden.gpu_division import reciprocals
+
+    x = (torch.arange(2**23, dtype=torch.int32, device=device) + 0x3F800000).view(torch.float32)
+    assert torch.equal(fp4._device_reciprocal(x).view(torch.int32), reciprocals().to(device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import math
 import warnings
@@ -11,9 +12,27 @@ import torch
 from layerbits import fp4
 from layerbits.errors import Unsupported, UserError
 from layerbits.fp4 import MXFP4_BACKEND, NVFP4_BACKEND, mxfp4, nvfp4, register_backends, with_reference_backend
-from tests.golden.make_fp4 import DTYPES, cases, digest, mismatches, ours, to_bits
+from tests.golden.make_fp4 import DTYPES, cases, digest, from_bits, mismatches, ours, to_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "fp4.npz"
+GPU_RECIPROCALS = "c408381446132e07fa5581e930dc33fb790bea7ec4276ef3621e322df2492a55"
+"""SHA-256 of an H200's reciprocals of all FP32 numbers from 1 to 2, as little-endian 32-bit integers."""
+KERNEL_TIES = (
+    ("fp32", 0x3CA13C29, 0x3D0D31EB, 0.0787280276, 0x3CB844C2),
+    ("fp32", 0x41800000, 0x42680000, 96, 0x41924925),
+    ("fp32", 0xC1800000, 0x42580000, 96, 0xC1924925),
+    ("fp32", 0xC2AE0000, 0x42B40000, 120, 0xC2BC9249),
+    ("fp32", 0xC2480000, 0x42B40000, 120, 0xC23C9249),
+    ("fp32", 0x424C0000, 0x42B40000, 120, 0x423C9249),
+    ("fp16", 0x4F00, 0x42B40000, 120, 0x4FDB),
+    ("fp16", 0x54F0, 0x42B40000, 120, 0x55E5),
+    ("fp16", 0x4980, 0x42B40000, 120, 0x47DB),
+    ("bf16", 0x4290, 0x42B40000, 120, 0x427B),
+    ("bf16", 0xC1E8, 0x42B40000, 120, 0xC1FB),
+    ("bf16", 0xC26C, 0x42B40000, 120, 0xC27B),
+)
+"""Dtype, bits of a number, FP32 bits of its block's amax, global amax, bits of the kernel's result on an H200: ties
+between two E2M1 values that a correctly rounded reciprocal would send the other way."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MX_BLOCK = {"num_bits": (2, 1), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
 NV_BLOCK = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}
@@ -31,8 +50,6 @@ def nearest(value: float, scale: float) -> float:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
-    if not GOLDEN.exists():
-        pytest.skip("tests/golden/fp4.npz is not there: make it on a GPU with tests/golden/make_fp4.py")
     with np.load(GOLDEN) as file:
         return dict(file)
 
@@ -52,6 +69,34 @@ def test_equals_the_cuda_kernels_bit_for_bit(golden, kind, dtype):
             if where.any():
                 differing[case.name] = int(where.sum())
     assert differing == {}
+
+
+def test_reciprocal_is_the_gpus_for_every_mantissa():
+    digest = hashlib.sha256()
+    for start in range(0, 2**23, 2**20):
+        x = (torch.arange(start, start + 2**20, dtype=torch.int32) + 0x3F800000).view(torch.float32)
+        digest.update(fp4._device_reciprocal(x).view(torch.int32).numpy().astype("<i4").tobytes())
+    assert digest.hexdigest() == GPU_RECIPROCALS
+
+
+@pytest.mark.parametrize("exponent", [-126, -17, 5, 125])
+def test_reciprocal_scales_with_the_exponent(exponent):
+    x = 1.0 + torch.arange(0, 2**23, 999) / 2**23
+    expected = fp4._device_reciprocal(x).double() * 2.0**-exponent
+    assert torch.equal(fp4._device_reciprocal(x * 2.0**exponent).double(), expected)
+
+
+def test_reciprocal_at_the_ends_of_the_range():
+    x = torch.tensor([0.0, 2.0**-127, 2.0**-126, 2.0**126, 2.0**127, math.inf])
+    assert fp4._device_reciprocal(x).tolist() == [math.inf, 2.0**127, 2.0**126, 2.0**-126, 2.0**-127, 0.0]
+
+
+@pytest.mark.parametrize(("dtype", "x", "block_amax", "global_amax", "kernel"), KERNEL_TIES)
+def test_ties_fall_as_the_gpus_reciprocal_makes_them(dtype, x, block_amax, global_amax, kernel):
+    block = torch.zeros(16, dtype=DTYPES[dtype])
+    block[0] = from_bits(np.array([block_amax]), torch.float32)
+    block[1] = from_bits(np.array([x]), DTYPES[dtype])
+    assert to_bits(nvfp4(block, torch.tensor(global_amax)))[1] == kernel
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
