@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,10 +23,9 @@ import tempfile
 import time
 import urllib.request
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ MODELS = ("qwen3_vl_4b", "qwen3_8b", "llama3_1b", "smollm2_135m")
 GRANULARITIES = ("default", "per-token")
 KINDS = ("qkv", "o", "gate_up", "down")
 BLOCKS = 36
+FIRST = 1_750_000_000_000  # Unix milliseconds of the first run's start
 EXPERIMENT = "layerbits"
 
 
@@ -90,14 +91,13 @@ def fill(uri: str, count: int, artifacts: str) -> None:
     store = SqlAlchemyStore(uri, artifacts)
     experiment = store.get_experiment_by_name(EXPERIMENT)
     where = int(experiment.experiment_id if experiment else store.create_experiment(EXPERIMENT))
-    first = 1_750_000_000_000
     with store.engine.begin() as connection:
         there = connection.execute(select(func.count()).select_from(SqlRun)).scalar_one()
         for start in range(there, count, 100):
             runs, metrics, params, tags = [], [], [], []
             for index in range(start, min(start + 100, count)):
                 result, run = synthetic(index), uuid.uuid4().hex
-                at = first + 60_000 * index
+                at = FIRST + 60_000 * index
                 runs.append(
                     {
                         "run_uuid": run, "name": result.run_name, "source_type": "UNKNOWN", "source_name": "",
@@ -152,3 +152,67 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     answer = call()
     return time.perf_counter() - start, answer
+
+
+def measure(url: str, count: int) -> dict[str, float]:
+    """Seconds, with a cache of its own."""
+    one = {"model": MODELS[1], "pair": PAIRS[4]}
+    seconds: dict[str, float] = {}
+    history.runs(model="nobody", tracking_uri=url)  # connections and imports
+    seconds["runs, one model and pair, cold"], frame = timed(lambda: history.runs(**one, tracking_uri=url))
+    seconds["runs in it"] = len(frame)
+    seconds["scores of those, cached"], _ = timed(lambda: history.scores(frame))
+    seconds["runs, one model and pair, cached"], again = timed(lambda: history.runs(**one, tracking_uri=url))
+    assert again.equals(frame)
+    shutil.rmtree(os.environ["LAYERBITS_CACHE"])
+    last = FIRST + 60_000 * max(count - 1000, 0)
+    thousand = {"since": datetime.fromtimestamp(last / 1000, UTC).isoformat(), "tracking_uri": url}
+    seconds["runs and scores, 1000 runs, cold"], scores = timed(lambda: history.scores(history.runs(**thousand)))
+    assert len(scores) == len(KINDS) * BLOCKS * min(count, 1000)
+    check(scores, history.runs(**thousand))
+    seconds["runs, everything, 1000 cached"], frame = timed(lambda: history.runs(tracking_uri=url))
+    assert len(frame) == count
+    seconds["runs, everything, cached"], again = timed(lambda: history.runs(tracking_uri=url))
+    assert again.equals(frame)
+    seconds["scores, 1000 runs, cached"], _ = timed(lambda: history.scores(frame[:1000]))
+    return seconds
+
+
+def check(scores: Any, runs: Any) -> None:
+    """The scores of the latest run are those that it was made with, to the last bit."""
+    latest = runs.iloc[0]
+    made = synthetic(int(latest["seed"]))
+    found = scores[scores["run_id"] == latest["run_id"]].set_index("layer")
+    layers = [group.key for group in made.groups]
+    for name, values in (("score", made.scores), ("predicted_kl", made.predicted_kl)):
+        np.testing.assert_array_equal(found.loc[layers, name], values[:, 0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=500)
+    parser.add_argument("--store", help="URI of a database; by default a SQLite file that is removed again")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the server")
+    parser.add_argument("--out", type=Path, help="write the record here, as JSON")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LAYERBITS_CACHE"] = f"{folder}/cache"
+        uri = arguments.store or f"sqlite:///{folder}/mlflow.db"
+        fill(uri, arguments.runs, f"{folder}/artifacts")
+        with server(uri, f"{folder}/artifacts", arguments.workers) as url:
+            seconds = measure(url, arguments.runs)
+    record = {
+        "runs": arguments.runs,
+        "store": uri.partition(":")[0],
+        "workers": arguments.workers,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
+    print(json.dumps(record, indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

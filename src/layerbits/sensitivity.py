@@ -193,7 +193,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     """
     import torch
 
-    from layerbits.scoring import onepass, stock
+    from layerbits.scoring import kl, onepass, stock
     from layerbits.scoring.job import ScoringJob
 
     settings, spec = plan.settings, plan.settings.autoquant
@@ -214,7 +214,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         fingerprint=plan.fingerprint,
         memory=spec.memory,
     )
-    engine = {"onepass": onepass, "stock": stock}[spec.engine]
+    engine = stock if spec.engine == "stock" else {"gradient": onepass, "kl_div": kl}[spec.method]
     scores = engine.score(job)
     facts = provenance(root)
     return [

@@ -101,16 +101,16 @@ class Scheme:
         content = [self.model.revision, sorted((module, c.config_hash) for module, c in self.modules.items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
-    def check_model(self, model: ModelInfo) -> None:
+    def check_revision(self, revision: str) -> None:
         """Checks that a model is the one that was scored.
 
         Raises:
             UserError: It is another revision.
         """
-        if model.revision != self.model.revision:
+        if revision != self.model.revision:
             raise UserError(
-                f"scheme {self.name} is of {self.model.name} revision {self.model.revision}, the model here is "
-                f"{model.name} revision {model.revision}; score this revision, or set the model to the scored one"
+                f"scheme {self.name} was made from scores of {self.model.name} revision {self.model.revision}, the "
+                f"model here is revision {revision}; score this one, or use the model that was scored"
             )
 
     def to_json(self) -> dict[str, Any]:

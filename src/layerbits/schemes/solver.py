@@ -1,10 +1,10 @@
 """Which candidate each group gets under a budget of bits: exact, by Lagrangian reduction and HiGHS (``scipy``).
 
 The problem is a multiple-choice knapsack: minimise ``Σ s[g, c]`` over one choice ``c`` per group, unquantized included,
-subject to ``Σ w[g] · bits[c] ≤ budget · Σ w[g]``. Relaxing the budget with a multiplier ``λ`` gives a lower bound and,
-rounded, a feasible choice. A choice whose reduced cost ``s + λ·a − min(s + λ·a)`` exceeds the gap between the two cannot
-be part of an optimum (Kellerer, Pferschy and Pisinger, *Knapsack Problems*, 2004, chapter 11), so the integer program is
-left with the few groups near the split.
+subject to ``Σ a[g, c] ≤ budget``, where ``a`` is a choice's share of the effective bits. Relaxing the budget with a
+multiplier ``λ`` gives a lower bound and, rounded, a feasible choice. A choice whose reduced cost
+``s + λ·a − min(s + λ·a)`` exceeds the gap between the two cannot be part of an optimum (Kellerer, Pferschy, Pisinger,
+*Knapsack Problems*, 2004, chapter 11), so that the integer program is left with the groups near the split.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -116,27 +117,13 @@ def pareto(
     return [_solve(stated, slopes, budget) for budget in budgets]
 
 
-def solve_exactly_at(
-    scores: FloatArray, bits: Sequence[float], weights: Sequence[int], effective_bits: float
-) -> Solution:
-    """Least score sum among the choices that take just that many bits (to within :data:`TOLERANCE`).
-
-    Raises:
-        UserError: No choice takes that many bits.
-    """
-    stated = problem(scores, bits, weights)
-    at = _integer_program(stated, stated.scores, np.isfinite(stated.scores), effective_bits, exactly=True)
-    if at is None:
-        raise UserError(f"no choice of groups takes {effective_bits:g} effective bits; give a budget instead")
-    return stated.solution(at)
-
-
 def _check(stated: Problem, budget: float) -> None:
     floor = stated.floor
     if not floor - TOLERANCE <= budget <= UNQUANTIZED_BITS:
         why = f"; {stated.stuck} groups without a finite score stay unquantized" if stated.stuck else ""
         raise UserError(
-            f"effective_bits={budget:g} cannot be reached: the feasible range is {floor:.4g} to {UNQUANTIZED_BITS:g}{why}"
+            f"effective_bits={budget:g} cannot be reached: the feasible range is {floor:.4g} to "
+            f"{UNQUANTIZED_BITS:g}{why}; choose a number between"
         )
 
 
@@ -153,7 +140,7 @@ def _slopes(stated: Problem) -> FloatArray:
             if hull and hull[-1][0] == point[0]:
                 hull.pop()
             hull.append(point)
-        found += [_slope(a, b) for a, b in zip(hull, hull[1:], strict=False)]
+        found += [_slope(a, b) for a, b in pairwise(hull)]
     return np.unique(np.array([0.0, *found]))
 
 
@@ -213,9 +200,7 @@ def _filled(stated: Problem, at: IntArray, slack: float) -> IntArray:
         at[group] = choice
 
 
-def _integer_program(
-    stated: Problem, cost: FloatArray, kept: npt.NDArray[np.bool_], budget: float, exactly: bool = False
-) -> IntArray | None:
+def _integer_program(stated: Problem, cost: FloatArray, kept: npt.NDArray[np.bool_], budget: float) -> IntArray | None:
     """Least ``cost`` among the kept choices; ``None`` where no combination fits the budget."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -225,7 +210,7 @@ def _integer_program(
     left = budget - float(stated.bits[fixed, at[fixed]].sum())
     groups, choices = np.nonzero(kept & ~fixed[:, None])
     if not len(groups):
-        return at if not exactly or abs(left) <= TOLERANCE else None
+        return at
     rows = np.unique(groups, return_inverse=True)[1]
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     with _silent():
@@ -235,7 +220,7 @@ def _integer_program(
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
-                LinearConstraint(stated.bits[groups, choices][None], left if exactly else -np.inf, left),
+                LinearConstraint(stated.bits[groups, choices][None], -np.inf, left),
             ],
             options={"mip_rel_gap": 0.0},
         )

@@ -13,9 +13,8 @@ from functools import cache
 from typing import Any
 
 from layerbits.scoring.memory import _free_bytes
+from layerbits.scoring.steps import LOGITS_AT_ONCE
 
-LOGITS_AT_ONCE = 1 << 27
-"""Logits in one piece: 512 MB in float32."""
 _AT_ONCE = 1 << 21
 """Logits that are compared at once on a CPU: 8 MB in float32, near enough to its caches."""
 _MAY_KEEP = 0.25  # of the free memory, for kept logits

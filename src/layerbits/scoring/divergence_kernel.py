@@ -28,7 +28,7 @@ def row_divergence(  # type: ignore
     first = tl.sum(mean, axis=0).to(tl.float64)
     whole = first + tl.sum(excess, axis=0).to(tl.float64)
     log_ratio = tl.log(1.0 + whole)
-    if not ((whole > least) & (whole < most)):  # float32 has lost it, or it is not a number
+    if (whole <= least) | (whole >= most) | (whole != whole):  # float32 has lost it, or it is not a number
         top = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
         for start in range(0, vocabulary, BLOCK):
             at = start + tl.arange(0, BLOCK)

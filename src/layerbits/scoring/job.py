@@ -74,18 +74,17 @@ class Scores:
     notes: tuple[str, ...] = ()
 
 
-def predicted_kl(raw_by_batch: FloatArray, loss_tokens: FloatArray) -> FloatArray:
-    """Raw scores on the scale of one token's loss: ``½ · Σ_b N_b² · raw_b / Σ_b N_b``.
+def kl_weights(loss_tokens: FloatArray) -> FloatArray:
+    """What each batch's raw score counts in the predicted KL: ``½ · N_b² / Σ_b N_b``.
 
-    Under a diagonal empirical Fisher this estimates the KL divergence, in nats per token, that quantizing the
-    group alone would cause. It does not depend on how rows are batched.
+    The predicted KL, ``½ · Σ_b N_b² · raw_b / Σ_b N_b``, is half the raw score on the scale of one token's loss. Under
+    a diagonal empirical Fisher it estimates the KL divergence, in nats per token, that quantizing the group alone would
+    cause. It does not depend on how rows are batched.
 
     Args:
-        raw_by_batch: ``[B, ...]`` raw score of each batch.
         loss_tokens: ``[B]`` loss tokens of each batch.
 
     Returns:
-        ``[...]`` nats per token.
+        ``[B]`` weights.
     """
-    weights = loss_tokens**2 / loss_tokens.sum() / 2
-    return np.tensordot(weights, raw_by_batch, axes=1)
+    return loss_tokens**2 / loss_tokens.sum() / 2

@@ -1,7 +1,8 @@
 """The ``kl_div`` engine: the KL divergence that quantizing each group alone causes, measured from its block on.
 
-What ModelOpt's searcher does with a whole forward per group and candidate, with the unquantized model run once a batch
-(:mod:`layerbits.scoring.suffix`). A raw score is the KL divergence in nats, summed over the tokens that the loss counts.
+ModelOpt's searcher runs a whole forward per group and candidate; here the unquantized model runs once a batch, and of
+the others only what lies behind the group (:mod:`layerbits.scoring.suffix`). A raw score is the KL divergence in nats,
+summed over the tokens that the loss counts.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def score(job: ScoringJob) -> Scores:
 
     start = clock()
     resumed = log.read(0) is not None
-    perturbations = linears.perturbations(search.group_of, len(search.groups))
+    perturbations = linears.perturbations(search)
     with fused_norms(model):
         for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
             if log.read(index) is None:
@@ -73,23 +74,20 @@ def score(job: ScoringJob) -> Scores:
 class _Linears(Taps):
     """The scored linears with their quantizers, to be run in place of the model's own."""
 
-    def perturbations(self, group_of: Any, groups: int) -> list[Perturbation]:
+    def perturbations(self, search: Search) -> list[Perturbation]:
         """One per group and candidate, candidates of a group side by side."""
-        members: list[list[int]] = [[] for _ in range(groups)]
-        for index, group in enumerate(group_of):
-            members[group].append(index)
         return [
-            {self._names[index]: self._quantized(index, c) for index in group}
-            for group in members
-            for c in range(len(self._pairs))
+            {self._names[m]: self._quantized(m, *pair) for m in np.flatnonzero(search.group_of == g).tolist()}
+            for g in range(len(search.groups))
+            for pair in search.settings.pairs
         ]
 
-    def _quantized(self, index: int, candidate: int) -> Forward:
+    def _quantized(self, index: int, weight_setting: int, input_setting: int) -> Forward:
         import torch
 
         module = self._modules[index]
-        w, i = self._pairs[candidate]
-        quantize_weight, quantize_input = self._weight_quantizers[index][w], self._input_quantizers[index][i]
+        quantize_weight = self._weight_quantizers[index][weight_setting]
+        quantize_input = self._input_quantizers[index][input_setting]
 
         def forward(x: Any) -> Any:
             weight = module.weight if quantize_weight is None else quantize_weight(module.weight)

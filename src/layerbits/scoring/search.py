@@ -77,7 +77,8 @@ def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> N
         log.write_ranges(taps.ranges(), part=1 + distributed.rank())
         distributed.barrier()
         parts = [log.read_ranges(1 + r) or {} for r in range(distributed.world())]
-        known = {name: np.maximum.reduce([p[name] for p in parts if name in p]) for name in parts[0]}
+        names = {name for part in parts for name in part}
+        known = {name: np.maximum.reduce([p[name] for p in parts if name in p]) for name in names}
         if distributed.rank() == 0:
             log.write_ranges(known)
     taps.load_ranges(known)

@@ -19,7 +19,7 @@ from layerbits.errors import UserError
 from layerbits.models import output_head, unscored_patterns
 from layerbits.result import FloatArray, NonFinite, write_json
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of
-from layerbits.scoring.job import Scores, ScoringJob, predicted_kl
+from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits
 
 
@@ -81,7 +81,7 @@ def score(job: ScoringJob) -> Scores:
     raw = np.array([_stat(state, n, "scores") for n, _ in decisions], dtype=np.float64)[:, None]
     tokens = np.array([b.loss_tokens for b in job.calibration.score], dtype=np.float64)
     if job.method == "gradient":
-        kl = predicted_kl(steps.per_batch(len(tokens), len(groups)), tokens)[:, None]
+        kl = np.tensordot(kl_weights(tokens), steps.per_batch(len(tokens), len(groups)), axes=1)[:, None]
     else:
         kl = raw / tokens.sum()
     bad = ~np.isfinite(raw) | ~np.isfinite(kl)

@@ -17,9 +17,9 @@ from typing import Any
 from layerbits.calibration import Batch, Segment
 from layerbits.errors import Unsupported
 from layerbits.models import output_head
-from layerbits.scoring.divergence import LOGITS_AT_ONCE, Reference
+from layerbits.scoring.divergence import Reference
 from layerbits.scoring.patches import Forward, Span, by_tile, forwards
-from layerbits.scoring.steps import _inputs, _loss_positions, has_plain_head, predictions
+from layerbits.scoring.steps import LOGITS_AT_ONCE, _inputs, _loss_positions, has_plain_head, predictions
 
 _TOKENS_AT_ONCE = {"cuda": 1 << 14, "cpu": 1 << 11}
 """Tokens of all tiles together: enough to fill the matrix units, few enough to keep the activations small."""
@@ -335,7 +335,10 @@ def _check(model: Any, blocks: Blocks, segment: Segment) -> None:
         for index, name in sorted(names.items()):
             own: Perturbation = {name: model.get_submodule(name).forward}
             for tiles in ([own],) if index == len(blocks.modules) else ([own], [own, own]):
-                values, whole = runner._run(kept, tiles)
+                try:
+                    values, whole = runner._run(kept, tiles)
+                except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
+                    raise Unsupported(f"the model does not run from block {index} on ({cause}); {_MEND}") from cause
                 logits = (values if whole else runner._logits(values)).double()
                 error = (logits - expected).norm(dim=(1, 2)).max()
                 if not bool(error <= tolerance * expected.norm()):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import json
 import math
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ TABLE = "sensitivity/layer_sensitivity.json"
 LAYERS = "mlflow.layerbits.layers."
 """Prefix of the tags that hold the scores per group, a number follows; the UI hides what starts with ``mlflow.``."""
 
+LAYER_COLUMNS = ("layer", "block", "kind", "score", "predicted_kl", "chosen")
+"""What those tags have a list of, most sensitive group first."""
+
 _TAG_LENGTH = 5000  # MLflow 3.17 takes 8000 characters, earlier servers 5000
+_MOST_BYTES = 1 << 26  # what a server may make us unpack
 
 # Okabe and Ito's colours for all eyes (https://jfly.uni-koeln.de/color/): hue = weights, lightness = activations.
 _HUES = {"fp4": (213, 94, 0), "fp8": (0, 114, 178), "int8": (0, 158, 115), "int4": (204, 121, 167)}
@@ -92,21 +97,49 @@ def tags(result: SensitivityResult) -> dict[str, str]:
 
 
 def layer_tags(result: SensitivityResult) -> dict[str, str]:
-    """Scores and choice per group, all digits, in as few characters as a search returns them at no cost of its own.
+    """Scores and choice per group with all their digits, for a search to return in a tag or two.
 
-    Metrics would cost every search of the store: it reads 30 µs for each of every run. JSON (strict: null where a number
-    is not finite), compressed with zlib, as base64, cut into tags of 5000 characters.
+    As metrics, the predicted KL alone would make every search of the store half as slow again. Strict JSON (null where
+    a number is not finite), compressed with zlib, in base64, cut into tags.
     """
     rows = sorted(result.rows(), key=lambda row: row["rank"])
-    plain = {
-        "candidate": result.candidates[0].name,
-        "bits": result.candidates[0].bits,
-        **{name: [_cell(row[name]) for row in rows] for name in ("layer", "block", "kind", "score", "predicted_kl")},
-        "chosen": [int(row["chosen"]) for row in rows],
-    }
-    packed = zlib.compress(json.dumps(plain, separators=(",", ":"), allow_nan=False).encode(), 9)
-    text = base64.b64encode(packed).decode()
+    info = result.candidates[0]
+    columns = {name: [_cell(row[name]) for row in rows] for name in LAYER_COLUMNS}
+    columns["chosen"] = [int(chosen) for chosen in columns["chosen"]]
+    plain = json.dumps({"candidate": info.name, "bits": info.bits, **columns}, separators=(",", ":"), allow_nan=False)
+    text = base64.b64encode(zlib.compress(plain.encode(), 9)).decode()
     return {f"{LAYERS}{i}": text[at : at + _TAG_LENGTH] for i, at in enumerate(range(0, len(text), _TAG_LENGTH))}
+
+
+def read_layer_tags(tags: Mapping[str, str]) -> dict[str, Any] | None:
+    """What :func:`layer_tags` wrote: ``candidate``, ``bits`` and a list for each of :data:`LAYER_COLUMNS`.
+
+    Returns:
+        ``None`` where the run has no such tags.
+
+    Raises:
+        ValueError: A part is missing or damaged.
+    """
+    parts = sorted((key for key in tags if key.startswith(LAYERS)), key=lambda key: int(key.removeprefix(LAYERS)))
+    if not parts:
+        return None
+    try:
+        packed = base64.b64decode("".join(tags[key] for key in parts), validate=True)
+        unpack = zlib.decompressobj()
+        plain = json.loads(unpack.decompress(packed, _MOST_BYTES))
+        lengths = {len(plain[name]) for name in LAYER_COLUMNS}
+        if not unpack.eof or len(lengths) != 1:
+            raise ValueError("cut off")
+        return {"candidate": str(plain["candidate"]), "bits": float(plain["bits"])} | {
+            "layer": [str(name) for name in plain["layer"]],
+            "block": [None if block is None else int(block) for block in plain["block"]],
+            "kind": [str(kind) for kind in plain["kind"]],
+            "score": [_number(value) for value in plain["score"]],
+            "predicted_kl": [_number(value) for value in plain["predicted_kl"]],
+            "chosen": [bool(flag) for flag in plain["chosen"]],
+        }
+    except (binascii.Error, zlib.error, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"damaged ({error!r})") from None
 
 
 def table(result: SensitivityResult) -> str:
@@ -165,6 +198,8 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
     yield "summary/score_sum", result.total("scores")
     yield "summary/predicted_kl_sum", result.total("predicted_kl")
     yield "summary/score_chosen", recipe.score
+    chosen_kl = [k for k, c in zip(result.predicted_kl[:, 0], recipe.chosen, strict=True) if c is not None]
+    yield "summary/predicted_kl_chosen", float(sum(chosen_kl))
     yield "summary/quantized_groups", float(sum(chosen is not None for chosen in recipe.chosen))
     yield "summary/groups", float(len(result.groups))
     pairs = zip(result.scores[:, 0], result.predicted_kl[:, 0], strict=True)
@@ -194,3 +229,7 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return ", ".join(value) if isinstance(value, list) else value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

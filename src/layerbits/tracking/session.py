@@ -17,6 +17,7 @@ from typing import Any
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.tracking.afterwards import keep_killed
+from layerbits.tracking.reap import process_tags
 from layerbits.tracking.store import answers, experiment_id, impatient, one_line, redact, run_link, ui_command
 
 PARENT_VARIABLE = "LAYERBITS_PARENT_RUN_ID"
@@ -172,7 +173,7 @@ def _open(
     logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
     if "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL" not in os.environ:
         mlflow.set_system_metrics_sampling_interval(_SYSTEM_METRICS_SECONDS)
-    tags = dict(tags or {})
+    tags = {**process_tags(), **(tags or {})}
     resumed = os.environ.get("MLFLOW_RUN_ID")
     client = mlflow.MlflowClient()
     try:

@@ -1,0 +1,1 @@
+"""Exported checkpoints: what labels mean, a reader of our own, the proof that an export is what was scored."""

@@ -1,0 +1,283 @@
+"""An exported checkpoint against what was scored: weights, activation scales and everything that was left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerbits.checkpoint.dequantize import block_scales, dequantize
+from layerbits.checkpoint.labels import Label
+from layerbits.checkpoint.reader import Checkpoint
+from layerbits.checkpoint.structure import Quantization
+from layerbits.errors import UserError
+from layerbits.scoring import quantizers
+
+FP32_SLACK = 2.0**-21
+"""Relative difference of a product with a scale and of a quotient by its reciprocal, in float32."""
+STEPS = 1.1
+"""Steps of the FP4 grid by which a weight may move when its block scale is rounded anew.
+
+Both are roundings of one number, half a step away from it each; the scales differ by a step of E4M3 at most (1/8).
+"""
+ERROR_RATIO = 1.05
+"""How much larger the quantization error of such a weight may be than that of the scored one, in the Frobenius norm."""
+
+_E4M3_NORMAL = 2.0**-6  # below it block scales have fewer digits
+_NVFP4_FLUSHED = 1e-5  # ModelOpt's kernel computes blocks with a smaller scale as zeros
+
+
+@dataclass(frozen=True)
+class ScoredLayer:
+    """A quantized linear as it was scored.
+
+    Attributes:
+        module: Name in memory. stored: Name in the checkpoints.
+        candidate: Name of its candidate.
+        label: What the export has to label it.
+        dtype: Dtype of the model's weights.
+        weight: ModelOpt settings of its weight quantizer.
+        weight_range: Calibrated range of the weight, ``None`` where there is none.
+        input_range: Calibrated range of the input, ``None`` where there is none.
+    """
+
+    module: str
+    stored: str
+    candidate: str
+    label: Label
+    dtype: torch.dtype
+    weight: Any
+    weight_range: torch.Tensor | None
+    input_range: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerProof:
+    """What comparing one linear found.
+
+    Attributes:
+        elements: Weights compared.
+        identical: Weights that are the scored ones, in the model's dtype.
+        worst: Largest difference, as a share of what is allowed; at most 1.
+        error_ratio: Error against the unquantized weight, relative to that of the scored weight.
+        problem: What is wrong, empty where nothing is.
+    """
+
+    module: str
+    candidate: str
+    label: str
+    elements: int
+    identical: int
+    worst: float
+    error_ratio: float
+    problem: str
+
+
+@dataclass(frozen=True)
+class ExcludedProof:
+    """What comparing everything else found.
+
+    Attributes:
+        tensors: Tensors that are in source and export, bit for bit.
+        bytes: Their size.
+        cast: How many of them the export stores in another dtype: equal after that cast.
+        tied: Tensors of the source that are another tensor's copy, left out as tied.
+        unused: Tensors of the source that the model does not load.
+        problems: What is wrong.
+    """
+
+    tensors: int
+    bytes: int
+    cast: int
+    tied: tuple[str, ...]
+    unused: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def compare_layer(
+    exported: Checkpoint, source: Checkpoint, quantization: Quantization, layer: ScoredLayer, device: str
+) -> LayerProof:
+    """Compares a stored weight with the scored one, some rows at a time.
+
+    Args:
+        exported: The export.
+        source: The checkpoint that was scored.
+        quantization: The export's configuration.
+        layer: What was scored.
+        device: Where the weights are quantized; kernels differ in rounding.
+    """
+    name, label = f"{layer.stored}.weight", layer.label
+    found = quantization.layers.get(layer.stored)
+    elements = source.entry(name).elements
+    if found != label:
+        what = "is not labelled" if found is None else f"is labelled {found.algo}"
+        return _failed(layer, elements, f"{layer.stored} {what}, scored was {label.algo}")
+    rows = source.entry(name).shape[0]
+    identical, worst, beyond = 0, 0.0, 0
+    error, scored_error = 0.0, 0.0
+    for start, stop in source.pieces(name):
+        weight = source.rows(name, start, stop).to(layer.dtype)
+        scored = _scored_rows(layer, weight, rows, start, stop, device)
+        stored = dequantize(exported, layer.stored, label, start, stop)
+        difference = (stored - scored.float()).abs()
+        allowed = _allowed(exported, layer, stored, scored.float(), start, stop)
+        beyond += int((~(difference <= allowed)).sum())
+        worst = max(worst, float(torch.where(difference > 0, difference / allowed, 0.0).max()))
+        identical += int((stored.to(layer.dtype) == scored).sum())
+        error += float((stored - weight.float()).double().square().sum())
+        scored_error += float((scored.float() - weight.float()).double().square().sum())
+    ratio = (error / scored_error) ** 0.5 if scored_error else 1.0
+    problem = ""
+    if beyond:
+        problem = f"{beyond} of {elements} weights of {layer.stored} are not the scored ones"
+    elif not label.exact and ratio > ERROR_RATIO:
+        problem = (
+            f"{layer.stored} has {ratio:.3f} times the error of the scored weight, at most {ERROR_RATIO} is allowed"
+        )
+    else:
+        problem = _input_problem(exported, layer)
+    return LayerProof(layer.module, layer.candidate, label.algo, elements, identical, worst, ratio, problem)
+
+
+def compare_excluded(
+    exported: Checkpoint, source: Checkpoint, layers: Sequence[ScoredLayer], loaded: Mapping[str, str]
+) -> ExcludedProof:
+    """Compares every tensor that is not a quantized weight, bit for bit.
+
+    Args:
+        exported: The export.
+        source: The checkpoint that was scored.
+        layers: The quantized linears.
+        loaded: Names in the checkpoint of all that the model loads → the name of the tensor that it is tied to, or
+            itself.
+    """
+    quantized = {f"{layer.stored}.weight" for layer in layers}
+    tensors, size, cast = 0, 0, 0
+    tied, unused, problems = [], [], []
+    for name, entry in source.entries.items():
+        if name in quantized:
+            continue
+        if name not in exported:
+            twin = loaded.get(name)
+            if twin is None:
+                unused.append(name)
+            elif twin != name and twin in source and _equal(source, name, source, twin):
+                tied.append(name)
+            else:
+                problems.append(f"{name} is not in the export")
+            continue
+        tensors += 1
+        size += entry.stop - entry.start
+        cast += entry.dtype != exported.entry(name).dtype
+        if exported.entry(name).shape != entry.shape or not _equal(source, name, exported, name):
+            problems.append(f"{name} is not the source's")
+    made = {f"{layer.stored}.{part}" for layer in layers for part in ("weight_scale", "weight_scale_2", "input_scale")}
+    known = set(source.entries) | made | {f"{layer.stored}.pre_quant_scale" for layer in layers}
+    problems += [
+        f"{name} is in the export alone"
+        for name in exported.entries
+        if name not in known and not name.endswith((".k_scale", ".v_scale"))
+    ]
+    return ExcludedProof(tensors, size, cast, tuple(tied), tuple(unused), tuple(problems))
+
+
+def kv_problems(exported: Checkpoint, ranges: Mapping[str, torch.Tensor]) -> list[str]:
+    """Scales of the KV cache that are not what was calibrated.
+
+    Args:
+        exported: The export.
+        ranges: Name of a scale in the checkpoint → calibrated range.
+    """
+    problems = [
+        f"{n} was never calibrated"
+        for n in exported.entries
+        if n.endswith((".k_scale", ".v_scale")) and n not in ranges
+    ]
+    for name, amax in ranges.items():
+        if name not in exported:
+            problems.append(f"{name} is not in the export")
+        elif not _close(exported.rows(name), amax.float().cpu() / 448.0):
+            problems.append(f"{name} is not its calibrated range / 448")
+    return problems
+
+
+def _scored_rows(
+    layer: ScoredLayer, weight: torch.Tensor, rows: int, start: int, stop: int, device: str
+) -> torch.Tensor:
+    """Rows of the fake-quantized weight, in the model's dtype, on the CPU."""
+    quantizer = quantizers.make_quantizer(layer.weight, device)
+    amax = layer.weight_range
+    if amax is not None:
+        if amax.numel() > 1:  # a range per row or per block of a row
+            amax = amax.reshape(rows, -1)[start:stop].reshape(-1, 1)
+        quantizer.amax = amax.to(device)
+    with torch.no_grad():
+        return quantizer(weight.to(device)).cpu()
+
+
+def _allowed(
+    exported: Checkpoint, layer: ScoredLayer, stored: torch.Tensor, scored: torch.Tensor, start: int, stop: int
+) -> torch.Tensor:
+    """How far each stored weight may be from the scored one."""
+    if layer.label.exact:
+        # The scored weight was rounded to the model's dtype. That is less than half a step of any format.
+        finfo = torch.finfo(layer.dtype)
+        return stored.abs() * (finfo.eps / 2 + FP32_SLACK) + finfo.smallest_normal * finfo.eps
+    scale = block_scales(exported, layer.stored, layer.label, start, stop)
+    scale = scale.repeat_interleave(stored.shape[1] // scale.shape[1], 1)
+    level = torch.maximum(stored.abs(), scored.abs()) / scale
+    step = torch.where(level <= 2.0, 0.5, torch.where(level <= 4.0, 1.0, 2.0))
+    allowed = STEPS * step * scale
+    whole = float(exported.rows(f"{layer.stored}.weight_scale_2"))
+    coarse = scale < _E4M3_NORMAL * whole * 1.01
+    allowed = torch.where(coarse, 12.0 * _E4M3_NORMAL * whole, allowed)
+    flushed = scored == 0
+    return torch.where(flushed, allowed.clamp(min=6.75 * _NVFP4_FLUSHED), allowed)
+
+
+def _input_problem(exported: Checkpoint, layer: ScoredLayer) -> str:
+    if layer.label.input_divisor is None:
+        return ""
+    if layer.input_range is None:
+        return f"the input of {layer.stored} was never calibrated"
+    expected = layer.input_range.float().cpu().reshape(()) / layer.label.input_divisor
+    if _close(exported.rows(f"{layer.stored}.input_scale"), expected):
+        return ""
+    return f"{layer.stored}.input_scale is not its calibrated range / {layer.label.input_divisor:g}"
+
+
+def _equal(one: Checkpoint, name: str, other: Checkpoint, twin: str) -> bool:
+    dtype = other.entry(twin).dtype
+    for start, stop in one.pieces(name):
+        a, b = one.rows(name, start, stop).to(dtype), other.rows(twin, start, stop)
+        if not torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
+            return False
+    return True
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a.float().reshape(()) - b.reshape(())).abs() <= FP32_SLACK * b.abs())
+
+
+def _failed(layer: ScoredLayer, elements: int, problem: str) -> LayerProof:
+    nan = float("nan")
+    return LayerProof(layer.module, layer.candidate, layer.label.algo, elements, 0, nan, nan, problem)
+
+
+def loaded_names(model: Any, on_disk: Mapping[str, str]) -> dict[str, str]:
+    """Names in the checkpoint of all that a model loads → the name of what it is tied to, or itself.
+
+    Args:
+        model: As loaded.
+        on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
+
+    Raises:
+        UserError: Tied parameters have no name in the checkpoint.
+    """
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    try:
+        return {stored: on_disk[ties.get(name, name)] for name, stored in on_disk.items()}
+    except KeyError as error:
+        raise UserError(f"{error} is tied to another parameter but not part of the model; untie it") from None

@@ -1,0 +1,22 @@
+"""Names of parameters in memory and in the checkpoint files, which ``transformers`` lets differ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def names_on_disk(model: Any) -> dict[str, str]:
+    """Name in the checkpoint for each name in ``model.state_dict()``, by transformers' own conversion.
+
+    Args:
+        model: Loaded by ``from_pretrained``, which remembers how it renamed; not yet quantized.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    nothing = torch.empty(0, device="meta")
+    names = {}
+    for name in model.state_dict():
+        renamed = list(revert_weight_conversion(model, {name: nothing}))
+        names[name] = renamed[0] if len(renamed) == 1 else name
+    return names

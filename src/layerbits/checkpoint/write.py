@@ -1,0 +1,190 @@
+"""ModelOpt's exporter, given exactly the quantizers that were scored.
+
+ModelOpt 0.47 quantizes once more when it writes, with arithmetic of its own: it divides bf16 weights by their scale in
+bf16 (2.5 % of the FP8 values of a random tensor came out a step off) and rounds ties to MXFP4 down where its kernels
+round to even. So weights whose label is exact are written from their fake-quantized values, which that second rounding
+leaves where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerbits.checkpoint.compare import ScoredLayer
+from layerbits.checkpoint.labels import Label
+from layerbits.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from layerbits.apply import Ranges
+    from layerbits.calibration import Batch
+    from layerbits.schemes import Scheme
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.index.json")
+_OWN_FILES = ("config.json", "hf_quant_config.json")
+
+
+def scored_layers(
+    model: Any, scheme: Scheme, labels: Mapping[str, Label], ranges: Ranges, on_disk: Mapping[str, str]
+) -> list[ScoredLayer]:
+    """The quantized linears of a scheme with their calibrated settings.
+
+    Args:
+        model: As loaded.
+        scheme: What is exported.
+        labels: Candidate name → its label.
+        ranges: Static activation ranges.
+        on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
+    """
+    from layerbits.apply import module_quantizers, runtime_config
+    from layerbits.scoring import quantizers
+
+    layers = []
+    for name, info in scheme.modules.items():
+        module = model.get_submodule(name)
+        weight, inputs = module_quantizers(module, name, info, ranges)
+        settings = quantizers.distinct_settings([runtime_config(info, module.weight.device)])
+        layers.append(
+            ScoredLayer(
+                module=name,
+                stored=on_disk[f"{name}.weight"].removesuffix(".weight"),
+                candidate=info.name,
+                label=labels[info.name],
+                dtype=module.weight.dtype,
+                weight=settings.weights[0],
+                weight_range=_range(weight),
+                input_range=_range(inputs),
+            )
+        )
+    return layers
+
+
+def write_checkpoint(
+    model: Any,
+    scheme: Scheme,
+    layers: Sequence[ScoredLayer],
+    folder: Path,
+    source: Path,
+    kv_batches: Sequence[Batch],
+    language_model: str,
+) -> dict[str, torch.Tensor]:
+    """Quantizes a loaded model and exports it; the model is of no use afterwards.
+
+    Args:
+        model: The whole model, unquantized.
+        scheme: What is exported.
+        layers: Its linears, from :func:`scored_layers`.
+        folder: Where to; exists.
+        source: Folder of the checkpoint that was scored, for tokenizer, processor and licence files.
+        kv_batches: Batches to calibrate an FP8 KV cache on; none = the cache stays in the model's dtype.
+        language_model: Name of the language model's module; attention elsewhere keeps no cache.
+
+    Returns:
+        Name of each scale of the KV cache, as in memory → calibrated range.
+    """
+    from modelopt.torch.export import export_hf_checkpoint
+
+    if not model.config.architectures:
+        model.config.architectures = [type(model).__name__]
+    with redirect_stdout(sys.stderr):
+        _quantize(model, scheme, layers)
+        kv_ranges = _quantize_kv_cache(model, kv_batches, language_model) if kv_batches else {}
+        export_hf_checkpoint(model, export_dir=folder)
+    _copy_files(source, folder)
+    _mend_config(source, folder)
+    return kv_ranges
+
+
+def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None:
+    import modelopt.torch.quantization as mtq
+    import torch
+
+    from layerbits.apply import runtime_config
+
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for name, info in scheme.modules.items():
+        config = runtime_config(info, model.get_submodule(name).weight.device)
+        entries += [
+            {"quantizer_name": f"{name}.{entry['quantizer_name'].lstrip('*')}", "cfg": entry["cfg"]}
+            for entry in config["quant_cfg"]
+            if "cfg" in entry
+        ]
+    mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
+    for layer in layers:
+        module = model.get_submodule(layer.module)
+        if layer.weight_range is not None:
+            module.weight_quantizer.amax = layer.weight_range
+        if layer.input_range is not None:
+            module.input_quantizer.amax = layer.input_range
+        if layer.label.exact:
+            with torch.no_grad():
+                module.weight.copy_(module.weight_quantizer(module.weight))
+        if layer.label.algo == "W4A16_AWQ":
+            # The label promises a smoothing of the inputs, and runtimes read it; none was scored.
+            module.input_quantizer.pre_quant_scale = torch.ones_like(module.weight[0])
+
+
+def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str) -> dict[str, torch.Tensor]:
+    """FP8 quantizers on keys and values, their ranges found with the linears quantized."""
+    import modelopt.torch.quantization as mtq
+    import torch
+
+    from layerbits.scoring.steps import calibration_forward
+    from layerbits.scoring.taps import progress
+
+    prefix = f"{language_model}." if language_model else ""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and name.endswith((".k_bmm_quantizer", ".v_bmm_quantizer"))
+    }
+    if not found:
+        raise UserError(f"ModelOpt finds no attention of {type(model).__name__} to quantize; use kv_cache=none")
+    entry = mtq.FP8_KV_CFG["quant_cfg"][0]
+    mtq.set_quantizer_by_cfg(model, [{**entry, "quantizer_name": name} for name in found])
+    for quantizer in found.values():
+        quantizer.disable_quant()
+        quantizer.enable_calib()
+    with torch.no_grad():
+        for batch in progress(batches, "calibrating the KV cache"):
+            calibration_forward(model, batch, need_logits=False)
+    ranges = {}
+    for name, quantizer in found.items():
+        quantizer.load_calib_amax()
+        quantizer.enable_quant()
+        quantizer.disable_calib()
+        attention, _, leaf = name.rpartition(".")
+        ranges[f"{attention}.{leaf[0]}_proj.{leaf[0]}_scale"] = quantizer.amax.detach().clone()
+    return ranges
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    """Everything of the source but weights and the configuration: tokenizer, processor, templates, licence."""
+    for file in sorted(source.iterdir()):
+        known = file.name in _OWN_FILES or any(fnmatch(file.name, pattern) for pattern in _WEIGHT_FILES)
+        if file.is_file() and not known and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _mend_config(source: Path, folder: Path) -> None:
+    """``use_cache`` as the source has it: scoring switches it off."""
+    original = json.loads((source / "config.json").read_text())
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("use_cache", None)
+    if "use_cache" in original:
+        config["use_cache"] = original["use_cache"]
+    file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _range(quantizer: Any) -> Any:
+    amax = None if quantizer is None else quantizer.amax
+    return None if amax is None else amax.detach().clone()

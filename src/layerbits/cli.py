@@ -1,0 +1,183 @@
+"""The command ``layerbits``: what earlier runs found, and care for the store."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerbits import __version__, entry
+from layerbits.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FORMATS = ("table", "csv", "json")
+_RUN_COLUMNS = (
+    *("run_id", "model", "quant_pair", "granularity", "dataset_size", "effective_bits", "predicted_kl_sum"),
+    *("score_sum", "start_time"),
+)
+_SCORE_COLUMNS = ("run_id", "quant_pair", "granularity", "layer", "score", "predicted_kl", "bits", "chosen", "rank")
+_MOVERS = 10
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; errors are one line and status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning, module=r"layerbits\b|__main__")
+            warnings.showwarning = _show_warning
+            status = options.command(options)
+    except UserError as error:
+        entry.fail(error)
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stderr.close()
+        status = 0
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="layerbits", description="What sensitivity runs found, and care for the store."
+    )
+    parser.add_argument("--version", action="version", version=f"layerbits {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=words, description=words)
+        added.set_defaults(command=run)
+        added.add_argument(
+            "--tracking-uri", metavar="URI", help="the store; else MLFLOW_TRACKING_URI, else mlflow.db in this folder"
+        )
+        return added
+
+    history = command("history", _history, "list runs, or their scores")
+    history.add_argument("--experiment", default="layerbits", help="name of the experiment (layerbits)")
+    history.add_argument("--model", help="model name")
+    history.add_argument("--pair", help="quant pair, for instance wfp4_afp8")
+    history.add_argument("--granularity", help="granularity, default for none")
+    history.add_argument("--since", metavar="DATE", help="started then or later, ISO format, UTC")
+    history.add_argument("--where", metavar="FILTER", help="further filter, as for mlflow.search_runs")
+    history.add_argument("--outcome", default="ok", help="ok, failed, killed, … or any (ok)")
+    history.add_argument("--scores", action="store_true", help="a row per run and group instead of a row per run")
+    history.add_argument("--refresh", action="store_true", help="read everything again, not what is kept here")
+    history.add_argument("--format", choices=_FORMATS, default="table", help="csv and json have all columns")
+
+    compare = command("compare", _compare, "compare two runs group by group; status 1 where they are not comparable")
+    compare.add_argument("a", metavar="RUN", help="run id")
+    compare.add_argument("b", metavar="RUN", help="run id")
+    compare.add_argument("--by", default="predicted_kl", choices=("predicted_kl", "score", "rank"))
+    compare.add_argument("--format", choices=_FORMATS, default="table", help="csv is the groups, json everything")
+
+    push = command("push", _push, "log a finished result on disk; what is logged already stays as it is")
+    push.add_argument("directory", metavar="DIR", type=Path, help="folder with the manifest.json")
+    push.add_argument("--run-id", help="the run that the job had opened")
+    push.add_argument("--experiment", default="layerbits", help="experiment of a new run (layerbits)")
+
+    command("reap", _reap, "end the runs of this machine whose process is gone")
+    command("doctor", _doctor, "check store, artifacts, clock, disk, GPU and kernels; status 1 where one fails")
+    return parser
+
+
+def _history(options: argparse.Namespace) -> int:
+    from layerbits import history
+
+    names = ("experiment", "model", "pair", "granularity", "since", "where", "tracking_uri", "refresh")
+    outcome = None if options.outcome == "any" else options.outcome
+    frame = history.runs(**{name: getattr(options, name) for name in names}, outcome=outcome)
+    if options.scores:
+        frame = history.scores(frame)
+    _print(frame, options.format, _SCORE_COLUMNS if options.scores else _RUN_COLUMNS)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from layerbits import history
+
+    found = history.compare(options.a, options.b, options.by, tracking_uri=options.tracking_uri)
+    if options.format == "csv":
+        _print(found.movers, "csv", ())
+    elif options.format == "json":
+        plain: dict[str, Any] = {**vars(found), "movers": json.loads(_json(found.movers))}
+        plain |= {
+            name: None if plain[name] != plain[name] else plain[name] for name in ("spearman", "kendall", "ratio")
+        }
+        print(json.dumps(plain, indent=2, allow_nan=False))
+    elif found.comparable:
+        print(f"{found.groups} groups by {found.by}: Spearman {found.spearman:.3f}, Kendall {found.kendall:.3f}")
+        print(", ".join(f"{both} of the top {k} in both" for k, both in found.overlap.items()))
+        if not math.isnan(found.ratio):
+            print(f"sum of b / sum of a: {found.ratio:.4g}")
+        print()
+        _print(found.movers.head(_MOVERS), "table", tuple(found.movers.columns))
+    if options.format != "json":
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
+        for reason in found.reasons:
+            print(f"not comparable by {found.by}: {reason}", file=sys.stderr)
+    return 0 if found.comparable else 1
+
+
+def _push(options: argparse.Namespace) -> int:
+    from layerbits import tracking
+    from layerbits.tracking.store import run_link
+
+    run_id = tracking.push(options.directory, options.tracking_uri, options.experiment, options.run_id)
+    import mlflow
+
+    where = mlflow.MlflowClient().get_run(run_id).info.experiment_id
+    print(f"logged: {run_link(mlflow.get_tracking_uri(), where, run_id)}")
+    return 0
+
+
+def _reap(options: argparse.Namespace) -> int:
+    from layerbits.history.source import connect
+    from layerbits.tracking.reap import reap
+
+    closed = reap(connect(options.tracking_uri))
+    for run in closed:
+        print(f"killed: {run.run_id} {run.name} ({run.reason})")
+    print(f"{len(closed)} runs closed")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from layerbits.doctor import examine
+
+    failed = 0
+    for check in examine(options.tracking_uri):
+        failed += check.state == "fail"
+        print(f"{check.state:4}  {check.name:9}  {check.detail}", flush=True)
+    return 1 if failed else 0
+
+
+def _print(frame: pd.DataFrame, form: str, columns: Sequence[str]) -> None:
+    if form == "csv":
+        frame.to_csv(sys.stdout, index=False)
+    elif form == "json":
+        print(_json(frame))
+    elif frame.empty:
+        print("nothing found")
+    else:
+        shown = frame[list(columns)].copy()
+        if "start_time" in shown:
+            shown["start_time"] = shown["start_time"].dt.strftime("%Y-%m-%d %H:%M")
+        print(shown.to_string(index=False, na_rep="–", float_format=lambda value: f"{value:.4g}"))
+
+
+def _json(frame: pd.DataFrame) -> str:
+    # 15 digits are what pandas' own writer has at most, and a double needs 17
+    columns = {name: frame[name].astype(object).where(frame[name].notna(), None).tolist() for name in frame}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return json.dumps(rows, indent=2, allow_nan=False, default=lambda time: time.isoformat())
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)

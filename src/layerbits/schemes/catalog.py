@@ -1,0 +1,113 @@
+"""Named ways to make a scheme: the files of ``configs/scheme``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerbits.errors import UserError
+from layerbits.schemes.controls import KINDS
+from layerbits.schemes.coverage import ORDERS
+
+OBJECTIVES = ("score", "predicted_kl")
+
+
+@dataclass(frozen=True)
+class SchemeSpec:
+    """How a scheme is made from scores, or a control from another scheme.
+
+    Attributes:
+        effective_bits: Budgets; a scheme each.
+        coverage: Share of the blocks that keep the solver's decisions; ``None`` = all, and what is outside of blocks.
+        coverage_order: Which blocks those are (:data:`~layerbits.schemes.coverage.ORDERS`).
+        candidates: Names or quant pairs that groups may choose among; none = all that the source scored.
+        objective: What the solver minimises the sum of: ``score`` (raw) or ``predicted_kl``.
+        method: What the scores should have been measured by; another method is told in a note.
+        score_samples: Captions that they should have been measured on; another number is told in a note.
+        control: ``random`` or ``first_last``: made for each of the other schemes, with its bits.
+        seeds: Of the control, one each.
+    """
+
+    name: str
+    effective_bits: tuple[float, ...] = ()
+    coverage: float | None = None
+    coverage_order: str = ORDERS[0]
+    candidates: tuple[str, ...] = ()
+    objective: str = OBJECTIVES[0]
+    method: str | None = None
+    score_samples: int | None = None
+    control: str | None = None
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        """Checks the choices.
+
+        Raises:
+            UserError: One is not known, or neither a budget nor a control is asked for.
+        """
+        for key, choices in (("coverage_order", ORDERS), ("objective", OBJECTIVES), ("control", (None, *KINDS))):
+            if getattr(self, key) not in choices:
+                known = " or ".join(c for c in choices if c)
+                raise UserError(f"scheme {self.name}: {key}={getattr(self, key)} is not known; use {known}")
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise UserError(f"scheme name {self.name!r} must be letters, digits, '_', '-' and '.' only")
+        if bool(self.effective_bits) == bool(self.control):
+            raise UserError(f"scheme {self.name} needs either effective_bits or control")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> SchemeSpec:
+        """Reads the YAML of a scheme; ``effective_bits`` may be a number or a list.
+
+        Raises:
+            UserError: A key is unknown, or a value is not one of its choices.
+        """
+        known = [f.name for f in fields(cls)]
+        name = mapping.get("name", "?")
+        if unknown := sorted(set(mapping) - set(known)):
+            raise UserError(f"scheme {name}: unknown {', '.join(unknown)}; it has the keys {', '.join(known)}")
+        values = {**mapping, "name": str(name)}
+        try:
+            for key, kind in (("effective_bits", float), ("candidates", str), ("seeds", int)):
+                if key in values:
+                    given = values[key]
+                    several = given if isinstance(given, list | tuple) else [given]
+                    values[key] = tuple(kind(value) for value in several)
+            for key, kind in (("coverage", float), ("score_samples", int)):
+                if values.get(key) is not None:
+                    values[key] = kind(values[key])
+        except (TypeError, ValueError):
+            raise UserError(f"scheme {name}: {key}={mapping[key]!r} is not a number; mend the file") from None
+        return cls(**values)
+
+
+def load_specs(names: Sequence[str], folder: Path) -> list[SchemeSpec]:
+    """Reads schemes by name.
+
+    Args:
+        names: File names without ``.yaml``.
+        folder: ``configs/scheme``.
+
+    Raises:
+        UserError: There is no such file, or it is no scheme.
+    """
+    specs = []
+    for name in names:
+        path = folder / f"{name}.yaml"
+        if not path.is_file():
+            known = sorted(p.stem for p in folder.glob("*.yaml"))
+            close = difflib.get_close_matches(name, known) or known
+            raise UserError(f"scheme {name} is not known; choose {', '.join(close)}, or add {folder.name}/{name}.yaml")
+        try:
+            data = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not YAML ({str(error).splitlines()[0]}); mend it") from None
+        if not isinstance(data, Mapping):
+            raise UserError(f"{path} holds no keys; write name, effective_bits, …")
+        specs.append(SchemeSpec.from_mapping({"name": name, **data}))
+    return specs

@@ -1,0 +1,63 @@
+"""Controls: assignments that know nothing of the scores and take as many bits as a scheme that does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from layerbits.result import Group
+from layerbits.schemes.solver import TOLERANCE, UNQUANTIZED, UNQUANTIZED_BITS, IntArray
+
+KINDS = ("random", "first_last")
+_DRAWS = 500
+
+
+def control(
+    kind: str, reference: IntArray, groups: Sequence[Group], bits: Sequence[float], eligible: np.ndarray, seed: int
+) -> IntArray:
+    """Quantizes groups in an order that the scores have no say in, up to the bits of a reference.
+
+    Groups are taken in turn, each with a candidate drawn as often as the reference uses it, as long as no more is saved
+    than the reference saves. Sizes of groups do not always add up to the same sum: of many draws the one that comes
+    nearest is taken, the first exact one at once.
+
+    Args:
+        kind: ``random``: any order. ``first_last``: from the middle block outwards, so that the first and last blocks
+            stay unquantized; groups of a block, and blocks as far from the middle, in any order.
+        reference: ``[G]`` candidate per group, :data:`~layerbits.schemes.solver.UNQUANTIZED` = none.
+        groups: ``[G]``.
+        bits: ``[C]`` weight storage bits of the candidates.
+        eligible: ``[G, C]`` whether a candidate may be used for a group.
+        seed: Of the draws.
+
+    Returns:
+        ``[G]`` candidate per group.
+    """
+    rng = np.random.default_rng(seed)
+    used = reference[reference != UNQUANTIZED]
+    weights = np.array([g.weights for g in groups], dtype=np.float64)
+    saving = weights[:, None] / weights.sum() * (UNQUANTIZED_BITS - np.asarray(bits, dtype=np.float64))
+    target = float(saving[reference != UNQUANTIZED, used].sum())
+    distance = _from_middle(groups) if kind == "first_last" else np.zeros(len(groups))
+    best, missed = np.full(len(groups), UNQUANTIZED), target
+    for _ in range(_DRAWS):
+        if missed <= TOLERANCE or not len(used):
+            break
+        order = np.lexsort((rng.random(len(groups)), distance))
+        drawn = rng.choice(used, len(groups))
+        choice, left = np.full(len(groups), UNQUANTIZED), target
+        for group in order:
+            candidate = drawn[group]
+            if eligible[group, candidate] and saving[group, candidate] <= left + TOLERANCE:
+                choice[group] = candidate
+                left -= saving[group, candidate]
+        if left < missed:
+            best, missed = choice, left
+    return best
+
+
+def _from_middle(groups: Sequence[Group]) -> np.ndarray:
+    """``[G]`` distance of a group's block from the middle of the stack; outside the blocks beyond every block."""
+    last = max((g.block for g in groups if g.block is not None), default=0)
+    return np.array([last if g.block is None else abs(g.block - last / 2) for g in groups])

@@ -1,0 +1,86 @@
+"""The files of a set of schemes: complete on disk, or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from layerbits.errors import UserError
+from layerbits.figures import pareto
+from layerbits.figures.style import save_png
+from layerbits.result import write_json
+from layerbits.schemes.report import exclude_yaml, markdown, rows
+from layerbits.schemes.scheme import Scheme
+from layerbits.schemes.source import Source
+
+
+def write_schemes(root: Path, source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[str, float]]) -> Path:
+    """Writes ``schemes/*.json``, ``exclude/*.yaml``, ``schemes.md``, ``schemes.json`` and, with points, the curve.
+
+    Args:
+        root: Output root; the folder is made below its ``tmp``.
+        source: Where the schemes come from.
+        schemes: What to write.
+        points: The Pareto curve.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The disk is full or cannot be written.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+    final = root / "tmp" / f"schemes_{source.model.name}-{stamp}"
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        for scheme in schemes:
+            scheme.save(partial / "schemes" / f"{scheme.name}.json")
+            exclude = partial / "exclude" / f"{scheme.name}.yaml"
+            exclude.parent.mkdir(exist_ok=True)
+            exclude.write_text(exclude_yaml(scheme))
+        write_json(partial / "schemes.json", {"source_run_ids": list(source.run_ids), "schemes": rows(schemes)})
+        (partial / "schemes.md").write_text(markdown(schemes))
+        if points:
+            write_json(partial / "pareto.json", list(points))
+        if points or schemes:
+            save_png(_figure(source, schemes, points), partial / "figures" / "pareto.png")
+        partial.rename(final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
+    return final
+
+
+def load_schemes(folder: Path) -> list[Scheme]:
+    """Reads the schemes of a folder that :func:`write_schemes` wrote, in its order.
+
+    Raises:
+        UserError: It is no such folder.
+    """
+    from layerbits.schemes.scheme import load_scheme
+
+    try:
+        listed: dict[str, Any] = json.loads((folder / "schemes.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        raise UserError(f"{folder} holds no schemes.json; give a folder that experiments/scheme.py wrote") from None
+    return [load_scheme(folder / "schemes" / f"{row['scheme']}.json") for row in listed["schemes"]]
+
+
+def _figure(source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[str, float]]) -> Any:
+    """Bits against what is predicted; against the raw score where the source has no predicted KL."""
+    records = [{**point, "label": "least score at each budget"} for point in points]
+    records += [{**row, "label": row["scheme"]} for row in rows(schemes) if not row["control"]]
+    records += [
+        {**row, "label": "random" if s.how["method"] == "random" else "first_last"}
+        for row, s in zip(rows(schemes), schemes, strict=True)
+        if row["control"]
+    ]
+    frame = pd.DataFrame(records)
+    value = "predicted_kl" if frame["predicted_kl"].notna().any() else "score"
+    return pareto(frame, value, title=f"{source.model.name}: schemes from {len(source.candidates)} scored candidates")

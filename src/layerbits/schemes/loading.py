@@ -1,0 +1,80 @@
+"""The model and the rows that a scheme was scored on, found again from its record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from layerbits.errors import UserError
+from layerbits.schemes.scheme import Scheme
+
+if TYPE_CHECKING:
+    from layerbits.calibration import Batch
+    from layerbits.captions import CaptionSet
+    from layerbits.models import LoadedModel, ResolvedModel
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything of a scheme's source but the weights.
+
+    Attributes:
+        captions: With those held out from calibration.
+        calibration: Batches for the activation ranges, as when scoring.
+    """
+
+    scheme: Scheme
+    resolved: ResolvedModel
+    tokenizer: Any
+    captions: CaptionSet
+    calibration: tuple[Batch, ...]
+
+    def load(self, device: str = "auto") -> LoadedModel:
+        """Loads the weights.
+
+        Args:
+            device: ``auto``, ``cpu`` or ``cuda``.
+
+        Raises:
+            UserError: They cannot be read, or there is no such device.
+        """
+        import torch
+
+        from layerbits.models import load
+
+        if device not in ("auto", "cpu", "cuda"):
+            raise UserError(f"device={device} is not known; use auto, cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device=cuda, but PyTorch sees no GPU here; use device=cpu or a machine with one")
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load(self.resolved, self.tokenizer, device, int(self.scheme.settings.get("seed", 0)))
+
+
+def prepare(scheme: Scheme) -> Prepared:
+    """Finds a scheme's model and calibration rows, and checks that they are the ones that were scored.
+
+    Raises:
+        UserError: The record does not say how to load them, or they have changed since.
+    """
+    from layerbits.calibration import build_rows
+    from layerbits.captions import load_captions
+    from layerbits.models import ModelSpec, load_tokenizer, resolve
+
+    if missing := [key for key in ("model", "dataset") if key not in scheme.settings]:
+        raise UserError(
+            f"the scores behind {scheme.name} do not say how to load the {' and the '.join(missing)}; "
+            "score the model with experiments/sensitivity.py"
+        )
+    resolved = resolve(ModelSpec.from_mapping(scheme.settings["model"]))
+    scheme.check_revision(resolved.revision)
+    data = scheme.calibration
+    captions = load_captions(data.dataset, data.size, scheme.settings["dataset"].get("path"))
+    if captions.digest != data.digest:
+        raise UserError(
+            f"the captions of {data.dataset} {data.size} have changed since they were scored "
+            f"({captions.digest} instead of {data.digest}); restore the file, or score again"
+        )
+    tokenizer = load_tokenizer(resolved)
+    rows = build_rows(captions.captions, tokenizer, data.packing, data.seq_len, data.batch_size)
+    return Prepared(scheme, resolved, tokenizer, captions, rows)

@@ -1,0 +1,185 @@
+"""Scores and a spec → schemes, with what was decided and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from layerbits.errors import UserError
+from layerbits.result import CandidateInfo, FloatArray
+from layerbits.schemes import solver
+from layerbits.schemes.catalog import SchemeSpec
+from layerbits.schemes.controls import control
+from layerbits.schemes.coverage import covered_blocks, reverted
+from layerbits.schemes.scheme import UNQUANTIZED_BITS, Scheme
+from layerbits.schemes.solver import UNQUANTIZED, IntArray
+from layerbits.schemes.source import Source
+
+
+def make_schemes(specs: Sequence[SchemeSpec], source: Source) -> list[Scheme]:
+    """Makes every scheme that is asked for, and the controls of each.
+
+    Args:
+        specs: Controls are made for the schemes of all other specs.
+        source: The scores.
+
+    Returns:
+        Schemes in the order of the specs, then the controls, scheme by scheme.
+
+    Raises:
+        UserError: A candidate is not scored, a budget is infeasible, or two schemes have one name.
+    """
+    schemes = [scheme for spec in specs if spec.control is None for scheme in from_scores(spec, source)]
+    controls = [spec for spec in specs if spec.control is not None]
+    if controls and not schemes:
+        raise UserError("controls take their bits from schemes and there are none; name a scheme or set effective_bits")
+    made = [*schemes, *(c for scheme in schemes for spec in controls for c in controls_of(spec, scheme, source))]
+    names = [scheme.name for scheme in made]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UserError(f"two schemes are called {', '.join(twice)}; give each its own name")
+    return made
+
+
+def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
+    """Solves the budgets of one spec and keeps its share of the blocks.
+
+    Raises:
+        UserError: A candidate is not scored, a budget is infeasible, or the coverage is out of range.
+    """
+    columns = source.columns(spec.candidates)
+    candidates = [source.candidates[c] for c in columns]
+    values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
+    solutions = solver.pareto(values, _bits(candidates), _weights(source), spec.effective_bits)
+    notes = _notes(spec, source, candidates, values)
+    schemes = []
+    for budget, solution in zip(spec.effective_bits, solutions, strict=True):
+        how: dict[str, Any] = {
+            "method": "budget",
+            "target_effective_bits": budget,
+            "objective": spec.objective,
+            "candidates": [c.name for c in candidates],
+        }
+        choice, more = solution.choice, notes
+        if spec.coverage is not None:
+            blocks = covered_blocks(source.groups, values, spec.coverage, spec.coverage_order)
+            choice = reverted(choice, source.groups, blocks) if spec.coverage < 1 else choice
+            how |= {"method": "coverage", "coverage": spec.coverage, "coverage_order": spec.coverage_order}
+            how |= {"blocks": blocks}
+            more = (*notes, _explained(spec, blocks, source)) if spec.coverage < 1 else notes
+        name = spec.name if len(spec.effective_bits) == 1 else f"{spec.name}_{budget:g}"
+        schemes.append(_scheme(name, choice, columns, source, how, more))
+    return schemes
+
+
+def controls_of(spec: SchemeSpec, reference: Scheme, source: Source) -> list[Scheme]:
+    """Controls with the bits and candidates of a scheme, one per seed."""
+    names = [c.name for c in source.candidates]
+    assigned = np.array([UNQUANTIZED if n is None else names.index(n) for n in reference.assignment])
+    made = []
+    for seed in spec.seeds:
+        choice = control(
+            str(spec.control), assigned, source.groups, _bits(source.candidates), np.isfinite(source.scores), seed
+        )
+        how = {"method": spec.control, "reference": reference.name, "seed": seed}
+        name = f"{reference.name}.{spec.name}" + (f"{seed}" if len(spec.seeds) > 1 else "")
+        made.append(_scheme(name, choice, list(range(len(names))), source, how, ()))
+    return made
+
+
+def curve(spec: SchemeSpec, source: Source, points: int) -> list[dict[str, float]]:
+    """The Pareto curve: what the least score is for each of evenly spaced budgets from the floor to 16.
+
+    Args:
+        spec: Its candidates and objective count, its budgets do not.
+        source: The scores.
+        points: Number of budgets.
+
+    Returns:
+        Per budget: ``target_bits``, ``bits``, ``score``, ``predicted_kl``, ``quantized_groups``.
+    """
+    columns = source.columns(spec.candidates)
+    values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
+    bits, weights = _bits([source.candidates[c] for c in columns]), _weights(source)
+    budgets = np.linspace(solver.problem(values, bits, weights).floor, UNQUANTIZED_BITS, points).tolist()
+    rows = []
+    for budget, solution in zip(budgets, solver.pareto(values, bits, weights, budgets), strict=True):
+        picked = solution.choice != UNQUANTIZED
+        at = np.flatnonzero(picked), np.array(columns)[solution.choice[picked]]
+        rows.append(
+            {
+                "target_bits": budget,
+                "bits": solution.bits,
+                "score": float(source.scores[at].sum()),
+                "predicted_kl": float(source.predicted_kl[at].sum()),
+                "quantized_groups": float(picked.sum()),
+            }
+        )
+    return rows
+
+
+def _scheme(
+    name: str, choice: IntArray, columns: list[int], source: Source, how: Mapping[str, Any], notes: tuple[str, ...]
+) -> Scheme:
+    infos = [source.candidates[columns[c]] if c != UNQUANTIZED else None for c in choice]
+    picked = np.flatnonzero(choice != UNQUANTIZED)
+    at = picked, np.array(columns)[choice[picked]]
+    weights = _weights(source)
+    saved = sum(w * (UNQUANTIZED_BITS - i.bits) for w, i in zip(weights, infos, strict=True) if i)
+    saved_modelopt = sum(w * (UNQUANTIZED_BITS - i.bits_modelopt) for w, i in zip(weights, infos, strict=True) if i)
+    used = {info.name for info in infos if info}
+    return Scheme(
+        name=name,
+        source_run_ids=source.run_ids,
+        model=source.model,
+        calibration=source.calibration,
+        groups=source.groups,
+        candidates=tuple(c for c in source.candidates if c.name in used),
+        assignment=tuple(info.name if info else None for info in infos),
+        effective_bits=UNQUANTIZED_BITS - saved / sum(weights),
+        effective_bits_modelopt=None
+        if source.all_weights is None
+        else UNQUANTIZED_BITS - saved_modelopt / source.all_weights,
+        predicted_kl=float(source.predicted_kl[at].sum()),
+        score=float(source.scores[at].sum()),
+        how=dict(how),
+        settings=source.settings,
+        notes=notes,
+    )
+
+
+def _notes(
+    spec: SchemeSpec, source: Source, candidates: Sequence[CandidateInfo], values: FloatArray
+) -> tuple[str, ...]:
+    notes = []
+    for column, info in zip(values.T, candidates, strict=True):
+        bad = [g.key for g, value in zip(source.groups, column, strict=True) if not math.isfinite(value)]
+        if bad:
+            shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+            notes.append(f"{info.name} has no finite score for {shown}: not eligible there")
+    if spec.method is not None and spec.method != source.method:
+        notes.append(f"made for scores by method={spec.method}; these are by {source.method}")
+    scored = source.calibration.score_samples
+    if spec.score_samples is not None and spec.score_samples != scored:
+        notes.append(f"made for scores on {spec.score_samples} captions; these are on {scored}")
+    return tuple(notes)
+
+
+def _explained(spec: SchemeSpec, blocks: Sequence[int], source: Source) -> str:
+    total = len({g.block for g in source.groups if g.block is not None})
+    harm, other = ("least", "most") if spec.coverage_order == "least_sensitive" else ("most", "least")
+    return (
+        f"coverage_order={spec.coverage_order}: of {total} blocks the {len(blocks)} with the {harm} summed score keep "
+        f"their quantized groups ({', '.join(map(str, blocks))}), the rest is left unquantized; the other reading of "
+        f"coverage={spec.coverage:g} is coverage_order={other}_sensitive"
+    )
+
+
+def _bits(candidates: Sequence[CandidateInfo]) -> list[float]:
+    return [c.bits for c in candidates]
+
+
+def _weights(source: Source) -> list[int]:
+    return [g.weights for g in source.groups]

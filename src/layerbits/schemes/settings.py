@@ -1,0 +1,96 @@
+"""What ``configs/scheme_run.yaml`` composes to, as typed settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from layerbits.config import TrackingSpec
+from layerbits.errors import UserError
+from layerbits.schemes.catalog import SchemeSpec, load_specs
+
+_NONE = (None, "", "none", "null")
+
+
+@dataclass(frozen=True)
+class SchemeSettings:
+    """Which schemes to make, and from which runs.
+
+    Attributes:
+        references: Run ids, result folders or manifests.
+        specs: Schemes and controls, by name and by budget.
+        base: The candidates and the objective of the budgets and of the Pareto curve.
+        pareto: Points of the curve; 0 = none.
+    """
+
+    references: tuple[str, ...]
+    specs: tuple[SchemeSpec, ...]
+    base: SchemeSpec
+    pareto: int
+    tracking: TrackingSpec
+    output_root: Path
+
+    @property
+    def source_name(self) -> str:
+        """The sources in a few words."""
+        return source_name(self.references)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], folder: Path) -> SchemeSettings:
+        """Reads a resolved configuration.
+
+        Args:
+            config: ``configs/scheme_run.yaml``.
+            folder: ``configs/scheme``.
+
+        Raises:
+            UserError: A scheme is not known, or a value is not one of its choices.
+        """
+        references = listed(config["run_id"])
+        if not references:
+            raise UserError("set run_id to the id of a sensitivity run, or to the folder of its result")
+        candidates = listed(config["candidates"])
+        budgets = listed(config["effective_bits"])
+        shared = {
+            "candidates": [] if candidates == ["all"] else candidates,
+            "objective": config["objective"],
+        }
+        base = SchemeSpec.from_mapping({"name": "bits", "effective_bits": budgets or [16], **shared})
+        named = load_specs([*listed(config["schemes"]), *listed(config["controls"])], folder)
+        if config["coverage_order"] not in _NONE:
+            named = [s if s.coverage is None else replace(s, coverage_order=config["coverage_order"]) for s in named]
+        # A budget has its number in its name even when it is the only one.
+        own = [replace(base, name=f"bits_{b:g}", effective_bits=(b,)) for b in base.effective_bits] if budgets else []
+        specs = (*named, *own)
+        try:
+            points = int(config["pareto"])
+        except (TypeError, ValueError):
+            raise UserError(f"pareto={config['pareto']} is not a number of budgets; use 0 for no curve") from None
+        if not specs and points < 1:
+            raise UserError("nothing to make: name schemes, or set effective_bits or pareto")
+        return cls(
+            references=tuple(references),
+            specs=specs,
+            base=base,
+            pareto=points,
+            tracking=TrackingSpec(**config["tracking"]),
+            output_root=Path(config["output_root"]).expanduser().absolute(),
+        )
+
+
+def source_name(references: Sequence[str]) -> str:
+    """Run ids, files or folders in a few words: the last part of the first, and how many more."""
+    if not references:
+        return "nothing"
+    first = Path(references[0])
+    name = first.parent.name if first.name == "manifest.json" else first.stem
+    return name if len(references) == 1 else f"{name} and {len(references) - 1} more"
+
+
+def listed(value: Any) -> list[str]:
+    """Values of a list or a comma-separated text; ``none`` is an empty list."""
+    if isinstance(value, list | tuple):
+        return [str(v) for v in value]
+    return [] if value in _NONE else [v for v in (part.strip() for part in str(value).split(",")) if v]

@@ -1,0 +1,194 @@
+"""Recorded scores that schemes are made from: one sensitivity run, or several of one model on one calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerbits.errors import UserError
+from layerbits.result import (
+    CalibrationInfo,
+    CandidateInfo,
+    FloatArray,
+    Group,
+    ModelInfo,
+    SensitivityResult,
+    load_manifest,
+)
+
+_SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Scores of ``G`` groups under ``C`` candidates that may be compared.
+
+    Attributes:
+        run_ids: Runs or manifest files that they come from.
+        method: ``gradient`` or ``kl_div``.
+        scores: ``[G, C]`` raw scores; NaN = not finite, or the candidate does not cover the group.
+        predicted_kl: ``[G, C]`` nats per token, NaN as above.
+        all_weights: Weights in ModelOpt's denominator of effective bits; ``None`` where no run tells it.
+        settings: The parts of the first run's configuration that load model and data.
+    """
+
+    run_ids: tuple[str, ...]
+    model: ModelInfo
+    calibration: CalibrationInfo
+    method: str
+    groups: tuple[Group, ...]
+    candidates: tuple[CandidateInfo, ...]
+    scores: FloatArray
+    predicted_kl: FloatArray
+    all_weights: int | None
+    settings: Mapping[str, Any]
+
+    def columns(self, names: Sequence[str]) -> list[int]:
+        """Positions of the candidates with these names or quant pairs; all without a name.
+
+        Raises:
+            UserError: A name is not among the scored ones.
+        """
+        if not names:
+            return list(range(len(self.candidates)))
+        found: dict[int, None] = {}
+        for name in names:
+            at = [i for i, c in enumerate(self.candidates) if name in (c.name, c.quant_pair)]
+            if not at:
+                scored = ", ".join(c.name for c in self.candidates)
+                raise UserError(
+                    f"{name} is not scored in {', '.join(self.run_ids)}; it has {scored}: score it, or choose"
+                )
+            found.update(dict.fromkeys(at))
+        return sorted(found)
+
+
+def load_scores(references: Sequence[str], tracking_uri: str | None = None) -> Source:
+    """Reads the scores of finished runs.
+
+    Args:
+        references: Ids of sensitivity runs or of grids (all their finished cells), result folders, or manifests.
+        tracking_uri: The store of the runs; as :func:`layerbits.history.result` takes it.
+
+    Raises:
+        UserError: An unknown or failed run, or runs whose scores do not compare.
+    """
+    if not references:
+        raise UserError("no source is given; set run_id to the id of a sensitivity run, or to its folder")
+    results: dict[str, SensitivityResult] = {}
+    for reference in references:
+        if Path(reference).exists() or "/" in reference or reference.endswith(".json"):
+            results[reference] = load_manifest(reference)
+        else:
+            results |= _from_store(reference, tracking_uri)
+    return combine(results)
+
+
+def combine(results: Mapping[str, SensitivityResult]) -> Source:
+    """Puts results side by side, a column per candidate.
+
+    Args:
+        results: Run id or file → result.
+
+    Raises:
+        UserError: They are of different models or calibrations, or the same candidate comes twice.
+    """
+    names = list(results)
+    first = results[names[0]]
+    groups: dict[str, Group] = {}
+    columns: dict[str, tuple[str, CandidateInfo]] = {}
+    for name, result in results.items():
+        _check_comparable(names[0], first, name, result)
+        for group in result.groups:
+            if groups.setdefault(group.key, group) != group:
+                raise UserError(
+                    f"{names[0]} and {name} have different linears in {group.key}; score them together anew"
+                )
+        for candidate in result.candidates:
+            other = columns.setdefault(candidate.name, (name, candidate))[0]
+            if other != name:
+                raise UserError(f"{other} and {name} both scored {candidate.name}; give one of them")
+    row = {key: i for i, key in enumerate(groups)}
+    column = {key: i for i, key in enumerate(columns)}
+    scores = np.full((len(row), len(column)), np.nan)
+    predicted_kl = np.full_like(scores, np.nan)
+    for result in results.values():
+        at = np.ix_([row[g.key] for g in result.groups], [column[c.name] for c in result.candidates])
+        scores[at], predicted_kl[at] = result.scores, result.predicted_kl
+    return Source(
+        run_ids=tuple(names),
+        model=first.model,
+        calibration=first.calibration,
+        method=first.method,
+        groups=tuple(groups.values()),
+        candidates=tuple(candidate for _, candidate in columns.values()),
+        scores=scores,
+        predicted_kl=predicted_kl,
+        all_weights=next((n for n in map(_all_weights, results.values()) if n is not None), None),
+        settings={key: first.settings[key] for key in _SETTINGS if key in first.settings},
+    )
+
+
+def _from_store(run_id: str, tracking_uri: str | None) -> dict[str, SensitivityResult]:
+    from layerbits import history
+    from layerbits.history.source import connect, get_run, search
+
+    uri = connect(tracking_uri)
+    run = get_run(uri, run_id)
+    outcome = run.tags.get("outcome", "unfinished")
+    cells = search(
+        uri,
+        str(run.info["experiment_id"]),
+        f"tags.mlflow.parentRunId = '{run_id}' and tags.outcome = 'ok'",
+        lambda child: child.run_id,
+    )
+    if outcome not in ("ok", "partial") or (outcome == "partial" and not cells):
+        why = f" ({run.tags['reason']})" if "reason" in run.tags else ""
+        raise UserError(f"run {run_id} ended as {outcome}{why} and holds no scores; give a run whose outcome is ok")
+    return {cell: history.result(cell, tracking_uri=uri) for cell in cells or [run_id]}
+
+
+def _check_comparable(a: str, first: SensitivityResult, b: str, other: SensitivityResult) -> None:
+    """Checks that raw scores of two results are on one scale.
+
+    Raises:
+        UserError: They are not.
+    """
+    for what, one, two in (
+        ("models", first.model.source, other.model.source),
+        ("model revisions", first.model.revision, other.model.revision),
+        ("dtypes", first.model.dtype, other.model.dtype),
+        ("methods", first.method, other.method),
+        ("calibrations", _scale(first.calibration), _scale(other.calibration)),
+    ):
+        if one != two:
+            raise UserError(
+                f"{a} and {b} have different {what} ({one} and {two}), so their scores do not compare; "
+                "give runs of one grid and size"
+            )
+
+
+def _scale(data: CalibrationInfo) -> str:
+    return (
+        f"{data.dataset} {data.size} {data.digest[:8]}, {data.score_samples} captions scored, {data.packing}, "
+        f"{data.score_rows} rows of {data.seq_len} by {data.batch_size}"
+    )
+
+
+def _all_weights(result: SensitivityResult) -> int | None:
+    """ModelOpt's denominator, from its figure for the recorded recipe (it counts linears outside the search too)."""
+    bits = {c.name: c.bits_modelopt for c in result.candidates}
+    saved = sum(
+        (16 - bits[name]) * group.weights
+        for group, name in zip(result.groups, result.recipe.chosen, strict=True)
+        if name is not None
+    )
+    missing = 16 - result.recipe.effective_bits_modelopt
+    if not (saved > 0 and missing > 0 and math.isfinite(missing)):
+        return None
+    return max(round(saved / missing), sum(g.weights for g in result.groups))

@@ -1,0 +1,176 @@
+"""The saved view of an experiment: MLflow's UI opened on the per-layer overlay of its runs.
+
+MLflow 3.17 keeps the views that its UI saves as experiment tags and documents none of it. What is generated here was
+read from a view saved by hand: the tag ``mlflow.sharedViewState.<key>`` holds JSON with ``name``, ``createdAt``,
+``updatedAt`` (Unix milliseconds) and ``state``, which is ``deflate;`` and the base64 of the zlib-compressed JSON of the
+page's state.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+from layerbits.tracking.store import impatient, is_server, one_line, open_store
+
+KEY = "layerbits-1"
+"""Key of the view. A view that shows something else gets another key: one that is there is never overwritten."""
+
+TAG = f"mlflow.sharedViewState.{KEY}"
+NAME = "LayerBits: sensitivity per layer"
+
+_KINDS = ("qkv", "o", "gate_up", "down")
+_LINES = "Predicted KL by block (nats per token)"
+_BARS = "Whole model"
+# Sections named as the first part of a metric take every chart of it that the UI makes by itself; they stay closed.
+_CLOSED = ("share", "score_by_layer", "summary", "score", "seconds", "memory")
+# Columns of the list and their widths in pixels: names are longer than the UI's 100.
+_COLUMNS = {
+    "params.`eff.quant_pair`": 130,
+    "params.`eff.granularity`": 130,
+    "metrics.`summary/effective_bits`": 160,
+    "metrics.`summary/score_sum`": 160,
+    "metrics.`summary/predicted_kl_sum`": 190,
+}
+_FIXED_COLUMNS = {"attributes.`Run Name`": 320, "runDateAndNestInfo": 150, "duration": 90}
+
+
+def view_path(experiment_id: str) -> str:
+    """Path of the view below the address of the UI."""
+    query = f"workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey={KEY}"
+    return f"/#/experiments/{experiment_id}/runs?{query}"
+
+
+def ensure_view(client: Any, experiment_id: str) -> str | None:
+    """Saves the view in an experiment that does not have it.
+
+    Args:
+        client: An ``mlflow.MlflowClient``.
+        experiment_id: Where.
+
+    Returns:
+        :func:`view_path`, or ``None`` where the store did not take it: a run goes on without the view.
+    """
+    try:
+        with impatient():
+            if TAG not in client.get_experiment(experiment_id).tags:
+                client.set_experiment_tag(experiment_id, TAG, encoded(view_state(), int(time.time() * 1000)))
+    except Exception as error:
+        logging.getLogger(__name__).warning("no saved view in the UI: %s", one_line(error))
+        return None
+    return view_path(experiment_id)
+
+
+def view_links(client: Any, address: str) -> dict[str, str]:
+    """Experiment name → address of its view, for those that have one, the last changed first.
+
+    Args:
+        client: An ``mlflow.MlflowClient``.
+        address: Of the UI, ``http://host:port``.
+    """
+    found = client.search_experiments(filter_string=f"tags.`{TAG}` LIKE '%'", order_by=["last_update_time DESC"])
+    return {experiment.name: address.rstrip("/") + view_path(experiment.experiment_id) for experiment in found}
+
+
+def print_links(address: str) -> None:
+    """Prints the views of the store that the environment names, for ``make ui``.
+
+    Args:
+        address: Of the UI on a database; a server has its own.
+
+    Raises:
+        UserError: The store cannot be used.
+    """
+    uri = open_store(None, Path.cwd())
+    from mlflow import MlflowClient
+
+    links = view_links(MlflowClient(), uri if is_server(uri) else address)
+    for name, link in links.items():
+        print(f"{name}: {link}")
+    if not links:
+        print("no experiment has a run with a result yet")
+
+
+def encoded(state: dict[str, Any], milliseconds: int) -> str:
+    """A page's state as the value of the tag, saved at ``milliseconds`` of Unix time."""
+    packed = base64.b64encode(zlib.compress(json.dumps(state, separators=(",", ":")).encode(), 9)).decode()
+    times = {"createdAt": milliseconds, "updatedAt": milliseconds}
+    return json.dumps({"name": NAME, **times, "state": f"deflate;{packed}"})
+
+
+def view_state() -> dict[str, Any]:
+    """The state of the UI's runs page: overlays first, then bars, then what else there is in closed sections."""
+    charts = [_line(kind) for kind in _KINDS]
+    charts += [_chart("BAR", "bars", f"summary/{name}") for name in ("predicted_kl_sum", "effective_bits")]
+    sections = [
+        _section("lines", _LINES, columns=2, cardHeight=400),
+        _section("bars", _BARS, columns=2),
+        *(_section(name, name, display=False) for name in _CLOSED),
+        _section("system", "System metrics", display=False),
+    ]
+    return {
+        # Runs with a result and no others: parents of a grid have no lines, and hide their children.
+        "searchFilter": "metrics.`summary/groups` > 0",
+        # Newest first. By `attributes.start_time`, as it says itself, the UI folds runs away below their parents.
+        "orderByKey": "attributes.`Created`",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": list(_COLUMNS),
+        "columnOrder": ["attributes.`Run Name`", *_COLUMNS, "runDateAndNestInfo", "duration"],
+        "columnWidths": {**_FIXED_COLUMNS, **_COLUMNS},
+        "runsHiddenMode": "FIRST_10_RUNS",
+        "compareRunCharts": charts,
+        "compareRunSections": sections,
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": True,  # or the sections are sorted by name
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+    }
+
+
+def _section(key: str, name: str, display: bool = True, **layout: int) -> dict[str, Any]:
+    uuid = f"layerbits-{key}"
+    flags = {"display": display, "isReordered": False, "deleted": False, "isGenerated": False}
+    return {"uuid": uuid, "name": name, **flags, **layout}
+
+
+def _chart(kind: str, section: str, metric: str) -> dict[str, Any]:
+    return {
+        "uuid": f"layerbits-{metric}",
+        "type": kind,
+        "runsCountToCompare": 10,
+        "metricSectionId": f"layerbits-{section}",
+        "deleted": False,
+        "isGenerated": False,
+        "displayName": metric.rpartition("/")[2],
+        "metricKey": metric,
+    }
+
+
+def _line(kind: str) -> dict[str, Any]:
+    return {
+        **_chart("LINE", "lines", f"predicted_kl_by_layer/{kind}"),
+        "lineSmoothness": 0,
+        "xAxisScaleType": "linear",
+        "scaleType": "log",  # pairs differ by orders of magnitude
+        "range": {},
+        "xAxisKey": "step",
+        "selectedXAxisMetricKey": "",
+        "yAxisKey": "metric",
+        "yAxisExpressions": [],
+        "ignoreOutliers": False,
+        "useGlobalXaxisKey": True,
+        "useGlobalLineSmoothing": True,
+    }

@@ -1,0 +1,202 @@
+"""What somebody sees who opens MLflow's UI on an experiment: a real server, a real browser.
+
+Screenshots go to the folder that LAYERBITS_SCREENSHOTS names.
+"""
+
+import json
+import os
+import urllib.parse
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from layerbits import tracking
+from layerbits.report import write_report
+from layerbits.result import write_json
+from layerbits.tracking import contract
+from layerbits.tracking.view import ensure_view, view_links
+from tests.integration.servers import running_mlflow
+from tests.unit.conftest import synthetic
+
+pytest_plugins = ["tests.integration.servers"]
+
+PAIRS = ("wfp8_afp8", "wfp8_afp16", "wint8_afp16", "wint8_aint8", "wfp4_afp8", "wfp4_afp16")
+KINDS = ("qkv", "o", "gate_up", "down")
+# What MLflow 3.17 says to the console at all times: it asks who is logged in, of whom a server without users does not
+# know; and a browser that is busy draws charts one frame later.
+NOISE = ("/ajax-api/2.0/mlflow/users/current", "ResizeObserver loop completed with undelivered notifications")
+# The UI opens its assistant on the first visit, over a quarter of the page.
+NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
+CARD = "[data-testid=experiment-view-compare-runs-card]"
+# Of each chart: the metric, the scale of its values, and its lines by run, without their shadows.
+CHARTS = f"""[...document.querySelectorAll('{CARD}')].map(card => {{
+  const plot = card.querySelector('.js-plotly-plot');
+  const lines = plot.data.filter(t => t.type === 'scatter' && t.hoverinfo !== 'skip');
+  return {{
+    title: card.innerText.split('\\n')[0], type: plot.data[0].type, scale: plot.layout.yaxis.type,
+    lines: Object.fromEntries(lines.map(t => [t.uuid, {{x: [...t.x], y: [...t.y], color: t.marker.color}}])),
+    bars: plot.data.filter(t => t.type === 'bar').flatMap(t => [...t.x]),
+  }}
+}})"""
+
+
+@pytest.fixture(scope="module")
+def results():
+    return {pair: synthetic(blocks=8, pairs=[pair], seed=seed) for seed, pair in enumerate(PAIRS)}
+
+
+@pytest.fixture(scope="module")
+def site(chromium, results, tmp_path_factory):
+    """A server on six runs side by side (``pairs``) and on the same as children of a parent (``grid``)."""
+    folder = tmp_path_factory.mktemp("site")
+    backend = f"sqlite:///{folder / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("MLFLOW_", "LAYERBITS_"))]:
+            patch.delenv(name)
+        tracking.open_store(backend, folder)
+        for pair, result in results.items():
+            if pair == PAIRS[-1]:
+                write_report(result, folder / pair)
+            else:
+                write_json(folder / pair / "manifest.json", result.to_manifest())
+            log(result, folder / pair, "pairs")
+        with tracking.parent_run("grid of pairs", "grid"):
+            for pair, result in results.items():
+                log(result, folder / pair, "grid")
+        client = mlflow.MlflowClient()
+        for name in ("pairs", "grid"):
+            assert ensure_view(client, client.get_experiment_by_name(name).experiment_id)
+        mlflow.set_tracking_uri(None)
+    with running_mlflow(folder, backend) as server:
+        yield server
+
+
+def log(result, folder, experiment):
+    with tracking.start_run(result.run_name, experiment, system_metrics=False) as session:
+        tracking.log_result(session, result, folder)
+
+
+@pytest.fixture(scope="module")
+def client(site):
+    return mlflow.MlflowClient(site.url)
+
+
+@pytest.fixture(scope="module")
+def links(site, client):
+    return view_links(client, site.url)
+
+
+@pytest.fixture(scope="module")
+def runs(client):
+    """Pair → its run in ``pairs``."""
+    found = client.search_runs([client.get_experiment_by_name("pairs").experiment_id])
+    return {run.data.params["eff.quant_pair"]: run for run in found}
+
+
+@pytest.fixture
+def page(chromium):
+    """A first visit; the page must not complain of anything."""
+    context = chromium.new_context(viewport={"width": 1900, "height": 1250})
+    context.set_default_timeout(20_000)
+    context.add_init_script(NO_ASSISTANT)
+    page = context.new_page()
+    complaints = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: said.type == "error" and complaints.append(f"{said.text} {said.location['url']}"))
+    yield page
+    context.close()
+    assert [text for text in complaints if not any(noise in text for noise in NOISE)] == []
+
+
+@pytest.fixture
+def shoot(page, tmp_path):
+    folder = Path(os.environ.get("LAYERBITS_SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda name: page.screenshot(path=folder / f"{name}.png")
+
+
+def charts(page, count):
+    """What the charts of the page show, once there are ``count`` of them and all are drawn."""
+    drawn = f"document.querySelectorAll('{CARD} .js-plotly-plot .main-svg').length >= {3 * count}"
+    page.wait_for_function(f"document.querySelectorAll('{CARD}').length === {count} && {drawn}")
+    return page.evaluate(CHARTS)
+
+
+@pytest.mark.parametrize("experiment", ["pairs", "grid"])
+def test_the_link_opens_on_the_overlay_of_all_pairs(experiment, page, links, results, shoot):
+    page.goto(links[experiment])
+    found = charts(page, 6)
+    shoot(f"overlay-{experiment}")
+    assert [c["title"] for c in found[:4]] == [f"predicted_kl_by_layer/{kind}" for kind in KINDS]
+    for chart, kind in zip(found[:4], KINDS, strict=True):
+        assert chart["scale"] == "log"
+        shown = {line["color"]: list(zip(line["x"], line["y"], strict=True)) for line in chart["lines"].values()}
+        assert shown == {color(result): by_block(result, kind) for result in results.values()}
+
+
+def color(result):
+    return contract.tags(result)["mlflow.runColor"]
+
+
+def by_block(result, kind):
+    return [(at, value) for key, value, at in contract.metrics(result) if key == f"predicted_kl_by_layer/{kind}"]
+
+
+def test_bars_follow_and_the_rest_is_folded(page, links, results, shoot):
+    page.goto(links["pairs"])
+    bars = charts(page, 6)[4:]
+    page.locator(CARD).nth(4).scroll_into_view_if_needed()
+    shoot("bars")
+    titles = ["summary/predicted_kl_sum", "summary/effective_bits"]
+    assert [(bar["title"], bar["type"]) for bar in bars] == [(title, "bar") for title in titles]
+    assert sorted(bars[0]["bars"]) == pytest.approx(sorted(result.total() for result in results.values()))
+    headers = page.get_by_test_id("experiment-view-compare-runs-section-header").all_inner_texts()
+    names = [header.split("\n")[0] for header in headers]
+    assert names[:4] == ["Predicted KL by block (nats per token)", "Whole model", "share", "score_by_layer"]
+    assert "Model metrics" not in names
+
+
+def test_the_list_shows_pair_granularity_bits_and_sums(page, links, runs, shoot):
+    page.goto(links["pairs"].replace("&compareRunsMode=CHART", ""))
+    page.locator(".ag-center-cols-container [role=row]").nth(len(PAIRS) - 1).wait_for()
+    shoot("list")
+    cells = page.locator(".ag-header-cell").all()
+    header = [cell.inner_text() for cell in sorted(cells, key=lambda cell: cell.bounding_box()["x"])]
+    columns = [text for text in header if text.startswith(("eff.", "summary/"))]
+    sums = ["summary/effective_bits", "summary/score_sum", "summary/predicted_kl_sum"]
+    assert columns == ["eff.quant_pair", "eff.granularity", *sums]
+    for pair, run in runs.items():
+        row = page.locator("[role=row]", has=page.get_by_text(pair, exact=True)).last
+        assert f"{run.data.metrics['summary/effective_bits']:.6f}"[:-1] in row.inner_text()
+
+
+def test_the_compare_page_has_a_table_of_the_runs(page, site, runs, shoot):
+    ids = json.dumps([run.info.run_id for run in runs.values()])
+    experiments = json.dumps([next(iter(runs.values())).info.experiment_id])
+    query = urllib.parse.urlencode({"runs": ids, "experiments": experiments})
+    page.goto(f"{site.url}/#/compare-runs?{query}&workflowType=machine_learning")
+    table = page.locator("table", has_text="eff.quant_pair").last
+    table.scroll_into_view_if_needed()
+    shoot("compare")
+    row = table.locator("tr", has_text="eff.quant_pair")
+    assert [text for text in row.locator("td").all_inner_texts() if text] == list(runs)
+
+
+def test_the_report_is_rendered(page, site, runs, shoot):
+    run = runs[PAIRS[-1]]
+    at = f"{site.url}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+    page.goto(f"{at}/artifacts/report/layer-sensitivity-report.md?workflowType=machine_learning")
+    page.get_by_role("heading", name=f"Layer sensitivity: {run.info.run_name}").wait_for()
+    shoot("report")
+    scores = {key: value for key, value in run.data.metrics.items() if key.startswith("score/")}
+    most = max(scores, key=scores.get).removeprefix("score/")
+    table = page.locator("[role=table], table", has_text="predicted KL").nth(1)
+    assert most in table.locator("[role=row], tr").nth(1).inner_text()
+
+
+def test_the_run_page_has_its_note(page, site, runs, shoot):
+    run = runs[PAIRS[-1]]
+    page.goto(f"{site.url}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning")
+    page.locator("strong", has_text=run.info.run_name).wait_for()
+    shoot("run")
