@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits import smollm2
-from layerbits.errors import UserError
+from layerbits.errors import Unsupported, UserError
 from layerbits.result import ModelInfo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -191,10 +191,20 @@ def language_model_linears(model: Any) -> dict[str, tuple[int, int]]:
 
     Returns:
         Full module name → (out_features, in_features), in model order.
+
+    Raises:
+        Unsupported: The weights of experts are in one tensor, where no linear can be told from another.
     """
     import torch
 
     prefix, language_model = _language_model(model)
+    for name, module in language_model.named_modules():
+        fused = any(p.dim() == 3 for p in module.parameters(recurse=False))
+        if fused and not isinstance(module, torch.nn.modules.conv._ConvNd):
+            raise Unsupported(
+                f"{prefix}.{name} is a {type(module).__name__}, which keeps the weights of all experts in one tensor; "
+                "LayerBits scores linears, choose a dense model"
+            )
     linears = {
         f"{prefix}.{name}" if prefix else name: (module.out_features, module.in_features)
         for name, module in language_model.named_modules()

@@ -1,4 +1,4 @@
-"""What the numbers in an exported checkpoint mean: rows of a quantized weight back as float32, inputs as a runtime sees them.
+"""What the numbers in an exported checkpoint mean: weights as float32, inputs as a runtime rounds them.
 
 Written from the layouts, not from ModelOpt's code that writes them:
 
@@ -96,6 +96,7 @@ def quantize_input(x: Any, label: Label, input_scale: torch.Tensor | None) -> An
         scale = wide.abs().amax(-1, keepdim=True) / 448.0
         return (_fp8(wide / torch.where(scale > 0, scale, 1.0)) * scale).to(x.dtype)
     assert input_scale is not None
+    assert label.input_divisor is not None
     scale = input_scale.to(x.device)
     if label.arithmetic == INPUT_NVFP4:
         return fp4.nvfp4(x, scale * label.input_divisor)

@@ -172,9 +172,9 @@ class Proof:
             lines += [
                 "Of a model built from the checkpoint alone against the applied scheme, the KV cache left alone.",
                 "",
-                f"- {logits.tokens} positions; the scheme changes the logits by {logits.effect:.4g} (root mean square),",
-                f"  the checkpoint differs from the scheme by {logits.deviation:.4g}: {logits.ratio:.3g} of it, allowed",
-                f"  {logits.bound:g}.",
+                f"- {logits.tokens} positions. The scheme changes the logits by {logits.effect:.4g} root mean square,",
+                f"  the checkpoint differs from the scheme by {logits.deviation:.4g}: {logits.ratio:.3g} of that,",
+                f"  {logits.bound:g} is allowed.",
                 f"- KL of the checkpoint from the scheme {logits.kl:.3g} nats per token; of the scheme from the",
                 f"  unquantized model {logits.kl_scheme:.3g}.",
             ]

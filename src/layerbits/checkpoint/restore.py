@@ -1,4 +1,4 @@
-"""A model made of nothing but an exported checkpoint: weights dequantized by our reader, inputs rounded as its labels say."""
+"""A model made of an exported checkpoint alone: weights dequantized by our reader, inputs rounded as labelled."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def with_groups(uri: str, run_ids: Sequence[str], strict: bool = False) -> pa.Ta
         warnings.warn(f"{len(those)} runs left out ({listed(those, 2)}): {problem}", stacklevel=3)
     table = pa.concat_tables([known, pa.Table.from_pylist(rows, schema=SCHEMA)])
     at = {run_id: i for i, run_id in enumerate(table["run_id"].to_pylist())}
-    return table.take([at[run_id] for run_id in run_ids if run_id in at])
+    return table.take(pa.array([at[run_id] for run_id in run_ids if run_id in at], pa.int64()))
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ def _integer_program(stated: Problem, cost: FloatArray, kept: npt.NDArray[np.boo
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keeps the lines away that HiGHS 1.12 prints for its developers, below Python and whatever ``disp`` says."""
+    """Keeps away what HiGHS (in SciPy 1.17) prints for its developers, below Python and whatever ``disp`` says."""
     libc = ctypes.CDLL(None)
     libc.fflush(None)
     stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)

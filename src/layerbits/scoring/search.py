@@ -97,7 +97,6 @@ def step_of(by_token: Any, owner: Any, batch: Batch, group_of: Any, groups: int)
     import torch
 
     device = by_token.device
-    bad = torch.nonzero(~torch.isfinite(by_token))[:_NAMED].cpu()
     summed = torch.zeros((groups, *by_token.shape[1:]), dtype=torch.float64, device=device)
     summed.index_add_(0, torch.as_tensor(group_of, device=device), by_token.double())
     samples, slots = torch.unique(owner[owner >= 0], return_inverse=True)
@@ -105,14 +104,26 @@ def step_of(by_token: Any, owner: Any, batch: Batch, group_of: Any, groups: int)
     shares.index_add_(2, slots.to(device), summed[:, :, (owner >= 0).to(device)])
     counted = torch.cat([s.sample[s.loss_mask] for s in batch.segments])
     raw = summed.sum(dim=2)
+    bad = np.zeros((0, 3), dtype=np.int64) if bool(torch.isfinite(raw).all()) else _bad(by_token, owner)
     raw[~torch.isfinite(raw)] = torch.nan
     return Step(
         raw=raw.cpu().numpy(),
         samples=samples.numpy().astype(np.int64),
         sample_raw=shares.permute(2, 0, 1).cpu().numpy(),
         sample_tokens=np.array([int((counted == s).sum()) for s in samples], dtype=np.int64),
-        bad=np.stack([bad[:, 0].numpy(), bad[:, 1].numpy(), owner[bad[:, 2]].numpy()], axis=1),
+        bad=bad,
     )
+
+
+def _bad(by_token: Any, owner: Any) -> npt.NDArray[np.int64]:
+    """Row of ``by_token``, candidate and sample of what is not finite, each once, the first ``_NAMED``."""
+    import torch
+
+    samples, slots = torch.unique(owner, return_inverse=True)
+    flags = torch.zeros((*by_token.shape[:2], len(samples)), device=by_token.device)
+    flags.index_add_(2, slots.to(by_token.device), (~torch.isfinite(by_token)).float())
+    found = torch.nonzero(flags)[:_NAMED].cpu()
+    return np.stack([found[:, 0].numpy(), found[:, 1].numpy(), samples[found[:, 2]].numpy()], axis=1)
 
 
 def assemble(
@@ -153,7 +164,7 @@ def assemble(
             search.unscored,
             name,
             config=config,
-            raw=np.nan_to_num(raw[:, c]),
+            raw=_solvable(raw[:, c]),
             target_bits=job.target_bits,
         )
         for c, (name, config) in enumerate(job.configs.items())
@@ -182,6 +193,12 @@ def assemble(
         resumed=resumed,
         notes=notes,
     )
+
+
+def _solvable(raw: FloatArray) -> FloatArray:
+    """Scores for the solver: what is not finite costs more than all the rest, so that it is quantized last."""
+    known = raw[np.isfinite(raw)].sum()
+    return np.where(np.isfinite(raw), raw, 2 * known if known > 0 else 1.0)
 
 
 def _by_sample(steps: Sequence[Step], weights: FloatArray) -> tuple[FloatArray, npt.NDArray[np.int64]]:

@@ -84,5 +84,12 @@ class StepLog:
 
     def _write(self, name: str, arrays: dict[str, Any]) -> None:
         partial = self._path(f".{name}.{os.getpid()}.npz")
-        np.savez(partial, **arrays)
-        partial.replace(self._path(name))
+        try:
+            np.savez(partial, **arrays)
+            partial.replace(self._path(name))
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(
+                f"cannot write the search checkpoint in {self._folder} ({error.strerror}); free space or set "
+                "autoquant.checkpoint to another folder"
+            ) from None

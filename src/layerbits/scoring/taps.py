@@ -44,6 +44,7 @@ class Taps:
         self._kept: list[Any] | None = [] if keep_weights else None
         self._calls = [0] * len(names)
         self._tokens: Any = None
+        self._sizes: list[int] = []
         self._at = 0
 
     def calibrate(self, batches: Sequence[Batch], need_logits: bool) -> None:
@@ -98,13 +99,19 @@ class Taps:
         }
 
     def load_ranges(self, ranges: dict[str, Any]) -> None:
-        """Takes the ranges of :meth:`ranges` and finds those of the weights."""
+        """Takes the ranges of :meth:`ranges` and finds those of the weights.
+
+        Raises:
+            UserError: A weight is not finite.
+        """
         import torch
 
         with torch.no_grad():
             for name, module, weights, inputs in zip(
                 self._names, self._modules, self._weight_quantizers, self._input_quantizers, strict=True
             ):
+                if not bool(torch.isfinite(module.weight).all()):
+                    raise UserError(f"the weight of {name} is not finite; the checkpoint is damaged, fetch it again")
                 for i, quantizer in enumerate(inputs):
                     if quantizers.needs_range(quantizer):
                         amax = torch.as_tensor(ranges[f"{name}.{i}"]).to(module.weight)
@@ -125,7 +132,7 @@ class Taps:
             Per-token scores, float32 ``[M, C, T]``, and the sample of each token, ``[T]`` (-1: padding).
 
         Raises:
-            UserError: A linear is not called exactly once a forward.
+            UserError: A linear is not called exactly once a forward, on every token.
         """
         import torch
 
@@ -134,18 +141,18 @@ class Taps:
         self._tokens = torch.zeros(shape, device=self._modules[0].weight.device)
         self._at = 0
         self._calls = [0] * len(self._names)
-        sizes = iter([s.input_ids.numel() for s in batch.segments])
+        self._sizes = [s.input_ids.numel() for s in batch.segments]
         with self._observed(), _no_parameter_gradients(self.model):
-            loss_backward(self.model, batch, lambda: self._next_segment(next(sizes)), chunked)
+            loss_backward(self.model, batch, self._next_segment, chunked)
         return self._tokens, owner
 
-    def _next_segment(self, size: int) -> None:
+    def _next_segment(self) -> None:
         for name, calls in zip(self._names, self._calls, strict=True):
             if calls != 1:
                 times = "never called" if calls == 0 else f"called {calls} times"
                 raise UserError(f"{name} is {times} in a forward pass; exclude it or use autoquant.engine=stock")
         self._calls = [0] * len(self._names)
-        self._at += size
+        self._at += self._sizes.pop(0)
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -159,7 +166,13 @@ class Taps:
                 handle.remove()
 
     def _keep(self, index: int) -> Any:
-        def hook(_module: Any, args: tuple[Any, ...], output: Any) -> None:
+        def hook(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            tokens = output.numel() // module.out_features
+            if tokens != self._sizes[0]:  # an expert, say: which tokens these are cannot be known here
+                raise UserError(
+                    f"{self._names[index]} is called on {tokens} of {self._sizes[0]} tokens in a forward pass; "
+                    "exclude it or use autoquant.engine=stock"
+                )
             if output.requires_grad:
                 held = [args[0].detach(), output.detach()]
                 output.register_hook(lambda gradient: self._add(index, held, gradient))
