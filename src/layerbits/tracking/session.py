@@ -19,6 +19,7 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.tracking.afterwards import keep_killed
 from layerbits.tracking.reap import process_tags
 from layerbits.tracking.store import answers, experiment_id, impatient, one_line, redact, run_link, ui_command
+from layerbits.tracking.view import ensure_view
 
 PARENT_VARIABLE = "LAYERBITS_PARENT_RUN_ID"
 """Environment variable that makes the runs of this process and its children nested runs of one parent."""
@@ -240,8 +241,12 @@ def _close(session: RunSession, ending: Ending) -> None:
     if session.resumed and ending.status == "KILLED":
         keep_killed(session.run_id)
     print(f"run {ending.outcome}: {session.link}", flush=True)
-    if not session.nested and (command := ui_command(session.tracking_uri)):
+    if session.nested:
+        return
+    if command := ui_command(session.tracking_uri):
         print(f"open the UI with: {command}", flush=True)
+    if ending is _OK and (path := ensure_view(client, session.experiment_id)):
+        print(f"compare runs: {session.link.partition('/#/')[0]}{path}", flush=True)
 
 
 def _end(client: Any, run_id: str, status: str) -> None:
