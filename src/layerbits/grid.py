@@ -155,7 +155,7 @@ def _passes(
     shared: dict[str, list[Cell]],
 ) -> Iterator[Plan]:
     """Plans of the cells of one size that are left to score; settles the others on the way."""
-    from layerbits.sensitivity import workbench
+    from layerbits.sensitivity import scored_together, workbench
 
     bench = workbench(settings)
     firsts: dict[tuple[str, tuple[str, ...]], tuple[Cell, Candidate, Capability]] = {}
@@ -182,8 +182,10 @@ def _passes(
         else:
             groups.setdefault(scored, []).append((candidate, capability))
     for candidates in groups.values():
-        single = settings.autoquant.engine == "stock"  # one candidate a call, that is what makes it the reference
-        for part in [[c] for c in candidates] if single else [candidates]:
+        stock = settings.autoquant.engine == "stock"  # one candidate a call, that is what makes it the reference
+        together = [c for c in candidates if not stock and scored_together(c[0])]
+        alone = [[c] for c in candidates if c not in together]
+        for part in [together, *alone] if together else alone:
             yield bench.plan(part)
 
 

@@ -150,6 +150,7 @@ def load(resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0) ->
         UserError: The weights cannot be read.
     """
     import torch
+    from safetensors import SafetensorError
 
     spec = resolved.spec
     dtype = _dtype(spec.dtype, resolved.config)
@@ -165,7 +166,7 @@ def load(resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0) ->
                 dtype=dtype,
                 device_map=spec.device_map or (None if device == "cpu" else {"": device}),
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise UserError(
                     f"{spec.name} does not fit on {device}; free the GPU, or spread it with model.device_map=auto"

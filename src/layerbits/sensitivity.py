@@ -214,8 +214,12 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         fingerprint=plan.fingerprint,
         memory=spec.memory,
     )
-    engine = stock if spec.engine == "stock" else {"gradient": onepass, "kl_div": kl}[spec.method]
+    alone = [c.info.name for c, _ in plan.candidates if not scored_together(c)]
+    fell_back = spec.engine != "stock" and bool(alone)
+    engine_name = "stock" if fell_back else spec.engine
+    engine = stock if engine_name == "stock" else {"gradient": onepass, "kl_div": kl}[spec.method]
     scores = engine.score(job)
+    notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
     facts = provenance(root)
     return [
         Outcome(
@@ -223,7 +227,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                 model=loaded.info,
                 calibration=_calibration_info(plan),
                 method=spec.method,
-                engine=spec.engine,
+                engine=engine_name,
                 seed=settings.seed,
                 device=plan.device,
                 groups=scores.groups,
@@ -239,13 +243,19 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                 seconds={**seconds, **scores.seconds},
                 memory={**peak_memory(), **scores.memory},
                 tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
-                warnings=(*plan.warnings(capability), *scores.notes),
+                warnings=(*plan.warnings(capability), *scores.notes, *notes),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             ),
             scores.states[candidate.info.name],
         )
         for c, (candidate, capability) in enumerate(plan.candidates)
     ]
+
+
+def scored_together(candidate: Candidate) -> bool:
+    """Whether one pass can score a candidate: its calibration needs nothing but ranges (no AWQ, no SmoothQuant)."""
+    algorithm = candidate.info.config.get("algorithm")
+    return (algorithm.get("method") if isinstance(algorithm, dict) else algorithm) in (None, "max")
 
 
 def _recipe(scores: Scores, column: int, info: CandidateInfo, target_bits: float) -> Recipe:

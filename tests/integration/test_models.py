@@ -1,0 +1,60 @@
+"""Checkpoints on disk through the code that loads the real models."""
+
+import pytest
+import torch
+
+from layerbits.errors import UserError
+from layerbits.models import ModelSpec, load, resolve, skeleton, unscored_patterns
+
+from .scoring_support import candidate, tiny_model
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl", "qwen2_5_vl", "llama"])
+def saved(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny_model(request.param)
+    model.save_pretrained(folder)
+    return folder, model, request.param
+
+
+def test_a_saved_checkpoint_computes_what_it_did(saved):
+    folder, model, _ = saved
+    found = load(resolve(ModelSpec("tiny", str(folder), dtype="float32")), None, "cpu")
+    ids = torch.arange(1, 13)[None]
+    assert torch.equal(found.model(ids).logits, model(ids).logits)
+    assert found.info.architecture == type(model).__name__
+
+
+def test_the_shape_is_known_without_loading_and_holds_the_language_model_alone(saved):
+    folder, _, kind = saved
+    linears = skeleton(resolve(ModelSpec("tiny", str(folder))))
+    prefix = "model.layers." if kind == "llama" else "model.language_model.layers."
+    assert {n for n in linears if not n.startswith(prefix)} == {"lm_head"}
+    assert len(linears) == 2 * 7 + 1
+
+
+def test_everything_outside_the_search_is_disabled_by_name(saved):
+    _, model, kind = saved
+    covered = candidate("wfp8_afp8").format.covers
+    scored = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and covered(n)}
+    patterns = unscored_patterns(model, scored)
+    assert "lm_head" in patterns
+    assert ("model.visual.*" in patterns) == (kind != "llama")
+
+
+def test_the_revision_of_a_folder_follows_its_content(saved, tmp_path):
+    folder, model, _ = saved
+    model.save_pretrained(tmp_path)
+    same = resolve(ModelSpec("tiny", str(tmp_path))).revision
+    assert same == resolve(ModelSpec("tiny", str(folder))).revision
+    weights = next(tmp_path.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert resolve(ModelSpec("tiny", str(tmp_path))).revision != same
+
+
+def test_a_truncated_checkpoint_is_refused(saved, tmp_path):
+    saved[1].save_pretrained(tmp_path)
+    weights = next(tmp_path.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(UserError, match="may be incomplete"):
+        load(resolve(ModelSpec("tiny", str(tmp_path))), None, "cpu")
