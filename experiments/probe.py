@@ -41,18 +41,14 @@ def probe(config: dict[str, Any]) -> None:
     if not track.enabled:
         _measure(config, _schemes(config, track.uri))
         return
-    import mlflow
-
     from layerbits import tracking
 
     uri = tracking.open_store(track.uri, ROOT)
     name = track.run_name or f"probe of {source_name(listed(config['scheme_files']) or listed(config['run_id']))}"
     with tracking.start_run(name, track.experiment, tags={"layerbits.kind": "probe"}) as session:
         schemes = _schemes(config, uri)
-        mlflow.set_tag("source_run_id", schemes[0].source_run_id)
         result, folder = _measure(config, schemes)
-        tracking.log_folder(session, folder, "")
-        mlflow.log_metrics(result.metrics())
+        tracking.log_derived(session, folder, result.metrics(), tags={"source_run_id": schemes[0].source_run_id})
 
 
 def _schemes(config: dict[str, Any], uri: str | None) -> list[Scheme]:

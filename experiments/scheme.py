@@ -38,8 +38,6 @@ def schemes(settings: SchemeSettings) -> None:
     if not track.enabled:
         _make(settings, load_scores(settings.references, track.uri))
         return
-    import mlflow
-
     from layerbits import tracking
 
     uri = tracking.open_store(track.uri, ROOT)
@@ -48,10 +46,8 @@ def schemes(settings: SchemeSettings) -> None:
         name, track.experiment, tags={"layerbits.kind": "schemes"}, system_metrics=False
     ) as session:
         source = load_scores(settings.references, uri)
-        mlflow.set_tag("source_run_id", ",".join(source.run_ids))
         folder, values = _make(settings, source)
-        tracking.log_folder(session, folder, "")
-        mlflow.log_metrics(values)
+        tracking.log_derived(session, folder, values, tags={"source_run_id": ",".join(source.run_ids)})
 
 
 def _make(settings: SchemeSettings, source: Source) -> tuple[Path, dict[str, float]]:

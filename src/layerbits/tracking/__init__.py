@@ -3,7 +3,7 @@
 ``docs/tracking.md`` is the contract. Importing this package does not import mlflow.
 """
 
-from layerbits.tracking.log import NotLogged, finished_run, log_cell, log_folder, log_result, push
+from layerbits.tracking.log import NotLogged, finished_run, log_cell, log_derived, log_folder, log_result, push
 from layerbits.tracking.session import PARENT_VARIABLE, RunSession, Terminated, parent_run, start_run
 from layerbits.tracking.store import open_store, redact
 
@@ -14,6 +14,7 @@ __all__ = [
     "Terminated",
     "finished_run",
     "log_cell",
+    "log_derived",
     "log_folder",
     "log_result",
     "open_store",

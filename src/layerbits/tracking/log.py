@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import time
@@ -123,6 +124,45 @@ def log_folder(run: RunSession, directory: Path, artifact_path: str) -> None:
     import mlflow
 
     mlflow.MlflowClient().log_artifacts(run.run_id, str(directory), artifact_path)
+
+
+def log_derived(
+    run: RunSession,
+    directory: Path,
+    metrics: Mapping[str, float],
+    params: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> None:
+    """Logs what was made from earlier runs (schemes, probes, exports, validations) to an open run.
+
+    Args:
+        run: The session.
+        directory: The result's folder, complete on disk; logged as it is.
+        metrics: Values; those that are not finite are left out, as a chart would show them as 1.8e308.
+        params: Parameters by their names in the contract.
+        tags: Tags, ``source_run_id`` among them; set last, for they say that the rest is there.
+
+    Raises:
+        NotLogged: The store failed; the message says where the result is.
+    """
+    import mlflow
+    from mlflow.entities import Metric, Param, RunTag
+
+    uri = mlflow.get_tracking_uri()
+    now = int(1000 * time.time())
+    finite = [Metric(key, float(value), now, 0) for key, value in metrics.items() if math.isfinite(value)]
+    try:
+        wait_for(uri)
+        client = mlflow.MlflowClient()
+        client.log_artifacts(run.run_id, str(directory))
+        client.log_batch(run.run_id, params=[Param(key, value) for key, value in (params or {}).items()])
+        for first in range(0, len(finite), _BATCH):
+            client.log_batch(run.run_id, metrics=finite[first : first + _BATCH])
+        client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in (tags or {}).items()])
+    except Exception as error:
+        raise NotLogged(
+            f"could not log to {redact(uri)} ({one_line(error)}); the result is on disk in {directory}"
+        ) from error
 
 
 def push(
