@@ -36,6 +36,7 @@ class AutoQuantSpec:
 
     Attributes:
         num_score_samples: Captions to score on, a prefix of the calibration captions; ``None`` = all.
+        draws: Passes of ``method=fisher``, each with predicted tokens drawn anew.
         memory: ``fast`` keeps activations and quantized weights, ``lean`` recomputes them, ``auto`` picks by estimate.
         checkpoint: Folder for the search checkpoint; ``None`` = one per set of parameters in the cache.
     """
@@ -44,6 +45,7 @@ class AutoQuantSpec:
     engine: str
     effective_bits: float
     num_score_samples: int | None
+    draws: int
     batch_size: int
     seq_len: int
     memory: str
@@ -96,8 +98,13 @@ class Settings:
         autoquant = dict(config["autoquant"])
         samples = autoquant["num_score_samples"]
         autoquant["num_score_samples"] = None if samples in (None, "all") else _int("num_score_samples", samples)
-        for key in ("batch_size", "seq_len"):
+        autoquant.setdefault("draws", 4)  # a record of an earlier version has none
+        for key in ("draws", "batch_size", "seq_len"):
             autoquant[key] = _int(f"autoquant.{key}", autoquant[key])
+        if autoquant["draws"] < 1:
+            raise UserError(f"autoquant.draws={autoquant['draws']} draws nothing; use 1 or more")
+        if autoquant["method"] == "fisher" and autoquant["engine"] == "stock":
+            raise UserError("ModelOpt has no method=fisher; use autoquant.engine=onepass, or method=gradient")
         autoquant["effective_bits"] = _float("autoquant.effective_bits", autoquant["effective_bits"])
         _choice("autoquant.method", autoquant["method"], METHODS)
         _choice("autoquant.engine", autoquant["engine"], ENGINES)

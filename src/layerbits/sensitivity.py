@@ -20,8 +20,8 @@ from layerbits.calibration import Calibration, build_calibration
 from layerbits.candidate import Candidate, check_target, resolve_candidate
 from layerbits.capability import Capability, check
 from layerbits.captions import CaptionSet, load_captions
-from layerbits.config import Settings
-from layerbits.errors import UserError
+from layerbits.config import AutoQuantSpec, Settings
+from layerbits.errors import Unsupported, UserError
 from layerbits.models import LoadedModel, ResolvedModel, load, load_tokenizer, resolve, skeleton
 from layerbits.provenance import peak_memory, provenance
 from layerbits.report import write_report
@@ -113,6 +113,11 @@ class Workbench:
             Unsupported: It cannot run here.
         """
         linears = {n: self.linears[n] for n in self.scored(candidate)}
+        if self.settings.autoquant.method == "fisher" and not scored_together(candidate):
+            raise Unsupported(
+                f"{candidate.info.name} needs ModelOpt's own calibration, which has no method=fisher; "
+                "use autoquant.method=gradient"
+            )
         return check(candidate, linears, self.device == "cuda", self.settings.strict)
 
     def cell(self, candidate: Candidate, capability: Capability) -> str:
@@ -145,7 +150,7 @@ class Workbench:
             self.scored(candidates[0][0]),
             [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
             [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
-            [spec.method, spec.engine, self.settings.seed, self.device],
+            [_method(spec), spec.engine, self.settings.seed, self.device],
         ]
 
 
@@ -213,11 +218,13 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         workdir=Path(spec.checkpoint) if spec.checkpoint else cache_dir() / "searches" / plan.fingerprint,
         fingerprint=plan.fingerprint,
         memory=spec.memory,
+        seed=settings.seed,
+        draws=spec.draws,
     )
     alone = [c.info.name for c, _ in plan.candidates if not scored_together(c)]
     fell_back = spec.engine != "stock" and bool(alone)
     engine_name = "stock" if fell_back else spec.engine
-    engine = stock if engine_name == "stock" else {"gradient": onepass, "kl_div": kl}[spec.method]
+    engine = stock if engine_name == "stock" else kl if spec.method == "kl_div" else onepass
     scores = engine.score(job)
     notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
     facts = provenance(root)
@@ -250,6 +257,10 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         )
         for c, (candidate, capability) in enumerate(plan.candidates)
     ]
+
+
+def _method(spec: AutoQuantSpec) -> Any:
+    return [spec.method, spec.draws] if spec.method == "fisher" else spec.method
 
 
 def scored_together(candidate: Candidate) -> bool:

@@ -14,7 +14,7 @@ from layerbits.calibration import Calibration
 from layerbits.models import LoadedModel
 from layerbits.result import FloatArray, Group, NonFinite
 
-METHODS = ("gradient", "kl_div")
+METHODS = ("gradient", "fisher", "kl_div")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class ScoringJob:
         workdir: Folder for search checkpoints, shared by runs with the same fingerprint.
         fingerprint: Digest of everything that the scores depend on.
         memory: ``auto``, ``fast`` or ``lean``.
+        seed: Of what is drawn. draws: Passes of ``method=fisher``, each with tokens drawn anew.
     """
 
     loaded: LoadedModel
@@ -41,6 +42,8 @@ class ScoringJob:
     workdir: Path
     fingerprint: str
     memory: str = "auto"
+    seed: int = 0
+    draws: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""The one-pass engine: many candidates scored in one forward and backward per batch.
+"""The one-pass engine: many candidates scored in one forward and backward per batch, or in one per draw.
 
 In the forward every scored linear keeps its input ``x`` and output ``y``; when the gradient ``g`` of ``y``
 arrives, ``Σ (g · (W_c · Q_c(x) − y))²`` is added for every candidate ``c`` and ``x`` and ``y`` are let go. Weights
 are quantized once per distinct weight quantizer, inputs once per distinct input quantizer, and one calibration
-forward serves all static input ranges (``max`` needs nothing but the range). The sums are ModelOpt's raw scores.
+forward serves all static input ranges (``max`` needs nothing but the range). The sums are ModelOpt's raw scores;
+``method=fisher`` sums before it squares (:mod:`layerbits.scoring.fisher`), on the same scale.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from layerbits.calibration import Batch
-from layerbits.scoring import distributed
+from layerbits.scoring import distributed, fisher
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.memory import checkpointed, plan_memory
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
-from layerbits.scoring.steplog import StepLog
-from layerbits.scoring.steps import has_plain_head
+from layerbits.scoring.steplog import Step, StepLog
+from layerbits.scoring.steps import Labels, has_plain_head
 from layerbits.scoring.taps import Taps, progress
 
 
@@ -52,8 +53,8 @@ def score(job: ScoringJob) -> Scores:
     chunked = memory.pieces and not search.need_logits and has_plain_head(model, batches[0])
     for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
         if log.read(index) is None:
-            scores, owner, mode = _score_batch(taps, batches[index], mode, chunked)
-            log.write(index, step_of(scores, owner, batches[index], search.group_of, len(search.groups)))
+            step, mode = _step(taps, job, search, index, mode, chunked)
+            log.write(index, step)
     distributed.barrier()
     steps = [step for step in map(log.read, range(len(batches))) if step is not None]
     seconds["score"] = clock() - start
@@ -63,7 +64,7 @@ def score(job: ScoringJob) -> Scores:
         search,
         steps,
         weights=kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64)),
-        details=list(zip(search.group_of.tolist(), search.names, strict=True)),
+        details=_details(job, search),
         seconds=seconds,
         resumed=resumed,
         memory={
@@ -77,16 +78,38 @@ def score(job: ScoringJob) -> Scores:
     )
 
 
-def _score_batch(taps: Taps, batch: Batch, mode: str, chunked: bool) -> tuple[Any, Any, str]:
+def _step(taps: Taps, job: ScoringJob, search: Search, index: int, mode: str, chunked: bool) -> tuple[Step, str]:
+    batch, groups = job.calibration.score[index], len(search.groups)
+    if job.method == "gradient":
+        scores, owner, mode = _score_batch(taps, batch, mode, chunked)
+        return step_of(scores, owner, batch, search.group_of, groups), mode
+    device = job.loaded.model.get_input_embeddings().weight.device
+    total, owner = 0, None
+    for draw in range(job.draws):
+        labels = fisher.drawn_labels(device, job.seed, index, draw)
+        signed, owner, mode = _score_batch(taps, batch, mode, chunked, labels)
+        total = total + fisher.windowed(signed, owner, batch, search.group_of, groups) / job.draws
+    return step_of(total, owner, batch, np.arange(groups), groups), mode
+
+
+def _details(job: ScoringJob, search: Search) -> list[tuple[int, str]]:
+    if job.method == "gradient":
+        return list(zip(search.group_of.tolist(), search.names, strict=True))
+    return [(g, "signed sum") for g in range(len(search.groups))]
+
+
+def _score_batch(
+    taps: Taps, batch: Batch, mode: str, chunked: bool, labels: Labels | None = None
+) -> tuple[Any, Any, str]:
     """Scores a batch; falls back to ``lean`` once where ``fast`` runs out of GPU memory."""
     import torch
 
     if mode == "fast":
         try:
-            return (*taps.score(batch, chunked), mode)
+            return (*taps.score(batch, chunked, labels), mode)
         except torch.OutOfMemoryError:
             print("out of GPU memory in memory=fast; going on in memory=lean", file=sys.stderr, flush=True)
         taps.drop_weights()
         torch.cuda.empty_cache()
     with checkpointed(taps.model):
-        return (*taps.score(batch, chunked), "lean")
+        return (*taps.score(batch, chunked, labels), "lean")

@@ -1,4 +1,4 @@
-"""The inner product of the score: per token, the squared gradient-weighted output error."""
+"""The two reductions of the scores: per token, squared or signed sums of the gradient-weighted output error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ CLAMP = 1e10
 """ModelOpt clamps gradient × error at this magnitude before squaring; so do we."""
 
 
-def token_scores(gradient: Any, quantized: Any, output: Any) -> Any:
+def token_scores(gradient: Any, quantized: Any, output: Any, signed: bool = False) -> Any:
     """Sum over output features of ``(g · (y_c − y))²``, ModelOpt's gradient score before it sums over tokens.
 
     The difference is rounded to the model's dtype, as ModelOpt's is, then everything is float32.
@@ -18,6 +18,7 @@ def token_scores(gradient: Any, quantized: Any, output: Any) -> Any:
         gradient: dL/dy, ``[..., out_features]``.
         quantized: Outputs with ``n`` quantized weights side by side, ``[..., n * out_features]``.
         output: Output of the unquantized linear, ``[..., out_features]``, all of one dtype.
+        signed: Whether to leave out the square: ``Σ g · (y_c − y)``, the token's first-order change of the loss.
 
     Returns:
         float32 ``[n, tokens]``, the leading dimensions flattened.
@@ -27,12 +28,13 @@ def token_scores(gradient: Any, quantized: Any, output: Any) -> Any:
     gradient, output = (t.reshape(-1, features) for t in (gradient, output))
     quantized = quantized.reshape(-1, many, features)
     if output.is_cuda:
-        return _fused(gradient.contiguous(), quantized, output.contiguous())
+        return _fused(gradient.contiguous(), quantized, output.contiguous(), signed)
     error = (quantized - output[:, None]).float().mul_(gradient[:, None])
-    return error.clamp_(-CLAMP, CLAMP).square_().sum(dim=-1).T
+    error = error.clamp_(-CLAMP, CLAMP)
+    return (error if signed else error.square_()).sum(dim=-1).T
 
 
-def _fused(gradient: Any, quantized: Any, output: Any) -> Any:
+def _fused(gradient: Any, quantized: Any, output: Any, signed: bool) -> Any:
     import torch
     import triton
 
@@ -42,7 +44,18 @@ def _fused(gradient: Any, quantized: Any, output: Any) -> Any:
     block = max(64, min(4096 // rows, triton.next_power_of_2(features)))
     with torch.cuda.device(output.device):
         _kernel()[(tokens,)](
-            gradient, quantized, output, scores, features, many, tokens, CLAMP, ROWS=rows, BLOCK=block, num_warps=8
+            gradient,
+            quantized,
+            output,
+            scores,
+            features,
+            many,
+            tokens,
+            CLAMP,
+            SIGNED=signed,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=8,
         )
     return scores
 

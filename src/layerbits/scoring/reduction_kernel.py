@@ -4,7 +4,17 @@ import triton.language as tl
 
 
 def row_scores(  # type: ignore
-    gradient, quantized, output, scores, features, many, tokens, limit, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    gradient,
+    quantized,
+    output,
+    scores,
+    features,
+    many,
+    tokens,
+    limit,
+    SIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One token a program: reads gradient and output once for all quantized outputs, writes one float32 for each."""
     token = tl.program_id(0).to(tl.int64)
@@ -22,5 +32,5 @@ def row_scores(  # type: ignore
         # the model's own rounding of the difference
         error = tl.where(both, (q - y[None, :]).to(output.dtype.element_ty).to(tl.float32), 0.0)
         product = tl.clamp(g[None, :] * error, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-        total += product * product
+        total += product if SIGNED else product * product
     tl.store(scores + row * tokens + token, tl.sum(total, axis=1), mask=row < many)

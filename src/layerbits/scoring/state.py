@@ -73,7 +73,7 @@ def search_state(
     """The state that ``mtq.auto_quantize`` would have returned for one candidate.
 
     Args:
-        method: ``gradient`` or ``kl_div``; decides the solver.
+        method: ``gradient``, ``fisher`` or ``kl_div``; decides the solver (the first two share ModelOpt's for sums).
         found: All decisions of the model, in model order.
         unscored: As in :func:`decisions`.
         name: The candidate's name.
@@ -105,7 +105,7 @@ def search_state(
         }
     total = sum(s["uncompressed_cost"] for s in stats.values())
     state: dict[str, Any] = {
-        "method": method,
+        "method": "kl_div" if method == "kl_div" else "gradient",
         "cost_model": "weight",
         "cost": {"excluded_module_name_patterns": list(unscored)},
         "active_moe_expert_ratio": None,

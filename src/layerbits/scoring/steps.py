@@ -27,8 +27,16 @@ def calibration_forward(model: Any, batch: Batch, need_logits: bool) -> None:
         model(**_inputs(model, segment), **extra)
 
 
+Labels = Callable[[Any, Any], Any]
+"""Float32 logits ``[n, vocabulary]`` and the tokens that came true ``[n]`` → the tokens that the loss is taken for."""
+
+
 def loss_backward(
-    model: Any, batch: Batch, after_segment: Callable[[], None] = lambda: None, chunked: bool = False
+    model: Any,
+    batch: Batch,
+    after_segment: Callable[[], None] = lambda: None,
+    chunked: bool = False,
+    labels: Labels = lambda _logits, targets: targets,
 ) -> None:
     """Backpropagates the mean token loss of a batch, segment by segment.
 
@@ -37,15 +45,18 @@ def loss_backward(
         batch: Its segments share one mean, so that cutting a batch into segments changes no gradient.
         after_segment: Called after each segment's backward.
         chunked: Whether to make the logits in pieces, which saves their memory (see :func:`has_plain_head`).
+        labels: The tokens that the loss is taken for; those that came true by default.
     """
     import torch
 
     for segment in batch.segments:
         if chunked:
-            _chunked_backward(model, segment, batch.loss_tokens)
+            _chunked_backward(model, segment, batch.loss_tokens, labels)
         else:
             logits, targets = predictions(model, segment)
-            total = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            logits = logits.float()
+            wanted = labels(logits.detach(), targets)
+            total = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
             (total / batch.loss_tokens).backward()
         after_segment()
 
@@ -64,7 +75,7 @@ def has_plain_head(model: Any, batch: Batch) -> bool:
         return bool(torch.equal(model.get_output_embeddings()(hidden), whole))
 
 
-def _chunked_backward(model: Any, segment: Segment, loss_tokens: int) -> None:
+def _chunked_backward(model: Any, segment: Segment, loss_tokens: int, labels: Labels) -> None:
     import torch
 
     inputs = _inputs(model, segment)
@@ -76,7 +87,8 @@ def _chunked_backward(model: Any, segment: Segment, loss_tokens: int) -> None:
     for start in range(0, len(kept), size):
         piece = kept[start : start + size].detach().requires_grad_()
         logits = head(piece).float()
-        total = torch.nn.functional.cross_entropy(logits, targets[start : start + size], reduction="sum")
+        wanted = labels(logits.detach(), targets[start : start + size])
+        total = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
         (gradient[start : start + size],) = torch.autograd.grad(total / loss_tokens, piece)
     kept.backward(gradient)
 

@@ -10,7 +10,7 @@ from layerbits.calibration import Batch
 from layerbits.errors import Unsupported, UserError
 from layerbits.scoring import quantizers
 from layerbits.scoring.reduction import token_scores
-from layerbits.scoring.steps import calibration_forward, loss_backward
+from layerbits.scoring.steps import Labels, calibration_forward, loss_backward
 
 
 class Taps:
@@ -45,6 +45,7 @@ class Taps:
         self._calls = [0] * len(names)
         self._tokens: Any = None
         self._sizes: list[int] = []
+        self._signed = False
         self._at = 0
 
     def calibrate(self, batches: Sequence[Batch], need_logits: bool) -> None:
@@ -125,8 +126,13 @@ class Taps:
         """Frees the kept weights; from then on weights are quantized on the fly."""
         self._kept = None
 
-    def score(self, batch: Batch, chunked: bool) -> tuple[Any, Any]:
+    def score(self, batch: Batch, chunked: bool, labels: Labels | None = None) -> tuple[Any, Any]:
         """Scores one batch.
+
+        Args:
+            batch: The rows.
+            chunked: Whether to make the logits in pieces.
+            labels: Takes the loss for these tokens, and leaves the sums over output features signed and unsquared.
 
         Returns:
             Per-token scores, float32 ``[M, C, T]``, and the sample of each token, ``[T]`` (-1: padding).
@@ -141,9 +147,13 @@ class Taps:
         self._tokens = torch.zeros(shape, device=self._modules[0].weight.device)
         self._at = 0
         self._calls = [0] * len(self._names)
+        self._signed = labels is not None
         self._sizes = [s.input_ids.numel() for s in batch.segments]
         with self._observed(), _no_parameter_gradients(self.model):
-            loss_backward(self.model, batch, self._next_segment, chunked)
+            if labels is None:
+                loss_backward(self.model, batch, self._next_segment, chunked)
+            else:
+                loss_backward(self.model, batch, self._next_segment, chunked, labels)
         return self._tokens, owner
 
     def _next_segment(self) -> None:
@@ -195,7 +205,7 @@ class Taps:
                 for first, last, candidates in self._runs[setting]:
                     bias = None if module.bias is None else module.bias.repeat(last - first)
                     outputs = torch.nn.functional.linear(seen, weights[first * features : last * features], bias)
-                    scores = token_scores(gradient, outputs, y)
+                    scores = token_scores(gradient, outputs, y, self._signed)
                     self._tokens[index, candidates, span] = scores.to(self._tokens.device)
 
     def _quantized_weights(self, index: int) -> Any:
