@@ -12,7 +12,7 @@ from layerbits.formats import QuantPair
 from layerbits.granularity import Overlay
 from layerbits.models import ModelSpec
 
-METHODS = ("gradient", "kl_div")
+METHODS = ("gradient", "fisher", "kl_div")
 ENGINES = ("onepass", "stock")
 LAYOUTS = ("tmp", "publish")
 MEMORY = ("auto", "fast", "lean")

@@ -26,9 +26,10 @@ from layerbits.models import LoadedModel, ResolvedModel, load, load_tokenizer, r
 from layerbits.provenance import peak_memory, provenance
 from layerbits.report import write_report
 from layerbits.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, write_json
+from layerbits.trust.intervals import with_intervals
 
 if TYPE_CHECKING:
-    from layerbits.scoring.job import Scores
+    from layerbits.scoring.job import Scores, ScoringJob
 
 _FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B model about 100 MB
 
@@ -199,7 +200,6 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     import torch
 
     from layerbits.scoring import kl, onepass, stock
-    from layerbits.scoring.job import ScoringJob
 
     settings, spec = plan.settings, plan.settings.autoquant
     seconds: dict[str, float] = {}
@@ -208,19 +208,8 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         loaded = load_model(plan)
         seconds["load"] = time.perf_counter() - start
     torch.manual_seed(settings.seed)
-    job = ScoringJob(
-        loaded=loaded,
-        scored=plan.scored,
-        configs={c.info.name: _runtime_config(c, capability) for c, capability in plan.candidates},
-        calibration=plan.calibration,
-        method=spec.method,
-        target_bits=spec.effective_bits,
-        workdir=Path(spec.checkpoint) if spec.checkpoint else cache_dir() / "searches" / plan.fingerprint,
-        fingerprint=plan.fingerprint,
-        memory=spec.memory,
-        seed=settings.seed,
-        draws=spec.draws,
-    )
+    workdir = Path(spec.checkpoint) if spec.checkpoint else cache_dir() / "searches" / plan.fingerprint
+    job = scoring_job(plan, loaded, workdir)
     alone = [c.info.name for c, _ in plan.candidates if not scored_together(c)]
     fell_back = spec.engine != "stock" and bool(alone)
     engine_name = "stock" if fell_back else spec.engine
@@ -230,33 +219,61 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     facts = provenance(root)
     return [
         Outcome(
-            SensitivityResult(
-                model=loaded.info,
-                calibration=_calibration_info(plan),
-                method=spec.method,
-                engine=engine_name,
-                seed=settings.seed,
-                device=plan.device,
-                groups=scores.groups,
-                candidates=(candidate.info,),
-                scores=scores.raw[:, [c]],
-                predicted_kl=scores.predicted_kl[:, [c]],
-                recipe=_recipe(scores, c, candidate.info, spec.effective_bits),
-                sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, [c]],
-                sample_tokens=scores.sample_tokens,
-                nonfinite=tuple(n for n in scores.nonfinite if n.candidate == candidate.info.name),
-                settings=_shown(settings.composed),
-                provenance=facts,
-                seconds={**seconds, **scores.seconds},
-                memory={**peak_memory(), **scores.memory},
-                tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
-                warnings=(*plan.warnings(capability), *scores.notes, *notes),
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            with_intervals(
+                SensitivityResult(
+                    model=loaded.info,
+                    calibration=_calibration_info(plan),
+                    method=spec.method,
+                    engine=engine_name,
+                    seed=settings.seed,
+                    device=plan.device,
+                    groups=scores.groups,
+                    candidates=(candidate.info,),
+                    scores=scores.raw[:, [c]],
+                    predicted_kl=scores.predicted_kl[:, [c]],
+                    recipe=_recipe(scores, c, candidate.info, spec.effective_bits),
+                    sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, [c]],
+                    sample_tokens=scores.sample_tokens,
+                    nonfinite=tuple(n for n in scores.nonfinite if n.candidate == candidate.info.name),
+                    settings=_shown(settings.composed),
+                    provenance=facts,
+                    seconds={**seconds, **scores.seconds},
+                    memory={**peak_memory(), **scores.memory},
+                    tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
+                    warnings=(*plan.warnings(capability), *scores.notes, *notes),
+                    created=datetime.now(UTC).isoformat(timespec="seconds"),
+                )
             ),
             scores.states[candidate.info.name],
         )
         for c, (candidate, capability) in enumerate(plan.candidates)
     ]
+
+
+def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
+    """What an engine needs to score a plan's candidates.
+
+    Args:
+        plan: The plan.
+        loaded: Its model.
+        workdir: Folder for search checkpoints.
+    """
+    from layerbits.scoring.job import ScoringJob
+
+    spec = plan.settings.autoquant
+    return ScoringJob(
+        loaded=loaded,
+        scored=plan.scored,
+        configs={c.info.name: _runtime_config(c, capability) for c, capability in plan.candidates},
+        calibration=plan.calibration,
+        method=spec.method,
+        target_bits=spec.effective_bits,
+        workdir=workdir,
+        fingerprint=plan.fingerprint,
+        memory=spec.memory,
+        seed=plan.settings.seed,
+        draws=spec.draws,
+    )
 
 
 def _method(spec: AutoQuantSpec) -> Any:

@@ -14,7 +14,6 @@ from layerbits.calibration import Calibration
 from layerbits.models import LoadedModel
 from layerbits.result import FloatArray, Group, NonFinite
 
-METHODS = ("gradient", "fisher", "kl_div")
 
 
 @dataclass(frozen=True)

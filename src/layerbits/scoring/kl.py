@@ -8,7 +8,6 @@ summed over the tokens that the loss counts.
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 
@@ -16,11 +15,11 @@ from layerbits.calibration import Batch
 from layerbits.scoring import distributed
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.norms import fused_norms
-from layerbits.scoring.patches import Forward
+from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
 from layerbits.scoring.steplog import Step, StepLog
 from layerbits.scoring.suffix import Perturbation, SuffixRunner, find_blocks
-from layerbits.scoring.taps import Taps, progress
+from layerbits.scoring.taps import progress
 
 
 def score(job: ScoringJob) -> Scores:
@@ -34,7 +33,7 @@ def score(job: ScoringJob) -> Scores:
     """
     model = job.loaded.model
     search = Search.of(job)
-    linears = _Linears(model, search.names, search.settings, keep_weights=False)
+    linears = ReplacedLinears(model, search.names, search.settings, keep_weights=False)
     log = StepLog(job.workdir, job.fingerprint)
     batches = job.calibration.score
     kept_gb = 0.0
@@ -69,32 +68,6 @@ def score(job: ScoringJob) -> Scores:
         resumed=resumed,
         memory={"suffix_kept_gb": kept_gb} if kept_gb else {},
     )
-
-
-class _Linears(Taps):
-    """The scored linears with their quantizers, to be run in place of the model's own."""
-
-    def perturbations(self, search: Search) -> list[Perturbation]:
-        """One per group and candidate, candidates of a group side by side."""
-        return [
-            {self._names[m]: self._quantized(m, *pair) for m in np.flatnonzero(search.group_of == g).tolist()}
-            for g in range(len(search.groups))
-            for pair in search.settings.pairs
-        ]
-
-    def _quantized(self, index: int, weight_setting: int, input_setting: int) -> Forward:
-        import torch
-
-        module = self._modules[index]
-        quantize_weight = self._weight_quantizers[index][weight_setting]
-        quantize_input = self._input_quantizers[index][input_setting]
-
-        def forward(x: Any) -> Any:
-            weight = module.weight if quantize_weight is None else quantize_weight(module.weight)
-            x = x if quantize_input is None else quantize_input(x)
-            return torch.nn.functional.linear(x, weight, module.bias)
-
-        return forward
 
 
 def _step(runner: SuffixRunner, perturbations: list[Perturbation], batch: Batch, groups: int) -> Step:

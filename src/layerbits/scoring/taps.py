@@ -36,7 +36,7 @@ class Taps:
             if not isinstance(module, torch.nn.Linear):
                 kind = type(module).__name__
                 raise Unsupported(f"{name} is a {kind}; one pass scores linears, use autoquant.engine=stock")
-        self._candidates = len(settings.pairs)
+        self._pairs = settings.pairs
         self._runs = _runs(settings)
         devices = [m.weight.device for m in self._modules]
         self._weight_quantizers = [[quantizers.make_quantizer(s, d) for s in settings.weights] for d in devices]
@@ -143,7 +143,7 @@ class Taps:
         import torch
 
         owner = torch.cat([s.sample.flatten() for s in batch.segments])
-        shape = (len(self._names), self._candidates, len(owner))
+        shape = (len(self._names), len(self._pairs), len(owner))
         self._tokens = torch.zeros(shape, device=self._modules[0].weight.device)
         self._at = 0
         self._calls = [0] * len(self._names)

@@ -1,0 +1,114 @@
+"""What quantizing one group alone really does: KL divergence and loss change on held-out rows, group by group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from layerbits.calibration import Batch
+from layerbits.result import FloatArray
+from layerbits.scoring.norms import fused_norms
+from layerbits.scoring.replaced import ReplacedLinears
+from layerbits.scoring.search import Search
+from layerbits.scoring.suffix import Perturbation, SuffixRunner, find_blocks
+from layerbits.scoring.taps import progress
+from layerbits.trust.agreement import Captions
+
+_FLOOR_GROUPS = 4
+"""Groups that are computed in another order for the noise floor; from the first block on, where rounding travels
+farthest."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Measured on ``S`` captions for ``G`` groups under one candidate.
+
+    Attributes:
+        alone: KL divergence where this group alone is quantized; its ``kl`` is ``[S, G]``.
+        loss_change: ``[G]`` nats per token, the same forward.
+        together: ``[S]`` KL where every group is quantized, nats summed over a caption's tokens.
+        all_but: KL where every group but this one is quantized, or ``None`` where that was not asked for.
+        floor: Largest KL per token that computing a group's linears in another order causes.
+    """
+
+    alone: Captions
+    loss_change: FloatArray
+    together: FloatArray
+    all_but: Captions | None
+    floor: float
+
+    @property
+    def together_mean(self) -> float:
+        """KL per token where every group is quantized."""
+        return float(self.together.sum() / self.alone.tokens.sum())
+
+
+def measure_damage(
+    model: Any, linears: ReplacedLinears, search: Search, batches: Sequence[Batch], disable_one: bool
+) -> Damage:
+    """Measures each group of a search that has one candidate; the model itself is never changed.
+
+    Args:
+        model: A causal language model.
+        linears: Its scored linears, with their ranges.
+        search: Its groups.
+        batches: Held-out rows.
+        disable_one: Whether to measure leaving one group unquantized too.
+
+    Raises:
+        Unsupported: The model cannot be run from a block on.
+    """
+    groups = range(len(search.groups))
+    alone = [linears.quantized(search, g, 0) for g in groups]
+    everything = {name: forward for one in alone for name, forward in one.items()}
+    recomputed = [linears.recomputed(search, g) for g in groups[:_FLOOR_GROUPS]]
+    spared = [linears.unchanged(search, g) for g in groups]
+    kl, change, floor, together, all_but = [], [], [], [], []
+    samples = 1 + max(int(s.sample.max()) for b in batches for s in b.segments)
+    with fused_norms(model):
+        blocks = find_blocks(model, search.names, batches[0])
+        for batch in progress(batches, "measuring"):
+            owner = np.concatenate([s.sample[s.loss_mask].numpy() for s in batch.segments])
+            runner = SuffixRunner(model, blocks, batch)
+            found, changed = _measured(runner, [*alone, *recomputed])
+            kl.append(_by_caption(found[: len(groups)], owner, samples))
+            change.append(changed[: len(groups)].sum(axis=1))
+            floor.append(found[len(groups) :].sum(axis=1))
+            runner = SuffixRunner(model, blocks, batch, background=everything)
+            found, _ = _measured(runner, [alone[0], *(spared if disable_one else [])])
+            together.append(_by_caption(found[:1], owner, samples)[:, 0])
+            all_but.append(_by_caption(found[1:], owner, samples))
+    tokens = np.zeros(samples)
+    for batch in batches:
+        for segment in batch.segments:
+            np.add.at(tokens, segment.sample[segment.loss_mask].numpy(), 1)
+    used = tokens > 0
+    count = tokens.sum()
+
+    def captions(parts: list[FloatArray]) -> Captions:
+        return Captions(np.sum(parts, axis=0)[used], tokens[used])
+
+    return Damage(
+        alone=captions(kl),
+        loss_change=np.sum(change, axis=0) / count,
+        together=np.sum(together, axis=0)[used],
+        all_but=captions(all_but) if disable_one else None,
+        floor=float(np.sum(floor, axis=0).max() / count) if floor else math.nan,
+    )
+
+
+def _measured(runner: SuffixRunner, perturbations: Sequence[Perturbation]) -> tuple[FloatArray, FloatArray]:
+    """``[P, n]`` KL divergence and loss change per loss token."""
+    kl, change = runner.measure(perturbations)
+    return kl.double().cpu().numpy(), change.double().cpu().numpy()
+
+
+def _by_caption(values: FloatArray, owner: Any, samples: int) -> FloatArray:
+    """``[samples, P]`` sums over each caption's tokens."""
+    sums = np.zeros((samples, len(values)))
+    np.add.at(sums, owner, values.T)
+    return sums

@@ -1,0 +1,220 @@
+"""Validates a run: measures what its scores predict, on rows that they have not seen."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layerbits.errors import UserError
+from layerbits.result import FloatArray, SensitivityResult, load_manifest, write_json
+from layerbits.sensitivity import Plan, load_model, plan, scoring_job
+from layerbits.trust.agreement import Captions
+from layerbits.trust.validation import HeldOut, Prediction, Validation, markdown
+
+if TYPE_CHECKING:
+    from layerbits.scoring.job import ScoringJob
+    from layerbits.scoring.replaced import ReplacedLinears
+    from layerbits.scoring.search import Search
+
+
+@dataclass(frozen=True)
+class ValidateSettings:
+    """How to validate.
+
+    Attributes:
+        rows: Held-out rows, a multiple of ``batch_size`` or fewer.
+        disable_one: Whether to measure leaving one group unquantized among quantized ones too.
+        rankers: Further metrics to rank on the rows of the run (:data:`layerbits.trust.rankers.RANKERS`).
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    rows: int
+    batch_size: int
+    disable_one: bool
+    rankers: tuple[str, ...]
+    device: str
+
+
+def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:
+    """The result of a run id, a result folder or a manifest.
+
+    Raises:
+        UserError: There is no such run, or it has no scores of one candidate that can be computed anew.
+    """
+    if Path(reference).exists() or "/" in reference or reference.endswith(".json"):
+        result = load_manifest(reference)
+    else:
+        from layerbits import history
+
+        result = history.result(reference, tracking_uri=tracking_uri)
+    if not result.settings.get("model"):
+        raise UserError(f"{reference} does not say how it was made (an imported run?); validate a run of our own")
+    return result
+
+
+def prepare(reference: str, result: SensitivityResult, device: str) -> Plan:
+    """The plan of a run, with everything that can be checked before the model is loaded.
+
+    Raises:
+        UserError: Model, captions or effective configuration are not those that were scored.
+    """
+    from layerbits.config import Settings
+
+    settings = replace(Settings.from_config(dict(result.settings)), device=device)
+    planned = plan(settings)
+    ((candidate, _),) = planned.candidates
+    info = result.candidates[0]
+    for what, now, then in (
+        ("model revision", planned.resolved.revision, result.model.revision),
+        ("captions", planned.captions.digest, result.calibration.digest),
+        ("effective configuration", candidate.info.config_hash, info.config_hash),
+    ):
+        if now != then:
+            raise UserError(f"the {what} of {reference} was {then} and is {now} here; restore it, or score again")
+    return planned
+
+
+def validate(reference: str, result: SensitivityResult, settings: ValidateSettings, root: Path) -> Validation:
+    """Measures the groups of a run one by one, and compares.
+
+    Args:
+        reference: Run id or path, for the record.
+        result: The run's result, of one candidate.
+        settings: How to.
+        root: Project folder, for the git commit.
+
+    Raises:
+        UserError: As :func:`prepare`; or there are too few held-out captions, or the model's groups differ.
+    """
+    from layerbits.probe import held_out_rows
+    from layerbits.provenance import provenance
+    from layerbits.scoring.search import Search
+    from layerbits.trust.measure import measure_damage
+    from layerbits.trust.rankers import IN_NATS, rank
+
+    planned = prepare(reference, result, settings.device)
+    data, seq_len = planned.settings.dataset, planned.settings.autoquant.seq_len
+    held_out = planned.captions.held_out
+    batches = held_out_rows(held_out, planned.tokenizer, data.packing, seq_len, settings.batch_size, settings.rows)
+    clock = time.perf_counter
+    start = clock()
+    loaded = load_model(planned)
+    seconds = {"load": clock() - start}
+    job = scoring_job(planned, loaded, Path())
+    search = Search.of(job)
+    if [g.key for g in search.groups] != [g.key for g in result.groups]:
+        raise UserError(f"the groups of {reference} are not those of this model; score it again")
+
+    start = clock()
+    linears = _calibrated(job, search)
+    seconds["calibrate"] = clock() - start
+    start = clock()
+    damage = measure_damage(loaded.model, linears, search, batches, settings.disable_one)
+    seconds["measure"] = clock() - start
+
+    own = Prediction(result.method, result.predicted_kl[:, 0], True, _captions(result), math.nan)
+    rankings = [rank(name, job, linears, search) for name in settings.rankers]
+    seconds["rank"] = sum(r.seconds for r in rankings)
+    again = next((r.predicted for r in rankings if r.name == result.method), None)
+    return Validation(
+        source_run_id=reference,
+        model=loaded.info,
+        candidate=result.candidates[0].name,
+        config_hash=result.candidates[0].config_hash,
+        groups=search.groups,
+        data=HeldOut(data.name, data.packing, seq_len, sum(b.rows for b in batches)),
+        predictions=(
+            replace(own, name=f"this run ({own.name})"),
+            *(Prediction(r.name, r.predicted, r.name in IN_NATS, r.samples, r.seconds) for r in rankings),
+        ),
+        measured=damage.alone,
+        loss_change=damage.loss_change,
+        all_but=None if damage.all_but is None else damage.all_but.mean,
+        together=damage.together_mean,
+        floor=damage.floor,
+        repeated=math.nan if again is None else _largest_difference(again, result.predicted_kl[:, 0]),
+        seconds=seconds,
+        provenance=provenance(root),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def write_validation(found: Validation, root: Path) -> Path:
+    """Writes ``validation.json``, ``.md``, ``.csv`` and the scatter plot into a folder of its own, whole or not at all.
+
+    Raises:
+        UserError: The disk is full or cannot be written.
+    """
+    from layerbits.figures import scatter_agreement
+    from layerbits.figures.style import save_png
+
+    name = f"validation_{found.model.name}_{found.candidate.replace('/', '-')}"
+    final = root / "tmp" / f"{name}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}"
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        write_json(partial / "validation.json", found.to_json())
+        (partial / "validation.md").write_text(markdown(found))
+        frame = found.frame()
+        frame.to_csv(partial / "validation.csv", index=False)
+        counted = frame[frame["status"] == "ok"]
+        if ((counted["predicted_kl"] > 0) & (counted["measured_kl"] > 0)).any():
+            drawn = scatter_agreement(
+                counted["predicted_kl"].to_numpy(),
+                counted["measured_kl"].to_numpy(),
+                names=counted["layer"].tolist(),
+                kinds=counted["kind"].tolist(),
+                title=f"{found.model.name} {found.candidate}: each group quantized alone",
+            )
+            save_png(drawn, partial / "figures" / "validation.png")
+        partial.rename(final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
+    return final
+
+
+def _calibrated(job: ScoringJob, search: Search) -> ReplacedLinears:
+    from layerbits.scoring.replaced import ReplacedLinears
+
+    linears = ReplacedLinears(job.loaded.model, search.names, search.settings, keep_weights=False)
+    linears.calibrate(job.calibration.calib, search.need_logits)
+    linears.load_ranges(linears.ranges())
+    return linears
+
+
+def _captions(result: SensitivityResult) -> Captions | None:
+    if result.sample_kl is None or result.sample_tokens is None:
+        return None
+    tokens = result.sample_tokens.astype(float)
+    return Captions(result.sample_kl[:, :, 0] * tokens.sum(), tokens)
+
+
+def _largest_difference(again: FloatArray, before: FloatArray) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        difference = np.abs(again - before) / np.abs(before)
+    return float(np.nanmax(difference))
+
+
+def settings_of(config: Mapping[str, Any], rankers: Sequence[str]) -> ValidateSettings:
+    """Reads ``configs/validate.yaml``.
+
+    Raises:
+        UserError: A value is not one of its choices.
+    """
+    from layerbits.trust.rankers import chosen_rankers
+
+    return ValidateSettings(
+        rows=int(str(config["rows"])),
+        batch_size=int(str(config["batch_size"])),
+        disable_one=bool(config["disable_one"]),
+        rankers=chosen_rankers(rankers),
+        device=str(config["device"]),
+    )

@@ -1,0 +1,254 @@
+"""What a validation found, as plain data with a table, metrics and words (no torch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from layerbits.result import KINDS, FloatArray, Group, ModelInfo
+from layerbits.trust.agreement import TOP, Agreement, Captions, agreement
+
+SCHEMA_VERSION = 1
+ABOVE_FLOOR = 2.0
+"""Times the noise floor from which on a measurement counts."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One ranker's ``predicted`` ``[G]``, nats per token where ``in_nats``, and what captions put into it."""
+
+    name: str
+    predicted: FloatArray
+    in_nats: bool
+    samples: Captions | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows that damage was measured on."""
+
+    dataset: str
+    packing: str
+    seq_len: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Predictions for ``G`` groups under one candidate against what was measured.
+
+    Attributes:
+        candidate: Its name.
+        predictions: The run's own prediction first.
+        measured: KL where one group alone is quantized.
+        loss_change: ``[G]`` nats per token.
+        all_but: ``[G]`` KL where every group but this one is quantized, or ``None``.
+        together: KL per token where every group is quantized.
+        floor: KL per token of rounding alone.
+        repeated: Largest relative difference of the scores of the run's method when computed anew; NaN where they
+            were not.
+    """
+
+    source_run_id: str
+    model: ModelInfo
+    candidate: str
+    config_hash: str
+    groups: tuple[Group, ...]
+    data: HeldOut
+    predictions: tuple[Prediction, ...]
+    measured: Captions
+    loss_change: FloatArray
+    all_but: FloatArray | None
+    together: float
+    floor: float
+    repeated: float
+    seconds: Mapping[str, float]
+    provenance: Mapping[str, str]
+    created: str
+
+    @property
+    def status(self) -> list[str]:
+        """Per group: ``ok``, ``at floor`` (not told from rounding) or ``not finite``."""
+        names = []
+        for value in self.measured.mean:
+            if not math.isfinite(value):
+                names.append("not finite")
+            else:
+                names.append("ok" if value > ABOVE_FLOOR * self.floor else "at floor")
+        return names
+
+    def agreement(self, prediction: Prediction, kind: str | None = None) -> Agreement:
+        """A prediction against the measurement, over the groups (of a kind) whose status is ``ok``."""
+        keep = np.array([s == "ok" and kind in (None, g.kind) for s, g in zip(self.status, self.groups, strict=True)])
+        return agreement(prediction.predicted, self.measured, keep, prediction.in_nats, prediction.samples)
+
+    def frame(self) -> pd.DataFrame:
+        """A row per group: predictions, measurements with standard errors over captions, status."""
+        own = self.predictions[0]
+        mean, tokens = self.measured.mean, self.measured.tokens
+        residuals = self.measured.kl - tokens[:, None] * mean
+        count = len(tokens)
+        error = np.sqrt((residuals**2).sum(axis=0) * count / max(count - 1, 1)) / tokens.sum()
+        frame = pd.DataFrame(
+            {
+                "layer": [g.key for g in self.groups],
+                "block": [g.block for g in self.groups],
+                "kind": [g.kind for g in self.groups],
+                "candidate": self.candidate,
+                "predicted_kl": own.predicted,
+                "measured_kl": mean,
+                "measured_kl_se": error if count > 1 else math.nan,
+                "loss_change": self.loss_change,
+                "ratio": _ratio(mean, own.predicted),
+                "status": self.status,
+            }
+        )
+        if self.all_but is not None:
+            frame["saved_kl"] = self.together - self.all_but
+        for prediction in self.predictions[1:]:
+            frame[prediction.name] = prediction.predicted
+        return frame
+
+    def metrics(self) -> dict[str, float]:
+        """Figures for the tracking server, ``validate/…`` of the run's own prediction and ``validate/<ranker>/…``."""
+        values: dict[str, float] = {
+            "validate/groups": self.status.count("ok"),
+            "validate/at_floor": self.status.count("at floor"),
+            "validate/nonfinite": self.status.count("not finite"),
+            "validate/noise_floor": self.floor,
+            "validate/measured_kl_sum": float(np.nansum(self.measured.mean)),
+            "validate/measured_kl_together": self.together,
+            "validate/predicted_kl_sum": float(np.nansum(self.predictions[0].predicted)),
+            "validate/repeated_difference": self.repeated,
+            **{f"seconds/{name}": value for name, value in self.seconds.items()},
+        }
+        for index, prediction in enumerate(self.predictions):
+            prefix = f"validate/{prediction.name}/" if index else "validate/"
+            found = self.agreement(prediction)
+            for name in ("spearman", "kendall", "top", "median_ratio", "within_2x"):
+                estimate = getattr(found, name)
+                key = f"top{TOP}" if name == "top" else name
+                values |= {f"{prefix}{key}": estimate.value}
+                if not index:
+                    values |= {f"{prefix}{key}_low": estimate.low, f"{prefix}{key}_high": estimate.high}
+        for kind in self.kinds:
+            values[f"validate_by_kind/{kind}"] = self.agreement(self.predictions[0], kind).spearman.value
+        return values
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of linear that there are."""
+        return tuple(k for k in KINDS if any(g.kind == k for g in self.groups))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the captions' shares."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "created": self.created,
+            "source_run_id": self.source_run_id,
+            "model": asdict(self.model),
+            "candidate": self.candidate,
+            "config_hash": self.config_hash,
+            "held_out": {
+                **asdict(self.data),
+                "captions": len(self.measured.tokens),
+                "tokens": self.measured.tokens.sum(),
+            },
+            "noise_floor": self.floor,
+            "measured_kl_together": self.together,
+            "repeated_difference": _number(self.repeated),
+            "agreement": {p.name: _plain(asdict(self.agreement(p))) for p in self.predictions},
+            "agreement_by_kind": {k: _plain(asdict(self.agreement(self.predictions[0], k))) for k in self.kinds},
+            "layers": [_plain(row) for row in self.frame().to_dict("records")],
+            "seconds": {**self.seconds, **{f"rank_{p.name}": p.seconds for p in self.predictions[1:]}},
+            "provenance": dict(self.provenance),
+        }
+
+
+def markdown(found: Validation) -> str:
+    """The validation in words: who ranks how well, by kind, and the groups that were misjudged most."""
+    data, own = found.data, found.predictions[0]
+    counts = {s: found.status.count(s) for s in ("ok", "at floor", "not finite")}
+    predicted = float(np.nansum(own.predicted))
+    lines = [
+        f"# Validation of {found.candidate} on {found.model.name}",
+        "",
+        f"Each of {len(found.groups)} groups was quantized alone and its KL divergence from the unquantized model "
+        f"measured on {data.rows} held-out rows of {data.dataset} ({data.packing}, {data.seq_len} tokens): "
+        f"{found.measured.tokens.sum():,.0f} tokens of {len(found.measured.tokens)} captions. Source run: "
+        f"`{found.source_run_id}`.",
+        "",
+        f"Counted: {counts['ok']} groups. Left out: {counts['at floor']} not above {ABOVE_FLOOR:g} × the noise floor, "
+        f"{found.floor:.2g} nats per token (a group's linears summed in another order); {counts['not finite']} not "
+        "finite.",
+        "",
+        "| predicted by | Spearman | Kendall | top "
+        f"{TOP} in common | median measured / predicted | within a factor of 2 | seconds |",
+        "|---|---|---|---|---|---|---|",
+        *(_row(p.name, found.agreement(p), p.seconds) for p in found.predictions),
+        "",
+        "In brackets: 90 % intervals, from captions drawn again with replacement on both sides.",
+        "",
+        f"All groups together: {found.together:.4g} nats per token measured, {predicted:.4g} predicted as the sum "
+        f"(measured / predicted {_ratio(found.together, predicted):.2f}).",
+    ]
+    if math.isfinite(found.repeated):
+        lines += [f"The run's scores computed anew differ by at most {found.repeated:.1g} of their value."]
+    lines += [
+        "",
+        f"## Within each kind of linear ({own.name})",
+        "",
+        "| kind | groups | Spearman | Kendall | median measured / predicted | within a factor of 2 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in found.kinds:
+        a = found.agreement(own, kind)
+        share = _percent(a.within_2x.value)
+        lines.append(f"| {kind} | {a.groups} | {a.spearman} | {a.kendall} | {a.median_ratio} | {share} |")
+    frame = found.frame()
+    counted = frame[frame["status"] == "ok"].copy()
+    counted["off"] = np.abs(np.log(counted["ratio"].where(counted["ratio"] > 0)))
+    lines += [
+        "",
+        "## Misjudged most",
+        "",
+        "| layer | predicted KL | measured KL | ± SE | measured / predicted |",
+        "|---|---|---|---|---|",
+    ]
+    for row in counted.sort_values("off", ascending=False).head(TOP).to_dict("records"):
+        lines.append(
+            f"| {row['layer']} | {row['predicted_kl']:.3g} | {row['measured_kl']:.3g} | {row['measured_kl_se']:.1g} | "
+            f"{row['ratio']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, a: Agreement, seconds: float) -> str:
+    unit = f"{a.median_ratio} | {_percent(a.within_2x.value)}" if math.isfinite(a.median_ratio.value) else "– | –"
+    took = f"{seconds:.1f}" if math.isfinite(seconds) else "–"
+    return f"| {name} | {a.spearman} | {a.kendall} | {a.top} | {unit} | {took} |"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if math.isfinite(value) else "–"
+
+
+def _ratio(measured: Any, predicted: Any) -> Any:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.divide(measured, predicted)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return _number(value) if isinstance(value, float) else value
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,122 @@
+"""A validation from its command line, on a tiny checkpoint, with a SQLite store."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from layerbits import smollm2
+
+from .scoring_support import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(script, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, f"experiments/{script}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a tiny model, and its validation with every ranker."""
+    folder = tmp_path_factory.mktemp("validate")
+    source = smollm2.checkpoint()
+    model = tiny_model("llama", vocab_size=49_152, num_hidden_layers=3)
+    model.save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / "model")
+    store = [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}/out"]
+    scored = start(
+        "sensitivity", "model=hf", f"model.path={folder}/model", "model.dtype=float32", "quant_pair=wint4_afp16",
+        "autoquant.seq_len=32", "dataset.size=32", *store,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    client = MlflowClient(store[0].partition("=")[2])
+    (source_run,) = client.search_runs(["1"])
+    done = start("validate", f"run_id={source_run.info.run_id}", "disable_one=true", "rows=16", *store)
+    assert done.returncode == 0, done.stderr
+    (made,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'validate'")
+    return {"folder": folder, "store": store, "source": source_run, "run": made, "text": done.stdout}
+
+
+def frame(run):
+    (file,) = run["folder"].glob("out/tmp/validation_*/validation.csv")
+    return pd.read_csv(file)
+
+
+def test_each_group_is_measured_and_judged(run):
+    rows = frame(run)
+    assert len(rows) == 12
+    assert (rows["status"] == "ok").all()
+    assert (rows["measured_kl"] > 0).all()
+    assert run["run"].data.metrics["validate/groups"] == 12
+
+
+def test_the_run_is_linked_to_the_one_that_it_judges(run):
+    assert run["run"].data.tags["source_run_id"] == run["source"].info.run_id
+    assert run["run"].data.tags["outcome"] == "ok"
+
+
+def test_scores_computed_anew_are_the_recorded_ones(run):
+    assert run["run"].data.metrics["validate/repeated_difference"] == 0
+
+
+def test_every_ranker_is_ranked(run):
+    metrics = run["run"].data.metrics
+    for ranker in ("gradient", "gradient_token", "fisher", "kl_div", "weight_mse", "output_mse"):
+        assert -1 <= metrics[f"validate/{ranker}/spearman"] <= 1
+        assert ("validate/weight_mse/median_ratio" in metrics) is False
+    assert metrics["validate/gradient/spearman"] == metrics["validate/spearman"]
+
+
+def test_what_is_measured_on_other_rows_of_the_same_text_is_near(run):
+    rows = frame(run)
+    ratio = rows["kl_div"] / rows["measured_kl"]
+    assert 0.7 < ratio.median() < 1.4
+
+
+def test_the_noise_floor_is_far_below_in_float32(run):
+    assert 0 < run["run"].data.metrics["validate/noise_floor"] < frame(run)["measured_kl"].min() / 10
+
+
+def test_leaving_a_group_unquantized_saves_about_what_it_costs_alone(run):
+    rows = frame(run)
+    assert 0.5 < (rows["saved_kl"] / rows["measured_kl"]).median() < 2
+
+
+def test_the_report_names_intervals_and_the_worst(run):
+    (file,) = run["folder"].glob("out/tmp/validation_*/validation.md")
+    text = file.read_text()
+    assert "## Misjudged most" in text
+    assert "this run (gradient)" in text
+    record = json.loads(file.with_suffix(".json").read_text())
+    found = record["agreement"]["fisher"]["spearman"]
+    assert found["low"] <= found["value"] <= found["high"] + 1e-9
+    assert not math.isnan(found["low"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run_id=none"], "set run_id"),
+        (["run_id=0123456789abcdef0123456789abcdef"], "0123456789abcdef0123456789abcdef"),
+        (["rankers=magic"], "magic is no ranker"),
+        (["rows=100000"], "rows"),
+    ],
+)
+def test_bad_input_is_one_line(run, arguments, words):
+    given = [f"run_id={run['source'].info.run_id}", *run["store"]]
+    done = start("validate", *given, *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
