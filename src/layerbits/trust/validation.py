@@ -50,7 +50,7 @@ class Validation:
         loss_change: ``[G]`` nats per token.
         all_but: ``[G]`` KL where every group but this one is quantized, or ``None``.
         together: KL per token where every group is quantized.
-        floor: KL per token of rounding alone.
+        floor: ``[G]`` KL per token of rounding alone, where it begins in that group.
         repeated: Largest relative difference of the scores of the run's method when computed anew; NaN where they
             were not.
     """
@@ -66,7 +66,7 @@ class Validation:
     loss_change: FloatArray
     all_but: FloatArray | None
     together: float
-    floor: float
+    floor: FloatArray
     repeated: float
     seconds: Mapping[str, float]
     provenance: Mapping[str, str]
@@ -76,11 +76,11 @@ class Validation:
     def status(self) -> list[str]:
         """Per group: ``ok``, ``at floor`` (not told from rounding) or ``not finite``."""
         names = []
-        for value in self.measured.mean:
+        for value, floor in zip(self.measured.mean, self.floor, strict=True):
             if not math.isfinite(value):
                 names.append("not finite")
             else:
-                names.append("ok" if value > ABOVE_FLOOR * self.floor else "at floor")
+                names.append("ok" if value > ABOVE_FLOOR * floor else "at floor")
         return names
 
     def agreement(self, prediction: Prediction, kind: str | None = None) -> Agreement:
@@ -104,6 +104,7 @@ class Validation:
                 "predicted_kl": own.predicted,
                 "measured_kl": mean,
                 "measured_kl_se": error if count > 1 else math.nan,
+                "noise_floor": self.floor,
                 "loss_change": self.loss_change,
                 "ratio": _ratio(mean, own.predicted),
                 "status": self.status,
@@ -121,7 +122,7 @@ class Validation:
             "validate/groups": self.status.count("ok"),
             "validate/at_floor": self.status.count("at floor"),
             "validate/nonfinite": self.status.count("not finite"),
-            "validate/noise_floor": self.floor,
+            "validate/noise_floor": float(self.floor.max()),
             "validate/measured_kl_sum": float(np.nansum(self.measured.mean)),
             "validate/measured_kl_together": self.together,
             "validate/predicted_kl_sum": float(np.nansum(self.predictions[0].predicted)),
@@ -160,7 +161,7 @@ class Validation:
                 "captions": len(self.measured.tokens),
                 "tokens": self.measured.tokens.sum(),
             },
-            "noise_floor": self.floor,
+            "noise_floor": float(self.floor.max()),
             "measured_kl_together": self.together,
             "repeated_difference": _number(self.repeated),
             "agreement": {p.name: _plain(asdict(self.agreement(p))) for p in self.predictions},
@@ -185,8 +186,8 @@ def markdown(found: Validation) -> str:
         f"`{found.source_run_id}`.",
         "",
         f"Counted: {counts['ok']} groups. Left out: {counts['at floor']} not above {ABOVE_FLOOR:g} × the noise floor, "
-        f"{found.floor:.2g} nats per token (a group's linears summed in another order); {counts['not finite']} not "
-        "finite.",
+        f"at most {found.floor.max():.2g} nats per token (a group's linears summed in another order); "
+        f"{counts['not finite']} not finite.",
         "",
         "| predicted by | Spearman | Kendall | top "
         f"{TOP} in common | median measured / predicted | within a factor of 2 | seconds |",
@@ -199,7 +200,8 @@ def markdown(found: Validation) -> str:
         f"(measured / predicted {_ratio(found.together, predicted):.2f}).",
     ]
     if math.isfinite(found.repeated):
-        lines += [f"The run's scores computed anew differ by at most {found.repeated:.1g} of their value."]
+        same = "are the same" if found.repeated == 0 else f"differ by at most {found.repeated:.1g} of their value"
+        lines += [f"The run's scores computed anew {same}."]
     lines += [
         "",
         f"## Within each kind of linear ({own.name})",
@@ -232,7 +234,8 @@ def markdown(found: Validation) -> str:
 def _row(name: str, a: Agreement, seconds: float) -> str:
     unit = f"{a.median_ratio} | {_percent(a.within_2x.value)}" if math.isfinite(a.median_ratio.value) else "– | –"
     took = f"{seconds:.1f}" if math.isfinite(seconds) else "–"
-    return f"| {name} | {a.spearman} | {a.kendall} | {a.top} | {unit} | {took} |"
+    top = f"{a.top.value:.0f} ({a.top.low:.1f}–{a.top.high:.1f})"
+    return f"| {name} | {a.spearman} | {a.kendall} | {top} | {unit} | {took} |"
 
 
 def _percent(value: float) -> str:
