@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from scipy.stats import spearmanr
 
 from layerbits.config import Settings
-from layerbits.result import load_manifest
+from layerbits.result import FloatArray, load_manifest
 from layerbits.scoring import fisher
 from layerbits.scoring.job import kl_weights
 from layerbits.scoring.search import Search
-from layerbits.sensitivity import load_model, plan, run, scoring_job, write
+from layerbits.sensitivity import Plan, load_model, plan, run, scoring_job, write
 from layerbits.trust.rankers import RANKERS
 from layerbits.trust.validate import ValidateSettings, _calibrated, prepare, validate, write_validation
 from layerbits.trust.validation import Prediction, Validation
@@ -80,6 +81,20 @@ def windows(found: Validation, folder: Path, arguments: argparse.Namespace) -> d
     return rows
 
 
+def cross(planned: Plan, predicted: FloatArray, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same scores on another device: largest relative difference and rank correlation."""
+    other = plan(replace(planned.settings, device=arguments.cross))
+    (outcome,) = run(other, ROOT)
+    again = outcome.result.predicted_kl[:, 0]
+    return {
+        "devices": [planned.device, other.device],
+        "max_relative": float(np.abs(again / predicted - 1).max()),
+        "spearman": float(spearmanr(again, predicted).statistic),
+        "same_ranks": int((np.argsort(again) == np.argsort(predicted)).sum()),
+        "groups": len(again),
+    }
+
+
 def main() -> None:
     """Scores and validates each pair."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,6 +103,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="held-out rows")
     parser.add_argument("--captions", default="262", help="captions scored: 262 fill 32 rows of 128")
     parser.add_argument("--windows", default="1,2,4,8,16,32,64,128")
+    parser.add_argument("--cross", default="", help="another device to score on too")
     parser.add_argument("--rankers", default=",".join(RANKERS))
     parser.add_argument("--work", type=Path, default=Path("outputs/trust"))
     parser.add_argument("--out", type=Path, required=True)
@@ -105,9 +121,14 @@ def main() -> None:
         write_validation(found, arguments.work)
         plain = found.to_json()
         keys = ("held_out", "noise_floor", "measured_kl_together", "repeated_difference", "agreement", "seconds")
-        row = {k: plain[k] for k in (*keys, "agreement_by_kind")}
+        row = {k: plain[k] for k in keys}
+        row["agreement_by_kind"] = {
+            p.name: {kind: found.agreement(p, kind).spearman.value for kind in found.kinds} for p in found.predictions
+        }
         row["score_rows"] = outcome.result.calibration.score_rows
         row["predicted_kl_sum"] = {p.name: float(np.nansum(p.predicted)) for p in found.predictions if p.in_nats}
+        if arguments.cross:
+            row["cross"] = cross(planned, outcome.result.predicted_kl[:, 0], arguments)
         if arguments.windows:
             row["windows"] = windows(found, folder, arguments)
         record["pairs"][pair] = row

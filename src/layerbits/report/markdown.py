@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from layerbits.frames import Intervals
+from layerbits.frames import listed
 from layerbits.report.content import MOST, json_report
 from layerbits.report.wording import modules_words
 from layerbits.result import SensitivityResult
@@ -20,17 +20,14 @@ FIGURES = {
 }
 """Files that :func:`layerbits.figures.save_figures` writes, with their captions."""
 _LISTED = 10
+_TIED = 3  # named a group
+_NOTHING = "nothing: the format as it is named"
 _ENDS = ("low", "high")
 
 
-def markdown_report(result: SensitivityResult, intervals: Intervals | None = None) -> str:
-    """The whole report; figures are linked as ``../figures/<name>.png``.
-
-    Args:
-        result: What was measured.
-        intervals: (group key, candidate name) → ends of the predicted KL; adds the columns low and high.
-    """
-    data = json_report(result, intervals)
+def markdown_report(result: SensitivityResult) -> str:
+    """The whole report; figures are linked as ``../figures/<name>.png``."""
+    data = json_report(result)
     parts = [
         [f"# Layer sensitivity: {data['run_name']}"],
         _attention(data["attention"]),
@@ -39,7 +36,7 @@ def markdown_report(result: SensitivityResult, intervals: Intervals | None = Non
         *(_ranking(data, c) for c in data["candidates"]),
         _recipe(data["recipe"], several=len(data["candidates"]) > 1, layers=data["candidates"][0]["layers"]),
         _run(data),
-        _reading(data["method"], intervals is not None),
+        _reading(data["method"], data["intervals"], data["engine"]),
         _cost(data),
     ]
     return "\n\n".join(block for part in parts for block in part) + "\n"
@@ -53,12 +50,13 @@ def note(result: SensitivityResult) -> str:
     count = len(data["attention"])
     warned = f" **{count} warning{'s' * (count > 1)}: read the report first.**" if count else ""
     lines = [
-        f"**{data['run_name']}** ({formats}): {data['method']}, {data['engine']}, {data['device']}, "
-        f"seed {data['seed']}.{warned}",
-        f"{calibration['dataset']} {calibration['size']}: {calibration['score_samples']} captions, "
-        f"{calibration['score_rows']} rows, {calibration['loss_tokens']:,} loss tokens",
-        f"Effective bits {recipe['effective_bits']:.3f} (ModelOpt counts {recipe['effective_bits_modelopt']:.3f}), "
-        f"target {recipe['target_bits']:g}: {recipe['quantized_groups']} of {recipe['groups']} groups quantized",
+        f"**{data['run_name']}** ({formats}): {data['method']}, {_k(data['engine'])}, {_k(data['device'])}, "
+        f"seed {_k(data['seed'])}.{warned}",
+        f"{_k(calibration['dataset'])} {calibration['size']}: {_k(calibration['score_samples'])} captions, "
+        f"{_k(calibration['score_rows'])} rows, {_k(calibration['loss_tokens'], ',')} loss tokens",
+        f"Effective bits {_k(recipe['effective_bits'], '.3f')} (ModelOpt counts "
+        f"{_k(recipe['effective_bits_modelopt'], '.3f')}), target {_k(recipe['target_bits'], 'g')}: "
+        f"{_quantized(recipe)} groups quantized",
     ]
     for c in data["candidates"]:
         kl, name = c["predicted_kl_sum"], _kl_name(data["method"])
@@ -67,7 +65,10 @@ def note(result: SensitivityResult) -> str:
         lines.append(f"{c['name']}: {total}, raw score {_n(c['score_sum'])}{top}")
     if not several:
         (c,) = data["candidates"]
-        lines.append(f"{_shares(c)}; {c['groups_for_most'] or '–'} of {recipe['groups']} groups make {MOST:.0%}")
+        ends = data["intervals"]
+        stable = ends and ends["top_overlap"][c["name"]]
+        sure = f"; other captions would share {stable:.1f} of the top {ends['top']}" if stable else ""
+        lines.append(f"{_shares(c)}; {c['groups_for_most'] or '–'} of {recipe['groups']} groups make {MOST:.0%}{sure}")
         lines += [f"**{x['rank']}** `{x['layer']}` {_n(_value(x))} ({_p(x['share'])})" for x in c["layers"][:5]]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -94,14 +95,16 @@ def _headline(data: Mapping[str, Any]) -> Iterator[str]:
     ]
     yield _table(titles, rows)
     yield "Totals and shares are over all groups, as if every group were quantized; shares are of the raw score."
-    counts = "; ".join(f"{c['name']} {c['bits']:g} (ModelOpt {c['bits_modelopt']:g})" for c in data["candidates"])
+    counts = "; ".join(
+        f"{c['name']} {_k(c['bits'], 'g')} (ModelOpt {_k(c['bits_modelopt'], 'g')})" for c in data["candidates"]
+    )
     yield (
-        f"**Effective bits {recipe['effective_bits']:.3f}** for a target of {recipe['target_bits']:g}: the solver "
-        f"quantized {recipe['quantized_groups']} of {recipe['groups']} groups. ModelOpt counts "
-        f"{recipe['effective_bits_modelopt']:.3f} for the same choice. Ours is weight storage per weight, block scales "
-        "included, over the groups of this search. ModelOpt's takes the smaller of weight and activation bits, leaves "
-        "block scales out unless the format declares them, and divides by the layers outside the search as well. Per "
-        f"quantized weight: {counts}."
+        f"**Effective bits {_k(recipe['effective_bits'], '.3f')}** for a target of {_k(recipe['target_bits'], 'g')}: "
+        f"the solver quantized {_quantized(recipe)} groups. ModelOpt counts "
+        f"{_k(recipe['effective_bits_modelopt'], '.3f')} for the same choice. Ours is weight storage per weight, block "
+        "scales included, over the groups of this search. ModelOpt's takes the smaller of weight and activation bits, "
+        "leaves block scales out unless the format declares them, and divides by the layers outside the search as "
+        f"well. Per quantized weight: {counts}."
     )
 
 
@@ -115,18 +118,27 @@ def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
     title = f" under {c['name']}" if several else ""
     usable = [x for x in c["layers"] if x["score"] is not None]
     most, least = usable[:_LISTED], usable[_LISTED:][-_LISTED:][::-1]
-    ends = [e for e in _ENDS if c["layers"] and e in c["layers"][0]]
-    titles = ["rank", "group", "modules", f"{kl} (nats/token)", *ends, "raw score", "share", "recipe"]
+    sure = data["intervals"]
+    ends = _ENDS if sure else ()
+    known = data["recipe"]["unquantized_modules"] is not None
+    titles = ["rank", "group", "modules", f"{kl} (nats/token)", *ends, "raw score", "share", *["recipe"] * known]
+    titles[1:1] = ["ranks"] if sure else []
+    titles += ["tied with"] if sure else []
 
     def row(x: Mapping[str, Any]) -> list[str]:
         values = [_n(x["predicted_kl"]), *(_n(x[e]) for e in ends), _n(x["score"]), _p(x["share"])]
-        return [str(x["rank"]), f"`{x['layer']}`", modules_words(x["modules"]), *values, _status(x["chosen"], several)]
+        status = [_status(x["chosen"], several)] if known else []
+        rank = [str(x["rank"]), *([_range(x["rank_low"], x["rank_high"])] if sure else [])]
+        others = [_tied(x["tied"])] if sure else []
+        return [*rank, f"`{x['layer']}`", modules_words(x["modules"]), *values, *status, *others]
 
     yield f"## Most sensitive groups{title}"
     yield _table(titles, map(row, most)) if most else "No group has a finite score."
     if least:
         yield f"## Least sensitive groups{title}"
         yield _table(titles, map(row, least))
+    if sure:
+        yield f"**{sure['words'][c['name']]}**"
     yield f"## By kind of linear{title}"
     yield _table(
         ["kind", "groups", "weights", f"{kl} (nats/token)", "raw score", "share", "quantized"],
@@ -138,7 +150,7 @@ def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
                 _n(k["predicted_kl"]),
                 _n(k["score"]),
                 _p(k["share"]),
-                f"{k['quantized']} of {k['groups']}",
+                "–" if k["quantized"] is None else f"{k['quantized']} of {k['groups']}",
             ]
             for k in c["kinds"]
         ],
@@ -148,6 +160,9 @@ def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
 def _recipe(recipe: Mapping[str, Any], several: bool, layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     names = recipe["unquantized_modules"]
     yield "## Recipe"
+    if names is None:
+        yield "Which groups the solver quantized is not known."
+        return
     if several:
         picks = [x["chosen"] for x in layers]
         counts = {name: picks.count(name) for name in dict.fromkeys(picks)}
@@ -165,44 +180,48 @@ def _recipe(recipe: Mapping[str, Any], several: bool, layers: Sequence[Mapping[s
 def _run(data: Mapping[str, Any]) -> Iterator[str]:
     model, cal = data["model"], data["calibration"]
     lineage = f", language model `{model['language_model']}`" if model["language_model"] else ""
-    padding = f"{cal['padding_share']:.1%} of the scored tokens are padding"
+    padding = f"{_k(cal['padding_share'], '.1%')} of the scored tokens are padding"
+    tokens = f"{_k(cal['loss_tokens'], ',')} in {_k(len(cal['batch_loss_tokens']) or None)} score batches"
     yield "## What was run"
     yield _facts(
         [
-            ["model", f"{model['name']} (`{model['source']}`), revision `{model['revision']}`"],
-            ["architecture", f"{model['architecture']}, {model['dtype']}{lineage}"],
-            ["method", f"{data['method']}, engine {data['engine']}, seed {data['seed']}, {data['device']}"],
+            ["model", f"{model['name']} (`{model['source']}`), revision `{_k(model['revision'])}`"],
+            ["architecture", f"{_k(model['architecture'])}, {_k(model['dtype'])}{lineage}"],
+            [
+                "method",
+                f"{data['method']}, engine {_k(data['engine'])}, seed {_k(data['seed'])}, {_k(data['device'])}",
+            ],
             [
                 "captions",
-                f"{cal['dataset']} {cal['size']} (`{cal['digest'][:12]}`): {cal['calib_samples']} to calibrate, "
-                f"{cal['score_samples']} to score",
+                f"{_k(cal['dataset'])} {cal['size']} (`{_k(cal['digest'][:12])}`): {_k(cal['calib_samples'])} to "
+                f"calibrate, {_k(cal['score_samples'])} to score",
             ],
             [
                 "rows",
-                f"{cal['packing']}, {cal['seq_len']} tokens each, {cal['batch_size']} a batch: {cal['calib_rows']} to "
-                f"calibrate, {cal['score_rows']} to score",
+                f"{_k(cal['packing'])}, {_k(cal['seq_len'])} tokens each, {_k(cal['batch_size'])} a batch: "
+                f"{_k(cal['calib_rows'])} to calibrate, {_k(cal['score_rows'])} to score",
             ],
-            ["loss tokens", f"{cal['loss_tokens']:,} in {len(cal['batch_loss_tokens'])} score batches; {padding}"],
+            ["loss tokens", f"{tokens}; {padding}"],
             *([name, value] for name, value in data["tags"].items()),
-            ["made", data["created"]],
+            ["made", _k(data["created"])],
         ],
     )
     for c in data["candidates"]:
         yield f"### Candidate {c['name']}"
         yield _facts(
             [
-                ["pair → format", f"{c['quant_pair']} → `{c['format_name']}`"],
-                ["granularity", c["granularity"]],
+                ["pair → format", f"{_k(c['quant_pair'])} → `{_k(c['format_name'])}`"],
+                ["granularity", _k(c["granularity"])],
                 ["weights", c["words"]["weight"]],
                 ["inputs", c["words"]["activation"]],
                 ["calibration algorithm", c["words"]["algorithm"]],
-                ["config hash", f"`{c['config_hash']}`"],
-                ["adjusted", "; ".join(c["adjustments"]) or "nothing: the format as it is named"],
+                ["config hash", f"`{_k(c['config_hash'])}`"],
+                ["adjusted", "; ".join(c["adjustments"]) or (_NOTHING if c["config_hash"] else _k(None))],
             ],
         )
 
 
-def _reading(method: str, intervals: bool) -> Iterator[str]:
+def _reading(method: str, intervals: Mapping[str, Any] | None, engine: str) -> Iterator[str]:
     yield "## How to read the numbers"
     if method == "kl_div":
         yield (
@@ -214,6 +233,18 @@ def _reading(method: str, intervals: bool) -> Iterator[str]:
             "**Measured KL** is the same per token, in nats, measured on the calibration rows: no estimate, but of "
             "those rows. It compares across runs, pairs and batch sizes. The total over groups assumes that damages "
             "add."
+        )
+    elif method == "fisher":
+        yield (
+            "**Raw score** is the sum over score batches of E(Σ g · Δy)², with g the gradient of the batch's mean loss "
+            "for tokens that the model itself predicts, Δy what quantizing the group changes in its output, and the "
+            "inner sum over features and windows of neighbouring tokens. It depends on the size and number of the "
+            "batches: compare it only between runs with the same calibration and method."
+        )
+        yield (
+            "**Predicted KL** is half of that sum on the scale of one token's loss, in nats per token: to second order "
+            "the KL divergence that quantizing this group alone would cause, estimated from drawn tokens. It compares "
+            "across runs, pairs and batch sizes. The total over groups assumes that damages add."
         )
     else:
         yield (
@@ -227,14 +258,25 @@ def _reading(method: str, intervals: bool) -> Iterator[str]:
             "a diagonal empirical Fisher it estimates the KL divergence that quantizing this group alone would cause: "
             "an estimate, not a measurement. The total over groups assumes that damages add."
         )
-    if intervals:
-        yield f"**low** and **high** are the ends of each group's {_kl_name(method)} interval, from resampled captions."
+    if intervals is None:
+        yield (
+            "There are no intervals: they come from the scores of single captions, two at least, and "
+            f"{'the stock engine keeps none' if engine == 'stock' else 'this result has none'}."
+        )
+        return
+    yield (
+        f"**low** and **high** are the ends of the {intervals['level']:.0%} interval of each group's "
+        f"{_kl_name(method)}, and **ranks** that of its rank: from the {intervals['captions']} scored captions, drawn "
+        "again many times. **Tied** are groups of which neither beats the other in 95% of the draws: read no order "
+        "into them. The activation ranges "
+        "are held fixed, so what other captions would do to those is not in it."
+    )
 
 
 def _cost(data: Mapping[str, Any]) -> Iterator[str]:
     yield "## Time, memory, versions"
     rows = [[f"{phase} (s)", f"{seconds:.2f}"] for phase, seconds in data["seconds"].items()]
-    rows.append(["all phases (s)", f"{sum(data['seconds'].values()):.2f}"])
+    rows += [["all phases (s)", f"{sum(data['seconds'].values()):.2f}"]] if rows else []
     rows += [[name, f"{value:.2f}"] for name, value in data["memory"].items()]
     rows += [[name.removeprefix("version."), str(value)] for name, value in data["provenance"].items()]
     yield _facts(rows)
@@ -257,6 +299,26 @@ def _status(chosen: str | None, several: bool) -> str:
 def _value(layer: Mapping[str, Any]) -> float | None:
     value: float | None = layer["score"] if layer["predicted_kl"] is None else layer["predicted_kl"]
     return value
+
+
+def _quantized(recipe: Mapping[str, Any]) -> str:
+    count = recipe["quantized_groups"]
+    return f"{'an unknown number' if count is None else count} of {recipe['groups']}"
+
+
+def _range(low: int | None, high: int | None) -> str:
+    if low is None:
+        return "–"
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _tied(keys: Sequence[str]) -> str:
+    return listed([f"`{key}`" for key in keys], _TIED) or "–"
+
+
+def _k(value: Any, form: str = "") -> str:
+    """What is known of a run as the form says, and in words what is not."""
+    return "not known" if value in (None, "") else format(value, form)
 
 
 def _n(value: float | None) -> str:

@@ -15,7 +15,6 @@ from layerbits.models import LoadedModel
 from layerbits.result import FloatArray, Group, NonFinite
 
 
-
 @dataclass(frozen=True)
 class ScoringJob:
     """One scoring pass.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import colorsys
 import hashlib
 import json
 import math
@@ -12,9 +13,13 @@ import zlib
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from layerbits.result import SensitivityResult, by_kind
+
+Number = TypeVar("Number", int, float)
 
 SCHEMA_VERSION = 1
 RESULT_ID = "layerbits.result_id"
@@ -22,8 +27,17 @@ TABLE = "sensitivity/layer_sensitivity.json"
 LAYERS = "mlflow.layerbits.layers."
 """Prefix of the tags that hold the scores per group, a number follows; the UI hides what starts with ``mlflow.``."""
 
+SUMMARY = "mlflow.layerbits.summary"
+"""Tag with the ``summary/…`` metrics as JSON, so that history need not ask for all metrics of a run."""
+
+PROCESS = "mlflow.layerbits.process."
+"""Prefix of the tags that name the process of a run, hidden likewise."""
+
 LAYER_COLUMNS = ("layer", "block", "kind", "score", "predicted_kl", "chosen")
 """What those tags have a list of, most sensitive group first."""
+
+INTERVAL_COLUMNS = ("low", "high", "rank_low", "rank_high")
+"""Further lists, where intervals of the predicted KL and of the rank are known."""
 
 _TAG_LENGTH = 5000  # MLflow 3.17 takes 8000 characters, earlier servers 5000
 _MOST_BYTES = 1 << 26  # what a server may make us unpack
@@ -31,11 +45,31 @@ _MOST_BYTES = 1 << 26  # what a server may make us unpack
 # Okabe and Ito's colours for all eyes (https://jfly.uni-koeln.de/color/): hue = weights, lightness = activations.
 _HUES = {"fp4": (213, 94, 0), "fp8": (0, 114, 178), "int8": (0, 158, 115), "int4": (204, 121, 167)}
 _GREY = (110, 110, 110)
-_LIGHTER = {"fp16": 0.0, "fp8": 0.35, "int8": 0.6}
+_LIGHTER = {"fp16": 0.0, "fp8": 0.35, "int8": 0.6, "int4": 0.75}
+# What an overlay of configs/quant_granularity makes of its pair's colour: lightness and saturation times so much, hue
+# turned by so much of a circle. Each was chosen as far from those before it as could be (in OKLab, worst of 16 pairs).
+_SHADES = {
+    "a_per_token_dynamic": (0.6, 1.0, 0.0),
+    "w_per_tensor": (0.3, 0.6, 0.07),
+    "w_per_out_channel": (0.45, 0.6, -0.07),
+    "recipe_match_channel_token": (1.15, 0.2, 0.07),
+    "w_group128": (0.75, 1.0, -0.07),
+    "w_group64": (0.6, 0.6, 0.07),
+    "w_group32": (0.9, 1.0, 0.07),
+    "w_group128_a_token": (0.75, 0.2, -0.07),
+    "w_per_in_channel": (0.45, 0.6, 0.07),
+    "a_per_tensor_static": (0.75, 1.0, 0.07),
+    "a_per_tensor_dynamic": (0.9, 1.0, -0.07),
+    "a_group128": (0.6, 1.0, -0.07),
+    "a_per_hidden_channel": (0.9, 0.2, -0.04),
+}
 
 
 def parameters(result: SensitivityResult) -> dict[str, str]:
-    """Parameters in force, under ``eff.`` so that they never collide with what ``mlflow run`` logs as typed."""
+    """Parameters in force, under ``eff.`` so that they never collide with what ``mlflow run`` logs as typed.
+
+    What an imported result does not say is left out.
+    """
     info, data = result.candidates[0], result.calibration
     values = {
         "model": result.model.name,
@@ -55,13 +89,20 @@ def parameters(result: SensitivityResult) -> dict[str, str]:
         "calib_samples": data.calib_samples,
         "score_samples": data.score_samples,
         "method": result.method,
+        "draws": _draws(result),
         "engine": result.engine,
         "target_effective_bits": result.recipe.target_bits,
         "seed": result.seed,
         "dtype": result.model.dtype,
         "device": result.device,
     }
-    return {f"eff.{name}": str(value) for name, value in values.items()}
+    known = {name: value for name, value in values.items() if value not in ("", None) and value == value}
+    return {f"eff.{name}": str(value) for name, value in known.items()}
+
+
+def _draws(result: SensitivityResult) -> object:
+    """Draws of the fisher method; other methods have none."""
+    return result.settings.get("autoquant", {}).get("draws", "") if result.method == "fisher" else ""
 
 
 def metrics(result: SensitivityResult) -> list[tuple[str, float, int]]:
@@ -85,12 +126,13 @@ def tags(result: SensitivityResult) -> dict[str, str]:
         **result.provenance,
         **result.tags,
         **layer_tags(result),
+        SUMMARY: json.dumps({key: value for key, value, _ in metrics(result) if key.startswith("summary/")}),
         "layerbits.schema_version": str(SCHEMA_VERSION),
-        "config_hash": info.config_hash,
+        **({"config_hash": info.config_hash} if info.config_hash else {}),
         "warnings": str(len(result.warnings)),
         "outcome": "ok",
         "mlflow.note.content": note(result),
-        "mlflow.runColor": color(info.weight_precision, info.activation_precision),
+        "mlflow.runColor": color(info.weight_precision, info.activation_precision, info.granularity or "default"),
         # What mlflow.log_table would set; it rounds to ten decimals, and raw scores reach far below.
         "mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}]),
     }
@@ -104,15 +146,19 @@ def layer_tags(result: SensitivityResult) -> dict[str, str]:
     """
     rows = sorted(result.rows(), key=lambda row: row["rank"])
     info = result.candidates[0]
-    columns = {name: [_cell(row[name]) for row in rows] for name in LAYER_COLUMNS}
-    columns["chosen"] = [int(chosen) for chosen in columns["chosen"]]
-    plain = json.dumps({"candidate": info.name, "bits": info.bits, **columns}, separators=(",", ":"), allow_nan=False)
+    names = (*LAYER_COLUMNS, *(name for name in INTERVAL_COLUMNS if name in rows[0]))
+    columns = {name: [_cell(row[name]) for row in rows] for name in names}
+    columns["chosen"] = [None if chosen is None else int(chosen) for chosen in columns["chosen"]]
+    ends = {"candidate": info.name, "bits": _cell(info.bits)}
+    plain = json.dumps({**ends, **columns}, separators=(",", ":"), allow_nan=False)
     text = base64.b64encode(zlib.compress(plain.encode(), 9)).decode()
     return {f"{LAYERS}{i}": text[at : at + _TAG_LENGTH] for i, at in enumerate(range(0, len(text), _TAG_LENGTH))}
 
 
 def read_layer_tags(tags: Mapping[str, str]) -> dict[str, Any] | None:
     """What :func:`layer_tags` wrote: ``candidate``, ``bits`` and a list for each of :data:`LAYER_COLUMNS`.
+
+    And for each of :data:`INTERVAL_COLUMNS`, ``None`` where it is not known.
 
     Returns:
         ``None`` where the run has no such tags.
@@ -127,16 +173,21 @@ def read_layer_tags(tags: Mapping[str, str]) -> dict[str, Any] | None:
         packed = base64.b64decode("".join(tags[key] for key in parts), validate=True)
         unpack = zlib.decompressobj()
         plain = json.loads(unpack.decompress(packed, _MOST_BYTES))
-        lengths = {len(plain[name]) for name in LAYER_COLUMNS}
+        intervals = {name: plain.get(name) or [None] * len(plain["layer"]) for name in INTERVAL_COLUMNS}
+        lengths = {len(column) for column in (*(plain[name] for name in LAYER_COLUMNS), *intervals.values())}
         if not unpack.eof or len(lengths) != 1:
             raise ValueError("cut off")
-        return {"candidate": str(plain["candidate"]), "bits": float(plain["bits"])} | {
+        return {"candidate": str(plain["candidate"]), "bits": _number(plain["bits"])} | {
             "layer": [str(name) for name in plain["layer"]],
             "block": [None if block is None else int(block) for block in plain["block"]],
             "kind": [str(kind) for kind in plain["kind"]],
             "score": [_number(value) for value in plain["score"]],
             "predicted_kl": [_number(value) for value in plain["predicted_kl"]],
-            "chosen": [bool(flag) for flag in plain["chosen"]],
+            "chosen": [None if flag is None else bool(flag) for flag in plain["chosen"]],
+            "low": [_optional(float, value) for value in intervals["low"]],
+            "high": [_optional(float, value) for value in intervals["high"]],
+            "rank_low": [_optional(int, value) for value in intervals["rank_low"]],
+            "rank_high": [_optional(int, value) for value in intervals["rank_high"]],
         }
     except (binascii.Error, zlib.error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"damaged ({error!r})") from None
@@ -150,9 +201,14 @@ def table(result: SensitivityResult) -> str:
     return json.dumps({"columns": columns, "data": data}, allow_nan=False)
 
 
-def dataset(result: SensitivityResult) -> dict[str, str]:
-    """The captions as the fields of an MLflow dataset: named and counted, not carried along."""
+def dataset(result: SensitivityResult) -> dict[str, str] | None:
+    """The captions as the fields of an MLflow dataset: named and counted, not carried along.
+
+    ``None`` where they cannot be told from others, as in an imported result.
+    """
     data = result.calibration
+    if not data.digest:
+        return None
     profile = {
         "captions": data.calib_samples,
         "packing": data.packing,
@@ -171,11 +227,17 @@ def dataset(result: SensitivityResult) -> dict[str, str]:
     }
 
 
-def color(weight_precision: str, activation_precision: str) -> str:
-    """A pair's colour as ``#rrggbb``; grey for weights that have none."""
+def color(weight_precision: str, activation_precision: str, granularity: str = "default") -> str:
+    """A pair's colour under an overlay as ``#rrggbb``; grey for weights that have none."""
     hue = next((rgb for name, rgb in _HUES.items() if name in weight_precision.lower()), _GREY)
     lighter = _LIGHTER.get(activation_precision.lower(), 0.0)
-    return "#" + "".join(f"{round(part + (255 - part) * lighter):02x}" for part in hue)
+    rgb = [(part + (255 - part) * lighter) / 255 for part in hue]
+    if granularity != "default":
+        another = sorted(_SHADES)[zlib.crc32(granularity.encode()) % len(_SHADES)]
+        lightness, saturation, turn = _SHADES.get(granularity, _SHADES[another])
+        h, light, s = colorsys.rgb_to_hls(*rgb)
+        rgb = list(colorsys.hls_to_rgb((h + turn) % 1, min(light * lightness, 1.0), s * saturation))
+    return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
 
 
 def result_id(directory: Path) -> str:
@@ -196,14 +258,19 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
     yield "summary/effective_bits", recipe.effective_bits
     yield "summary/effective_bits_modelopt", recipe.effective_bits_modelopt
     yield "summary/score_sum", result.total("scores")
-    yield "summary/predicted_kl_sum", result.total("predicted_kl")
+    if known := not np.isnan(result.predicted_kl).all():
+        yield "summary/predicted_kl_sum", result.total("predicted_kl")
     yield "summary/score_chosen", recipe.score
-    chosen_kl = [k for k, c in zip(result.predicted_kl[:, 0], recipe.chosen, strict=True) if c is not None]
-    yield "summary/predicted_kl_chosen", float(sum(chosen_kl))
-    yield "summary/quantized_groups", float(sum(chosen is not None for chosen in recipe.chosen))
+    if recipe.chosen:
+        chosen_kl = [k for k, c in zip(result.predicted_kl[:, 0], recipe.chosen, strict=True) if c is not None]
+        yield "summary/predicted_kl_chosen", float(sum(chosen_kl))
+        yield "summary/quantized_groups", float(sum(chosen is not None for chosen in recipe.chosen))
     yield "summary/groups", float(len(result.groups))
-    pairs = zip(result.scores[:, 0], result.predicted_kl[:, 0], strict=True)
-    yield "summary/nonfinite", float(sum(not (math.isfinite(s) and math.isfinite(k)) for s, k in pairs))
+    finite = np.isfinite(result.scores) & (np.isfinite(result.predicted_kl) if known else True)
+    yield "summary/nonfinite", float((~finite).sum())
+    if (ends := result.intervals) is not None:
+        yield f"summary/rank_stability_top{ends.top}", float(ends.top_overlap[0]) / ends.top
+        yield f"summary/captions_for_stable_top{ends.top}", float(ends.top_captions[0])
     for kind, share in result.shares().items():
         yield f"share/{kind}", share
     for group, score in zip(result.groups, result.scores[:, 0], strict=True):
@@ -233,3 +300,7 @@ def _cell(value: Any) -> Any:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def _optional(kind: type[Number], value: Any) -> Number | None:
+    return None if value is None else kind(value)
