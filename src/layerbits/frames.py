@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +11,6 @@ import numpy.typing as npt
 import pandas as pd
 
 from layerbits.result import KINDS, FloatArray, SensitivityResult
-
-Intervals = Mapping[tuple[str, str], tuple[float, float]]
-"""(group key, candidate name) → low and high end of its predicted KL, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,15 @@ class Grid:
     unusable: tuple[str, ...]
 
 
-def tidy(result: SensitivityResult, intervals: Intervals | None = None) -> pd.DataFrame:
-    """The rows of a result as a frame, with ``low`` and ``high`` (of the predicted KL) where intervals are given."""
+def tidy(result: SensitivityResult) -> pd.DataFrame:
+    """The rows of a result as a frame.
+
+    Without ``chosen`` where the recipe is not known; with ``low`` and ``high`` (of the predicted KL), ``rank_low``,
+    ``rank_high`` and ``tied`` where intervals are.
+    """
     frame = pd.DataFrame(result.rows())
-    if intervals is not None:
-        keys = zip(frame["layer"], frame["candidate"], strict=True)
-        ends = [intervals.get(key, (math.nan, math.nan)) for key in keys]
-        frame["low"], frame["high"] = zip(*ends, strict=True)
+    if not result.recipe.chosen:
+        frame = frame.drop(columns="chosen")
     return frame
 
 
@@ -82,6 +81,16 @@ def one_candidate(frame: pd.DataFrame, value: str) -> pd.DataFrame:
     return frame
 
 
+def knows_choice(frame: pd.DataFrame) -> bool:
+    """Whether the frame says of each group if the recipe quantized it."""
+    return "chosen" in frame and bool(frame["chosen"].notna().all())
+
+
+def grids(frame: pd.DataFrame, value: str) -> dict[str, Grid]:
+    """Each candidate of a frame as kind × block (raises what :func:`by_candidate` does)."""
+    return {name: grid(part, value) for name, part in by_candidate(frame, value).items()}
+
+
 def grid(frame: pd.DataFrame, value: str) -> Grid:
     """One candidate as kind × block (see :class:`Grid`)."""
     numbers = numeric(frame["block"])
@@ -93,7 +102,7 @@ def grid(frame: pd.DataFrame, value: str) -> Grid:
     row = {k: i for i, k in enumerate(kinds)}
     column = {b: i for i, b in enumerate(blocks)}
     amounts = numeric(frame[value])
-    picked = frame["chosen"].to_numpy(dtype=bool) if "chosen" in frame else np.zeros(len(frame), dtype=bool)
+    picked = frame["chosen"].to_numpy(dtype=bool) if knows_choice(frame) else np.zeros(len(frame), dtype=bool)
     for kind, number, amount, pick in zip(frame["kind"], numbers, amounts, picked, strict=True):
         at = row[kind], column[None if np.isnan(number) else int(number)]
         values[at] += amount

@@ -13,6 +13,7 @@ from matplotlib.colors import LogNorm
 
 from layerbits import figures
 from layerbits.frames import grid, spearman
+from layerbits.trust.intervals import with_intervals
 
 PAIRS = ("wint8_afp16", "wfp8_afp8", "wfp4_afp16")
 
@@ -161,13 +162,30 @@ def test_ranked_bars_hatch_what_the_recipe_kept(frame):
 
 
 def test_ranked_bars_have_whiskers_where_an_interval_is_known(make_result):
-    result = make_result(blocks=6)
-    name = result.candidates[0].name
-    ax = figures.ranked_bars(figures.tidy(result, {("B01.down", name): (0.001, 0.002)}), top=100).axes[0]
+    frame = figures.tidy(make_result(blocks=6)).assign(low=np.nan, high=np.nan)
+    frame.loc[frame["layer"] == "B01.down", ["low", "high"]] = 0.001, 0.002
+    ax = figures.ranked_bars(frame, top=100).axes[0]
     (whiskers,) = ax.collections
     (at,) = whiskers.get_segments()
     assert at[:, 0].tolist() == [0.001, 0.002]
     assert [t.get_text() for t in ax.get_yticklabels()][int(at[0, 1])] == "B01.down"
+
+
+def test_ranked_bars_say_the_range_of_each_rank(make_result):
+    frame = figures.tidy(with_intervals(make_result(blocks=6)))
+    ax = figures.ranked_bars(frame, top=5).axes[0]
+    top = frame.iloc[:5]
+    ends = zip(top["rank_low"], top["rank_high"], strict=True)
+    words = [str(low) if low == high else f"{low}–{high}" for low, high in ends]
+    assert [text.get_text() for text in ax.texts] == [*words, "rank"]
+
+
+def test_one_far_whisker_does_not_flatten_the_bars(make_result):
+    frame = figures.tidy(make_result(blocks=6))
+    frame = frame.assign(low=frame["predicted_kl"] / 2, high=frame["predicted_kl"] * 2)
+    assert figures.ranked_bars(frame, top=5).axes[0].get_xscale() == "linear"
+    frame.loc[0, "high"] = frame["predicted_kl"].max() * 1000
+    assert figures.ranked_bars(frame, top=5).axes[0].get_xscale() == "log"
 
 
 def test_ranked_bars_name_what_is_not_finite(make_result):
@@ -199,6 +217,24 @@ def test_pareto_front_leaves_out_what_is_beaten():
     front = figures.pareto(frame).axes[0].lines[-1]
     assert front.get_xdata().tolist() == [4, 8]
     assert front.get_ydata().tolist() == [9, 2]
+
+
+def test_pareto_joins_budgets_but_not_repeats():
+    frame = pd.DataFrame({"bits": [4, 8, 8, 8], "score": [9.0, 2.0, 5.0, 3.0], "label": ["a", "a", "b", "b"]})
+    joined, repeats = figures.pareto(frame).axes[0].lines[:2]
+    assert (joined.get_linestyle(), repeats.get_linestyle()) == ("-", "None")
+
+
+def test_saved_pictures_keep_the_brightest_cell(frame, tmp_path):
+    from PIL import Image
+
+    from layerbits.figures.style import save_png
+
+    frame["predicted_kl"] = 1e-3
+    frame.loc[0, "predicted_kl"] = 1.0  # one cell of 24 has the colour of the top
+    image = Image.open(save_png(figures.heatmap(frame), tmp_path / "map.png")).convert("RGB")
+    top = np.array([253, 231, 55])  # cividis
+    assert np.abs(np.asarray(image).reshape(-1, 3).astype(int) - top).max(axis=1).min() <= 8
 
 
 def test_pareto_says_how_many_points_a_log_axis_cannot_show():
@@ -321,4 +357,4 @@ def test_published_tables_draw_with_their_known_top(published, pair, most):
     frame = figures.tidy(published(f"qwen3_vl_4b_lm_medium/{pair}"))
     ax = figures.ranked_bars(frame, "score").axes[0]
     assert ax.get_yticklabels()[0].get_text() == most
-    assert grid(frame, "score").values.shape == (4, 36)
+    assert grid(frame, "score").values.shape == (5, 37)  # the output head was scored too

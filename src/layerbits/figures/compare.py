@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ from layerbits.figures.style import (
     plain_axes,
     spans,
 )
-from layerbits.frames import Grid, by_candidate, grid, numeric, one_candidate, spearman
+from layerbits.frames import Grid, grids, numeric, one_candidate, spearman
 from layerbits.result import FloatArray
 
 
@@ -52,25 +53,24 @@ def overlay(
     Raises:
         ValueError: No frame is given.
     """
-    grids: dict[str, Grid] = {}
+    drawn: dict[str, Grid] = {}
     for name, frame in frames.items():
-        parts = by_candidate(frame, value)
-        for candidate, part in parts.items():
-            grids[name if len(parts) == 1 else f"{name} · {candidate}"] = grid(part, value)
-    if not grids:
+        parts = grids(frame, value)
+        drawn |= {name if len(parts) == 1 else f"{name} · {candidate}": cells for candidate, cells in parts.items()}
+    if not drawn:
         raise ValueError("no frames to overlay; check the filter that made them")
-    kinds = [k for k in KIND_STYLES if any(k in g.kinds for g in grids.values())]
+    kinds = [k for k in KIND_STYLES if any(k in g.kinds for g in drawn.values())]
     columns = min(len(kinds), 2)
     figure, axes = panels(len(kinds), columns, width=10, height=2.6)
     for ax, kind in zip(axes, kinds, strict=True):
-        for i, cells in enumerate(grids.values()):
+        for i, cells in enumerate(drawn.values()):
             if kind in cells.kinds:
                 draw_line(ax, cells, kind, line_style(i))
         ax.set_title(kind, fontsize=FONT, loc="left", fontweight="bold")
-    finish_lines(axes, list(grids.values()))
+    finish_lines(axes, list(drawn.values()))
     label_outer(axes, columns, "Decoder block", label_of(value, label))
-    handles = [key(name, **line_style(i)) for i, name in enumerate(grids)]
-    legend_below(figure, [*handles, *odd_keys(list(grids.values()))])
+    handles = [key(name, **line_style(i)) for i, name in enumerate(drawn)]
+    legend_below(figure, [*handles, *odd_keys(list(drawn.values()))])
     headline(figure, title)
     return figure
 
@@ -80,7 +80,7 @@ def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = Non
 
     Args:
         frame: Columns ``bits``, ``label`` and ``value``. Rows that share a label are joined by a line (one pair at
-            several budgets).
+            several budgets), unless some have the same bits (repeats).
         value: Column of the damage.
         label: Words for the damage with its unit; by default from the column name.
         title: Above the figure.
@@ -97,11 +97,13 @@ def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = Non
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
     names = frame["label"].astype(str).to_numpy()
-    labels = list(dict.fromkeys(names[shown]))
-    for i, name in enumerate(labels):
+    styles: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(dict.fromkeys(names[shown])):
         at = np.flatnonzero(shown & (names == name))
         at = at[np.argsort(bits[at])]
-        ax.plot(bits[at], damage[at], **line_style(i), linewidth=1.2, markersize=6)
+        repeats = len(np.unique(bits[at].round(3))) < len(at)
+        styles[name] = line_style(i) | ({"linestyle": ""} if repeats else {})
+        ax.plot(bits[at], damage[at], **styles[name], linewidth=1.2, markersize=6)
     front = _front(bits[shown], damage[shown])
     ax.step(*front, where="post", color=GREY, linewidth=4, alpha=0.3, zorder=1)
     if logarithmic:
@@ -111,7 +113,7 @@ def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = Non
     ax.set_xlabel(label_of("bits"), fontsize=FONT)
     ax.set_ylabel(label_of(value, label), fontsize=FONT)
     plain_axes(ax, "both")
-    handles = [key(name, **line_style(i)) for i, name in enumerate(labels)]
+    handles = [key(name, **style) for name, style in styles.items()]
     handles.append(key("nothing beats these", color=GREY, linewidth=4, alpha=0.3))
     if left_out := int((~shown).sum()):
         handles.append(key(f"{left_out} not shown:\nnot finite, or\nzero on a log scale", linestyle=""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,8 +38,18 @@ from layerbits.figures.style import (
     save_png,
     spans,
 )
-from layerbits.frames import Grid, Intervals, by_candidate, descending, grid, groups_for_share, listed, numeric, tidy
-from layerbits.result import SensitivityResult
+from layerbits.frames import (
+    Grid,
+    by_candidate,
+    descending,
+    grids,
+    groups_for_share,
+    knows_choice,
+    listed,
+    numeric,
+    tidy,
+)
+from layerbits.result import FloatArray, SensitivityResult
 
 _ZERO = "#dddddd"
 
@@ -54,26 +65,26 @@ def heatmap(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | No
         label: Words for the value with its unit; by default from the column name.
         title: Above the figure.
     """
-    grids = {name: grid(part, value) for name, part in by_candidate(frame, value).items()}
-    norm = color_norm(np.concatenate([g.values.ravel() for g in grids.values()]))
-    heights = [len(g.kinds) for g in grids.values()]
-    figure = Figure(figsize=(10, 1.6 + 0.34 * sum(heights) + 0.42 * (len(grids) - 1)), layout="constrained")
-    axes = figure.subplots(len(grids), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    for ax, (name, cells) in zip(axes, grids.items(), strict=True):
+    drawn = grids(frame, value)
+    norm = color_norm(np.concatenate([g.values.ravel() for g in drawn.values()]))
+    heights = [len(g.kinds) for g in drawn.values()]
+    figure = Figure(figsize=(10, 1.6 + 0.34 * sum(heights) + 0.42 * (len(drawn) - 1)), layout="constrained")
+    axes = figure.subplots(len(drawn), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for ax, (name, cells) in zip(axes, drawn.items(), strict=True):
         _draw_cells(ax, cells, norm)
-        if len(grids) > 1:
+        if len(drawn) > 1:
             ax.set_title(name, fontsize=FONT, loc="left")
     axes[-1].set_xlabel("Decoder block", fontsize=FONT)
     bar = figure.colorbar(ScalarMappable(norm, COLORMAP), ax=list(axes), fraction=0.03, pad=0.01)
     bar.set_label(label_of(value, label), fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT - 1)
     handles: list[Line2D | Patch] = []
-    if any(g.chosen.any() for g in grids.values()):
+    if any(g.chosen.any() for g in drawn.values()):
         dot = {"markerfacecolor": "white", "markeredgecolor": BLACK, "linestyle": ""}
         handles.append(key("quantized by the recipe", marker="o", **dot))
-    if any((g.present & (g.values <= 0)).any() for g in grids.values()):
+    if any((g.present & (g.values <= 0)).any() for g in drawn.values()):
         handles.append(Patch(facecolor=_ZERO, edgecolor=GREY, label="zero or below"))
-    unusable = list(dict.fromkeys(layer for g in grids.values() for layer in g.unusable))
+    unusable = list(dict.fromkeys(layer for g in drawn.values() for layer in g.unusable))
     if unusable:
         handles.append(Patch(facecolor="white", edgecolor=BLACK, hatch=HATCH, label=f"not finite: {listed(unusable)}"))
     legend_below(figure, handles)
@@ -83,18 +94,18 @@ def heatmap(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | No
 
 def by_layer(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | None = None, title: str = "") -> Figure:
     """Value along the blocks, a line per kind of linear, a panel per candidate (arguments: :func:`heatmap`)."""
-    grids = {name: grid(part, value) for name, part in by_candidate(frame, value).items()}
-    columns = min(len(grids), 2)
-    figure, axes = panels(len(grids), columns, width=8 + 2 * (columns - 1), height=3.2 if columns == 1 else 2.4)
-    for ax, (name, cells) in zip(axes, grids.items(), strict=True):
+    drawn = grids(frame, value)
+    columns = min(len(drawn), 2)
+    figure, axes = panels(len(drawn), columns, width=8 + 2 * (columns - 1), height=3.2 if columns == 1 else 2.4)
+    for ax, (name, cells) in zip(axes, drawn.items(), strict=True):
         for kind in cells.kinds:
             draw_line(ax, cells, kind, KIND_STYLES[kind])
-        if len(grids) > 1:
+        if len(drawn) > 1:
             ax.set_title(name, fontsize=FONT, loc="left")
-    finish_lines(axes, list(grids.values()))
+    finish_lines(axes, list(drawn.values()))
     label_outer(axes, columns, "Decoder block", label_of(value, label))
-    kinds = dict.fromkeys(k for g in grids.values() for k in g.kinds)
-    legend_below(figure, [*(key(k, **KIND_STYLES[k]) for k in kinds), *odd_keys(list(grids.values()))])
+    kinds = dict.fromkeys(k for g in drawn.values() for k in g.kinds)
+    legend_below(figure, [*(key(k, **KIND_STYLES[k]) for k in kinds), *odd_keys(list(drawn.values()))])
     headline(figure, title)
     return figure
 
@@ -109,8 +120,9 @@ def ranked_bars(
 ) -> Figure:
     """The ``top`` most sensitive groups as bars, largest value first, a panel per candidate.
 
-    Whiskers where the columns ``low`` and ``high`` hold an interval of the value; a group that the solver did not
-    quantize is hatched. What is not finite is named below.
+    The predicted KL has whiskers where the columns ``low`` and ``high`` hold an interval of it, and on the right the
+    range of the rank where ``rank_low`` and ``rank_high`` have one. A group that the solver did not quantize is
+    hatched. What is not finite is named below.
 
     Args:
         frame: Tidy frame of one run.
@@ -137,8 +149,10 @@ def ranked_bars(
     handles: list[Line2D | Patch] = [
         Patch(facecolor=style["color"], label=kind) for kind, style in KIND_STYLES.items() if kind in kinds
     ]
-    if "chosen" in frame:
+    if knows_choice(frame):
         handles.append(Patch(facecolor="white", edgecolor=GREY, hatch=HATCH, label="not quantized by the recipe"))
+    if any(ax.collections for ax in axes):
+        handles.append(key("interval, from captions drawn again", color=BLACK, linewidth=1.1, marker="|"))
     if unusable:
         handles.append(key(f"not finite: {listed(list(unusable))}", marker="x", linestyle="", color=GREY))
     legend_below(figure, handles)
@@ -179,21 +193,19 @@ def cumulative_share(frame: pd.DataFrame, value: str = "score", share: float = 0
     return figure
 
 
-def save_figures(result: SensitivityResult, directory: Path, intervals: Intervals | None = None) -> list[Path]:
+def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
     """Writes the figures of one run as PNG, each whole or not at all.
 
     Args:
         result: What was measured; where no predicted KL is known (an imported result), raw scores are drawn.
         directory: Made where missing.
-        intervals: Drawn as whiskers.
 
     Returns:
         Paths of ``heatmap.png``, ``by_layer.png``, ``ranked.png`` and ``cumulative.png``.
     """
     known = bool(np.isfinite(result.predicted_kl).any())
     value = "predicted_kl" if known else "score"
-    # Intervals are of the predicted KL: raw scores cannot carry them.
-    frame = tidy(result, intervals if known else None)
+    frame = tidy(result)
     measured = known and result.method == "kl_div"
     label = "KL on the calibration rows (nats per token)" if measured else LABELS[value]
     count = len(result.candidates)
@@ -233,20 +245,36 @@ def _draw_bars(ax: Axes, part: pd.DataFrame, value: str) -> None:
     amounts = numeric(part[value])
     y = np.arange(len(part))
     bars = ax.barh(y, amounts, height=0.72, color=[KIND_STYLES[k]["color"] for k in part["kind"]])
-    if "chosen" in part:
+    if knows_choice(part):
         for bar, chosen in zip(bars, part["chosen"], strict=True):
             if not chosen:
                 bar.set(hatch=HATCH, edgecolor="white", linewidth=0)
-    if {"low", "high"} <= set(part.columns):
+    shown = amounts
+    if value == "predicted_kl" and {"low", "high"} <= set(part.columns):
         low, high = numeric(part["low"]), numeric(part["high"])
         known = np.isfinite(low) & np.isfinite(high)
         ax.hlines(y[known], low[known], high[known], color=BLACK, linewidth=1.1)
         ax.plot(low[known], y[known], "|", high[known], y[known], "|", color=BLACK, markersize=6)
+        shown = np.concatenate([amounts, high[known]])  # one far whisker must not flatten all bars
+    if value == "predicted_kl" and {"rank_low", "rank_high"} <= set(part.columns):
+        _write_ranks(ax, numeric(part["rank_low"]), numeric(part["rank_high"]))
     if not len(part):
         ax.text(0.5, 0.5, "no finite value", transform=ax.transAxes, ha="center", va="center", fontsize=FONT)
-    if spans(amounts, 100.0):
-        log_scale(ax, "x", amounts)
+    if spans(shown, 100.0):
+        log_scale(ax, "x", shown)
+        if shown is not amounts and (amounts > 0).any():
+            ax.set_xlim(left=amounts[amounts > 0].min() / 4)
     ax.set_yticks(y, part["layer"])
     ax.set_ylim(len(part) - 0.4, -0.6)
     plain_axes(ax, "x")
     ax.tick_params(axis="y", length=0)
+
+
+def _write_ranks(ax: Axes, low: FloatArray, high: FloatArray) -> None:
+    """Ranges of the ranks, right of the bars."""
+    right: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "fontsize": FONT - 2, "color": GREY, "va": "center"}
+    for y in np.flatnonzero(np.isfinite(low)).tolist():
+        words = f"{low[y]:.0f}" if low[y] == high[y] else f"{low[y]:.0f}–{high[y]:.0f}"
+        ax.text(1.01, y, words, **right)
+    if np.isfinite(low).any():
+        ax.text(1.01, -0.9, "rank", **right)

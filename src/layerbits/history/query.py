@@ -22,7 +22,7 @@ from layerbits.history.cache import Cache
 from layerbits.history.rows import RUN_SCHEMA, SCHEMA, row_of, with_table
 from layerbits.history.source import connect, count_is, experiment_id, fetch, get_run, search, told
 from layerbits.result import SensitivityResult, load_manifest
-from layerbits.tracking.contract import RESULT_ID, SCHEMA_VERSION
+from layerbits.tracking.contract import INTERVAL_COLUMNS, RESULT_ID, SCHEMA_VERSION
 from layerbits.tracking.store import one_line
 
 _WINDOW = 1000  # run ids in one filter: 50 ms to parse
@@ -30,7 +30,7 @@ _FEW = 32  # runs that are sooner read again than searched for the one that is g
 _PARALLEL = 8
 _SCORE_COLUMNS = (
     *("run_id", "model", "quant_pair", "granularity", "dataset_size", "block", "kind", "layer", "candidate", "score"),
-    *("predicted_kl", "bits", "chosen", "rank"),
+    *("predicted_kl", "bits", "chosen", "rank", *INTERVAL_COLUMNS),
 )
 
 
@@ -114,9 +114,11 @@ def scores(runs: pd.DataFrame | Sequence[str], *, tracking_uri: str | None = Non
 
     Returns:
         Columns ``run_id``, ``model``, ``quant_pair``, ``granularity``, ``dataset_size``, ``block`` (missing outside
-        the decoder blocks), ``kind``, ``layer``, ``candidate``, ``score``, ``predicted_kl`` (nats per token; both NaN
-        where not finite), ``bits``, ``chosen``, ``rank`` (1 = most sensitive). In the order of the runs, most
-        sensitive first. Runs without scores are named in a warning and left out.
+        the decoder blocks), ``kind`` (qkv, o, gate_up, down, lm_head or other), ``layer``, ``candidate``, ``score``,
+        ``predicted_kl`` (nats per token; both NaN where not finite), ``bits``, ``chosen``, ``rank`` (1 = most
+        sensitive), and the intervals ``low`` to ``high`` of the predicted KL and ``rank_low`` to ``rank_high`` of the
+        rank. What a run does not have is missing. In the order of the runs, most sensitive first. Runs without scores
+        are named in a warning and left out.
 
     Raises:
         UserError: The store cannot be read.
@@ -252,6 +254,7 @@ def _sync(uri: str, wanted: _Wanted, known: pa.Table) -> tuple[list[dict[str, An
         Rows of new runs, ids of known runs that are not there any more.
     """
     count = known.num_rows
+    whole = wanted.outcome != "ok"  # other runs may have metrics and not the tag that says the same
     middle = known["start_time"][count // 2].value if count else None
     halves = [] if middle is None else [replace(wanted, high=middle), replace(wanted, low=middle)]
     parts = [half.among(known) for half in halves]
@@ -260,11 +263,12 @@ def _sync(uri: str, wanted: _Wanted, known: pa.Table) -> tuple[list[dict[str, An
     gone: list[str] = []
     if count <= _WINDOW or not divisible:
         ids = known["run_id"].to_pylist()
-        new = search(uri, wanted.experiment, wanted.condition(without=ids), row_of, few=count > 0)
-        if not count or count_is(uri, wanted.experiment, wanted.condition(), count + len(new)):
+        new = search(uri, wanted.experiment, wanted.condition(without=ids), row_of, few=count > 0, whole=whole)
+        if not count or count_is(uri, wanted.experiment, wanted.condition(), count + len(new), whole):
             return new, []
         if not divisible:
-            there = {row["run_id"]: row for row in search(uri, wanted.experiment, wanted.condition(), row_of)}
+            found = search(uri, wanted.experiment, wanted.condition(), row_of, whole=whole)
+            there = {row["run_id"]: row for row in found}
             return [row for i, row in there.items() if i not in set(ids)], [i for i in ids if i not in there]
         new = []
     for half, part in zip(halves, parts, strict=True):
@@ -279,11 +283,12 @@ def _long(table: pa.Table) -> pd.DataFrame:
     run = np.repeat(np.arange(table.num_rows), lengths)
     columns = {
         name: pc.list_flatten(table[name]) if pa.types.is_list(table[name].type) else table[name].take(run)
-        for name in _SCORE_COLUMNS[:-1]
+        for name in _SCORE_COLUMNS
+        if name != "rank"
     }
     frame = _frame(pa.table(columns))
     frame["rank"] = np.arange(len(run)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1
-    return frame
+    return frame[list(_SCORE_COLUMNS)]
 
 
 def _ids(runs: pd.DataFrame | Sequence[str], tracking_uri: str | None) -> tuple[list[str], str]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from layerbits.errors import UserError
 from layerbits.history.source import RawRun, fetch
-from layerbits.tracking.contract import LAYER_COLUMNS, SCHEMA_VERSION, TABLE, read_layer_tags
+from layerbits.tracking.contract import INTERVAL_COLUMNS, LAYER_COLUMNS, SCHEMA_VERSION, TABLE, read_layer_tags
 
 _TEXT_PARAMS = (
     *("model", "model_revision", "quant_pair", "granularity", "format_name", "weight_precision"),
@@ -54,12 +54,14 @@ RUN_SCHEMA = pa.schema(
         *((name, pa.string()) for name in ("experiment_id", "artifact_uri")),
     ]
 )
-_TYPES = {"block": pa.int32(), "score": pa.float64(), "predicted_kl": pa.float64(), "chosen": pa.bool_()}
+_TYPES = {"layer": pa.string(), "block": pa.int32(), "kind": pa.string(), "chosen": pa.bool_()}
+_TYPES |= dict.fromkeys(("score", "predicted_kl", "low", "high"), pa.float64())
+_TYPES |= dict.fromkeys(("rank_low", "rank_high"), pa.int32())
 LAYER_SCHEMA = pa.schema(
     [
         ("candidate", pa.string()),
         ("bits", pa.float64()),
-        *((name, pa.list_(_TYPES.get(name, pa.string()))) for name in LAYER_COLUMNS),
+        *((name, pa.list_(_TYPES[name])) for name in (*LAYER_COLUMNS, *INTERVAL_COLUMNS)),
     ]
 )
 """A list per run and column; null where the run's groups are not known."""
@@ -113,12 +115,15 @@ def with_table(uri: str, row: dict[str, Any]) -> dict[str, Any]:
         try:
             table = json.loads(file.read_bytes())
             at = {name: table["columns"].index(name) for name in (*LAYER_COLUMNS, "candidate", "bits")}
+            at |= {name: table["columns"].index(name) for name in INTERVAL_COLUMNS if name in table["columns"]}
             columns = {name: [line[i] for line in table["data"]] for name, i in at.items()}
+            columns |= {name: [None] * len(table["data"]) for name in INTERVAL_COLUMNS if name not in at}
             nan = {
                 name: [float("nan") if v is None else float(v) for v in columns[name]]
                 for name in ("score", "predicted_kl")
             }
-            ends = {"candidate": str(columns["candidate"][0]), "bits": float(columns["bits"][0])}
+            bits = columns["bits"][0]
+            ends = {"candidate": str(columns["candidate"][0]), "bits": float("nan") if bits is None else float(bits)}
             found = {**row, **columns, **nan, **ends}
             pa.Table.from_pylist([found], schema=SCHEMA)
         except (ValueError, KeyError, IndexError, TypeError, pa.ArrowException) as error:

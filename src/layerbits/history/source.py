@@ -15,9 +15,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from layerbits.errors import UserError
+from layerbits.tracking.contract import SUMMARY
 from layerbits.tracking.store import is_server, one_line, open_store, redact
 
 _SEARCH = "/api/2.0/mlflow/runs/search"
+_GRAPHQL = "/graphql"
+_QUERY = """query Runs($input: MlflowSearchRunsInput!) { mlflowSearchRuns(input: $input) {
+  apiError { message } nextPageToken
+  runs {
+    info { runId runName experimentId status startTime endTime artifactUri }
+    data { params { key value } tags { key value } }
+  }
+} }"""
 _HTTP_PAGE, _HTTP_PARALLEL = 50, 4
 _DATABASE_PAGE = 1000
 _ATTEMPTS = 3
@@ -27,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RawRun:
-    """A run as the store has it."""
+    """A run as the store has it; of its metrics perhaps the ``summary/…`` only."""
 
     info: Mapping[str, Any]
     params: Mapping[str, str]
@@ -104,7 +113,9 @@ def experiment_id(uri: str, name: str) -> str:
     return str(experiment.experiment_id)
 
 
-def search(uri: str, experiment: str, condition: str, read: Callable[[RawRun], T], few: bool = False) -> list[T]:
+def search(
+    uri: str, experiment: str, condition: str, read: Callable[[RawRun], T], few: bool = False, whole: bool = True
+) -> list[T]:
     """All active runs that meet a filter, oldest first; pages are read in parallel.
 
     Args:
@@ -113,23 +124,24 @@ def search(uri: str, experiment: str, condition: str, read: Callable[[RawRun], T
         condition: Filter of ``search_runs``.
         read: Takes what is wanted of a run, as soon as its page is there.
         few: One page is expected, so others are not asked for before it says that there are more.
+        whole: All metrics are wanted, not only the ``summary/…``, which a server gives sooner.
     """
     for _ in range(_ATTEMPTS):
         found: dict[str, T] = {}
         pages = 0
-        for page in _pages(uri, experiment, condition, few):
+        for page in _pages(uri, experiment, condition, few, whole):
             found |= {run.run_id: read(run) for run in page}
             pages += 1
         # A run that ends while pages are read shifts the rest by one, past a page that was read already.
-        if pages == 1 or count_is(uri, experiment, condition, len(found)):
+        if pages == 1 or count_is(uri, experiment, condition, len(found), whole):
             return list(found.values())
     warnings.warn("runs came and went while they were read; one may be missing, ask again", stacklevel=3)
     return list(found.values())
 
 
-def count_is(uri: str, experiment: str, condition: str, count: int) -> bool:
-    """Whether exactly that many active runs meet a filter; costs the reading of one or two."""
-    page, more = _page(uri, experiment, condition, max(count - 1, 0), 1)
+def count_is(uri: str, experiment: str, condition: str, count: int, whole: bool = True) -> bool:
+    """Whether exactly that many active runs meet a filter; costs the reading of one or two, as :func:`search` would."""
+    page, more = _page(uri, experiment, condition, max(count - 1, 0), 1, whole)
     return not more and len(page) == min(count, 1)
 
 
@@ -165,14 +177,14 @@ def fetch(uri: str, artifact_uri: str, path: str, to: Path) -> None:
         raise UserError(f"artifact {path} of {redact(artifact_uri)} cannot be read: {one_line(error)}") from error
 
 
-def _pages(uri: str, experiment: str, condition: str, few: bool) -> Iterator[list[RawRun]]:
+def _pages(uri: str, experiment: str, condition: str, few: bool, whole: bool) -> Iterator[list[RawRun]]:
     size, parallel = (_HTTP_PAGE, 1 if few else _HTTP_PARALLEL) if is_server(uri) else (_DATABASE_PAGE, 1)
     with ThreadPoolExecutor(parallel) as pool:
         ahead: deque[Future[tuple[list[RawRun], bool]]] = deque()
         offset = 0
         while True:
             while len(ahead) < parallel:
-                ahead.append(pool.submit(_page, uri, experiment, condition, offset, size))
+                ahead.append(pool.submit(_page, uri, experiment, condition, offset, size, whole))
                 offset += size
             page, more = ahead.popleft().result()
             yield page
@@ -180,7 +192,7 @@ def _pages(uri: str, experiment: str, condition: str, few: bool) -> Iterator[lis
                 return
 
 
-def _page(uri: str, experiment: str, condition: str, offset: int, size: int) -> tuple[list[RawRun], bool]:
+def _page(uri: str, experiment: str, condition: str, offset: int, size: int, whole: bool) -> tuple[list[RawRun], bool]:
     """Runs from ``offset`` on, and whether there are more after them."""
     from mlflow.utils.search_utils import SearchUtils
 
@@ -193,6 +205,56 @@ def _page(uri: str, experiment: str, condition: str, offset: int, size: int) -> 
             [experiment], condition, max_results=size, order_by=order, page_token=token
         )
         return [_of_entity(run) for run in found], bool(found.token)
+    light = None if whole else _light_page(uri, experiment, condition, token, size, order)
+    return light or _whole_page(uri, experiment, condition, token, size, order)
+
+
+def _light_page(
+    uri: str, experiment: str, condition: str, token: str | None, size: int, order: list[str]
+) -> tuple[list[RawRun], bool] | None:
+    """The same page without the metrics, from the GraphQL that MLflow's own UI uses and does not document.
+
+    Half the work for the server, a fifth of the bytes.
+
+    Returns:
+        ``None`` where the server does not have it, refuses us, or a run does not have :data:`SUMMARY`.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    wanted = {"experimentIds": [experiment], "filter": condition, "maxResults": size, "orderBy": order}
+    body = {
+        "operationName": "Runs",
+        "query": _QUERY,
+        "variables": {"input": wanted | ({"pageToken": token} if token else {})},
+    }
+    try:
+        answer = http_request(get_default_host_creds(uri), _GRAPHQL, "POST", json=body, max_retries=0)
+        found = json.loads(answer.text)["data"]["mlflowSearchRuns"]
+        if answer.status_code != 200 or found["apiError"] is not None:
+            return None
+        return [_of_graphql(run) for run in found["runs"] or []], bool(found["nextPageToken"])
+    except (MlflowException, ValueError, KeyError, TypeError):
+        return None  # the whole page says what is wrong, if anything is
+
+
+def _of_graphql(run: Mapping[str, Any]) -> RawRun:
+    info, data = run["info"], run["data"]
+    params, tags = ({i["key"]: i["value"] for i in data[kind] or []} for kind in ("params", "tags"))
+    summary = {str(key): float(value) for key, value in json.loads(tags[SUMMARY]).items()}
+    plain = {"run_id": info["runId"], "run_name": info["runName"], "experiment_id": info["experimentId"]}
+    plain |= {"status": info["status"], "artifact_uri": info["artifactUri"]}
+    times = {
+        key: None if info[name] is None else int(info[name])
+        for key, name in (("start_time", "startTime"), ("end_time", "endTime"))
+    }
+    return RawRun(plain | times, params, summary, tags)
+
+
+def _whole_page(
+    uri: str, experiment: str, condition: str, token: str | None, size: int, order: list[str]
+) -> tuple[list[RawRun], bool]:
     # MLflow's client takes 3 ms to make objects of a run of 170 metrics, json less than one.
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import http_request, verify_rest_response

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.frames import Intervals, groups_for_share, listed
-from layerbits.report.wording import config_words
+from layerbits.frames import groups_for_share, listed
+from layerbits.report.wording import config_words, stability_words
 from layerbits.result import NonFinite, SensitivityResult, by_kind
 
 SCHEMA_VERSION = 1
@@ -19,36 +19,40 @@ MOST = 0.9
 _NAMED = 20
 
 
-def json_report(result: SensitivityResult, intervals: Intervals | None = None) -> dict[str, Any]:
+def json_report(result: SensitivityResult) -> dict[str, Any]:
     """Everything that the Markdown report tells, as JSON data (numbers that are not finite become ``None``).
 
-    Args:
-        result: What was measured.
-        intervals: (group key, candidate name) → ends of the predicted KL; its layers then carry ``low`` and ``high``.
+    Where the choice of the recipe is not known, its counts are ``None`` and layers have no ``chosen``. Without
+    intervals, ``intervals`` is ``None`` and layers have no ``low``, ``high``, ``rank_low``, ``rank_high`` and ``tied``.
     """
-    chosen = result.recipe.chosen
-    kept = [g for g, name in zip(result.groups, chosen, strict=True) if name is None]
+    recipe, cal = result.recipe, result.calibration
+    kept = [g for g, name in zip(result.groups, recipe.chosen, strict=True) if name is None] if recipe.chosen else None
     return {
         "schema_version": SCHEMA_VERSION,
         "run_name": result.run_name,
         "created": result.created,
         "attention": list(_attention(result)),
         "model": asdict(result.model),
-        "calibration": {**asdict(result.calibration), "batch_loss_tokens": list(result.calibration.batch_loss_tokens)},
+        "calibration": {
+            **asdict(cal),
+            "batch_loss_tokens": list(cal.batch_loss_tokens),
+            "padding_share": _number(cal.padding_share),
+        },
         "method": result.method,
         "engine": result.engine,
         "seed": result.seed,
         "device": result.device,
         "recipe": {
-            "target_bits": result.recipe.target_bits,
-            "effective_bits": result.recipe.effective_bits,
-            "effective_bits_modelopt": result.recipe.effective_bits_modelopt,
-            "score": _number(result.recipe.score),
+            "target_bits": _number(recipe.target_bits),
+            "effective_bits": _number(recipe.effective_bits),
+            "effective_bits_modelopt": _number(recipe.effective_bits_modelopt),
+            "score": _number(recipe.score),
             "groups": len(result.groups),
-            "quantized_groups": len(result.groups) - len(kept),
-            "unquantized_modules": [m for g in kept for m in g.modules],
+            "quantized_groups": None if kept is None else len(result.groups) - len(kept),
+            "unquantized_modules": None if kept is None else [m for g in kept for m in g.modules],
         },
-        "candidates": [_candidate(result, c, intervals) for c in range(len(result.candidates))],
+        "intervals": _intervals(result),
+        "candidates": [_candidate(result, c) for c in range(len(result.candidates))],
         "nonfinite": [asdict(n) for n in result.nonfinite],
         "seconds": dict(result.seconds),
         "memory": dict(result.memory),
@@ -57,7 +61,18 @@ def json_report(result: SensitivityResult, intervals: Intervals | None = None) -
     }
 
 
-def _candidate(result: SensitivityResult, c: int, intervals: Intervals | None) -> dict[str, Any]:
+def _intervals(result: SensitivityResult) -> dict[str, Any] | None:
+    """What the manifest says of them, with how stable the top of each ranking is, in words."""
+    ends = result.intervals
+    if ends is None:
+        return None
+    names = [c.name for c in result.candidates]
+    tops = zip(ends.top_overlap.tolist(), ends.top_captions.tolist(), strict=True)
+    words = [stability_words(ends.top, ends.captions, overlap, captions) for overlap, captions in tops]
+    return {**ends.told(names), "words": dict(zip(names, words, strict=True))}
+
+
+def _candidate(result: SensitivityResult, c: int) -> dict[str, Any]:
     info = result.candidates[c]
     scores, kl = result.scores[:, c], result.predicted_kl[:, c]
     total, chosen, shares = result.total("scores", c), result.recipe.chosen, result.shares(c)
@@ -76,11 +91,12 @@ def _candidate(result: SensitivityResult, c: int, intervals: Intervals | None) -
             "predicted_kl": _number(row["predicted_kl"]),
             "score": _number(row["score"]),
             "share": _number(row["score"] / total) if total > 0 else None,
-            "chosen": chosen[position[row["layer"]]],
         }
-        if intervals is not None:
-            low, high = intervals.get((row["layer"], info.name), (math.nan, math.nan))
-            layer |= {"low": _number(low), "high": _number(high)}
+        if chosen:
+            layer["chosen"] = chosen[position[row["layer"]]]
+        if result.intervals is not None:
+            layer |= {"low": _number(row["low"]), "high": _number(row["high"])}
+            layer |= {name: row[name] for name in ("rank_low", "rank_high", "tied")}
         layers.append(layer)
     kinds = [
         {
@@ -90,7 +106,7 @@ def _candidate(result: SensitivityResult, c: int, intervals: Intervals | None) -
             "predicted_kl": _sum(kl[at]),
             "score": _sum(scores[at]),
             "share": shares[kind] if total > 0 else None,
-            "quantized": sum(chosen[i] == info.name for i in at),
+            "quantized": sum(chosen[i] == info.name for i in at) if chosen else None,
         }
         for kind, at in by_kind(result.groups)
     ]
@@ -102,8 +118,8 @@ def _candidate(result: SensitivityResult, c: int, intervals: Intervals | None) -
         "words": config_words(info.config),
         "config_hash": info.config_hash,
         "adjustments": list(info.adjustments),
-        "bits": info.bits,
-        "bits_modelopt": info.bits_modelopt,
+        "bits": _number(info.bits),
+        "bits_modelopt": _number(info.bits_modelopt),
         "predicted_kl_sum": _sum(kl),
         "score_sum": _sum(scores),
         "nonfinite": int((~np.isfinite(scores)).sum()),

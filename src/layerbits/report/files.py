@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerbits.atomic import atomic
-from layerbits.frames import Intervals
 from layerbits.report.content import json_report
 from layerbits.report.markdown import markdown_report
 from layerbits.result import SensitivityResult, load_manifest, write_json
@@ -16,7 +15,7 @@ MANIFEST = Path("manifest.json")
 SAMPLES = Path("sensitivity") / "scores.parquet"
 
 
-def write_report(result: SensitivityResult, directory: Path, intervals: Intervals | None = None) -> list[Path]:
+def write_report(result: SensitivityResult, directory: Path) -> list[Path]:
     """Writes what a result leaves that needs no torch; each file is whole or not there.
 
     The manifest follows the per-sample scores, so that one without them says that none were kept.
@@ -24,7 +23,6 @@ def write_report(result: SensitivityResult, directory: Path, intervals: Interval
     Args:
         result: What was measured.
         directory: Made where missing.
-        intervals: (group key, candidate name) → ends of the predicted KL.
 
     Returns:
         Paths of ``sensitivity/scores.parquet`` (where the engine kept samples), ``manifest.json``, the reports and the
@@ -36,7 +34,7 @@ def write_report(result: SensitivityResult, directory: Path, intervals: Interval
         with atomic(paths[-1]) as file:
             result.sample_frame().to_parquet(file)
     write_json(directory / MANIFEST, result.to_manifest())
-    return [*paths, directory / MANIFEST, *_render(result, directory, intervals)]
+    return [*paths, directory / MANIFEST, *_render(result, directory)]
 
 
 def rebuild(manifest_path: Path, out_dir: Path) -> Path:
@@ -52,14 +50,14 @@ def rebuild(manifest_path: Path, out_dir: Path) -> Path:
     Raises:
         UserError: The manifest is missing or not one.
     """
-    _render(load_manifest(manifest_path), out_dir, None)
+    _render(load_manifest(manifest_path), out_dir)
     return out_dir / MARKDOWN
 
 
-def _render(result: SensitivityResult, directory: Path, intervals: Intervals | None) -> list[Path]:
+def _render(result: SensitivityResult, directory: Path) -> list[Path]:
     from layerbits.figures import save_figures  # matplotlib takes a second to import
 
-    write_json(directory / JSON, json_report(result, intervals))
+    write_json(directory / JSON, json_report(result))
     with atomic(directory / MARKDOWN) as file:
-        file.write(markdown_report(result, intervals).encode())
-    return [directory / MARKDOWN, directory / JSON, *save_figures(result, directory / "figures", intervals)]
+        file.write(markdown_report(result).encode())
+    return [directory / MARKDOWN, directory / JSON, *save_figures(result, directory / "figures")]

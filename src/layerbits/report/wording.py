@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,28 @@ def modules_words(modules: Sequence[str]) -> str:
     if len(modules) < 2 or len(parents) > 1 or parents == {""}:
         return ", ".join(f"`{m}`" for m in modules)
     return f"`{parents.pop()}`: " + ", ".join(f"`{m.rpartition('.')[2]}`" for m in modules)
+
+
+def stability_words(top: int, captions: int, overlap: float, needed: float) -> str:
+    """How stable the top of a ranking is, and how many captions it would take.
+
+    Args:
+        top: How many of the most sensitive groups.
+        captions: Captions that were scored.
+        overlap: How many of them two calibrations on as many captions would have in common; NaN where not known.
+        needed: Captions with which that would be all but one; may be infinite.
+    """
+    if math.isnan(overlap):
+        return f"With no more than {top} groups there is no top {top} to be stable."
+    common = f"two calibrations on {captions} captions would have {overlap:.1f} of their top {top} in common"
+    if needed <= captions:
+        return f"The top {top} is stable: {common}."
+    if math.isinf(needed):
+        return f"The top {top} is not stable, and 32 times as many captions would not make it so: {common}."
+    return (
+        f"With {needed - captions:.0f} more captions the top {top} would be stable ({top - 1} of {top} in common); "
+        f"as it is, {common}."
+    )
 
 
 def _number(bits: Any) -> str:

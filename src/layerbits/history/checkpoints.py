@@ -1,0 +1,60 @@
+"""Checkpoints that export runs have left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from layerbits.errors import UserError
+from layerbits.history.source import RawRun, fetch, get_run, search
+
+_ARTIFACTS = "checkpoint"
+
+
+def fetch_checkpoint(uri: str, run_id: str, to: Path) -> tuple[RawRun, Path]:
+    """The checkpoint of an export run: where it was written, or downloaded where it was logged as artifacts.
+
+    Args:
+        uri: The store.
+        run_id: An export run.
+        to: Folder to download to; made if need be.
+
+    Returns:
+        The run and the checkpoint's folder.
+
+    Raises:
+        UserError: It is no finished export run, or its checkpoint is neither here nor among its artifacts.
+    """
+    run = get_run(uri, run_id)
+    kind, outcome = run.tags.get("layerbits.kind"), run.tags.get("outcome")
+    if kind == "exports":
+        condition = f"tags.mlflow.parentRunId = '{run_id}' and tags.outcome = 'ok'"
+        ids = search(uri, str(run.info["experiment_id"]), condition, lambda child: child.run_id)
+        if len(ids) != 1:
+            raise UserError(f"run {run_id} holds {len(ids)} exported schemes; give the run of one: {', '.join(ids)}")
+        return fetch_checkpoint(uri, ids[0], to)
+    if kind != "export" or outcome != "ok":
+        what = f"an export that ended as {outcome}" if kind == "export" else f"a run of kind {kind}"
+        raise UserError(f"run {run_id} is {what}; give a finished run of `-e export`")
+    path = Path(run.tags.get("checkpoint.path", ""))
+    if (path / "config.json").is_file():
+        return run, path
+    artifacts = str(run.info["artifact_uri"])
+    to.mkdir(parents=True, exist_ok=True)
+    fetch(uri, artifacts, "checkpoint.json", to / "checkpoint.json")
+    try:
+        names = list(json.loads((to / "checkpoint.json").read_text())["files"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"checkpoint.json of run {run_id} is damaged; export the scheme again") from None
+    folder = to / _ARTIFACTS
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(
+                f"run {run_id} names a file {name!r}, which would leave its folder; export the scheme again"
+            )
+        try:
+            fetch(uri, artifacts, f"{_ARTIFACTS}/{name}", folder / name)
+        except UserError as error:
+            raise UserError(f"the checkpoint of run {run_id} is not at {path}, and {error}; export it again") from None
+    return run, folder
