@@ -9,13 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from layerbits import entry
 from layerbits.config import Settings
-from layerbits.errors import UserError
 from layerbits.grid import Cell, CellOutcome, Log, axis, cells, run_grid, summary
 from layerbits.result import SensitivityResult
 
@@ -24,15 +21,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-
-
-@hydra.main(version_base="1.3", config_path="../configs", config_name="grid")
-def main(config: DictConfig) -> None:
-    """Composes the configuration and runs the grid."""
-    try:
-        grid(OmegaConf.to_container(config, resolve=True))
-    except UserError as error:
-        entry.fail(error)
 
 
 def grid(config: dict[str, Any]) -> None:
@@ -114,4 +102,4 @@ def _show(outcomes: list[CellOutcome]) -> None:
 
 
 if __name__ == "__main__":
-    entry.run(main, CONFIGS, lists=("quant_pairs", "quant_granularities", "dataset_sizes"))
+    entry.start(grid, CONFIGS, "grid", lists=("quant_pairs", "quant_granularities", "dataset_sizes"))

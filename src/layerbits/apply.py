@@ -7,7 +7,7 @@ bit what it did before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -82,8 +82,16 @@ class AppliedScheme:
         self.remove()
 
 
+Made = MutableMapping[tuple[str, str], Any]
+"""Quantized forwards by module name and configuration hash, for the next scheme that needs the same."""
+
+
 def apply_scheme(
-    model: Any, scheme: Scheme, calibration: Sequence[Batch] | Ranges, keep_weights: bool = True
+    model: Any,
+    scheme: Scheme,
+    calibration: Sequence[Batch] | Ranges,
+    keep_weights: bool = True,
+    made: Made | None = None,
 ) -> AppliedScheme:
     """Makes a loaded model compute what a scheme says; ``model(**inputs)`` works as before.
 
@@ -92,6 +100,7 @@ def apply_scheme(
         scheme: What to apply.
         calibration: Calibration batches, or the ranges that :func:`find_ranges` found with them for several schemes.
         keep_weights: Hold the quantized weights beside the weights; otherwise quantize them in every forward.
+        made: Keeps what was made here for the next scheme on this model with the same ranges, and takes what is there.
 
     Raises:
         UserError: A linear is not in the model, is under another scheme, or has no range.
@@ -104,13 +113,15 @@ def apply_scheme(
         if _MARK in vars(module):
             raise UserError(f"{name} is under scheme {vars(module)[_MARK]} already; remove that one first")
     ranges = calibration if isinstance(calibration, Ranges) else find_ranges(model, [scheme], calibration)
-    forwards = {}
+    forwards: Made = {} if made is None else made
+    keys = {name: (name, info.config_hash) for name, info in scheme.modules.items()}
     with torch.no_grad():
         for name, info in scheme.modules.items():
-            weight_quantizer, input_quantizer = module_quantizers(linears[name], name, info, ranges)
-            forwards[name] = _quantized_forward(linears[name], weight_quantizer, input_quantizer, keep_weights)
+            if keys[name] not in forwards:
+                pair = module_quantizers(linears[name], name, info, ranges)
+                forwards[keys[name]] = _quantized_forward(linears[name], *pair, keep_weights)
     for name, module in linears.items():
-        _replace(module, forwards[name], scheme.name)
+        _replace(module, forwards[keys[name]], scheme.name)
     return AppliedScheme(scheme, linears)
 
 

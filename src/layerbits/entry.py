@@ -1,16 +1,22 @@
-"""What every entry script shares: command lines as MLflow passes them, errors in one line."""
+"""What the entry scripts share: command lines as MLflow passes them, errors in one line, runs of derived results."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from layerbits.errors import UserError
 
+if TYPE_CHECKING:
+    from layerbits.config import TrackingSpec
+
 USER_ERROR_STATUS = 2
+_TAG_SIZE = 8000  # MLflow's limit, in characters
 
 
 def hydra_arguments(arguments: Sequence[str]) -> list[str]:
@@ -88,6 +94,76 @@ def run(main: Callable[[], object], configs: Path, lists: Sequence[str] = ()) ->
         main()
     except UserError as error:
         fail(error)
+
+
+def start(job: Callable[[dict[str, Any]], object], configs: Path, name: str, lists: Sequence[str] = ()) -> None:
+    """Runs a script's job on the configuration that Hydra composes from the command line, as plain data.
+
+    Args:
+        job: Takes the resolved configuration.
+        configs: Folder of the config groups.
+        name: File of ``configs`` to start from, without ``.yaml``.
+        lists: As :func:`run` takes them.
+    """
+    import hydra
+    from omegaconf import OmegaConf
+
+    def task(config: Any) -> None:
+        try:
+            job(OmegaConf.to_container(config, resolve=True))
+        except UserError as error:  # here, because Hydra would print a traceback
+            fail(error)
+
+    sys.argv.append(f"hydra.job.name={Path(sys.argv[0]).stem}")  # Hydra would take this file's
+    run(hydra.main(version_base="1.3", config_path=str(configs), config_name=name)(task), configs, lists)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a job made from earlier runs, for its own run.
+
+    Attributes:
+        folder: Its files, complete on disk.
+    """
+
+    folder: Path
+    metrics: Mapping[str, float]
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
+def log_derived(
+    kind: str, name: str, track: TrackingSpec, root: Path, make: Callable[[str | None], Derived], system_metrics: bool
+) -> None:
+    """Opens a run for a result that is derived from others, makes the result and logs it; or makes it without a run.
+
+    Args:
+        kind: ``layerbits.kind`` of the run.
+        name: Its name, unless the settings give one.
+        track: Where to log, if at all.
+        root: Folder of the embedded store.
+        make: Gets the URI of the store that earlier runs are read from.
+        system_metrics: Whether the run takes long enough for MLflow's system metrics.
+    """
+    if not track.enabled:
+        make(track.uri)
+        return
+    from layerbits import tracking
+
+    uri = tracking.open_store(track.uri, root)
+    tags = {"layerbits.kind": kind}
+    metrics = system_metrics and track.system_metrics
+    with tracking.start_run(track.run_name or name, track.experiment, tags=tags, system_metrics=metrics) as session:
+        made = make(uri)
+        tracking.log_derived(session, made.folder, made.metrics, made.params, made.tags)
+
+
+def note(markdown: str) -> dict[str, str]:
+    """The tag that MLflow's run page shows as a description; whole lines, as many as a tag holds."""
+    lines = markdown.splitlines()
+    while sum(len(line) + 1 for line in lines) > _TAG_SIZE:
+        lines.pop()
+    return {"mlflow.note.content": "\n".join(lines)}
 
 
 def _quoted(argument: str) -> str:

@@ -6,7 +6,6 @@ what the unquantized model differs from itself by arithmetic alone; no scheme ca
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +19,11 @@ from layerbits.result import ModelInfo
 from layerbits.schemes.measured import Difference, ProbeResult, Rows, SchemeProbe
 
 if TYPE_CHECKING:
+    from layerbits.baseline import Baseline
     from layerbits.calibration import Batch
     from layerbits.schemes import Scheme
 
-_LOGITS_AT_ONCE = 1 << 24  # of each model, in float64: 128 MB
+_MAY_KEEP = 0.25  # of the free memory, for quantized weights
 
 
 def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device: str, root: Path) -> ProbeResult:
@@ -51,11 +51,9 @@ def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device:
         if scheme.calibration != first.calibration:
             raise UserError(f"{first.name} and {scheme.name} were calibrated differently; probe them apart")
     prepared = prepare(first)
-    data = first.calibration
-    batches = held_out_rows(
-        prepared.captions.held_out, prepared.tokenizer, data.packing, data.seq_len, batch_size, rows
-    )
-    what = Rows(data.dataset, data.packing, data.seq_len, sum(b.rows for b in batches), tokens=0)
+    dataset, (packing, seq_len, _) = first.calibration.dataset, first.calibration.row_shape
+    batches = held_out_rows(prepared.captions.held_out, prepared.tokenizer, packing, seq_len, batch_size, rows)
+    what = Rows(dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
     loaded = prepared.load(device)
     return probe(loaded.model, loaded.info, schemes, prepared.calibration, batches, what, provenance(root))
 
@@ -103,7 +101,8 @@ def probe(
 ) -> ProbeResult:
     """Measures schemes, one after the other on one loaded model, which is left as it was.
 
-    The unquantized logits are held in host memory meanwhile: tokens × vocabulary in the model's dtype.
+    The unquantized logits are held meanwhile (tokens × vocabulary in the model's dtype), and so is a linear's quantized
+    weight from one scheme to the next, where memory allows. Schemes that are the same are measured once.
 
     Args:
         model: The whole model, as loaded.
@@ -117,7 +116,8 @@ def probe(
     Raises:
         UserError: A scheme is of another revision or does not fit the model, or the model's logits are not finite.
     """
-    from layerbits.apply import apply_scheme, find_ranges
+    from layerbits.apply import Made, apply_scheme, find_ranges
+    from layerbits.baseline import Baseline
     from layerbits.scoring.taps import progress
 
     if not schemes:
@@ -130,36 +130,44 @@ def probe(
     seconds = {"calibrate": clock() - start}
 
     start = clock()
-    reference = list(_logits(model, batches))
-    itself = compare(iter(reference), reference)
-    if itself.nonfinite:
+    baseline = Baseline(model, batches)
+    if not baseline.finite:
         raise UserError("the unquantized model's own logits are not finite; try model.dtype=float32 or bfloat16")
-    floor, floor_kind = _noise_floor(model, info, batches, reference)
+    floor, floor_kind = _noise_floor(model, info, baseline)
     seconds["reference"] = clock() - start
 
+    began = clock()
+    made: Made | None = {} if _weights_fit(model, schemes) else None
+    measured: dict[str, tuple[Difference, tuple[float, ...]]] = {}
     probes = []
     for scheme in progress(schemes, "probing"):
         start = clock()
-        with apply_scheme(model, scheme, ranges):
-            difference = compare(_logits(model, batches), reference)
+        if scheme.digest not in measured:
+            with apply_scheme(model, scheme, ranges, made=made):
+                measured[scheme.digest] = baseline.compare(model)
+        difference, captions = measured[scheme.digest]
         probes.append(
             SchemeProbe(
-                scheme.name,
-                scheme.digest,
-                scheme.is_control,
-                scheme.effective_bits,
-                scheme.predicted_kl,
-                difference,
-                clock() - start,
+                scheme=scheme.name,
+                digest=scheme.digest,
+                method=str(scheme.how.get("method", "")),
+                control_of=scheme.how.get("reference"),
+                effective_bits=scheme.effective_bits,
+                predicted_kl=scheme.predicted_kl,
+                difference=difference,
+                caption_kl=captions,
+                seconds=clock() - start,
             )
         )
+    seconds["probe"] = clock() - began
     return ProbeResult(
         model=info,
         source_run_ids=tuple(dict.fromkeys(run for s in schemes for run in s.source_run_ids)),
-        data=replace(data, tokens=itself.tokens),
-        reference_perplexity=itself.perplexity,
+        data=replace(data, tokens=baseline.tokens),
+        reference_perplexity=baseline.perplexity,
         floor=floor,
         floor_kind=floor_kind,
+        caption_tokens=baseline.caption_tokens,
         schemes=tuple(probes),
         seconds=seconds,
         provenance=dict(provenance or {}),
@@ -167,84 +175,22 @@ def probe(
     )
 
 
-def compare(logits: Iterator[tuple[Any, Any]], reference: Sequence[tuple[Any, Any]]) -> Difference:
-    """Compares logits with those of the unquantized model, in float64.
+def _weights_fit(model: Any, schemes: Sequence[Scheme]) -> bool:
+    """Whether the quantized weights of all schemes may stay in memory, each distinct one once."""
+    from layerbits.scoring.memory import _free_bytes
 
-    Args:
-        logits: Per segment ``[n, vocabulary]`` logits and ``[n]`` next tokens.
-        reference: The same of the unquantized model.
-    """
-    import torch
-
-    losses, divergences, agreements = [], [], []
-    squares, largest, values, nonfinite = 0.0, 0.0, 0, 0
-    for (ours, targets), (theirs, _) in zip(logits, reference, strict=True):
-        size = max(1, _LOGITS_AT_ONCE // ours.shape[1])
-        for start in range(0, len(ours), size):
-            a = ours[start : start + size].double()
-            b = theirs[start : start + size].to(a)
-            wanted = targets[start : start + size].to(a.device)
-            log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-            losses.append(-log_a.gather(1, wanted[:, None])[:, 0].cpu())
-            divergences.append((log_b.exp() * (log_b - log_a)).sum(-1).cpu())
-            agreements.append((a.argmax(-1) == b.argmax(-1)).cpu())
-            error = a - b
-            squares += float(error.square().sum())
-            largest = max(largest, float(error.abs().max()))
-            nonfinite += int((~torch.isfinite(a).all(-1)).sum())
-            values += error.numel()
-    kl = torch.cat(divergences)
-    if nonfinite:
-        nan = math.nan
-        return Difference(len(kl), nan, nan, nan, nan, nan, nan, nonfinite)
-    return Difference(
-        tokens=len(kl),
-        perplexity=float(torch.cat(losses).mean().exp()),
-        kl=float(kl.mean()),
-        kl_p99=float(kl.quantile(0.99)),
-        top1_agreement=float(torch.cat(agreements).double().mean()),
-        logit_mse=squares / values,
-        logit_max_error=largest,
-    )
+    distinct = {(name, info.config_hash) for scheme in schemes for name, info in scheme.modules.items()}
+    weights = [model.get_parameter(f"{name}.weight") for name, _ in distinct]
+    wanted = sum(w.numel() * w.element_size() for w in weights)
+    return not weights or wanted < _MAY_KEEP * _free_bytes(weights[0].device)
 
 
-def _logits(model: Any, batches: Sequence[Batch], row_by_row: bool = False) -> Iterator[tuple[Any, Any]]:
-    """Logits and next tokens of the counted positions, per segment, in host memory."""
-    import torch
-
-    from layerbits.scoring.steps import predictions
-
-    with torch.no_grad():
-        for batch in batches:
-            for segment in batch.segments:
-                parts = _single_rows(segment) if row_by_row else [segment]
-                found = [predictions(model, part) for part in parts]
-                yield torch.cat([f[0] for f in found]).cpu(), torch.cat([f[1] for f in found]).cpu()
-
-
-def _single_rows(segment: Any) -> list[Any]:
-    rows = range(len(segment.input_ids))
-    return [
-        replace(
-            segment,
-            input_ids=segment.input_ids[i : i + 1],
-            attention_mask=None if segment.attention_mask is None else segment.attention_mask[i : i + 1],
-            loss_mask=segment.loss_mask[i : i + 1],
-            sample=segment.sample[i : i + 1],
-        )
-        for i in rows
-        if bool(segment.loss_mask[i].any())
-    ]
-
-
-def _noise_floor(
-    model: Any, info: ModelInfo, batches: Sequence[Batch], reference: Sequence[tuple[Any, Any]]
-) -> tuple[Difference, str]:
+def _noise_floor(model: Any, info: ModelInfo, baseline: Baseline) -> tuple[Difference, str]:
     if info.dtype == "float32":
-        difference = compare(_logits(model, batches, row_by_row=True), reference)
+        difference, _ = baseline.compare(model, row_by_row=True)
         return difference, "a second unquantized run in float32, row by row instead of in batches"
     with _in_float32(model):
-        difference = compare(_logits(model, batches), reference)
+        difference, _ = baseline.compare(model)
     return difference, f"the same weights computed in float32 against {info.dtype}"
 
 

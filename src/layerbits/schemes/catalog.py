@@ -102,7 +102,8 @@ def load_specs(names: Sequence[str], folder: Path) -> list[SchemeSpec]:
         if not path.is_file():
             known = sorted(p.stem for p in folder.glob("*.yaml"))
             close = difflib.get_close_matches(name, known) or known
-            raise UserError(f"scheme {name} is not known; choose {', '.join(close)}, or add {folder.name}/{name}.yaml")
+            own = f"{folder.parent.name}/{path.parent.name}/{path.name}"
+            raise UserError(f"scheme {name} is not known; choose {', '.join(close)}, or add {own}")
         try:
             data = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:

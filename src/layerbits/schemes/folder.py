@@ -15,7 +15,7 @@ from layerbits.errors import UserError
 from layerbits.figures import pareto
 from layerbits.figures.style import save_png
 from layerbits.result import write_json
-from layerbits.schemes.report import exclude_yaml, markdown, rows
+from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
 
@@ -45,7 +45,7 @@ def write_schemes(root: Path, source: Source, schemes: Sequence[Scheme], points:
             exclude.parent.mkdir(exist_ok=True)
             exclude.write_text(exclude_yaml(scheme))
         write_json(partial / "schemes.json", {"source_run_ids": list(source.run_ids), "schemes": rows(schemes)})
-        (partial / "schemes.md").write_text(markdown(schemes))
+        (partial / "schemes.md").write_text(f"{markdown(schemes)}\n{excludes(schemes)}")
         if points:
             write_json(partial / "pareto.json", list(points))
         if points or schemes:
@@ -83,4 +83,6 @@ def _figure(source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[
     ]
     frame = pd.DataFrame(records)
     value = "predicted_kl" if frame["predicted_kl"].notna().any() else "score"
-    return pareto(frame, value, title=f"{source.model.name}: schemes from {len(source.candidates)} scored candidates")
+    number = len(source.candidates)
+    scored = source.candidates[0].name if number == 1 else f"{number} scored candidates"
+    return pareto(frame, value, title=f"{source.model.name}: schemes from {scored}")

@@ -76,5 +76,5 @@ def prepare(scheme: Scheme) -> Prepared:
             f"({captions.digest} instead of {data.digest}); restore the file, or score again"
         )
     tokenizer = load_tokenizer(resolved)
-    rows = build_rows(captions.captions, tokenizer, data.packing, data.seq_len, data.batch_size)
+    rows = build_rows(captions.captions, tokenizer, *data.row_shape)
     return Prepared(scheme, resolved, tokenizer, captions, rows)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
-from layerbits.errors import UserError
-from layerbits.result import ModelInfo, write_json
+import numpy as np
+
+from layerbits.result import FloatArray, ModelInfo
 
 SCHEMA_VERSION = 1
+DECIDED = 2.0
+"""Standard errors from which on a difference counts: 95 % for a normal mean."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Difference:
     Attributes:
         perplexity: ``exp`` of the mean loss of the next token.
         kl: Mean KL divergence from the unquantized model's distribution, nats per token.
+        kl_se: Standard error of it over the captions (:func:`standard_error`); NaN with fewer than two.
         kl_p99: 99th percentile of it over the tokens (linear between order statistics).
         top1_agreement: Share of the tokens with the same most likely next token.
         logit_mse: Mean squared difference over tokens and vocabulary.
@@ -33,6 +35,7 @@ class Difference:
     tokens: int
     perplexity: float
     kl: float
+    kl_se: float
     kl_p99: float
     top1_agreement: float
     logit_mse: float
@@ -45,15 +48,20 @@ class SchemeProbe:
     """One scheme's measured error beside what was predicted for it.
 
     Attributes:
+        method: What made it: ``budget``, ``coverage``, or a control: ``random``, ``first_last``.
+        control_of: Scheme that it is a control of, ``None`` for a scheme.
         predicted_kl: Sum of the predicted KL over the quantized groups, nats per token; NaN where there is none.
+        caption_kl: ``[captions]`` KL summed over the tokens of each caption; what differences are told from chance by.
     """
 
     scheme: str
     digest: str
-    control: bool
+    method: str
+    control_of: str | None
     effective_bits: float
     predicted_kl: float
     difference: Difference
+    caption_kl: tuple[float, ...]
     seconds: float
 
     @property
@@ -74,6 +82,32 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Two schemes of which one should have the smaller KL, on the same tokens.
+
+    Attributes:
+        lower: Scheme that should have the smaller KL.
+        higher: The other.
+        why: ``control`` (same bits, chosen without the scores) or ``fewer bits``.
+        kl: KL of ``higher`` minus that of ``lower``, nats per token.
+        se: Standard error of it over the captions, smaller than those of the two means: captions are hard for both.
+    """
+
+    lower: str
+    higher: str
+    why: str
+    kl: float
+    se: float
+
+    @property
+    def verdict(self) -> str:
+        """``confirmed``, ``contradicted``, or ``undecided`` within :data:`DECIDED` standard errors."""
+        if not (math.isfinite(self.kl) and math.isfinite(self.se)) or abs(self.kl) <= DECIDED * self.se:
+            return "undecided"
+        return "confirmed" if self.kl > 0 else "contradicted"
+
+
+@dataclass(frozen=True)
 class ProbeResult:
     """A probe of some schemes on one model.
 
@@ -81,6 +115,7 @@ class ProbeResult:
         reference_perplexity: Of the unquantized model.
         floor: The unquantized model against itself.
         floor_kind: How that was made, in words.
+        caption_tokens: ``[captions]`` counted tokens of each caption.
     """
 
     model: ModelInfo
@@ -89,37 +124,40 @@ class ProbeResult:
     reference_perplexity: float
     floor: Difference
     floor_kind: str
+    caption_tokens: tuple[int, ...]
     schemes: tuple[SchemeProbe, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
 
+    def comparisons(self) -> list[Comparison]:
+        """Each scheme against its controls, then against the scheme with the next fewer bits."""
+        by_name = {s.scheme: s for s in self.schemes}
+        found = [self._compared(by_name[s.control_of], s, "control") for s in self.schemes if s.control_of in by_name]
+        own = sorted((s for s in self.schemes if s.control_of is None), key=lambda s: -s.effective_bits)
+        found += [
+            self._compared(more, fewer, "fewer bits")
+            for more, fewer in pairwise(own)
+            if fewer.effective_bits < more.effective_bits
+        ]
+        return found
+
+    def _compared(self, lower: SchemeProbe, higher: SchemeProbe, why: str) -> Comparison:
+        sums = np.subtract(higher.caption_kl, lower.caption_kl)
+        kl, se = standard_error(sums, self.caption_tokens)
+        return Comparison(lower.scheme, higher.scheme, why, kl, se)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data with its schema version; what is not a number becomes null."""
-        plain: dict[str, Any] = _finite({"schema_version": SCHEMA_VERSION, **asdict(self)})
+        plain: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         for record, probed in zip(plain["schemes"], self.schemes, strict=True):
-            record["additivity"] = _finite(probed.additivity)
-        return plain
-
-    def records(self) -> list[dict[str, Any]]:
-        """One flat record per scheme: scheme, control, bits, predicted_kl, the fields of the difference, additivity."""
-        return [
-            {
-                "scheme": s.scheme,
-                "digest": s.digest,
-                "control": s.control,
-                "bits": s.effective_bits,
-                "predicted_kl": s.predicted_kl,
-                **asdict(s.difference),
-                "additivity": s.additivity,
-                "seconds": s.seconds,
-            }
-            for s in self.schemes
-        ]
+            record["additivity"] = probed.additivity
+        plain["comparisons"] = [{**asdict(c), "verdict": c.verdict} for c in self.comparisons()]
+        return dict(_finite(plain))
 
     def metrics(self) -> dict[str, float]:
-        """The finite numbers: ``probe/<scheme>/<number>``, the same for ``floor``, ``probe/unquantized/perplexity``."""
-        names = ("perplexity", "kl", "kl_p99", "top1_agreement", "logit_mse", "logit_max_error")
+        """The finite numbers by the names in ``docs/tracking.md``: ``probe/<scheme>/<number>`` and so on."""
+        names = ("perplexity", "kl", "kl_se", "kl_p99", "top1_agreement", "logit_mse", "logit_max_error")
         values = {"probe/unquantized/perplexity": self.reference_perplexity}
         for key in names:
             values[f"probe/floor/{key}"] = getattr(self.floor, key)
@@ -130,85 +168,35 @@ class ProbeResult:
             values[f"probe/{s.scheme}/predicted_kl"] = s.predicted_kl
             values[f"probe/{s.scheme}/additivity"] = s.additivity
             values[f"probe/{s.scheme}/nonfinite"] = float(s.difference.nonfinite)
+        for c in self.comparisons():
+            if c.why == "control":
+                values[f"probe/{c.higher}/kl_above_scheme"] = c.kl
+                values[f"probe/{c.higher}/kl_above_scheme_se"] = c.se
+        values |= {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
-    def markdown(self) -> str:
-        """A table, a row per scheme, and the unquantized model and the noise floor below."""
-        d = self.data
-        lines = [
-            f"{self.model.name} ({self.model.dtype}), {d.rows} held-out rows of {d.dataset} "
-            f"({d.packing}, {d.seq_len} tokens), {d.tokens:,} tokens counted",
-            "",
-            "| scheme | bits | perplexity | KL (nats/token) | p99 KL | predicted KL | measured / predicted | "
-            "top-1 agreement | logit MSE | max error |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *(
-                f"| {s.scheme} | {s.effective_bits:.3f} | {_words(s.difference)[0]} | {s.difference.kl:.4g} | "
-                f"{s.difference.kl_p99:.4g} | {s.predicted_kl:.4g} | {s.additivity:.2f} | {_words(s.difference)[1]} |"
-                for s in self.schemes
-            ),
-            f"| unquantized | 16 | {self.reference_perplexity:.4f} | | | | | | | |",
-            f"| noise floor | 16 | {_words(self.floor)[0]} | {self.floor.kl:.4g} | {self.floor.kl_p99:.4g} | | | "
-            f"{_words(self.floor)[1]} |",
-            "",
-            f"Noise floor: {self.floor_kind}.",
-        ]
-        below = [s.scheme for s in self.schemes if s.difference.kl <= self.floor.kl]
-        lines += [f"Not above the noise floor: {', '.join(below)}."] if below else []
-        bad = [f"{s.scheme} ({s.difference.nonfinite} tokens)" for s in self.schemes if s.difference.nonfinite]
-        lines += [f"Logits that are not numbers: {', '.join(bad)}."] if bad else []
-        return "\n".join(lines) + "\n"
 
-    def write(self, root: Path) -> Path:
-        """Writes ``probe.json``, ``probe.md`` and ``figures/probe.png`` into a folder of its own, whole or not at all.
+def standard_error(sums: Sequence[float] | FloatArray, tokens: Sequence[int]) -> tuple[float, float]:
+    """Mean per token and its standard error, where captions are what was drawn and not tokens.
 
-        Args:
-            root: Output root; the folder is made below its ``tmp``.
+    A mean over tokens is the ratio of two sums over captions; its variance is that of a ratio estimator (Cochran,
+    *Sampling Techniques*, 3rd edition 1977, chapter 6). Tokens of one caption are not independent, so that their
+    scatter over ``√tokens`` would be too small.
 
-        Raises:
-            UserError: The disk is full or cannot be written.
-        """
-        from layerbits.figures.style import save_png
+    Args:
+        sums: ``[captions]`` the value summed over the tokens of each caption.
+        tokens: ``[captions]`` tokens of each.
 
-        final = root / "tmp" / f"probe_{self.model.name}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}"
-        partial = final.with_name(f".{final.name}.partial")
-        try:
-            write_json(partial / "probe.json", self.to_json())
-            (partial / "probe.md").write_text(self.markdown())
-            save_png(figure(self), partial / "figures" / "probe.png")
-            partial.rename(final)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
-        return final
-
-
-def figure(result: ProbeResult) -> Any:
-    """Bits against measured KL, schemes and controls apart."""
-    import pandas as pd
-
-    from layerbits.figures import pareto
-
-    def label(s: SchemeProbe) -> str:
-        if not s.control:
-            return "schemes"
-        return "first_last" if s.scheme.endswith("first_last") else "random"
-
-    frame = pd.DataFrame(
-        {
-            "bits": [s.effective_bits for s in result.schemes],
-            "kl": [s.difference.kl for s in result.schemes],
-            "label": [label(s) for s in result.schemes],
-        }
-    )
-    return pareto(frame, "kl", title=f"{result.model.name}: measured KL on {result.data.tokens:,} held-out tokens")
-
-
-def _words(difference: Difference) -> tuple[str, str]:
-    return (
-        f"{difference.perplexity:.4f}",
-        f"{difference.top1_agreement:.4f} | {difference.logit_mse:.4g} | {difference.logit_max_error:.4g}",
-    )
+    Returns:
+        The mean, and its standard error, NaN with fewer than two captions.
+    """
+    values, counts = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    mean = float(values.sum() / counts.sum())
+    if len(values) < 2:
+        return mean, math.nan
+    residual = values - mean * counts
+    scale = len(values) / (len(values) - 1)
+    return mean, float(np.sqrt(scale * (residual @ residual)) / counts.sum())
 
 
 def _finite(value: Any) -> Any:

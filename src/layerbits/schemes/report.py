@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.scheme import Scheme
+from layerbits.schemes.source import Source
+
+DIGEST_TAG = "mlflow.layerbits.scheme."
+"""Prefix of the tags with a scheme's digest; MLflow's UI hides tags that start with ``mlflow.``."""
 
 
 def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
@@ -60,6 +66,59 @@ def metrics(schemes: Sequence[Scheme]) -> dict[str, float]:
     names = ("bits", "bits_modelopt", "score", "predicted_kl", "quantized_groups")
     values = {f"scheme/{row['scheme']}/{name}": row[name] for row in rows(schemes) for name in names}
     return {key: float(value) for key, value in values.items() if value is not None}
+
+
+def digests(schemes: Mapping[str, str]) -> dict[str, str]:
+    """Tags that say what each scheme of a run is: its name may mean another one in another run.
+
+    Args:
+        schemes: Name → digest.
+    """
+    return {f"{DIGEST_TAG}{name}": digest for name, digest in schemes.items()}
+
+
+def parameters(specs: Sequence[SchemeSpec], source: Source) -> dict[str, str]:
+    """What was in force, for the tracking server; several values of one parameter are separated by commas."""
+    chosen = [spec for spec in specs if spec.control is None]
+    partial = [spec for spec in chosen if spec.coverage is not None and spec.coverage < 1]
+    data = source.calibration
+    lists = {
+        "eff.schemes": [spec.name for spec in specs],
+        "eff.candidates": [c.name for c in source.candidates],
+        "eff.objective": [spec.objective for spec in chosen],
+        "eff.coverage_order": [spec.coverage_order for spec in partial],
+    }
+    values = {key: ",".join(dict.fromkeys(names)) for key, names in lists.items()}
+    values |= {"eff.model": source.model.name, "eff.model_revision": source.model.revision, "eff.method": source.method}
+    values |= {"eff.dataset": data.dataset, "eff.dataset_size": data.size}
+    return {key: value for key, value in values.items() if value}
+
+
+def exclude_patterns(scheme: Scheme) -> list[str]:
+    """The exclude list with a wildcard for each block that stays unquantized as a whole, as ModelOpt and vLLM read it.
+
+    Returns:
+        Names and patterns (``fnmatch``), in model order: of the scheme's linears they match those of
+        :attr:`Scheme.exclude` and no other.
+    """
+    quantized = {g.block for g, name in zip(scheme.groups, scheme.assignment, strict=True) if name is not None}
+    found: dict[str, None] = {}
+    for group, name in zip(scheme.groups, scheme.assignment, strict=True):
+        if name is not None:
+            continue
+        if group.block is None or group.block in quantized:
+            found.update(dict.fromkeys(group.modules))
+            continue
+        for module in group.modules:
+            parts = module.split(".")
+            found[".".join(parts[: parts.index(str(group.block)) + 1]) + ".*"] = None
+    return list(found)
+
+
+def excludes(schemes: Sequence[Scheme]) -> str:
+    """The exclude lists to paste, a JSON list per scheme; those of the controls are left to their files."""
+    lines = [f"{scheme.name}: {json.dumps(exclude_patterns(scheme))}" for scheme in schemes if not scheme.is_control]
+    return "\n\n".join(["Exclude lists (every name in full: exclude/*.yaml)", *lines]) + "\n"
 
 
 def exclude_yaml(scheme: Scheme) -> str:

@@ -60,14 +60,11 @@ class SchemeSettings:
         base = SchemeSpec.from_mapping({"name": "bits", "effective_bits": budgets or [16], **shared})
         named = load_specs([*listed(config["schemes"]), *listed(config["controls"])], folder)
         if config["coverage_order"] not in _NONE:
-            named = [s if s.coverage is None else replace(s, coverage_order=config["coverage_order"]) for s in named]
+            named = [_ordered(spec, config["coverage_order"]) for spec in named]
         # A budget has its number in its name even when it is the only one.
         own = [replace(base, name=f"bits_{b:g}", effective_bits=(b,)) for b in base.effective_bits] if budgets else []
         specs = (*named, *own)
-        try:
-            points = int(config["pareto"])
-        except (TypeError, ValueError):
-            raise UserError(f"pareto={config['pareto']} is not a number of budgets; use 0 for no curve") from None
+        points = whole("pareto", config["pareto"])
         if not specs and points < 1:
             raise UserError("nothing to make: name schemes, or set effective_bits or pareto")
         return cls(
@@ -80,6 +77,14 @@ class SchemeSettings:
         )
 
 
+def _ordered(spec: SchemeSpec, order: str) -> SchemeSpec:
+    """The spec with another coverage order; it is another scheme then and says so in its name."""
+    if spec.coverage is None or spec.coverage_order == order:
+        return spec
+    turned = replace(spec, coverage_order=order)
+    return replace(turned, name=f"{spec.name}_{order}") if spec.coverage < 1 else turned
+
+
 def source_name(references: Sequence[str]) -> str:
     """Run ids, files or folders in a few words: the last part of the first, and how many more."""
     if not references:
@@ -87,6 +92,18 @@ def source_name(references: Sequence[str]) -> str:
     first = Path(references[0])
     name = first.parent.name if first.name == "manifest.json" else first.stem
     return name if len(references) == 1 else f"{name} and {len(references) - 1} more"
+
+
+def whole(key: str, value: object) -> int:
+    """A whole number of the configuration.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        return int(str(value))
+    except ValueError:
+        raise UserError(f"{key}={value} is not a whole number; give one") from None
 
 
 def listed(value: Any) -> list[str]:

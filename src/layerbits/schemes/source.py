@@ -103,6 +103,8 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
     groups: dict[str, Group] = {}
     columns: dict[str, tuple[str, CandidateInfo]] = {}
     for name, result in results.items():
+        if not result.recipe.chosen:
+            raise UserError(f"{name} was imported and does not say what its formats store; score the model anew")
         _check_comparable(names[0], first, name, result)
         for group in result.groups:
             if groups.setdefault(group.key, group) != group:
@@ -147,6 +149,9 @@ def _from_store(run_id: str, tracking_uri: str | None) -> dict[str, SensitivityR
         f"tags.mlflow.parentRunId = '{run_id}' and tags.outcome = 'ok'",
         lambda child: child.run_id,
     )
+    kind = run.tags.get("layerbits.kind")
+    if kind is not None and not cells:
+        raise UserError(f"run {run_id} is a {kind} run and holds no scores; give the sensitivity run that it came from")
     if outcome not in ("ok", "partial") or (outcome == "partial" and not cells):
         why = f" ({run.tags['reason']})" if "reason" in run.tags else ""
         raise UserError(f"run {run_id} ended as {outcome}{why} and holds no scores; give a run whose outcome is ok")

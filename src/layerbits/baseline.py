@@ -1,0 +1,176 @@
+"""The unquantized model's predictions of some held-out tokens, kept to compare those of a changed model with.
+
+One pass over the logits in float32: the KL divergence by :func:`layerbits.scoring.divergence.divergence`, whose form
+keeps the precision of a small one, and from the same differences the error of the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layerbits.result import FloatArray
+from layerbits.schemes.measured import Difference, standard_error
+
+if TYPE_CHECKING:
+    from layerbits.calibration import Batch, Segment
+
+_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}
+"""Logits compared at once: 8 MB in float32 on a CPU, near enough to its caches; 512 MB on a GPU."""
+_MAY_KEEP = 0.25  # of a GPU's free memory, for kept logits; host memory takes them otherwise
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One segment: ``n`` counted tokens.
+
+    Attributes:
+        segment: The rows.
+        logits: ``[n, vocabulary]`` in the model's dtype.
+        partition: ``[n]`` float32 ``log Σ exp`` of them.
+        targets: ``[n]`` tokens that came true.
+    """
+
+    segment: Segment
+    logits: Any
+    partition: Any
+    targets: Any
+
+
+class Baseline:
+    """The unquantized model's logits at the counted tokens of some batches.
+
+    Args:
+        model: The whole model, unquantized.
+        batches: The rows. Their loss mask says which tokens count, so that padding has no part in any figure.
+
+    Attributes:
+        caption_tokens: ``[captions]`` counted tokens of each caption, in the order of the caption list.
+    """
+
+    def __init__(self, model: Any, batches: Sequence[Batch]) -> None:
+        import torch
+
+        from layerbits.scoring.divergence import log_partition
+
+        self._kept = []
+        with torch.no_grad():
+            for segment in (s for batch in batches for s in batch.segments if bool(s.loss_mask.any())):
+                logits, targets = _predicted(model, segment)
+                kept = logits if _fits(logits) else logits.cpu()
+                self._kept.append(_Kept(segment, kept, log_partition(logits), targets))
+        owners = torch.cat([k.segment.sample[k.segment.loss_mask] for k in self._kept]).numpy()
+        _, self._caption, tokens = np.unique(owners, return_inverse=True, return_counts=True)
+        self.caption_tokens = tuple(tokens.tolist())
+
+    @property
+    def tokens(self) -> int:
+        """Counted tokens."""
+        return len(self._caption)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of the logits are numbers."""
+        import torch
+
+        return all(bool(torch.isfinite(k.partition).all()) for k in self._kept)
+
+    @property
+    def perplexity(self) -> float:
+        """Of the unquantized model."""
+        return math.exp(float(np.concatenate([self._loss(k) for k in self._kept]).mean()))
+
+    def compare(self, model: Any, row_by_row: bool = False) -> tuple[Difference, tuple[float, ...]]:
+        """Runs a model on the same rows and compares.
+
+        Args:
+            model: The model as it is now; its dtype may be another.
+            row_by_row: Run single rows instead of batches.
+
+        Returns:
+            The difference, and ``[captions]`` the KL divergence summed over the tokens of each caption.
+        """
+        import torch
+
+        parts: list[list[Any]] = []
+        with torch.no_grad():
+            for kept in self._kept:
+                ours, _ = _predicted(model, kept.segment, row_by_row)
+                parts += _compared(kept, ours)
+        kl, change, largest, squares, same = (torch.cat(p).double().cpu().numpy() for p in zip(*parts, strict=True))
+        captions: FloatArray = np.bincount(self._caption, weights=kl).astype(np.float64)
+        if bad := int((~np.isfinite(largest)).sum()):
+            nan = math.nan
+            return Difference(len(kl), nan, nan, nan, nan, nan, nan, nan, bad), tuple(captions.tolist())
+        loss = np.concatenate([self._loss(k) for k in self._kept]) + change
+        return Difference(
+            tokens=len(kl),
+            perplexity=math.exp(float(loss.mean())),
+            kl=float(kl.mean()),
+            kl_se=standard_error(captions, self.caption_tokens)[1],
+            kl_p99=float(np.quantile(kl, 0.99)),
+            top1_agreement=float(same.mean()),
+            logit_mse=float(squares.mean()) / self._kept[0].logits.shape[1],
+            logit_max_error=float(largest.max()),
+        ), tuple(captions.tolist())
+
+    def _loss(self, kept: _Kept) -> Any:
+        chosen = kept.logits.gather(1, kept.targets[:, None].to(kept.logits.device))[:, 0]
+        return (kept.partition.double().cpu() - chosen.double().cpu()).numpy()
+
+
+def _compared(kept: _Kept, ours: Any) -> Iterator[list[Any]]:
+    """Per piece and token: KL, change of the loss, largest and summed squared error, whether the top is the same."""
+    import torch
+
+    from layerbits.scoring.divergence import divergence
+
+    size = max(1, _AT_ONCE[ours.device.type] // ours.shape[1])
+    for start in range(0, len(ours), size):
+        span = slice(start, start + size)
+        a, b = ours[span], kept.logits[span].to(ours.device)
+        if a.dtype != b.dtype:
+            a, b = a.float(), b.float()
+        kl, change = divergence(b, kept.partition[span], a[None], kept.targets[span])
+        same = a.argmax(-1) == b.argmax(-1)
+        error = a.float() - b.float()
+        squares = torch.linalg.vecdot(error, error)
+        yield [kl[0], change[0], error.abs_().amax(-1), squares, same]
+
+
+def _predicted(model: Any, segment: Segment, row_by_row: bool = False) -> tuple[Any, Any]:
+    """Logits and next tokens of a segment's counted positions."""
+    import torch
+
+    from layerbits.scoring.steps import predictions
+
+    if not row_by_row:
+        return predictions(model, segment)
+    found = [predictions(model, row) for row in _rows(segment)]
+    return torch.cat([logits for logits, _ in found]), torch.cat([targets for _, targets in found])
+
+
+def _rows(segment: Segment) -> list[Segment]:
+    mask = segment.attention_mask
+    return [
+        replace(
+            segment,
+            input_ids=segment.input_ids[i : i + 1],
+            attention_mask=None if mask is None else mask[i : i + 1],
+            loss_mask=segment.loss_mask[i : i + 1],
+            sample=segment.sample[i : i + 1],
+        )
+        for i in range(len(segment.input_ids))
+        if bool(segment.loss_mask[i].any())
+    ]
+
+
+def _fits(logits: Any) -> bool:
+    from layerbits.scoring.memory import _free_bytes
+
+    wanted = logits.numel() * logits.element_size()
+    return not logits.is_cuda or wanted < _MAY_KEEP * _free_bytes(logits.device)

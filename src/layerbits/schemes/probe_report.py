@@ -1,0 +1,130 @@
+"""A probe's result as Markdown, figure and folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from layerbits.errors import UserError
+from layerbits.result import write_json
+from layerbits.schemes.measured import DECIDED, Difference, ProbeResult
+
+
+def markdown(result: ProbeResult) -> str:
+    """A row per scheme, the unquantized model and the noise floor below, and what can be told apart."""
+    d, comparisons = result.data, result.comparisons()
+    verdicts = Counter(c.verdict for c in comparisons)
+    found = ", ".join(f"{verdicts[v]} {v}" for v in ("confirmed", "contradicted", "undecided"))
+    lines = [
+        f"{result.model.name} ({result.model.dtype}), {d.rows} held-out rows of {d.dataset} ({d.packing}, {d.seq_len} "
+        f"tokens), {d.tokens:,} tokens of {len(result.caption_tokens)} captions counted",
+        *([f"Of {len(comparisons)} expected differences (below): {found}."] if comparisons else []),
+        "",
+        "| scheme | bits | perplexity | KL (nats/token) | ± SE | p99 KL | predicted KL | measured / predicted | "
+        "top-1 agreement | logit MSE | max error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {s.scheme} | {s.effective_bits:.3f} | {s.difference.perplexity:.4f} | {_kl(s.difference)} | "
+            f"{s.predicted_kl:.4g} | {s.additivity:.2f} | {_logits(s.difference)} |"
+            for s in result.schemes
+        ),
+        f"| unquantized | 16 | {result.reference_perplexity:.4f} | | | | | | | | |",
+        f"| noise floor | 16 | {result.floor.perplexity:.4f} | {_kl(result.floor)} | | | {_logits(result.floor)} |",
+        "",
+        f"Noise floor: {result.floor_kind}. Standard errors (SE) are over the captions.",
+    ]
+    below = [s.scheme for s in result.schemes if s.difference.kl <= result.floor.kl]
+    lines += [f"Not above the noise floor: {', '.join(below)}."] if below else []
+    bad = [f"{s.scheme} ({s.difference.nonfinite} tokens)" for s in result.schemes if s.difference.nonfinite]
+    lines += [f"Logits that are not numbers: {', '.join(bad)}."] if bad else []
+    if comparisons:
+        lines += [
+            "",
+            f"On the same tokens; a difference counts from {DECIDED:g} standard errors on:",
+            "",
+            "| should be lower | should be higher | because | KL difference | ± SE | |",
+            "|---|---|---|---|---|---|",
+            *(f"| {c.lower} | {c.higher} | {c.why} | {c.kl:.4g} | {c.se:.2g} | {c.verdict} |" for c in comparisons),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def parameters(result: ProbeResult) -> dict[str, str]:
+    """What was in force, for the tracking server."""
+    data = result.data
+    return {
+        "eff.model": result.model.name,
+        "eff.model_revision": result.model.revision,
+        "eff.dtype": result.model.dtype,
+        "eff.dataset": data.dataset,
+        "eff.packing": data.packing,
+        "eff.seq_len": str(data.seq_len),
+        "eff.rows": str(data.rows),
+        "eff.schemes": ",".join(s.scheme for s in result.schemes),
+    }
+
+
+def figure(result: ProbeResult) -> Any:
+    """Bits against measured KL with two standard errors, schemes and each kind of control apart."""
+    import pandas as pd
+
+    from layerbits.figures import pareto
+
+    schemes = result.schemes
+    frame = pd.DataFrame(
+        {
+            "bits": [s.effective_bits for s in schemes],
+            "kl": [s.difference.kl for s in schemes],
+            "label": ["schemes" if s.control_of is None else s.method for s in schemes],
+        }
+    )
+    title = f"{result.model.name}: {result.data.tokens:,} held-out tokens, ± {DECIDED:g} SE"
+    drawn = pareto(frame, "kl", title=title)
+    drawn.axes[0].errorbar(
+        frame["bits"],
+        frame["kl"],
+        yerr=[DECIDED * s.difference.kl_se for s in schemes],
+        fmt="none",
+        ecolor="black",
+        elinewidth=0.8,
+        capsize=2,
+        zorder=4,
+    )
+    return drawn
+
+
+def write_probe(result: ProbeResult, root: Path) -> Path:
+    """Writes ``probe.json``, ``probe.md`` and ``figures/probe.png`` into a folder of its own, whole or not at all.
+
+    Args:
+        result: What was measured.
+        root: Output root; the folder is made below its ``tmp``.
+
+    Raises:
+        UserError: The disk is full or cannot be written.
+    """
+    from layerbits.figures.style import save_png
+
+    final = root / "tmp" / f"probe_{result.model.name}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}"
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        write_json(partial / "probe.json", result.to_json())
+        (partial / "probe.md").write_text(markdown(result))
+        if any(s.difference.kl >= 0 for s in result.schemes):
+            save_png(figure(result), partial / "figures" / "probe.png")
+        partial.rename(final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
+    return final
+
+
+def _kl(difference: Difference) -> str:
+    return f"{difference.kl:.4g} | {difference.kl_se:.2g} | {difference.kl_p99:.4g}"
+
+
+def _logits(difference: Difference) -> str:
+    return f"{difference.top1_agreement:.4f} | {difference.logit_mse:.4g} | {difference.logit_max_error:.4g}"

@@ -1,0 +1,54 @@
+"""The schemes that a job works on: read from files, or made from runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerbits.schemes.make import make_schemes
+from layerbits.schemes.scheme import Scheme, load_scheme
+from layerbits.schemes.settings import SchemeSettings, listed, source_name
+from layerbits.schemes.source import load_scores
+
+
+@dataclass(frozen=True)
+class SchemeRequest:
+    """Which schemes, checked as far as that goes without a store.
+
+    Attributes:
+        files: Scheme files.
+        settings: What to make where there are no files.
+    """
+
+    files: tuple[str, ...]
+    settings: SchemeSettings | None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], folder: Path) -> SchemeRequest:
+        """Reads a configuration on top of ``configs/scheme_run.yaml`` with ``scheme_files``.
+
+        Raises:
+            UserError: As :meth:`SchemeSettings.from_config`, where no files are given.
+        """
+        files = tuple(listed(config["scheme_files"]))
+        return cls(files, None if files else SchemeSettings.from_config(config, folder))
+
+    @property
+    def source_name(self) -> str:
+        """The files or runs in a few words."""
+        return source_name(self.files) if self.settings is None else self.settings.source_name
+
+    def schemes(self, tracking_uri: str | None) -> list[Scheme]:
+        """Reads or makes them.
+
+        Args:
+            tracking_uri: The store of the runs.
+
+        Raises:
+            UserError: No such file or run, or schemes that cannot be made of it.
+        """
+        if self.settings is None:
+            return [load_scheme(path) for path in self.files]
+        return make_schemes(self.settings.specs, load_scores(self.settings.references, tracking_uri))

@@ -1,0 +1,319 @@
+"""Schemes on real models: applied, swapped, probed, and the whole way from the command line."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from transformers import AutoTokenizer
+
+from layerbits import smollm2
+from layerbits.apply import apply_scheme, find_ranges
+from layerbits.baseline import Baseline
+from layerbits.calibration import Batch, Segment
+from layerbits.errors import UserError
+from layerbits.history.probed import probed_kl
+from layerbits.probe import held_out_rows
+from layerbits.schemes import load_scheme
+from layerbits.schemes.loading import prepare
+from layerbits.schemes.source import load_scores
+from layerbits.scoring.steps import calibration_forward
+
+from .schemes_support import CALIBRATION, INFO, logits, probed, scheme_of
+from .scoring_support import candidate, random_segment, search_config, tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def quantized_by_modelopt(model, scheme, made):
+    """ModelOpt's own quantize with a candidate's config, and every other linear disabled."""
+    import modelopt.torch.quantization as mtq
+
+    def forward_loop(m):
+        for batch in CALIBRATION:
+            calibration_forward(m, batch, need_logits=False)
+
+    changed = mtq.quantize(copy.deepcopy(model), search_config(made), forward_loop)
+    mtq.disable_quantizer(changed, lambda name: name.rsplit(".", 1)[0] not in scheme.modules)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("pair", "overlay"),
+    [
+        ("wfp8_afp8", "default"), ("wfp8_afp8", "a_per_token_dynamic"), ("wint8_aint8", "default"),
+        ("wint4_afp16", "default"), ("wfp4_afp8", "default"),
+    ],
+)  # fmt: skip
+def test_a_scheme_computes_what_modelopt_computes_with_its_config(pair, overlay):
+    model = tiny_model("llama")
+    made = candidate(pair, overlay)
+    scheme = scheme_of(model, qkv=made, down1=made)
+    with apply_scheme(model, scheme, CALIBRATION):
+        ours = logits(model)
+    assert torch.equal(ours, logits(quantized_by_modelopt(model, scheme, made)))
+    assert not torch.equal(ours, logits(model))
+
+
+def test_a_vision_language_model_runs_under_a_scheme():
+    model = tiny_model("qwen3_vl")
+    made = candidate("wfp8_afp8")
+    scheme = scheme_of(model, gate_up=made)
+    with apply_scheme(model, scheme, CALIBRATION):
+        ours = logits(model)
+    assert torch.equal(ours, logits(quantized_by_modelopt(model, scheme, made)))
+
+
+def test_schemes_take_turns_and_leave_the_model_bit_for_bit_as_it_was():
+    model = tiny_model("llama")
+    eight, four = candidate("wfp8_afp8"), candidate("wint4_afp16")
+    schemes = [scheme_of(model, qkv=eight), scheme_of(model, qkv=four, down=eight)]
+    before, weights = logits(model), copy.deepcopy(model.state_dict())
+    attributes = [set(vars(m)) for m in model.modules()]
+    ranges = find_ranges(model, schemes, CALIBRATION)
+    alone = []
+    for scheme in schemes:
+        with apply_scheme(model, scheme, ranges):
+            alone.append(logits(model))
+        assert torch.equal(logits(model), before)
+    made = {}
+    for scheme, expected in zip([*schemes, schemes[0]], [*alone, alone[0]], strict=True):
+        with apply_scheme(model, scheme, ranges, made=made):
+            assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(model), before)
+    assert [set(vars(m)) for m in model.modules()] == attributes
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
+
+
+def test_a_second_scheme_on_top_of_one_is_refused():
+    model = tiny_model("llama")
+    scheme = scheme_of(model, o=candidate("wint8_afp16"))
+    with apply_scheme(model, scheme, CALIBRATION), pytest.raises(UserError, match="under scheme mine already"):
+        apply_scheme(model, scheme, CALIBRATION)
+
+
+def test_a_scheme_of_another_model_is_refused():
+    scheme = scheme_of(tiny_model("llama"), o=candidate("wint8_afp16"))
+    with pytest.raises(UserError, match="has no linear model"):
+        apply_scheme(tiny_model("qwen3_vl"), scheme, CALIBRATION)
+
+
+def padded(width, fill):
+    """Two held-out rows of 20 and 12 tokens, padded on the right."""
+    whole = random_segment(2, 20, seed=9)
+    real = torch.arange(width)[None] < torch.tensor([[20], [12]])
+    grown = [torch.nn.functional.pad(t, (0, width - 20)) for t in (whole.input_ids, whole.sample)]
+    mask = real.clone()
+    mask[:, 0] = False
+    return Batch(
+        (Segment(torch.where(real, grown[0], fill), real.long(), mask, torch.where(real, grown[1], -1).int()),)
+    )
+
+
+def test_padded_tokens_do_not_enter_a_probe():
+    model = tiny_model("llama")
+    ranges = find_ranges(model, [scheme := scheme_of(model, qkv=candidate("wfp8_afp8"))], CALIBRATION)
+    found = []
+    for width, fill in ((20, 0), (20, 5), (33, 7)):
+        baseline = Baseline(model, [padded(width, fill)])
+        with apply_scheme(model, scheme, ranges):
+            found.append(baseline.compare(model)[0])
+    assert found[0] == found[1]
+    assert found[0].tokens == 19 + 11
+    assert found[2].kl == pytest.approx(found[0].kl, rel=1e-4)
+    assert found[2].perplexity == pytest.approx(found[0].perplexity, rel=1e-6)
+
+
+def test_a_probe_measures_what_the_scheme_does():
+    model = tiny_model("llama")
+    eight, four = (
+        scheme_of(model, n, qkv=c, down=c)
+        for n, c in (("eight", candidate("wfp8_afp8")), ("four", candidate("wint4_afp16")))
+    )
+    before = logits(model)
+    result = probed(model, [eight, four])
+    kl = {s.scheme: s.difference.kl for s in result.schemes}
+    assert kl["four"] > kl["eight"] > 10 * result.floor.kl
+    with apply_scheme(model, eight, CALIBRATION):
+        log_q = logits(model)[:, :-1].double().log_softmax(-1)
+    log_p = before[:, :-1].double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert kl["eight"] == pytest.approx(float(expected), rel=1e-4)
+    assert torch.equal(logits(model), before)
+
+
+def test_schemes_that_are_the_same_are_measured_once():
+    model = tiny_model("llama")
+    first, again = (scheme_of(model, n, qkv=candidate("wfp8_afp8")) for n in ("first", "again"))
+    one, two = probed(model, [first, again]).schemes
+    assert (two.scheme, two.difference) == ("again", one.difference)
+    assert two.seconds < one.seconds / 5
+
+
+def test_a_bf16_model_has_a_noise_floor_and_its_weights_back():
+    model = tiny_model("llama").bfloat16()
+    weights = copy.deepcopy(model.state_dict())
+    result = probed(model, [scheme_of(model, qkv=candidate("wint4_afp16"))], replace(INFO, dtype="bfloat16"))
+    assert 0 < result.floor.kl < result.schemes[0].difference.kl
+    assert all(torch.equal(v, weights[n]) and v.dtype == weights[n].dtype for n, v in model.state_dict().items())
+
+
+def test_another_revision_is_refused_before_anything_runs():
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match="revision r0, the model here is revision r1"):
+        probed(model, [scheme_of(model, qkv=candidate("wint8_afp16"))], replace(INFO, revision="r1"))
+
+
+def test_a_model_without_finite_logits_is_refused():
+    model = tiny_model("llama")
+    model.lm_head.weight.data[3] = float("inf")
+    with pytest.raises(UserError, match="own logits are not finite"):
+        probed(model, [scheme_of(model, qkv=candidate("wint8_afp16"))])
+
+
+@pytest.mark.parametrize(
+    ("captions", "rows", "message"),
+    [
+        ((), 4, "no held-out captions"),
+        (("A cat.", "A dog."), 0, "rows=0 is nothing to probe on"),
+        (("A cat.", "A dog."), 6, "rows=6 is not a multiple of batch_size=4"),
+        (("A cat.", "A dog."), 4, "fill 1 rows of 16 tokens, not 4; set rows=1"),
+    ],
+)
+def test_rows_that_are_not_there_are_named(captions, rows, message):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.checkpoint())
+    with pytest.raises(UserError, match=message):
+        held_out_rows(captions, tokenizer, "packed", 16, 4, rows)
+
+
+def start(script, store, out, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
+        environment.pop(name, None)
+    command = [sys.executable, f"experiments/{script}.py", f"tracking.uri={store}", f"output_root={out}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def runs(store, **tags):
+    client = MlflowClient(store)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "layerbits"]
+    found = client.search_runs([experiment.experiment_id])
+    return [r for r in found if all(r.data.tags.get(k.replace("__", ".")) == v for k, v in tags.items())]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A tiny model with the default model's tokenizer, in a grid of two pairs; store, output root, run ids, folder."""
+    folder = tmp_path_factory.mktemp("schemes")
+    model = tiny_model("llama", vocab_size=49152, tie_word_embeddings=True)
+    model.save_pretrained(folder / "model")
+    for file in smollm2.checkpoint().glob("*token*"):
+        (folder / "model" / file.name).write_bytes(file.read_bytes())
+    store, out = f"sqlite:///{folder}/mlflow.db", folder / "out"
+    done = start(
+        "grid", store, out, "model=hf", f"model.path={folder}/model", "model.name=tiny", "model.dtype=float32",
+        "quant_pairs=wfp8_afp8,wint4_afp16", "autoquant.seq_len=32", f"autoquant.checkpoint={folder}/search",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ids = {r.data.params.get("eff.quant_pair", "grid"): r.info.run_id for r in runs(store)}
+    return store, out, ids, folder / "model"
+
+
+@pytest.fixture(scope="module")
+def made(scored):
+    """Schemes of a grid's two candidates, and their probe."""
+    store, out, ids, _ = scored
+    arguments = ("schemes=none", "effective_bits=6,9", "controls=random")
+    done = start("scheme", store, out, f"run_id={ids['grid']}", *arguments, "pareto=5")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (out / "tmp").glob("schemes_*")
+    first = folder / "schemes" / "bits_6.json"
+    probed_ = start("probe", store, out, f"scheme_files={first},{folder}/schemes/bits_9.json", "rows=4", "batch_size=4")
+    assert probed_.returncode == 0, probed_.stderr
+    return done, probed_, folder
+
+
+def test_schemes_of_a_grid_are_logged_and_printed(scored, made):
+    store, _, ids, _ = scored
+    (run,) = runs(store, layerbits__kind="schemes")
+    assert set(run.data.tags["source_run_id"].split(",")) == {ids["wfp8_afp8"], ids["wint4_afp16"]}
+    assert run.data.tags["outcome"] == "ok"
+    assert set(run.data.params["eff.candidates"].split(",")) == {"wfp8_afp8", "wint4_afp16"}
+    assert run.data.metrics["scheme/bits_6/bits"] <= 6
+    paths = {a.path for a in MlflowClient(store).list_artifacts(run.info.run_id)}
+    assert paths == {"exclude", "figures", "pareto.json", "schemes", "schemes.json", "schemes.md"}
+    data = json.loads((made[2] / "schemes" / "bits_9.json").read_text())
+    assert {c["name"] for c in data["candidates"]} == {"wfp8_afp8", "wint4_afp16"}
+    assert "bits_9: [" in made[0].stdout
+
+
+def test_a_probe_of_scheme_files_is_logged(scored, made):
+    store, _, ids, _ = scored
+    (run,) = runs(store, layerbits__kind="probe")
+    assert set(run.data.tags["source_run_id"].split(",")) == {ids["wfp8_afp8"], ids["wint4_afp16"]}
+    assert 0 < run.data.metrics["probe/bits_9/kl"] < run.data.metrics["probe/bits_6/kl"]
+    assert run.data.metrics["probe/floor/kl"] < 1e-6
+    assert run.data.params["eff.rows"] == "4"
+    assert "| bits_6 |" in run.data.tags["mlflow.note.content"]
+    assert {a.path for a in MlflowClient(store).list_artifacts(run.info.run_id)} == {
+        "figures",
+        "probe.json",
+        "probe.md",
+    }
+
+
+def test_the_measured_kl_of_a_scheme_is_found_by_what_it_is(scored, made):
+    store = scored[0]
+    (run,) = runs(store, layerbits__kind="probe")
+    scheme = load_scheme(made[2] / "schemes" / "bits_6.json")
+    where = (store, run.info.experiment_id, "bits_6")
+    assert probed_kl(*where, scheme.digest) == run.data.metrics["probe/bits_6/kl"]
+    assert probed_kl(*where, "another") is None
+
+
+def test_a_run_without_scores_is_named(scored, made):
+    store = scored[0]
+    (run,) = runs(store, layerbits__kind="probe")
+    with pytest.raises(UserError, match="is a probe run and holds no scores"):
+        load_scores([run.info.run_id], store)
+
+
+def test_an_unknown_run_is_named(scored):
+    with pytest.raises(UserError, match="no run 0123456789abcdef0123456789abcdef in"):
+        load_scores(["0123456789abcdef0123456789abcdef"], scored[0])
+
+
+def test_a_failed_run_is_named_with_its_reason(scored):
+    store = scored[0]
+    client = MlflowClient(store)
+    run = client.create_run("1", tags={"outcome": "failed", "reason": "out of memory"})
+    with pytest.raises(UserError, match=r"ended as failed \(out of memory\) and holds no scores"):
+        load_scores([run.info.run_id], store)
+
+
+def test_a_budget_below_the_floor_ends_in_one_line(scored):
+    store, out, ids, _ = scored
+    done = start("probe", store, out, f"run_id={ids['wfp8_afp8']}", "schemes=none", "effective_bits=7")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "effective_bits=7 cannot be reached: the feasible range is 8 to 16" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_changed_since_it_was_scored_is_refused(scored, made):
+    _, _, _, model = scored
+    config = model / "config.json"
+    text = config.read_text()
+    config.write_text(text + "\n")
+    try:
+        with pytest.raises(UserError, match=r"was made from scores of tiny revision files-\w+, the model here is"):
+            prepare(load_scheme(made[2] / "schemes" / "bits_9.json"))
+    finally:
+        config.write_text(text)
