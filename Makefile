@@ -1,6 +1,9 @@
 # make run    set up, then one sensitivity run through `mlflow run`   (ARGS="-P quant_pair=wint8_afp16")
+# make demo-scheme   score, schemes, checkpoints with their proof, and a probe of what they do, on the default model
 # make test   set up, then lint, types and tests
-# make ui     the MLflow UI on the runs of this folder                 (PORT=5000)
+# make ui     the MLflow UI on the runs of this folder, and its links  (PORT=5000)
+# make server a team's MLflow server on PostgreSQL: docs/server.md     (make server-env only installs it)
+# make notebooks   fill this folder's store with a grid, schemes and a probe of the default model, and run the notebooks on it
 # make lint   ruff and mypy only
 # make clean  remove the environment and caches; runs and results stay
 # PYTHON=...  the Python 3.11 to build .venv with
@@ -11,23 +14,53 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 
 VENV_PATH := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/python -m pip --disable-pip-version-check
-.PHONY: run test ui lint clean
+.PHONY: run demo-scheme notebooks test ui server server-env lint clean
 .NOTPARALLEL:
 
 run: .venv/run.stamp
 	$(VENV_PATH) mlflow run . --env-manager local --experiment-name layerbits $(ARGS)
 	@echo 'Now "make ui" opens the MLflow UI on this run.'
 
+MLFLOW_RUN := mlflow run . --env-manager local --experiment-name layerbits
+LATEST := from layerbits import history; print(history.runs(model="smollm2_135m", pair="wfp8_afp8").run_id[0])
+demo-scheme: .venv/run.stamp
+	$(VENV_PATH) && export PATH && set -e; \
+	$(MLFLOW_RUN) -P quant_pair=wfp8_afp8 -P dataset_size=medium; \
+	run_id=$$(python -c '$(LATEST)'); \
+	$(MLFLOW_RUN) -e scheme -P run_id=$$run_id; \
+	$(MLFLOW_RUN) -e export -P run_id=$$run_id; \
+	$(MLFLOW_RUN) -e probe -P run_id=$$run_id
+
+GRID_PAIRS := wfp8_afp8,wint8_afp16,wint8_aint8,wint4_afp16,wfp4_afp16,wfp4_afp8
+GRID_OVERLAYS := default,a_per_token_dynamic,recipe_match_channel_token
+MEDIUM := from layerbits import history; r = history.runs(model="smollm2_135m", granularity="default"); \
+  print(*(r[(r.quant_pair == p) & (r.dataset_size == "medium")].run_id.iloc[0] for p in ("wfp8_afp8", "wfp4_afp8")))
+notebooks: .venv/test.stamp
+	$(VENV_PATH) && export PATH && set -e; \
+	$(MLFLOW_RUN) -e grid -P quant_pairs=$(GRID_PAIRS) -P quant_granularities=$(GRID_OVERLAYS) -P dataset_sizes=small,medium; \
+	set -- $$(python -c '$(MEDIUM)'); \
+	for job in scheme probe; do \
+	  $(MLFLOW_RUN) -e $$job -P run_id=$$1; \
+	  $(MLFLOW_RUN) -e $$job -P run_id=$$1,$$2 -P schemes=none -P controls=none -P effective_bits=5,6,7,8,10,12; \
+	done; \
+	python notebooks/execute.py
+
 test: lint
+	@echo 'Screenshots of the UI: outputs/screenshots'
 	$(VENV_PATH) pytest tests/unit tests/integration
 
 ui: .venv/run.stamp
-ifneq ($(filter http%,$(MLFLOW_TRACKING_URI)),)
-	@echo 'The runs are on a server: open $(MLFLOW_TRACKING_URI)'
-else
+	@echo 'Comparison views, newest first:'
+	@$(VENV_PATH) layerbits view --port $(PORT)
+ifeq ($(filter http%,$(MLFLOW_TRACKING_URI)),)
 	$(VENV_PATH) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	  mlflow ui --backend-store-uri "$(MLFLOW_TRACKING_URI)" --port $(PORT) --workers 1
 endif
+
+server: server-env
+	PATH="$(CURDIR)/.venv-server/bin:$$PATH" deploy/serve
+
+server-env: .venv-server/stamp
 
 lint: .venv/test.stamp
 	$(VENV_PATH) ruff check .
@@ -35,7 +68,7 @@ lint: .venv/test.stamp
 	$(VENV_PATH) mypy
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-server build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last: an environment without one is not complete, and is made anew.
@@ -46,6 +79,11 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(PIP) install -r requirements.lock
 	$(PIP) install --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv-server/stamp: deploy/requirements.txt requirements.lock
+	$(PYTHON) -m venv --clear .venv-server
+	.venv-server/bin/python -m pip --disable-pip-version-check install -r deploy/requirements.txt
 	touch $@
 
 .venv/test.stamp: requirements-dev.lock .venv/run.stamp

@@ -2,6 +2,7 @@
 
     python benchmarks/concurrency.py --processes 4 --runs 25                              # a fresh SQLite store
     python benchmarks/concurrency.py --processes 8 --runs 25 --uri http://127.0.0.1:5000  # a server (docs/server.md)
+    python benchmarks/concurrency.py --processes 1 --runs 10 --report --uri http://127.0.0.1:5000  # one run at a time
 
 Each process logs whole runs as ``tracking.log_result`` does: 144 groups with all their metrics, parameters, tags, a
 data set, files. Afterwards every value of every run is read back and compared. Exits with 1 where one differs.
@@ -12,19 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from history import synthetic
+from history import BLOCKS, synthetic
 
 from layerbits import tracking
+from layerbits.report import write_report
 from layerbits.result import write_json
 from layerbits.tracking import contract
 from layerbits.tracking.view import ensure_view
@@ -33,18 +37,21 @@ EXPERIMENT = "concurrency"
 MANIFEST = "manifest.json"
 
 
-def work(uri: str | None, folder: Path, indices: range) -> list[tuple[str, int, float]]:
+def work(uri: str, folder: Path, blocks: int, report: bool, indices: range) -> list[tuple[str, int, float]]:
     """Logs the results of these numbers, a run each: (run id, number, seconds)."""
     tracking.open_store(uri, folder)
     import mlflow
 
     done = []
     for index in indices:
-        result = synthetic(index)
+        result = synthetic(index, blocks)
         directory = folder / "results" / str(index)
-        write_json(directory / MANIFEST, result.to_manifest())
+        if report:
+            write_report(result, directory)
+        else:
+            write_json(directory / MANIFEST, result.to_manifest())
         begin = time.perf_counter()
-        with tracking.start_run(f"run {index}", EXPERIMENT, system_metrics=False) as session:
+        with redirect_stdout(None), tracking.start_run(f"run {index}", EXPERIMENT, system_metrics=False) as session:
             tracking.log_result(session, result, directory)
         done.append((session.run_id, index, time.perf_counter() - begin))
     if ensure_view(mlflow.MlflowClient(), session.experiment_id) is None:
@@ -52,9 +59,9 @@ def work(uri: str | None, folder: Path, indices: range) -> list[tuple[str, int, 
     return done
 
 
-def missing(client: Any, run_id: str, index: int) -> list[str]:
+def missing(client: Any, blocks: int, run_id: str, index: int) -> list[str]:
     """What a run lacks of its result, or has otherwise."""
-    result = synthetic(index)
+    result = synthetic(index, blocks)
     run = client.get_run(run_id)
     points: dict[str, dict[int, float]] = {}
     for key, value, step in contract.metrics(result):
@@ -77,29 +84,37 @@ def main() -> None:
     parser.add_argument("--uri", help="tracking URI; by default a SQLite file that is removed again")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--runs", type=int, default=25, help="by each process")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the model, four groups each")
+    parser.add_argument("--report", action="store_true", help="with report and figures, drawn before the clock starts")
     parser.add_argument("--out", type=Path, help="write the record here, as JSON")
     arguments = parser.parse_args()
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         uri = arguments.uri or f"sqlite:///{folder / 'mlflow.db'}"
         shares = [range(at * arguments.runs, (at + 1) * arguments.runs) for at in range(arguments.processes)]
         begin = time.perf_counter()
         with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
-            done = [run for runs in pool.map(partial(work, uri, folder), shares) for run in runs]
+            job = partial(work, uri, folder, arguments.blocks, arguments.report)
+            done = [run for runs in pool.map(job, shares) for run in runs]
         wall = time.perf_counter() - begin
         tracking.open_store(uri, folder)
         import mlflow
 
         client = mlflow.MlflowClient()
         with ThreadPoolExecutor(4) as threads:
-            lacking = [line for lines in threads.map(lambda run: missing(client, *run[:2]), done) for line in lines]
+            look = partial(missing, client, arguments.blocks)
+            lacking = [line for lines in threads.map(lambda run: look(*run[:2]), done) for line in lines]
     seconds = sorted(took for _, _, took in done)
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "store": uri.partition(":")[0],
         "processes": arguments.processes,
         "runs": len(done),
-        "metric_values_per_run": len(contract.metrics(synthetic(0))),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "report": arguments.report,
+        "metric_values_per_run": len(contract.metrics(synthetic(0, arguments.blocks))),
         "wall_s": round(wall, 1),
         "run_s_median": round(statistics.median(seconds), 2),
         "run_s_max": round(seconds[-1], 2),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from one_pass import SIX
-from shapes import SHAPES
+from shapes import SHAPES, class_name
 
 from layerbits.provenance import provenance
 
@@ -35,8 +35,7 @@ def inputs(folder: Path, shape: str, steps: int, rows: int, length: int) -> int:
     from transformers import PreTrainedTokenizerFast
 
     config = SHAPES[shape]()
-    kind = type(config).__name__
-    config.architectures = [kind.replace("Config", "ForCausalLM" if shape == "tiny" else "ForConditionalGeneration")]
+    config.architectures = [class_name(config)]
     if shape == "tiny":
         config.vocab_size = _WORDS + 2
     config.save_pretrained(folder)

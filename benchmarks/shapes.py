@@ -48,19 +48,40 @@ def tiny_llama() -> Any:
     )  # fmt: skip
 
 
-SHAPES = {"qwen3-vl-4b": qwen3_vl_4b, "qwen2.5-vl-3b": qwen2_5_vl_3b, "tiny": tiny_llama}
+def smollm2_135m() -> Any:
+    """Config of SmolLM2-135M (30 blocks, 106 million weights in its linears): a mid-size model for a CPU."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "qwen3-vl-4b": qwen3_vl_4b,
+    "qwen2.5-vl-3b": qwen2_5_vl_3b,
+    "smollm2-135m": smollm2_135m,
+    "tiny": tiny_llama,
+}
+
+
+def class_name(config: Any) -> str:
+    """Name of the ``transformers`` class of a config: whole vision-language model, or language model with its head."""
+    kind = type(config).__name__
+    return kind.replace("Config", "ForCausalLM" if kind == "LlamaConfig" else "ForConditionalGeneration")
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LoadedModel:
     """A model of a shape with random weights."""
-    from layerbits.models import _build
+    from layerbits.models import build
 
     torch.manual_seed(seed)
     config = SHAPES[shape]()
-    name = {"tiny": "LlamaForCausalLM"}.get(shape, type(config).__name__.replace("Config", "ForConditionalGeneration"))
+    name = class_name(config)
     config.architectures = [name]
     with torch.device(device):
-        model = _build(config, dtype).eval()
+        model = build(config, dtype).eval()
     model.config.use_cache = False
     info = ModelInfo(shape, shape, f"random-{seed}", name, str(dtype).removeprefix("torch."))
     return LoadedModel(model, None, info, language_model_linears(model))

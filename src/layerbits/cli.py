@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from layerbits import __version__, entry
 from layerbits.errors import UserError
@@ -28,25 +29,31 @@ _MOVERS = 10
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; errors are one line and status 2."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", category=UserWarning, module=r"layerbits\b|__main__")
             warnings.showwarning = _show_warning
             status = options.command(options)
+        sys.stdout.flush()
     except UserError as error:
         entry.fail(error)
     except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still flushes at its end
         status = 0
     sys.exit(status)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="layerbits", description="What sensitivity runs found, and care for the store."
-    )
+    parser = _Parser(prog="layerbits", description="What sensitivity runs found, and care for the store.")
     parser.add_argument("--version", action="version", version=f"layerbits {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -76,10 +83,24 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--by", default="predicted_kl", choices=("predicted_kl", "score", "rank"))
     compare.add_argument("--format", choices=_FORMATS, default="table", help="csv is the groups, json everything")
 
+    stability = command(
+        "stability", _stability, "how far the rankings of runs agree, with intervals; each pair of them"
+    )
+    stability.add_argument("runs", metavar="RUN", nargs="*", help="run ids; without any, those that the filters find")
+    stability.add_argument("--experiment", default="layerbits", help="name of the experiment (layerbits)")
+    stability.add_argument("--model", help="model name")
+    stability.add_argument("--pair", help="quant pair, for instance wfp4_afp8")
+    stability.add_argument("--granularity", help="granularity, default for none")
+    stability.add_argument("--top", type=int, default=10, help="how many most sensitive groups are compared (10)")
+    stability.add_argument("--format", choices=_FORMATS, default="table", help="csv and json have all columns")
+
     push = command("push", _push, "log a finished result on disk; what is logged already stays as it is")
     push.add_argument("directory", metavar="DIR", type=Path, help="folder with the manifest.json")
     push.add_argument("--run-id", help="the run that the job had opened")
     push.add_argument("--experiment", default="layerbits", help="experiment of a new run (layerbits)")
+
+    view = command("view", _view, "print the link of each experiment's comparison view in the UI")
+    view.add_argument("--port", type=int, default=5000, help="of the UI on a database; a server has its own (5000)")
 
     command("reap", _reap, "end the runs of this machine whose process is gone")
     command("doctor", _doctor, "check store, artifacts, clock, disk, GPU and kernels; status 1 where one fails")
@@ -125,15 +146,42 @@ def _compare(options: argparse.Namespace) -> int:
     return 0 if found.comparable else 1
 
 
+def _stability(options: argparse.Namespace) -> int:
+    from layerbits import history
+    from layerbits.trust.stability import in_words, stability
+
+    runs, uri = list(dict.fromkeys(options.runs)), options.tracking_uri
+    if not runs:
+        names = ("experiment", "model", "pair", "granularity")
+        runs = list(history.runs(**{name: getattr(options, name) for name in names}, tracking_uri=uri)["run_id"])
+    found = stability({run: history.result(run, tracking_uri=uri) for run in runs}, options.top)
+    if options.format == "table":
+        found = in_words(found)
+    _print(found, options.format, tuple(found.columns))
+    return 0
+
+
 def _push(options: argparse.Namespace) -> int:
     from layerbits import tracking
-    from layerbits.tracking.store import run_link
+    from layerbits.tracking.store import run_link, ui_command
+    from layerbits.tracking.view import print_view
 
     run_id = tracking.push(options.directory, options.tracking_uri, options.experiment, options.run_id)
     import mlflow
 
-    where = mlflow.MlflowClient().get_run(run_id).info.experiment_id
-    print(f"logged: {run_link(mlflow.get_tracking_uri(), where, run_id)}")
+    client, uri = mlflow.MlflowClient(), mlflow.get_tracking_uri()
+    where = client.get_run(run_id).info.experiment_id
+    print(f"logged: {run_link(uri, where, run_id)}")
+    if command := ui_command(uri):
+        print(f"open the UI with: {command}")
+    print_view(client, uri, where)
+    return 0
+
+
+def _view(options: argparse.Namespace) -> int:
+    from layerbits.tracking.view import print_links
+
+    print_links(f"http://127.0.0.1:{options.port}", options.tracking_uri)
     return 0
 
 

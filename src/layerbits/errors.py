@@ -8,5 +8,9 @@ class UserError(Exception):
     """
 
 
+class Skipped(UserError):
+    """Nothing was tested, because something optional is missing; a run that ends so is neither passed nor failed."""
+
+
 class Unsupported(UserError):
     """A combination that cannot run here (no kernel, no such granularity); a sweep records it and goes on."""

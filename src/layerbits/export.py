@@ -9,13 +9,12 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerbits.checkpoint.labels import Label, check_shape, label_of
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
 from layerbits.result import write_json
@@ -28,48 +27,68 @@ if TYPE_CHECKING:
     from layerbits.checkpoint.compare import ScoredLayer
     from layerbits.checkpoint.logits import Logits
     from layerbits.checkpoint.proof import Proof, Record
-    from layerbits.models import ResolvedModel
+    from layerbits.export_plan import ExportPlan
     from layerbits.schemes import Scheme
-    from layerbits.schemes.loading import Prepared
 
-KV_CACHES = ("none", "fp8")
 MANIFEST = "layerbits.json"
 
-_SLACK_BYTES = 64_000_000  # headers, tokenizer, scales of single rows
-_ITEMSIZE = {"float32": 4, "float64": 8}
 
+class NotProven(UserError):
+    """The checkpoint that was written is not what was scored; ``report`` is the folder that says how."""
 
-@dataclass(frozen=True)
-class ExportPlan:
-    """Everything that could be checked before the weights are loaded.
-
-    Attributes:
-        source: The checkpoint that was scored.
-        labels: Candidate name → its label.
-        target: Folder of the export; does not exist, or is empty.
-        kv_cache: ``none`` or ``fp8``.
-        bytes: Estimated size of the export.
-    """
-
-    prepared: Prepared
-    source: Checkpoint
-    labels: Mapping[str, Label]
-    target: Path
-    kv_cache: str
-    bytes: int
-
-    @property
-    def scheme(self) -> Scheme:
-        """What is exported."""
-        return self.prepared.scheme
+    def __init__(self, message: str, report: Path) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass(frozen=True)
 class Export:
-    """A checkpoint that was written and proven."""
+    """A checkpoint that was written and proven.
 
+    Attributes:
+        folder: The checkpoint.
+        report: Folder with ``proof.md``, ``proof.json``, ``scheme.json`` and ``checkpoint.json`` (path, digest, files).
+    """
+
+    scheme: Scheme
     folder: Path
+    report: Path
     proof: Proof
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the tracking server."""
+        scheme = {
+            "summary/effective_bits": self.scheme.effective_bits,
+            "summary/predicted_kl": self.scheme.predicted_kl,
+        }
+        return {**scheme, **self.proof.metrics()}
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """What was in force, by the names of ``docs/tracking.md``."""
+        model, record = self.scheme.model, self.proof.record
+        return {
+            "eff.model": model.name,
+            "eff.model_revision": model.revision,
+            "eff.scheme": self.scheme.name,
+            "eff.scheme_digest": self.scheme.digest,
+            "eff.kv_cache": record.kv_cache,
+            "eff.dtype": record.dtype,
+            "eff.device": record.device,
+        }
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Where it comes from and what it is."""
+        record = self.proof.record
+        return {
+            "source_run_id": self.scheme.source_run_id,
+            "scheme": self.scheme.name,
+            "checkpoint.path": str(self.folder),
+            "checkpoint.digest": record.weights,
+            "checkpoint.labels": ", ".join(f"{label} x {n}" for label, n in record.labels.items()),
+        }
 
 
 @dataclass(frozen=True)
@@ -92,38 +111,12 @@ class _Scored:
     device: str
 
 
-def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none") -> ExportPlan:
-    """Checks an export before anything heavy is loaded.
+def shared_ranges(plans: Sequence[ExportPlan], device: str) -> Ranges:
+    """Static activation ranges for the schemes of some plans of one model, in one calibration."""
+    from layerbits.apply import find_ranges
 
-    Args:
-        prepared: The scheme with its model and calibration rows.
-        target: Folder of the export.
-        kv_cache: ``fp8`` calibrates and stores scales of an FP8 KV cache as well.
-
-    Raises:
-        UserError: The folder is not empty, the disk too small, or the source checkpoint cannot be read.
-        Unsupported: A candidate whose label would not say what was scored, or a weight that does not fit it.
-    """
-    scheme = prepared.scheme
-    if kv_cache not in KV_CACHES:
-        raise UserError(f"kv_cache={kv_cache} is not known; use {' or '.join(KV_CACHES)}")
-    if not scheme.modules:
-        raise UserError(f"scheme {scheme.name} quantizes nothing; give it fewer bits")
-    target = target.expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is not empty; name another folder, or delete it")
-    labels = {info.name: label_of(info) for info in scheme.candidates}
-    _check_shapes(prepared, labels)
-    source = open_checkpoint(source_folder(prepared.resolved))
-    plan = ExportPlan(prepared, source, labels, target, kv_cache, _estimate(scheme, source))
-    existing = next(p for p in target.parents if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < plan.bytes:
-        raise UserError(
-            f"the export of {scheme.name} takes about {plan.bytes / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB "
-            "free; free space or name another folder"
-        )
-    return plan
+    prepared = plans[0].prepared
+    return find_ranges(prepared.load(device).model, [plan.scheme for plan in plans], prepared.calibration)
 
 
 def export_scheme(
@@ -134,33 +127,38 @@ def export_scheme(
 ) -> Export:
     """Writes a scheme's checkpoint and proves it; the folder appears when both are done.
 
-    The report is written beside the folder (``<folder>.proof.md`` and ``.json``), also where the proof fails.
+    The report is written beside it (``<folder>.report``), also where the proof fails.
 
     Args:
-        plan: From :func:`plan_export`.
+        plan: From :func:`layerbits.export_plan.plan_export`.
         device: ``auto``, ``cpu`` or ``cuda``.
         ranges: Static activation ranges, where they were found for several schemes together.
         known: Other exports: name → weights digest, recipe digest (:func:`known_exports`).
 
     Raises:
-        UserError: The checkpoint could not be written, or is not what was scored.
+        NotProven: The checkpoint is not what was scored.
+        UserError: It could not be written.
     """
     seconds: dict[str, float] = {}
+    report = plan.target.with_name(f"{plan.target.name}.report")
     with _partial(plan.target) as folder:
         scored = _write(plan, folder, device, ranges, seconds)
         proof = _prove(plan, folder, scored, known or {}, seconds)
-        write_json(plan.target.with_name(f"{plan.target.name}.proof.json"), proof.to_json())
-        report = plan.target.with_name(f"{plan.target.name}.proof.md")
-        report.write_text(proof.markdown())
+        write_json(report / "proof.json", proof.to_json())
+        (report / "proof.md").write_text(proof.markdown())
+        plan.scheme.save(report / "scheme.json")
         try:
             proof.require()
         except UserError as error:
-            raise UserError(f"{error}; the report is {report}, the checkpoint was deleted") from None
-        write_json(folder / MANIFEST, {"record": asdict(proof.record), "scheme": plan.scheme.to_json()})
+            raise NotProven(f"{error}; the report is {report}, the checkpoint was deleted", report) from None
+        record = {"record": asdict(proof.record), "scheme": plan.scheme.to_json()}
+        write_json(folder / MANIFEST, record)
+        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
         if plan.target.exists():
             plan.target.rmdir()
         folder.rename(plan.target)
-    return Export(plan.target, proof)
+    write_json(report / "checkpoint.json", {"path": str(plan.target), "files": files, **record["record"]})
+    return Export(plan.scheme, plan.target, report, proof)
 
 
 def known_exports(root: Path) -> dict[str, tuple[str, str]]:
@@ -173,28 +171,6 @@ def known_exports(root: Path) -> dict[str, tuple[str, str]]:
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # not one of ours
     return known
-
-
-def source_folder(resolved: ResolvedModel) -> Path:
-    """Folder with the files of a model; from the hub, tokenizer and processor files are fetched with it.
-
-    Raises:
-        UserError: The model has no files: its weights are random.
-    """
-    if resolved.spec.random_weights:
-        raise UserError(f"{resolved.spec.name} has random weights and no checkpoint; save it and score it from there")
-    local = Path(resolved.source)
-    if local.is_dir():
-        return local
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(
-            resolved.source,
-            revision=resolved.spec.revision,
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"],
-        )
-    )
 
 
 def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, seconds: dict[str, float]) -> _Scored:
@@ -240,8 +216,8 @@ def _prove(
 ) -> Proof:
     from layerbits.checkpoint.compare import compare_excluded, compare_layer, kv_problems
     from layerbits.checkpoint.logits import compare_logits, logits_of
-    from layerbits.checkpoint.proof import LOGIT_BOUND, Proof, other_schemes_with
-    from layerbits.checkpoint.restore import restore
+    from layerbits.checkpoint.proof import Proof, other_schemes_with
+    from layerbits.checkpoint.restore import at_stored_numbers, restore
     from layerbits.checkpoint.structure import check_structure, read_quantization
 
     with _timed(seconds, "compare"):
@@ -254,11 +230,18 @@ def _prove(
         excluded = compare_excluded(exported, plan.source, scored.layers, scored.loaded)
         record = _record(plan, exported, scored)
     logits = None
-    if all(check.passed for check in structure) and not any(layer.problem for layer in layers):
+    sound = all(check.passed for check in structure) and not excluded.problems
+    if sound and not any(layer.problem for layer in layers):
         with _timed(seconds, "restore"):
-            restored = logits_of(restore(exported, quantization, scored.device), scored.rows)
-        bound = LOGIT_BOUND[all(layer.label.exact for layer in scored.layers)]
-        logits = compare_logits(scored.unquantized, scored.applied, restored, bound)
+            model = restore(exported, quantization, scored.device)
+        with _timed(seconds, "restored logits"):
+            restored = logits_of(model, scored.rows)
+            del model
+        with _timed(seconds, "reference"):
+            source = plan.prepared.load(scored.device).model
+            stored = logits_of(at_stored_numbers(source, exported, quantization, scored.layers), scored.rows)
+            del source
+        logits = compare_logits(scored.unquantized, scored.applied, stored, restored)
     return Proof(
         record=record,
         structure=structure,
@@ -293,16 +276,6 @@ def _record(plan: ExportPlan, exported: Checkpoint, scored: _Scored) -> Record:
     )
 
 
-def _check_shapes(prepared: Prepared, labels: Mapping[str, Label]) -> None:
-    from layerbits.models import skeleton
-
-    linears = skeleton(prepared.resolved)
-    for module, info in prepared.scheme.modules.items():
-        if module not in linears:
-            raise UserError(f"the model has no linear {module}; use the model that the scheme was made from")
-        check_shape(info, labels[info.name], module, *linears[module])
-
-
 def _check_untied(model: Any, scheme: Scheme) -> None:
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     tied = {*ties, *ties.values()}
@@ -311,18 +284,6 @@ def _check_untied(model: Any, scheme: Scheme) -> None:
             f"{shared} shares its weight with the embedding, which stays as it is; exclude it from the scheme "
             "(model.lm_head=false)"
         )
-
-
-def _estimate(scheme: Scheme, source: Checkpoint) -> int:
-    """Bytes of the export: everything in the model's dtype, quantized weights with their stored bits."""
-    size = _ITEMSIZE.get(scheme.model.dtype, 2)
-    bits = {info.name: info.bits for info in scheme.candidates}
-    saved = sum(
-        group.weights * (size - bits[name] / 8)
-        for group, name in zip(scheme.groups, scheme.assignment, strict=True)
-        if name is not None
-    )
-    return int(sum(entry.elements for entry in source.entries.values()) * size - saved) + _SLACK_BYTES
 
 
 def _bytes(checkpoint: Checkpoint) -> int:

@@ -107,6 +107,22 @@ def axis(value: Any, folder: Path, known_sizes: bool = False) -> list[str]:
     return names
 
 
+def cell_settings(composed: Mapping[str, Any], cell: Cell, configs: Path) -> dict[str, Any]:
+    """A composed configuration as it would be for a run of one cell alone.
+
+    Args:
+        composed: Of a grid, or of a single run, which stays as it is.
+        cell: The cell.
+        configs: Folder of the config groups, for a pair or granularity that is not the composed one.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    groups = {"quant_pair": cell.quant_pair, "quant_granularity": cell.granularity}
+    changed = {g: _read(configs, g, name) for g, name in groups.items() if composed[g]["name"] != name}
+    return {**composed, **changed, "dataset": {**composed["dataset"], "size": cell.dataset_size}}
+
+
 def run_grid(
     wanted: Sequence[Cell],
     settings: Settings,
@@ -141,7 +157,7 @@ def run_grid(
         sized = replace(settings, dataset=replace(settings.dataset, size=size))
         shared: dict[str, list[Cell]] = {}
         for job in _passes([c for c in wanted if c.dataset_size == size], sized, configs, log, force, done, shared):
-            loaded = _run_pass(job, loaded, log, root, done, shared)
+            loaded = _run_pass(job, loaded, configs, log, root, done, shared)
     return [outcomes[c] for c in wanted]
 
 
@@ -192,6 +208,7 @@ def _passes(
 def _run_pass(
     plan: Plan,
     loaded: LoadedModel | None,
+    configs: Path,
     log: Log,
     root: Path,
     done: Callable[[CellOutcome], None],
@@ -213,9 +230,9 @@ def _run_pass(
             _settle_aliases(cell, "", shared, log, done)
         return None
     for outcome in found:
-        result = outcome.result
-        cell = mine[result.candidates[0].name]
-        run_id = log.result(result, write(outcome, plan.settings))
+        cell = mine[outcome.result.candidates[0].name]
+        result = replace(outcome.result, settings=cell_settings(outcome.result.settings, cell, configs))
+        run_id = log.result(result, write(replace(outcome, result=result), plan.settings))
         done(
             CellOutcome(
                 cell,
@@ -240,15 +257,21 @@ def _settle_aliases(
 
 
 def _candidate(cell: Cell, settings: Settings, configs: Path) -> Candidate:
-    def read(group: str, name: str) -> Mapping[str, Any]:
-        return yaml.safe_load((configs / group / f"{name}.yaml").read_text())
-
     return resolve_candidate(
-        QuantPair.from_mapping(read("quant_pair", cell.quant_pair)),
-        Overlay.from_mapping(read("quant_granularity", cell.granularity)),
+        QuantPair.from_mapping(_read(configs, "quant_pair", cell.quant_pair)),
+        Overlay.from_mapping(_read(configs, "quant_granularity", cell.granularity)),
         settings.fp4,
         settings.experimental,
     )
+
+
+def _read(configs: Path, group: str, name: str) -> Mapping[str, Any]:
+    file = configs / group / f"{name}.yaml"
+    try:
+        values: dict[str, Any] = yaml.safe_load(file.read_text())
+        return values
+    except FileNotFoundError:
+        raise UserError(f"{group}={name} is not in {configs / group} any more; add {file.name} there") from None
 
 
 def summary(outcomes: Sequence[CellOutcome]) -> Any:

@@ -117,7 +117,7 @@ def skeleton(resolved: ResolvedModel) -> dict[str, tuple[int, int]]:
     import torch
 
     with torch.device("meta"):
-        model = _build(resolved.config)
+        model = build(resolved.config)
     return language_model_linears(model)
 
 
@@ -157,7 +157,7 @@ def load(resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0) ->
     if spec.random_weights:
         torch.manual_seed(seed)
         with torch.device(device):
-            model = _build(resolved.config, dtype)
+            model = build(resolved.config, dtype)
     else:
         try:
             model = _model_class(resolved.config).from_pretrained(
@@ -268,7 +268,8 @@ def _model_class(config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _build(config: Any, dtype: Any = None) -> Any:
+def build(config: Any, dtype: Any = None) -> Any:
+    """A model of a config, on torch's default device, with its random initial weights."""
     model_class = _model_class(config)
     build: Callable[..., Any] = getattr(model_class, "_from_config", None) or model_class.from_config
     return build(config, **({} if dtype is None else {"dtype": dtype}))

@@ -1,6 +1,7 @@
 """What a sensitivity run found, as plain typed data (no torch, no modelopt, no mlflow).
 
-Shapes: ``S`` calibration samples, ``G`` groups, ``C`` candidates.
+Shapes: ``S`` calibration samples, ``G`` groups, ``C`` candidates. What an imported result does not say is an empty
+text, list or mapping, ``None`` for a count, NaN for another number.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.errors import UserError
+from layerbits.trust.record import Intervals
 
 SCHEMA_VERSION = 1
 KINDS = ("qkv", "o", "gate_up", "down", "lm_head", "other")
@@ -98,15 +100,26 @@ class CalibrationInfo:
     size: str
     digest: str
     packing: str
-    seq_len: int
-    batch_size: int
-    calib_samples: int
-    score_samples: int
-    calib_rows: int
-    score_rows: int
-    loss_tokens: int
+    seq_len: int | None
+    batch_size: int | None
+    calib_samples: int | None
+    score_samples: int | None
+    calib_rows: int | None
+    score_rows: int | None
+    loss_tokens: int | None
     batch_loss_tokens: tuple[int, ...]
     padding_share: float
+
+    @property
+    def row_shape(self) -> tuple[str, int, int]:
+        """Packing, sequence length and batch size: what the rows can be built from again.
+
+        Raises:
+            UserError: They are not known.
+        """
+        if not self.packing or self.seq_len is None or self.batch_size is None:
+            raise UserError("the calibration rows of this result are not known (it was imported); score the model anew")
+        return self.packing, self.seq_len, self.batch_size
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,8 @@ class Recipe:
 
     Attributes:
         target_bits: The budget, weight storage bits per weight over the searched groups.
-        chosen: Candidate name per group, ``None`` = left unquantized, in the order of the groups.
+        chosen: Candidate name per group, ``None`` = left unquantized, in the order of the groups; empty where the
+            choice is not known.
         effective_bits: Weight storage bits per weight that the choice takes.
         effective_bits_modelopt: ModelOpt's own figure for the same choice.
         score: Raw score summed over the quantized groups.
@@ -150,6 +164,7 @@ class SensitivityResult:
         sample_kl: ``[S, G, C]`` share of each calibration sample in ``predicted_kl`` (sums to it), or ``None``.
         sample_tokens: ``[S]`` loss tokens of each sample, or ``None``.
         recipe: The solver's choice for the target budget.
+        intervals: ``None`` where they are not known.
         settings: The composed configuration of the run.
         provenance: Versions, hardware, git commit.
         seconds: Wall time per phase. memory: peak GB per kind.
@@ -160,7 +175,7 @@ class SensitivityResult:
     calibration: CalibrationInfo
     method: str
     engine: str
-    seed: int
+    seed: int | None
     device: str
     groups: tuple[Group, ...]
     candidates: tuple[CandidateInfo, ...]
@@ -169,6 +184,7 @@ class SensitivityResult:
     recipe: Recipe
     sample_kl: FloatArray | None = None
     sample_tokens: npt.NDArray[np.int64] | None = None
+    intervals: Intervals | None = None
     nonfinite: tuple[NonFinite, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -198,19 +214,23 @@ class SensitivityResult:
 
     @property
     def run_name(self) -> str:
-        """Name of the run: model, pair, granularity and dataset size."""
+        """Name of the run: model, pair, granularity and dataset size, as far as they are known."""
         pairs = "+".join(dict.fromkeys(c.quant_pair for c in self.candidates))
         grains = "+".join(dict.fromkeys(c.granularity for c in self.candidates))
-        return f"{self.model.name} {pairs} {grains} {self.calibration.size}"
+        return " ".join(filter(None, (self.model.name, pairs, grains, self.calibration.size)))
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain record per group and candidate, most sensitive first within a candidate.
 
         Returns:
-            Records with block, kind, layer, candidate, score, predicted_kl, bits, chosen, rank (1 = most
-            sensitive; non-finite scores come last), weights and modules.
+            Records with block, kind, layer, candidate, score, predicted_kl, bits, chosen (``None`` where the recipe
+            is not known), rank (1 = most sensitive; non-finite scores come last), weights and modules. Where intervals
+            are known, also low and high (of the predicted KL), rank_low and rank_high (``None`` where the predicted KL
+            is not finite), and tied: the groups whose order against this one is not supported.
         """
         records = []
+        chosen = self.recipe.chosen
+        keys = [g.key for g in self.groups]
         for c, candidate in enumerate(self.candidates):
             column = self.scores[:, c]
             order = np.argsort(np.where(np.isfinite(column), -column, np.inf), kind="stable")
@@ -225,10 +245,11 @@ class SensitivityResult:
                         "score": float(column[g]),
                         "predicted_kl": float(self.predicted_kl[g, c]),
                         "bits": candidate.bits,
-                        "chosen": self.recipe.chosen[g] == candidate.name,
+                        "chosen": chosen[g] == candidate.name if chosen else None,
                         "rank": rank,
                         "weights": group.weights,
                         "modules": list(group.modules),
+                        **(self.intervals.row(g, c, keys) if self.intervals else {}),
                     }
                 )
         return records
@@ -258,6 +279,7 @@ class SensitivityResult:
             scores=self.scores[:, [index]],
             predicted_kl=self.predicted_kl[:, [index]],
             sample_kl=None if self.sample_kl is None else self.sample_kl[:, :, [index]],
+            intervals=None if self.intervals is None else self.intervals.select(index),
             nonfinite=tuple(n for n in self.nonfinite if n.candidate == name),
             recipe=recipe,
         )
@@ -268,18 +290,16 @@ class SensitivityResult:
             "schema_version": SCHEMA_VERSION,
             "created": self.created,
             "model": asdict(self.model),
-            "calibration": asdict(self.calibration),
+            "calibration": _plain(self.calibration),
             "method": self.method,
             "engine": self.engine,
             "seed": self.seed,
             "device": self.device,
-            "candidates": [asdict(c) for c in self.candidates],
+            "candidates": [_plain(c) for c in self.candidates],
             "groups": [asdict(g) for g in self.groups],
-            "recipe": asdict(self.recipe),
-            "layers": [
-                {**row, "score": _number(row["score"]), "predicted_kl": _number(row["predicted_kl"])}
-                for row in self.rows()
-            ],
+            "recipe": _plain(self.recipe),
+            "intervals": self.intervals.told([c.name for c in self.candidates]) if self.intervals else None,
+            "layers": [_finite(row) for row in self.rows()],
             "nonfinite": [asdict(n) for n in self.nonfinite],
             "settings": dict(self.settings),
             "provenance": dict(self.provenance),
@@ -306,7 +326,8 @@ class SensitivityResult:
         try:
             groups = tuple(Group(**{**g, "modules": tuple(g["modules"])}) for g in data["groups"])
             candidates = tuple(
-                CandidateInfo(**{**c, "adjustments": tuple(c["adjustments"])}) for c in data["candidates"]
+                CandidateInfo(**{**_numbers(c, "bits", "bits_modelopt"), "adjustments": tuple(c["adjustments"])})
+                for c in data["candidates"]
             )
             row_of = {g.key: i for i, g in enumerate(groups)}
             column_of = {c.name: i for i, c in enumerate(candidates)}
@@ -316,9 +337,9 @@ class SensitivityResult:
                 at = row_of[layer["layer"]], column_of[layer["candidate"]]
                 scores[at] = np.nan if layer["score"] is None else layer["score"]
                 predicted_kl[at] = np.nan if layer["predicted_kl"] is None else layer["predicted_kl"]
-            calibration = dict(data["calibration"])
+            calibration = _numbers(data["calibration"], "padding_share")
             calibration["batch_loss_tokens"] = tuple(calibration["batch_loss_tokens"])
-            recipe = dict(data["recipe"])
+            recipe = _numbers(data["recipe"], "target_bits", "effective_bits", "effective_bits_modelopt", "score")
             recipe["chosen"] = tuple(recipe["chosen"])
             return cls(
                 model=ModelInfo(**data["model"]),
@@ -332,6 +353,7 @@ class SensitivityResult:
                 scores=scores,
                 predicted_kl=predicted_kl,
                 recipe=Recipe(**recipe),
+                intervals=Intervals.from_told(data.get("intervals"), data["layers"], row_of, column_of),
                 nonfinite=tuple(NonFinite(**n) for n in data["nonfinite"]),
                 settings=data["settings"],
                 provenance=data["provenance"],
@@ -427,5 +449,16 @@ def by_kind(groups: Sequence[Group]) -> Iterator[tuple[str, list[int]]]:
             yield kind, positions
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _plain(info: Any) -> dict[str, Any]:
+    """Fields of a dataclass as JSON data."""
+    return _finite(asdict(info))
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with ``None`` for numbers that JSON cannot express."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _numbers(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The values of :func:`_finite` with NaN for those numbers that it left out."""
+    return {**values, **{name: math.nan for name in names if values[name] is None}}

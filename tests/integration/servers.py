@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.tracking_support import environment
+from tests.integration.tracking_support import ROOT, environment
 
 BINARIES = Path("/usr/lib/postgresql")
 CHROMIUM = shutil.which("chromium")
@@ -27,6 +27,11 @@ CHROMIUM_ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 ]
+# What MLflow 3.17 says to the console at all times: it asks who is logged in, of whom a server without users does not
+# know; and a browser that is busy draws charts one frame later.
+NOISE = ("/ajax-api/2.0/mlflow/users/current", "ResizeObserver loop completed with undelivered notifications")
+# The UI opens its assistant on the first visit, over a quarter of the page.
+NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
 PASSWORD = "of-a-test"
 
 
@@ -46,6 +51,10 @@ class Postgres:
     def database(self, name: str) -> str:
         """Creates a database; returns its URI."""
         self.run("createdb", "--owner", "layerbits", name)
+        return self.uri(name)
+
+    def uri(self, name: str) -> str:
+        """URI of a database."""
         return f"postgresql+psycopg2://layerbits:{PASSWORD}@127.0.0.1:{self.port}/{name}"
 
     def run(self, program: str, *arguments: str, **options) -> subprocess.CompletedProcess:
@@ -164,3 +173,26 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGUMENTS)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """A first visit; the page must not complain of anything."""
+    context = chromium.new_context(viewport={"width": 1900, "height": 1250})
+    context.set_default_timeout(20_000)
+    context.add_init_script(NO_ASSISTANT)
+    page = context.new_page()
+    complaints = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda said: said.type == "error" and complaints.append(f"{said.text} {said.location['url']}"))
+    yield page
+    context.close()
+    assert [text for text in complaints if not any(noise in text for noise in NOISE)] == []
+
+
+@pytest.fixture
+def shoot(page):
+    """Keeps a screenshot, in outputs/screenshots or in the folder that LAYERBITS_SCREENSHOTS names."""
+    folder = Path(os.environ.get("LAYERBITS_SCREENSHOTS", ROOT / "outputs" / "screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda name: page.screenshot(path=folder / f"{name}.png")

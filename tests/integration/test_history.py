@@ -236,7 +236,7 @@ def test_scores_are_tidy_and_exact(client, store):
     frame = history.scores(history.runs(tracking_uri=store))
     assert list(frame.columns) == [
         *("run_id", "model", "quant_pair", "granularity", "dataset_size", "block", "kind", "layer", "candidate"),
-        *("score", "predicted_kl", "bits", "chosen", "rank"),
+        *("score", "predicted_kl", "bits", "chosen", "rank", "low", "high", "rank_low", "rank_high"),
     ]
     assert len(frame) == 12
     for run_id, result in results.items():

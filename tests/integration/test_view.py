@@ -1,12 +1,12 @@
 """What somebody sees who opens MLflow's UI on an experiment: a real server, a real browser.
 
-Screenshots go to the folder that LAYERBITS_SCREENSHOTS names.
+Screenshots stay in outputs/screenshots, or in the folder that LAYERBITS_SCREENSHOTS names.
 """
 
 import json
 import os
 import urllib.parse
-from pathlib import Path
+from dataclasses import replace
 
 import mlflow
 import pytest
@@ -15,6 +15,7 @@ from layerbits import tracking
 from layerbits.report import write_report
 from layerbits.result import write_json
 from layerbits.tracking import contract
+from layerbits.tracking.store import run_link
 from layerbits.tracking.view import ensure_view, view_links
 from tests.integration.servers import running_mlflow
 from tests.unit.conftest import synthetic
@@ -22,12 +23,8 @@ from tests.unit.conftest import synthetic
 pytest_plugins = ["tests.integration.servers"]
 
 PAIRS = ("wfp8_afp8", "wfp8_afp16", "wint8_afp16", "wint8_aint8", "wfp4_afp8", "wfp4_afp16")
+GRANULARITIES = ("default", "a_per_token_dynamic", "w_per_tensor", "w_group64")
 KINDS = ("qkv", "o", "gate_up", "down")
-# What MLflow 3.17 says to the console at all times: it asks who is logged in, of whom a server without users does not
-# know; and a browser that is busy draws charts one frame later.
-NOISE = ("/ajax-api/2.0/mlflow/users/current", "ResizeObserver loop completed with undelivered notifications")
-# The UI opens its assistant on the first visit, over a quarter of the page.
-NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
 CARD = "[data-testid=experiment-view-compare-runs-card]"
 # Of each chart: the metric, the scale of its values, and its lines by run, without their shadows.
 CHARTS = f"""[...document.querySelectorAll('{CARD}')].map(card => {{
@@ -48,7 +45,8 @@ def results():
 
 @pytest.fixture(scope="module")
 def site(chromium, results, tmp_path_factory):
-    """A server on six runs side by side (``pairs``) and on the same as children of a parent (``grid``)."""
+    """A server on six runs side by side (``pairs``), on the same as children of a parent (``grid``), and on one pair
+    under several overlays (``granularities``)."""
     folder = tmp_path_factory.mktemp("site")
     backend = f"sqlite:///{folder / 'mlflow.db'}"
     with pytest.MonkeyPatch.context() as patch:
@@ -64,8 +62,13 @@ def site(chromium, results, tmp_path_factory):
         with tracking.parent_run("grid of pairs", "grid"):
             for pair, result in results.items():
                 log(result, folder / pair, "grid")
+        for seed, granularity in enumerate(GRANULARITIES):
+            result = synthetic(blocks=8, pairs=["wint8_afp16"], seed=seed)
+            result = replace(result, candidates=(replace(result.candidates[0], granularity=granularity),))
+            write_json(folder / granularity / "manifest.json", result.to_manifest())
+            log(result, folder / granularity, "granularities")
         client = mlflow.MlflowClient()
-        for name in ("pairs", "grid"):
+        for name in ("pairs", "grid", "granularities"):
             assert ensure_view(client, client.get_experiment_by_name(name).experiment_id)
         mlflow.set_tracking_uri(None)
     with running_mlflow(folder, backend) as server:
@@ -92,28 +95,6 @@ def runs(client):
     """Pair → its run in ``pairs``."""
     found = client.search_runs([client.get_experiment_by_name("pairs").experiment_id])
     return {run.data.params["eff.quant_pair"]: run for run in found}
-
-
-@pytest.fixture
-def page(chromium):
-    """A first visit; the page must not complain of anything."""
-    context = chromium.new_context(viewport={"width": 1900, "height": 1250})
-    context.set_default_timeout(20_000)
-    context.add_init_script(NO_ASSISTANT)
-    page = context.new_page()
-    complaints = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda said: said.type == "error" and complaints.append(f"{said.text} {said.location['url']}"))
-    yield page
-    context.close()
-    assert [text for text in complaints if not any(noise in text for noise in NOISE)] == []
-
-
-@pytest.fixture
-def shoot(page, tmp_path):
-    folder = Path(os.environ.get("LAYERBITS_SCREENSHOTS", tmp_path))
-    folder.mkdir(parents=True, exist_ok=True)
-    return lambda name: page.screenshot(path=folder / f"{name}.png")
 
 
 def charts(page, count):
@@ -195,8 +176,21 @@ def test_the_report_is_rendered(page, site, runs, shoot):
     assert most in table.locator("[role=row], tr").nth(1).inner_text()
 
 
-def test_the_run_page_has_its_note(page, site, runs, shoot):
+def test_the_link_of_a_run_opens_its_page_with_the_note(page, site, runs, shoot):
     run = runs[PAIRS[-1]]
-    page.goto(f"{site.url}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?workflowType=machine_learning")
+    page.goto(run_link(site.url, run.info.experiment_id, run.info.run_id))
     page.locator("strong", has_text=run.info.run_name).wait_for()
+    page.get_by_text("deployable").wait_for()
     shoot("run")
+    # Among the pages for training, not for GenAI; and without the tags that are for programs.
+    assert page.get_by_role("link", name="Model registry").count() == 1
+    assert page.get_by_role("link", name="Prompts").count() == 0
+    assert "layerbits.process.pid" in " ".join(run.data.tags)
+    assert page.get_by_text("process.").count() == page.get_by_text("layers.0").count() == 0
+
+
+def test_granularities_of_a_pair_are_lines_of_different_colour(page, site, client, links, shoot):
+    page.goto(links["granularities"])
+    found = charts(page, 6)
+    shoot("overlay-granularities")
+    assert {len({line["color"] for line in chart["lines"].values()}) for chart in found[:4]} == {len(GRANULARITIES)}

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import layerbits
+from layerbits.importing import read, results
 from layerbits.result import (
     CalibrationInfo,
     CandidateInfo,
@@ -194,36 +192,6 @@ def recipe(groups: Sequence[Group], raw: np.ndarray, info: CandidateInfo, target
 
 
 def from_table(name: str) -> SensitivityResult:
-    """Language-model groups of a published per-layer table; what it does not say is left unknown."""
-    table = json.loads((PUBLISHED / name / "per-layer-sensitivity.json").read_text())
-    pattern = re.compile(r"(?:model\.)?language_model\.layers\.(\d+)\.(?:self_attn|mlp)\.(q|o|gate|down)_proj$")
-    kinds = {"q": "qkv", "o": "o", "gate": "gate_up", "down": "down"}
-    groups, scores = [], []
-    for entry in table["layer_sensitivity"]:
-        if match := pattern.match(entry["layer"]):
-            block, kind = int(match[1]), kinds[match[2]]
-            modules = tuple(f"model.language_model.layers.{block}.{m}" for m in MODULES[kind])
-            weights = int(entry["size_cost"] * 16 / entry["num_bits"])
-            groups.append(Group(f"B{block:02d}.{kind}", block, kind, modules, weights))
-            scores.append(entry["sensitivity"])
-    order = sorted(range(len(groups)), key=lambda i: (groups[i].block, list(MODULES).index(groups[i].kind)))
-    groups = [groups[i] for i in order]
-    raw = np.array([[scores[i]] for i in order])
-    pair = name.split("/")[1]
-    model = name.split("/")[0]
-    info = candidate(pair)
-    base = synthetic(blocks=1)
-    calibration = replace(base.calibration, dataset="coco2017", size=model.rsplit("_", 1)[1])
-    return SensitivityResult(
-        model=ModelInfo(model, model, "unknown", "unknown", "bfloat16"),
-        calibration=calibration,
-        method="gradient",
-        engine="stock",
-        seed=0,
-        device="cuda",
-        groups=tuple(groups),
-        candidates=(info,),
-        scores=raw,
-        predicted_kl=np.full_like(raw, np.nan),
-        recipe=recipe(groups, raw, info, 9.0),
-    )
+    """A published per-layer table, as it is imported."""
+    (result,) = results(read(PUBLISHED / name / "per-layer-sensitivity.json"))
+    return result

@@ -15,6 +15,7 @@ from layerbits.errors import UserError
 from layerbits.report import json_report, markdown_report, note, rebuild, write_report
 from layerbits.report.wording import config_words, modules_words, quantizer_words
 from layerbits.result import NonFinite, load_manifest
+from layerbits.trust.intervals import with_intervals
 
 PAIRS = ("wint8_afp16", "wfp8_afp8", "wfp4_afp16")
 
@@ -128,18 +129,31 @@ def test_sums_and_shares_agree_with_the_result(make_result):
         assert sum(k["predicted_kl"] for k in candidate["kinds"]) == pytest.approx(candidate["predicted_kl_sum"])
 
 
-def test_intervals_become_columns(make_result):
-    result = make_result()
-    name = result.candidates[0].name
-    first = result.rows()[0]["layer"]
-    rows = cells(markdown_report(result, {(first, name): (0.25, 0.75)}), "Most sensitive groups")
-    low, high = rows[0].index("low"), rows[0].index("high")
-    assert (rows[1][low], rows[1][high]) == ("0.25", "0.75")
-    assert rows[2][low] == "–"
+def test_intervals_become_columns_with_ties(make_result):
+    result = with_intervals(make_result(blocks=6, samples=64))
+    rows = cells(markdown_report(result), "Most sensitive groups")
+    shown = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    for row, known in zip(shown, result.rows(), strict=False):
+        assert row["low"] == f"{known['low']:.3g}"
+        assert row["high"] == f"{known['high']:.3g}"
+        assert row["ranks"].split("–")[0] == str(known["rank_low"])
+        assert row["tied with"].startswith(f"`{known['tied'][0]}`" if known["tied"] else "–")
 
 
-def test_without_intervals_there_are_no_such_columns(make_result):
-    assert "low" not in cells(markdown_report(make_result()), "Most sensitive groups")[0]
+def test_the_captions_for_a_stable_top_are_told(make_result):
+    result = with_intervals(make_result(blocks=6, samples=64))
+    ends = replace(result.intervals, top_overlap=np.array([8.04]), top_captions=np.array([128.0]))
+    text = markdown_report(replace(result, intervals=ends))
+    assert "With 64 more captions the top 10 would be stable" in text
+    assert "would share 8.0 of the top 10" in note(replace(result, intervals=ends))
+
+
+def test_a_result_without_single_captions_says_that_it_has_no_intervals(make_result):
+    result = with_intervals(make_result(samples=0))
+    text = markdown_report(result)
+    assert "low" not in cells(text, "Most sensitive groups")[0]
+    assert "There are no intervals" in text
+    assert json_report(result)["intervals"] is None
 
 
 def test_kl_div_is_called_measured(make_result):
@@ -170,7 +184,7 @@ def test_the_note_points_to_warnings(make_result):
 @pytest.fixture(scope="module")
 def written(make_result, tmp_path_factory):
     """A result with every kind of content, on disk: the result, the folder, the paths that were returned."""
-    result = make_result(blocks=3, pairs=PAIRS[:2], samples=8, nonfinite=["B01.o"])
+    result = with_intervals(make_result(blocks=3, pairs=PAIRS[:2], samples=8, nonfinite=["B01.o"]))
     folder = tmp_path_factory.mktemp("run")
     return result, folder, write_report(result, folder)
 

@@ -1,5 +1,6 @@
 """What a result becomes in MLflow: names and values, without MLflow."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -9,7 +10,8 @@ import pytest
 
 from layerbits.result import Group
 from layerbits.tracking import contract
-from tests.integration.tracking_support import KINDS, small_result, write_folder
+from layerbits.trust.intervals import with_intervals
+from tests.integration.tracking_support import KINDS, ROOT, small_result, write_folder
 
 
 @pytest.fixture
@@ -135,6 +137,40 @@ def test_table_keeps_every_digit_and_has_null_for_infinity(result):
     }
 
 
+def with_captions(result, captions=16):
+    parts = np.random.default_rng(0).gamma(2.0, size=(captions, *result.scores.shape))
+    shares = parts / parts.sum(axis=0) * result.predicted_kl
+    return with_intervals(replace(result, sample_kl=shares, sample_tokens=np.full(captions, 31)))
+
+
+def test_table_and_tags_have_the_intervals_where_they_are_known(result):
+    sure = with_captions(result)
+    table = json.loads(contract.table(sure))
+    columns = {"low", "high", "rank_low", "rank_high", "tied"}
+    assert columns <= set(table["columns"])
+    assert not columns & set(json.loads(contract.table(result))["columns"])
+    plain = contract.read_layer_tags(contract.tags(sure))
+    by_layer = {row["layer"]: row for row in sure.rows()}
+    for i, layer in enumerate(plain["layer"]):
+        row = by_layer[layer]
+        if layer == "B01.o":  # its score is infinite
+            assert (plain["low"][i], plain["rank_low"][i]) == (None, None)
+        else:
+            assert [plain[name][i] for name in contract.INTERVAL_COLUMNS] == [
+                row[name] for name in contract.INTERVAL_COLUMNS
+            ]
+
+
+def test_the_stability_of_the_top_is_a_metric(result):
+    sure = with_captions(result)
+    found = values(sure)
+    assert found["summary/rank_stability_top10"] == sure.intervals.top_overlap[0] / 10
+    assert found["summary/captions_for_stable_top10"] == sure.intervals.top_captions[0]
+    never = replace(sure, intervals=replace(sure.intervals, top_captions=np.array([np.inf])))
+    assert "summary/captions_for_stable_top10" not in values(never)
+    assert "summary/rank_stability_top10" not in values(result)
+
+
 def test_tags_say_versions_contract_and_pair(result):
     tags = contract.tags(result)
     assert tags["version.torch"] == "2.13.0"
@@ -153,9 +189,21 @@ def test_dataset_digest_fits_mlflow(result):
 
 def test_pairs_have_a_hue_by_weights_and_a_lightness_by_activations():
     assert contract.color("fp8", "fp16") == "#0072b2"
-    colors = {contract.color(w, a) for w in ("fp4", "fp8", "int8", "int4") for a in ("fp16", "fp8", "int8")}
-    assert len(colors) == 12
+    colors = {contract.color(w, a) for w in ("fp4", "fp8", "int8", "int4") for a in ("fp16", "fp8", "int8", "int4")}
+    assert len(colors) == 16
     assert contract.color("int3", "fp16") == "#6e6e6e"
+
+
+@pytest.mark.parametrize("pair", [(w, a) for w in ("fp4", "fp8", "int8", "int4") for a in ("fp16", "int8")])
+def test_every_shipped_overlay_has_a_shade_of_its_own(pair):
+    overlays = [file.stem for file in (ROOT / "configs" / "quant_granularity").glob("*.yaml")]
+    shades = [bytes.fromhex(contract.color(*pair, overlay)[1:]) for overlay in overlays]
+    assert contract.color(*pair, "default") == contract.color(*pair)
+    assert min(math.dist(a, b) for a, b in itertools.combinations(shades, 2)) > 18  # of 255 in one primary colour
+
+
+def test_an_overlay_of_a_user_has_a_shade_too():
+    assert contract.color("fp8", "fp8", "mine") != contract.color("fp8", "fp8")
 
 
 def test_result_id_follows_the_manifest(tmp_path):

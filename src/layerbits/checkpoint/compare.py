@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from layerbits.checkpoint.dequantize import block_scales, dequantize
+from layerbits.checkpoint.dequantize import block_scales, check_parts, dequantize
 from layerbits.checkpoint.labels import Label
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.structure import Quantization
@@ -17,16 +17,10 @@ from layerbits.scoring import quantizers
 
 FP32_SLACK = 2.0**-21
 """Relative difference of a product with a scale and of a quotient by its reciprocal, in float32."""
-STEPS = 1.1
-"""Steps of the FP4 grid by which a weight may move when its block scale is rounded anew.
-
-Both are roundings of one number, half a step away from it each; the scales differ by a step of E4M3 at most (1/8).
-"""
 ERROR_RATIO = 1.05
-"""How much larger the quantization error of such a weight may be than that of the scored one, in the Frobenius norm."""
+"""How much larger the error of a weight may become by the scale that it shares with others, in the Frobenius norm."""
 
-_E4M3_NORMAL = 2.0**-6  # below it block scales have fewer digits
-_NVFP4_FLUSHED = 1e-5  # ModelOpt's kernel computes blocks with a smaller scale as zeros
+_E4M3_NORMAL = 2.0**-6  # below it block scales have fewer digits, and a second rounding may move them by a step
 
 
 @dataclass(frozen=True)
@@ -38,8 +32,9 @@ class ScoredLayer:
         candidate: Name of its candidate.
         label: What the export has to label it.
         dtype: Dtype of the model's weights.
-        weight: ModelOpt settings of its weight quantizer.
+        weight, inputs: ModelOpt settings of its quantizers; ``None`` = disabled.
         weight_range: Calibrated range of the weight, ``None`` where there is none.
+        stored_range: The range that is stored: of formats with a second scale the largest of the fused linears.
         input_range: Calibrated range of the input, ``None`` where there is none.
     """
 
@@ -49,7 +44,9 @@ class ScoredLayer:
     label: Label
     dtype: torch.dtype
     weight: Any
+    inputs: Any
     weight_range: torch.Tensor | None
+    stored_range: torch.Tensor | None
     input_range: torch.Tensor | None
 
 
@@ -59,9 +56,9 @@ class LayerProof:
 
     Attributes:
         elements: Weights compared.
-        identical: Weights that are the scored ones, in the model's dtype.
-        worst: Largest difference, as a share of what is allowed; at most 1.
-        error_ratio: Error against the unquantized weight, relative to that of the scored weight.
+        identical: Weights that are, in the model's dtype, the fake-quantized ones at the stored scale.
+        worst: Largest difference from those, as a share of what is allowed; at most 1.
+        error_ratio: Error against the unquantized weight, relative to that at the scored scale; 1 unless it is shared.
         problem: What is wrong, empty where nothing is.
     """
 
@@ -99,7 +96,7 @@ class ExcludedProof:
 def compare_layer(
     exported: Checkpoint, source: Checkpoint, quantization: Quantization, layer: ScoredLayer, device: str
 ) -> LayerProof:
-    """Compares a stored weight with the scored one, some rows at a time.
+    """Compares a stored weight with the scored one, some rows at a time; what cannot be read is a problem too.
 
     Args:
         exported: The export.
@@ -108,36 +105,46 @@ def compare_layer(
         layer: What was scored.
         device: Where the weights are quantized; kernels differ in rounding.
     """
-    name, label = f"{layer.stored}.weight", layer.label
+    elements = source.entry(f"{layer.stored}.weight").elements
     found = quantization.layers.get(layer.stored)
-    elements = source.entry(name).elements
-    if found != label:
+    if found != layer.label:
         what = "is not labelled" if found is None else f"is labelled {found.algo}"
-        return _failed(layer, elements, f"{layer.stored} {what}, scored was {label.algo}")
+        return _failed(layer, elements, f"{layer.stored} {what}, scored was {layer.label.algo}")
+    try:
+        check_parts(exported, layer.stored, layer.label)
+        return _compared(exported, source, layer, device)
+    except UserError as error:
+        return _failed(layer, elements, str(error))
+
+
+def _compared(exported: Checkpoint, source: Checkpoint, layer: ScoredLayer, device: str) -> LayerProof:
+    name, label = f"{layer.stored}.weight", layer.label
+    elements = source.entry(name).elements
     rows = source.entry(name).shape[0]
     identical, worst, beyond = 0, 0.0, 0
     error, scored_error = 0.0, 0.0
     for start, stop in source.pieces(name):
-        weight = source.rows(name, start, stop).to(layer.dtype)
-        scored = _scored_rows(layer, weight, rows, start, stop, device)
-        stored = dequantize(exported, layer.stored, label, start, stop)
-        difference = (stored - scored.float()).abs()
-        allowed = _allowed(exported, layer, stored, scored.float(), start, stop)
+        weight = source.rows(name, start, stop).to(device, layer.dtype)
+        expected = fake_quantized(layer, weight, layer.stored_range, rows, start, stop)
+        stored = dequantize(exported, layer.stored, label, start, stop, device)
+        difference = (stored - expected.float()).abs()
+        allowed = _allowed(exported, layer, stored, start, stop)
         beyond += int((~(difference <= allowed)).sum())
         worst = max(worst, float(torch.where(difference > 0, difference / allowed, 0.0).max()))
-        identical += int((stored.to(layer.dtype) == scored).sum())
-        error += float((stored - weight.float()).double().square().sum())
-        scored_error += float((scored.float() - weight.float()).double().square().sum())
+        identical += int((stored.to(layer.dtype) == expected).sum())
+        if label.second_divisor:
+            scored = fake_quantized(layer, weight, layer.weight_range, rows, start, stop, factor=1.0)
+            error += float((stored - weight.float()).double().square().sum())
+            scored_error += float((scored.float() - weight.float()).double().square().sum())
     ratio = (error / scored_error) ** 0.5 if scored_error else 1.0
-    problem = ""
     if beyond:
         problem = f"{beyond} of {elements} weights of {layer.stored} are not the scored ones"
-    elif not label.exact and ratio > ERROR_RATIO:
+    elif ratio > ERROR_RATIO:
         problem = (
             f"{layer.stored} has {ratio:.3f} times the error of the scored weight, at most {ERROR_RATIO} is allowed"
         )
     else:
-        problem = _input_problem(exported, layer)
+        problem = _scale_problem(exported, layer) or _input_problem(exported, layer)
     return LayerProof(layer.module, layer.candidate, label.algo, elements, identical, worst, ratio, problem)
 
 
@@ -198,43 +205,65 @@ def kv_problems(exported: Checkpoint, ranges: Mapping[str, torch.Tensor]) -> lis
     for name, amax in ranges.items():
         if name not in exported:
             problems.append(f"{name} is not in the export")
-        elif not _close(exported.rows(name), amax.float().cpu() / 448.0):
+        elif not _close(exported.rows(name), amax.float().cpu().reshape(()) / 448.0):
             problems.append(f"{name} is not its calibrated range / 448")
     return problems
 
 
-def _scored_rows(
-    layer: ScoredLayer, weight: torch.Tensor, rows: int, start: int, stop: int, device: str
+def fake_quantized(
+    layer: ScoredLayer,
+    weight: torch.Tensor,
+    amax: torch.Tensor | None,
+    rows: int,
+    start: int,
+    stop: int,
+    factor: float | None = None,
 ) -> torch.Tensor:
-    """Rows of the fake-quantized weight, in the model's dtype, on the CPU."""
-    quantizer = quantizers.make_quantizer(layer.weight, device)
-    amax = layer.weight_range
+    """Rows ``start`` to ``stop`` of a weight after ModelOpt's fake quantization, in the model's dtype.
+
+    Args:
+        layer: Its settings.
+        weight: Those rows, on the device whose kernels quantize: they differ in rounding.
+        amax: Range of the whole weight, or of every row or block of it; ``None`` = the format needs none.
+        rows: Rows of the whole weight.
+        start: First row.
+        stop: One past the last row.
+        factor: What the kernel takes for the range, relative to it; by default what the label prescribes.
+    """
+    quantizer = quantizers.make_quantizer(layer.weight, weight.device)
     if amax is not None:
         if amax.numel() > 1:  # a range per row or per block of a row
             amax = amax.reshape(rows, -1)[start:stop].reshape(-1, 1)
-        quantizer.amax = amax.to(device)
+        quantizer.amax = amax.to(weight.device).float() * (layer.label.kernel_factor if factor is None else factor)
     with torch.no_grad():
-        return quantizer(weight.to(device)).cpu()
+        return quantizer(weight)
 
 
-def _allowed(
-    exported: Checkpoint, layer: ScoredLayer, stored: torch.Tensor, scored: torch.Tensor, start: int, stop: int
-) -> torch.Tensor:
-    """How far each stored weight may be from the scored one."""
-    if layer.label.exact:
-        # The scored weight was rounded to the model's dtype. That is less than half a step of any format.
-        finfo = torch.finfo(layer.dtype)
-        return stored.abs() * (finfo.eps / 2 + FP32_SLACK) + finfo.smallest_normal * finfo.eps
-    scale = block_scales(exported, layer.stored, layer.label, start, stop)
-    scale = scale.repeat_interleave(stored.shape[1] // scale.shape[1], 1)
-    level = torch.maximum(stored.abs(), scored.abs()) / scale
-    step = torch.where(level <= 2.0, 0.5, torch.where(level <= 4.0, 1.0, 2.0))
-    allowed = STEPS * step * scale
+def _allowed(exported: Checkpoint, layer: ScoredLayer, stored: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """How far each stored weight may be from the fake-quantized one."""
+    # That one was rounded to the model's dtype, which is less than half a step of any format.
+    finfo = torch.finfo(layer.dtype)
+    allowed = stored.abs() * (finfo.eps / 2 + FP32_SLACK) + finfo.smallest_normal * finfo.eps
+    if not layer.label.second_divisor:
+        return allowed
+    scale = block_scales(exported, layer.stored, layer.label, start, stop).to(stored.device)
     whole = float(exported.rows(f"{layer.stored}.weight_scale_2"))
-    coarse = scale < _E4M3_NORMAL * whole * 1.01
-    allowed = torch.where(coarse, 12.0 * _E4M3_NORMAL * whole, allowed)
-    flushed = scored == 0
-    return torch.where(flushed, allowed.clamp(min=6.75 * _NVFP4_FLUSHED), allowed)
+    coarse = (scale < 1.01 * _E4M3_NORMAL * whole).repeat_interleave(stored.shape[1] // scale.shape[1], 1)
+    return torch.where(coarse, allowed + 2.0 * _E4M3_NORMAL * whole, allowed)
+
+
+def _scale_problem(exported: Checkpoint, layer: ScoredLayer) -> str:
+    """Scales have float32's precision: what the rounding to the model's dtype hides in the weights shows here."""
+    label = layer.label
+    part, divisor = ("weight_scale", label.divisor) if label.divisor else ("weight_scale_2", label.second_divisor)
+    if divisor is None:
+        return ""
+    assert layer.stored_range is not None
+    scale = exported.rows(f"{layer.stored}.{part}").float()
+    expected = layer.stored_range.float().cpu().reshape(scale.shape) / divisor
+    if _close(scale, torch.where(expected > 0, expected, scale)):  # where all weights are zero, any scale does
+        return ""
+    return f"{layer.stored}.{part} is not its calibrated range / {divisor:g}"
 
 
 def _input_problem(exported: Checkpoint, layer: ScoredLayer) -> str:
@@ -258,7 +287,7 @@ def _equal(one: Checkpoint, name: str, other: Checkpoint, twin: str) -> bool:
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool((a.float().reshape(()) - b.reshape(())).abs() <= FP32_SLACK * b.abs())
+    return bool(((a.float() - b).abs() <= FP32_SLACK * b.abs()).all())
 
 
 def _failed(layer: ScoredLayer, elements: int, problem: str) -> LayerProof:

@@ -40,11 +40,11 @@ class Label:
         packed: Rows and columns in one stored element.
         block: Columns that share a scale; 0 = one scale per row, ``None`` = one for all.
         scale: Dtype of ``weight_scale``.
-        second_scale: Whether ``weight_scale_2``, one for the whole tensor, multiplies the block scales.
+        divisor: Range of the weight, of its row or of its block / ``weight_scale``; ``None`` = another rule.
+        second_divisor: Range of the weight / ``weight_scale_2``, which multiplies the block scales; ``None`` = there is
+            none. The range is the largest of the linears that runtimes fuse.
         input_divisor: Calibrated range / ``input_scale``; ``None`` = none is stored.
         arithmetic: What happens to the activations, one of the ``INPUT_*``; ``None`` = nothing.
-        exact: Whether the stored weight is the scored one. Otherwise its block scales are rounded anew: below a scale
-            for the whole tensor that fused linears share (NVFP4), or on another grid (W4A8_NVFP4_FP8).
     """
 
     algo: str
@@ -54,10 +54,10 @@ class Label:
     packed: tuple[int, int] = (1, 1)
     block: int | None = None
     scale: str = "float32"
-    second_scale: bool = False
+    divisor: float | None = None
+    second_divisor: float | None = None
     input_divisor: float | None = None
     arithmetic: str | None = None
-    exact: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -69,6 +69,11 @@ class Label:
         """Dtype of ``weight_scale``."""
         return _dtype(self.scale)
 
+    @property
+    def kernel_factor(self) -> float:
+        """What ModelOpt's NVFP4 kernel takes for the range, relative to it, to compute with ``weight_scale_2``."""
+        return _NVFP4_DIVISOR / self.second_divisor if self.second_divisor else 1.0
+
     def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
         """Shape of ``weight_scale``."""
         if self.block is None:
@@ -76,49 +81,47 @@ class Label:
         return (rows, columns // self.block) if self.block else (rows,)
 
 
-_NVFP4: dict[str, Any] = {
-    "stored": "uint8",
-    "packed": (1, 2),
-    "block": 16,
-    "scale": "float8_e4m3fn",
-    "second_scale": True,
-    "exact": False,
-}
+_NVFP4_DIVISOR = 6.0 * 448.0  # the largest E2M1 value times the largest E4M3 scale
+_NVFP4: dict[str, Any] = {"stored": "uint8", "packed": (1, 2), "block": 16, "scale": "float8_e4m3fn"}
 _FP8_INPUT: dict[str, Any] = {"inputs": "FP8 per tensor", "input_divisor": 448.0, "arithmetic": INPUT_FP8}
 
 LABELS = {
     label.algo: label
     for label in (
-        Label("FP8", "FP8 per tensor", stored="float8_e4m3fn", **_FP8_INPUT),
+        Label("FP8", "FP8 per tensor", stored="float8_e4m3fn", divisor=448.0, **_FP8_INPUT),
         Label(
             "FP8_PER_CHANNEL_PER_TOKEN",
             "FP8 per output channel",
             "FP8 per token, dynamic",
             "float8_e4m3fn",
             block=0,
+            divisor=448.0,
             arithmetic=INPUT_FP8_TOKEN,
         ),
-        Label("W8A16", "INT8 per output channel", "-", "int8", block=0),
+        Label("W8A16", "INT8 per output channel", "-", "int8", block=0, divisor=127.0),
         Label(
             "W8A8_SQ_PER_CHANNEL",
             "INT8 per output channel",
             "INT8 per tensor",
             "int8",
             block=0,
+            divisor=127.0,
             input_divisor=127.0,
             arithmetic=INPUT_INT8,
         ),
-        Label("W4A16_AWQ", _GROUP + "128", "-", "uint8", packed=(2, 1), block=128),
-        Label("W4A16_NVFP4", "NVFP4 per 16", "-", **_NVFP4),
+        Label("W4A16_AWQ", _GROUP + "128", "-", "uint8", packed=(2, 1), block=128, divisor=7.0),
+        Label("W4A16_NVFP4", "NVFP4 per 16", "-", second_divisor=_NVFP4_DIVISOR, **_NVFP4),
         Label(
             "NVFP4",
             "NVFP4 per 16",
             "NVFP4 per 16",
-            input_divisor=6.0 * 448.0,
+            second_divisor=_NVFP4_DIVISOR,
+            input_divisor=_NVFP4_DIVISOR,
             arithmetic=INPUT_NVFP4,
             **_NVFP4,
         ),
-        Label("W4A8_NVFP4_FP8", "NVFP4 per 16", **_FP8_INPUT, **_NVFP4),
+        # Runtimes multiply the FP4 values into FP8, so the block scales stay below 448 / 6.
+        Label("W4A8_NVFP4_FP8", "NVFP4 per 16", second_divisor=448.0, **_FP8_INPUT, **_NVFP4),
         Label("W4A8_MXFP4_FP8", "MXFP4 per 32", stored="uint8", packed=(1, 2), block=32, scale="uint8", **_FP8_INPUT),
     )
 }

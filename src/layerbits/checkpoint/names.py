@@ -9,7 +9,8 @@ def names_on_disk(model: Any) -> dict[str, str]:
     """Name in the checkpoint for each name in ``model.state_dict()``, by transformers' own conversion.
 
     Args:
-        model: Loaded by ``from_pretrained``, which remembers how it renamed; not yet quantized.
+        model: Not yet quantized. One loaded by ``from_pretrained`` remembers how it was renamed; for another it is the
+            renaming of its architecture.
     """
     import torch
     from transformers.core_model_loading import revert_weight_conversion

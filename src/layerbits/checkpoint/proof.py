@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from layerbits.checkpoint.compare import ERROR_RATIO, STEPS, ExcludedProof, LayerProof
-from layerbits.checkpoint.logits import LogitProof
+from layerbits.checkpoint.compare import ERROR_RATIO, ExcludedProof, LayerProof
+from layerbits.checkpoint.logits import BOUND, DRIFT_BOUND, LogitProof
 from layerbits.checkpoint.structure import Check
 from layerbits.errors import UserError
 
 SCHEMA_VERSION = 1
-
-LOGIT_BOUND = {True: 0.1, False: 1.0}
-"""What the logits may deviate, relative to what the scheme changes, by whether every label is exact."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,8 @@ class Proof:
         found += [layer.problem for layer in self.layers if layer.problem]
         found += [*self.excluded.problems, *self.kv_problems]
         found += [f"its weights are the bytes of {name}, a scheme of another recipe" for name in self.same_weights]
-        if self.logits is not None and not self.logits.passed:
-            found.append(
-                f"its logits deviate from the scheme's by {self.logits.ratio:.3g} of the scheme's effect, "
-                f"{self.logits.bound:g} is allowed"
-            )
+        if self.logits is not None and self.logits.problem:
+            found.append(self.logits.problem)
         return found
 
     @property
@@ -94,6 +88,20 @@ class Proof:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise UserError(f"the export of {self.record.scheme} is not what was scored: {problems[0]}{more}")
 
+    @property
+    def summary(self) -> str:
+        """The proof in a line."""
+        record, logits = self.record, self.logits
+        words = [
+            f"{record.scheme}: {'proven' if self.passed else 'NOT PROVEN'}",
+            ", ".join(f"{label} x {n}" for label, n in record.labels.items()),
+            f"{record.effective_bits:.4g} bits",
+            f"{record.bytes / 1e6:,.0f} MB of {record.source_bytes / 1e6:,.0f} MB",
+        ]
+        if logits is not None:
+            words.append(f"KL {logits.kl_checkpoint:.3g} nats per token on {logits.tokens} calibration tokens")
+        return "; ".join(words)
+
     def metrics(self) -> dict[str, float]:
         """Numbers for the tracking server; not finite ones are left out."""
         elements = sum(layer.elements for layer in self.layers)
@@ -107,7 +115,12 @@ class Proof:
             "proof/excluded_tensors": float(self.excluded.tensors),
         }
         if self.logits is not None:
-            values |= {"proof/logit_ratio": self.logits.ratio, "proof/logit_kl": self.logits.kl}
+            values |= {
+                "proof/logit_deviation": self.logits.deviation_ratio,
+                "proof/logit_drift": self.logits.drift_ratio,
+                "proof/kl_scheme": self.logits.kl_scheme,
+                "proof/kl_checkpoint": self.logits.kl_checkpoint,
+            }
         values |= {f"seconds/{phase}": value for phase, value in (self.seconds or {}).items()}
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
@@ -148,11 +161,12 @@ class Proof:
             "",
             "## Quantized weights",
             "",
-            "Read back, dequantized with their scales and compared with the fake-quantized weights that were scored.",
-            "Exact labels: equal up to the rounding to the model's dtype, less than half a step of the format. NVFP4",
-            f"labels: at most {STEPS:g} steps of the FP4 grid, and at most {ERROR_RATIO:g} times the scored error.",
+            "Read back, dequantized with their scales and compared with ModelOpt's fake quantization of the source's",
+            "weights at the stored scale: equal up to the rounding to the model's dtype, less than half a step of the",
+            "format. Fused linears share a scale in NVFP4, which may make the error at most "
+            f"{ERROR_RATIO:g} times the scored one.",
             "",
-            "| label | linears | weights | identical | worst / allowed | error / scored error |",
+            "| label | linears | weights | identical in the model's dtype | worst / allowed | error / scored error |",
             "|---|---|---|---|---|---|",
             *self._by_label(),
             "",
@@ -170,13 +184,16 @@ class Proof:
             lines.append("Not compared.")
         else:
             lines += [
-                "Of a model built from the checkpoint alone against the applied scheme, the KV cache left alone.",
+                f"Of a model built from the checkpoint alone, on {logits.tokens} positions, the KV cache left alone.",
+                f"The scheme changes the unquantized model's logits by {logits.effect:.4g} root mean square.",
                 "",
-                f"- {logits.tokens} positions. The scheme changes the logits by {logits.effect:.4g} root mean square,",
-                f"  the checkpoint differs from the scheme by {logits.deviation:.4g}: {logits.ratio:.3g} of that,",
-                f"  {logits.bound:g} is allowed.",
-                f"- KL of the checkpoint from the scheme {logits.kl:.3g} nats per token; of the scheme from the",
-                f"  unquantized model {logits.kl_scheme:.3g}.",
+                "| the checkpoint against | difference / that | allowed |",
+                "|---|---|---|",
+                f"| the scheme at the stored numbers | {logits.deviation_ratio:.4g} | {BOUND:g} |",
+                f"| the scheme as it was scored | {logits.drift_ratio:.4g} | {DRIFT_BOUND:g} |",
+                "",
+                f"KL from the unquantized model, nats per token: scheme {logits.kl_scheme:.4g}, checkpoint "
+                f"{logits.kl_checkpoint:.4g}.",
             ]
         if self.seconds:
             lines += ["", "## Time", "", *(f"- {phase}: {value:.1f} s" for phase, value in self.seconds.items())]

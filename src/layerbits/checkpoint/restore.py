@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerbits.checkpoint.compare import ScoredLayer
 from layerbits.checkpoint.dequantize import dequantize, logical_shape, quantize_input
 from layerbits.checkpoint.labels import Label
 from layerbits.checkpoint.names import names_on_disk
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.structure import Quantization
 from layerbits.errors import UserError
+from layerbits.scoring import quantizers
 
 _NOT_LOADED = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale")
 
 
 def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> Any:
-    """Builds the model of ``config.json`` and gives it the checkpoint's weights; ``model(**inputs)`` runs.
+    """Builds the model of ``config.json`` and fills it with the checkpoint's weights; ``model(**inputs)`` runs.
 
-    The KV cache is left in the model's dtype.
+    Piece by piece, so that little more than the model is in memory. The KV cache is left in the model's dtype.
 
     Args:
         checkpoint: The export.
@@ -28,23 +31,22 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
         UserError: A weight of the model is not in the checkpoint, or the reverse.
     """
     import torch
-    import transformers
+    from transformers import AutoConfig
+    from transformers.initialization import no_init_weights
 
-    config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
+    from layerbits.models import build
+
+    config = AutoConfig.from_pretrained(checkpoint.folder)
     del config.quantization_config
     dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    model, info = getattr(transformers, config.architectures[0]).from_pretrained(
-        None, config=config, state_dict=_weights(checkpoint, quantization, dtype), dtype=dtype, output_loading_info=True
-    )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            raise UserError(
-                f"{checkpoint.folder} does not fit its config.json: {what.removesuffix('_keys')} "
-                f"{min(map(str, info[what]))}"
-            )
-    model.eval().to(device)
+    with no_init_weights(), torch.device(device):
+        model = build(config, dtype)
+    model.tie_weights()
+    model.eval()
     model.config.use_cache = False
-    stored = {name.removesuffix(".weight"): on_disk for name, on_disk in names_on_disk(model).items()}
+    names = names_on_disk(model)
+    _fill(model, checkpoint, quantization, names)
+    stored = {name.removesuffix(".weight"): on_disk for name, on_disk in names.items()}
     for name, module in model.named_modules():
         layer = stored.get(name, "").removesuffix(".weight")
         if layer in quantization.layers:
@@ -52,22 +54,76 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
     return model
 
 
-def _weights(checkpoint: Checkpoint, quantization: Quantization, dtype: Any) -> dict[str, Any]:
+def at_stored_numbers(
+    model: Any, checkpoint: Checkpoint, quantization: Quantization, layers: Sequence[ScoredLayer]
+) -> Any:
+    """Gives the source's model the checkpoint's quantized weights, and ModelOpt's input quantizers at its scales.
+
+    What the restored model has to compute bit for bit, if its configuration, its other tensors and our reading of the
+    labels' activations are right.
+
+    Args:
+        model: Loaded from the source; changed in place.
+        checkpoint: The export.
+        quantization: Its configuration.
+        layers: The quantized linears.
+    """
     import torch
 
-    weights = {}
-    for name in checkpoint.entries:
-        module, _, leaf = name.rpartition(".")
+    for layer in layers:
+        module, label = model.get_submodule(layer.module), quantization.layers[layer.stored]
+        with torch.no_grad():
+            for start, stop in _even_pieces(checkpoint, f"{layer.stored}.weight", label):
+                module.weight[start:stop] = dequantize(
+                    checkpoint, layer.stored, label, start, stop, module.weight.device
+                )
+        quantizer = quantizers.make_quantizer(layer.inputs, module.weight.device)
+        if quantizer is None:
+            continue
+        if label.input_divisor is not None:
+            quantizer.amax = (
+                checkpoint.rows(f"{layer.stored}.input_scale").to(module.weight.device) * label.input_divisor
+            )
+        module.register_forward_pre_hook(lambda _, args, quantizer=quantizer: (quantizer(args[0]), *args[1:]))
+    return model
+
+
+def _fill(model: Any, checkpoint: Checkpoint, quantization: Quantization, names: Mapping[str, str]) -> None:
+    import torch
+
+    tensors = model.state_dict()
+    used, filled, missing = set(), set(), []
+    for name, tensor in tensors.items():
+        stored = names.get(name, name)
+        if stored not in checkpoint:
+            missing.append(name)
+            continue
+        module = stored.removesuffix(".weight")
         label = quantization.layers.get(module)
-        if label is not None and leaf == "weight":
-            rows, columns = logical_shape(checkpoint, module, label)
-            weight = torch.empty(rows, columns, dtype=dtype)
-            for start, stop in _even_pieces(checkpoint, name, label):
-                weight[start:stop] = dequantize(checkpoint, module, label, start, stop)
-            weights[name] = weight
-        elif leaf not in _NOT_LOADED:
-            weights[name] = checkpoint.rows(name)
-    return weights
+        with torch.no_grad():
+            if label is not None and stored.endswith(".weight"):
+                _check_shape(checkpoint, stored, logical_shape(checkpoint, module, label), tensor)
+                for start, stop in _even_pieces(checkpoint, stored, label):
+                    tensor[start:stop] = dequantize(checkpoint, module, label, start, stop, tensor.device)
+            else:
+                _check_shape(checkpoint, stored, checkpoint.entry(stored).shape, tensor)
+                for start, stop in checkpoint.pieces(stored):
+                    part = checkpoint.rows(stored, start, stop)
+                    (tensor[start:stop] if tensor.dim() else tensor).copy_(part)
+        used.add(stored)
+        filled.add(tensor.data_ptr())
+    if lost := [name for name in missing if tensors[name].data_ptr() not in filled]:  # the others are tied
+        raise UserError(f"{checkpoint.folder} lacks {lost[0]}, which its config.json asks for; export it again")
+    left = (n for n in checkpoint.entries if n not in used and n.rpartition(".")[2] not in _NOT_LOADED)
+    if extra := next(left, None):
+        raise UserError(f"{checkpoint.folder} has {extra}, which its config.json has no place for; export it again")
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], tensor: Any) -> None:
+    if tuple(tensor.shape) != shape:
+        raise UserError(
+            f"{checkpoint.folder}: {name} is {list(shape)}, its config.json says {list(tensor.shape)}; export it again"
+        )
 
 
 def _even_pieces(checkpoint: Checkpoint, name: str, label: Label) -> list[tuple[int, int]]:

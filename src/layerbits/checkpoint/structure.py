@@ -149,7 +149,7 @@ def _covered(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str
 def _complete(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:
     for module, label in quantization.layers.items():
         check_parts(checkpoint, module, label)
-        expected = {"weight_scale", "weight_scale_2" if label.second_scale else "", "pre_quant_scale"}
+        expected = {"weight_scale", "weight_scale_2" if label.second_divisor else "", "pre_quant_scale"}
         expected |= {"input_scale"} if label.input_divisor is not None else set()
         if extra := next((s for s in _SCALES[:3] if s not in expected and f"{module}.{s}" in checkpoint), None):
             yield f"{module} is labelled {label.algo} but has a {extra}"

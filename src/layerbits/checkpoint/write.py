@@ -2,8 +2,8 @@
 
 ModelOpt 0.47 quantizes once more when it writes, with arithmetic of its own: it divides bf16 weights by their scale in
 bf16 (2.5 % of the FP8 values of a random tensor came out a step off) and rounds ties to MXFP4 down where its kernels
-round to even. So weights whose label is exact are written from their fake-quantized values, which that second rounding
-leaves where they are.
+round to even. So weights are written from their fake-quantized values, which a second rounding leaves where they are.
+Linears that runtimes fuse share ``weight_scale_2`` (NVFP4): they are fake-quantized at the range that they share.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +61,27 @@ def scored_layers(
                 label=labels[info.name],
                 dtype=module.weight.dtype,
                 weight=settings.weights[0],
+                inputs=settings.inputs[0],
                 weight_range=_range(weight),
+                stored_range=_range(weight),
                 input_range=_range(inputs),
             )
         )
-    return layers
+    return _with_shared_ranges(layers, scheme)
+
+
+def _with_shared_ranges(layers: Sequence[ScoredLayer], scheme: Scheme) -> list[ScoredLayer]:
+    """Linears of one group with the largest of their ranges, where their label has one scale for the whole weight."""
+    group = {module: g.key for g in scheme.groups for module in g.modules}
+    shared: dict[str, torch.Tensor] = {}
+    for layer in layers:
+        if layer.label.second_divisor and layer.weight_range is not None:
+            key = group[layer.module]
+            shared[key] = max(shared.get(key, layer.weight_range), layer.weight_range)
+    return [
+        replace(layer, stored_range=shared[group[layer.module]]) if layer.label.second_divisor else layer
+        for layer in layers
+    ]
 
 
 def write_checkpoint(
@@ -120,13 +137,14 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
     for layer in layers:
         module = model.get_submodule(layer.module)
-        if layer.weight_range is not None:
-            module.weight_quantizer.amax = layer.weight_range
+        if layer.stored_range is not None:
+            module.weight_quantizer.amax = layer.stored_range.float() * layer.label.kernel_factor
         if layer.input_range is not None:
             module.input_quantizer.amax = layer.input_range
-        if layer.label.exact:
-            with torch.no_grad():
-                module.weight.copy_(module.weight_quantizer(module.weight))
+        with torch.no_grad():
+            module.weight.copy_(module.weight_quantizer(module.weight))
+        if layer.stored_range is not None:
+            module.weight_quantizer.amax = layer.stored_range
         if layer.label.algo == "W4A16_AWQ":
             # The label promises a smoothing of the inputs, and runtimes read it; none was scored.
             module.input_quantizer.pre_quant_scale = torch.ones_like(module.weight[0])

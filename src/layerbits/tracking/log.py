@@ -16,6 +16,7 @@ from layerbits.result import SensitivityResult, load_manifest
 from layerbits.tracking import contract
 from layerbits.tracking.session import PARENT_VARIABLE, Ending, RunSession
 from layerbits.tracking.store import experiment_id, impatient, one_line, open_store, redact, wait_for
+from layerbits.tracking.view import ensure_view
 
 _BATCH = 1000  # metrics that MLflow takes in one request
 _CELL_STATUS = {"skipped": "FINISHED", "unsupported": "FAILED", "failed": "FAILED"}
@@ -89,18 +90,18 @@ def log_cell(
 
     client = mlflow.MlflowClient()
     parent = parent_run_id or os.environ.get(PARENT_VARIABLE)
-    where = client.get_run(parent).info.experiment_id if parent else experiment_id(experiment)
-    quoted = name.replace("'", "''")
-    known = f"attributes.run_name = '{quoted}' and tags.outcome = '{outcome}' and tags.alias_of = '{alias_of}'"
-    if alias_of and (runs := client.search_runs([where], known, max_results=1)):
-        return str(runs[0].info.run_id)
     tags = Ending(_CELL_STATUS[outcome], outcome, redact(" ".join(reason.split()))).tags
     if parent:
         tags["mlflow.parentRunId"] = parent
-    if alias_of:
-        tags["alias_of"] = alias_of
     try:
         where = client.get_run(parent).info.experiment_id if parent else experiment_id(experiment)
+        if alias_of:
+            tags["alias_of"] = alias_of
+            # Not by name: MLflow's filters know no escape for a quote in it.
+            known = f"tags.outcome = '{outcome}' and tags.alias_of = '{alias_of}'"
+            for run in client.search_runs([where], known):
+                if run.info.run_name == name:
+                    return str(run.info.run_id)
         run_id = _create(client, where, name, tags)
         client.log_batch(run_id, params=[Param(key, value) for key, value in (params or {}).items()])
         client.set_terminated(run_id, _CELL_STATUS[outcome])
@@ -117,6 +118,22 @@ def finished_run(cell: str, experiment_id: str) -> str | None:
         [experiment_id], f"tags.cell = '{cell}' and tags.outcome = 'ok'", max_results=1
     )
     return str(runs[0].info.run_id) if runs else None
+
+
+def logged_run(directory: Path) -> str | None:
+    """Id of the run that has everything of a result on disk, in any experiment; ``None`` without one.
+
+    Raises:
+        UserError: The store cannot be read.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = _find(mlflow.MlflowClient(), contract.result_id(Path(directory)))
+    except MlflowException as error:
+        raise UserError(f"cannot read {redact(mlflow.get_tracking_uri())}: {one_line(error)}") from error
+    return str(found.info.run_id) if found is not None and found.data.tags.get("outcome") == "ok" else None
 
 
 def log_folder(run: RunSession, directory: Path, artifact_path: str) -> None:
@@ -217,6 +234,7 @@ def push(
         if found is not None and "reason" in found.data.tags:
             client.delete_tag(run_id, "reason")
         client.set_terminated(run_id, "FINISHED", (found.info.end_time if found else None) or made)
+        ensure_view(client, client.get_run(run_id).info.experiment_id)
     except MlflowException as error:
         raise UserError(f"cannot push to {redact(mlflow.get_tracking_uri())}: {one_line(error)}") from error
     return run_id
@@ -230,8 +248,9 @@ def _log(client: Any, run_id: str, result: SensitivityResult, directory: Path) -
     client.set_tag(run_id, contract.RESULT_ID, contract.result_id(directory))
     client.log_artifacts(run_id, str(directory))
     client.log_text(run_id, contract.table(result), contract.TABLE)
-    captions = DatasetInput(Dataset(**contract.dataset(result)), [InputTag("mlflow.data.context", "calibration")])
-    client.log_inputs(run_id, [captions])
+    if captions := contract.dataset(result):
+        context = [InputTag("mlflow.data.context", "calibration")]
+        client.log_inputs(run_id, [DatasetInput(Dataset(**captions), context)])
     client.log_batch(run_id, params=[Param(*item) for item in contract.parameters(result).items()])
     metrics = [Metric(key, value, at, step) for key, value, step in contract.metrics(result)]
     metrics.append(Metric("seconds/log", time.perf_counter() - start, at, 0))

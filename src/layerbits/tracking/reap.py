@@ -14,9 +14,10 @@ from typing import Any
 import psutil
 
 from layerbits.errors import UserError
+from layerbits.tracking.contract import PROCESS
 from layerbits.tracking.store import one_line, open_store, redact
 
-_PREFIX = "process."
+_PREFIXES = (PROCESS, "process.")  # the second in runs of the first days
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def process_tags() -> dict[str, str]:
     if sys.platform != "linux":
         return {}
     here = {**_here(), "pid": str(os.getpid()), "started": _started(os.getpid()) or ""}
-    return {f"{_PREFIX}{name}": value for name, value in here.items()}
+    return {f"{PROCESS}{name}": value for name, value in here.items()}
 
 
 def reap(tracking_uri: str | None = None, root: Path | None = None) -> list[Reaped]:
@@ -83,7 +84,7 @@ def why_gone(tags: Mapping[str, str], last_sign: int) -> str | None:
         tags: The run's.
         last_sign: When it last logged something, Unix milliseconds.
     """
-    of = {key.removeprefix(_PREFIX): value for key, value in tags.items() if key.startswith(_PREFIX)}
+    of = next((found for prefix in _PREFIXES if (found := _below(prefix, tags))), {})
     here = _here()
     if sys.platform != "linux" or {*here, "pid", "started"} - set(of) or of["host"] != here["host"]:
         return None
@@ -100,17 +101,22 @@ def why_gone(tags: Mapping[str, str], last_sign: int) -> str | None:
 
 
 def _running(client: Any) -> list[Any]:
-    condition = f"attributes.status = 'RUNNING' AND tags.`{_PREFIX}host` = '{socket.gethostname()}'"
-    found = []
+    found: dict[str, Any] = {}
     for experiment in _experiments(client):
-        token = None
-        while True:
-            page = client.search_runs([experiment], condition, max_results=200, page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                break
-    return found
+        for prefix in _PREFIXES:  # MLflow's filters have no OR
+            condition = f"attributes.status = 'RUNNING' AND tags.`{prefix}host` = '{socket.gethostname()}'"
+            token = None
+            while True:
+                page = client.search_runs([experiment], condition, max_results=200, page_token=token)
+                found |= {run.info.run_id: run for run in page}
+                token = page.token
+                if not token:
+                    break
+    return list(found.values())
+
+
+def _below(prefix: str, tags: Mapping[str, str]) -> dict[str, str]:
+    return {key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)}
 
 
 def _experiments(client: Any) -> list[str]:

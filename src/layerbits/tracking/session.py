@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from layerbits.errors import Unsupported, UserError
+from layerbits.errors import Skipped, Unsupported, UserError
 from layerbits.tracking.afterwards import keep_killed
 from layerbits.tracking.reap import process_tags
 from layerbits.tracking.store import answers, experiment_id, impatient, one_line, redact, run_link, ui_command
-from layerbits.tracking.view import ensure_view
+from layerbits.tracking.view import print_view
 
 PARENT_VARIABLE = "LAYERBITS_PARENT_RUN_ID"
 """Environment variable that makes the runs of this process and its children nested runs of one parent."""
@@ -147,6 +147,8 @@ def parent_run(name: str, experiment: str = "layerbits", tags: Mapping[str, str]
 
 def ending_of(error: BaseException) -> Ending:
     """What an exception that leaves the body makes of the run."""
+    if isinstance(error, Skipped):
+        return Ending("FINISHED", "skipped", one_line(error))
     if isinstance(error, Unsupported):
         return Ending("FAILED", "unsupported", one_line(error))
     if isinstance(error, UserError):
@@ -245,8 +247,8 @@ def _close(session: RunSession, ending: Ending) -> None:
         return
     if command := ui_command(session.tracking_uri):
         print(f"open the UI with: {command}", flush=True)
-    if ending is _OK and (path := ensure_view(client, session.experiment_id)):
-        print(f"compare runs: {session.link.partition('/#/')[0]}{path}", flush=True)
+    if ending is _OK:
+        print_view(client, session.tracking_uri, session.experiment_id)
 
 
 def _end(client: Any, run_id: str, status: str) -> None:

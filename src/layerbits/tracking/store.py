@@ -18,6 +18,7 @@ from layerbits.errors import UserError
 
 _ANSWER_SECONDS = 4
 _NO_ANSWER = "Max retries exceeded"  # urllib3's words in MLflow's exception
+_INVALID_HOST = "Invalid Host"
 _DATABASES = ("postgresql", "mysql")
 _MENDS = "start it, or unset tracking.uri and MLFLOW_TRACKING_URI to use a local store, or set tracking=none"
 
@@ -64,8 +65,13 @@ def redact(text: str) -> str:
 
 def run_link(uri: str, experiment_id: str, run_id: str) -> str:
     """Address of a run in the UI; for a database, in the UI that :func:`ui_command` opens."""
-    server = re.sub(r"://[^\s/]*@", "://", uri).rstrip("/") if is_server(uri) else "http://127.0.0.1:5000"
-    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+    # Without a workflow type MLflow 3.17 shows a run among its pages for GenAI.
+    return f"{ui_address(uri)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def ui_address(uri: str) -> str:
+    """Address of the UI of a store; for a database, that of :func:`ui_command`."""
+    return re.sub(r"://[^\s/]*@", "://", uri).rstrip("/") if is_server(uri) else "http://127.0.0.1:5000"
 
 
 def ui_command(uri: str) -> str | None:
@@ -148,8 +154,17 @@ def one_line(error: BaseException) -> str:
     """What an exception says, on one short line without passwords."""
     if _NO_ANSWER in str(error) and "/mlflow" in str(error):
         return "the server does not answer"
+    if _refused(error):
+        return "the server refuses us; ask its owner for EDIT permission, or log in as who has it"
     lines = str(error).strip().splitlines()
     return redact(lines[0])[:500] if lines else type(error).__name__
+
+
+def _refused(error: BaseException) -> bool:
+    text, code = str(error), getattr(error, "error_code", "")
+    if _INVALID_HOST in text:
+        return False
+    return code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "error code 401" in text or "error code 403" in text
 
 
 def _without_password(uri: str) -> str:
@@ -240,9 +255,9 @@ def _check(uri: str) -> None:
 
 def _mend(error: Exception, uri: str) -> str:
     text, code = str(error), getattr(error, "error_code", "")
-    if "Invalid Host" in text:
+    if _INVALID_HOST in text:
         return "refuses this host name; start the server with --allowed-hosts naming it"
-    if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or " 401" in text or " 403" in text:
+    if _refused(error):
         return "refuses us; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     if is_server(uri):
         if found := re.search(r"\b(5\d\d) (error responses|!= 200)", text):

@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from layerbits.tracking.store import impatient, is_server, one_line, open_store
+from layerbits.tracking.store import impatient, is_server, one_line, open_store, ui_address
 
 KEY = "layerbits-1"
 """Key of the view. A view that shows something else gets another key: one that is there is never overwritten."""
@@ -66,6 +66,18 @@ def ensure_view(client: Any, experiment_id: str) -> str | None:
     return view_path(experiment_id)
 
 
+def print_view(client: Any, uri: str, experiment_id: str) -> None:
+    """Prints the link of an experiment's view, which is saved where it is missing.
+
+    Args:
+        client: An ``mlflow.MlflowClient`` of the store.
+        uri: The store.
+        experiment_id: Of a run that has its result.
+    """
+    if path := ensure_view(client, experiment_id):
+        print(f"compare runs: {ui_address(uri)}{path}", flush=True)
+
+
 def view_links(client: Any, address: str) -> dict[str, str]:
     """Experiment name → address of its view, for those that have one, the last changed first.
 
@@ -77,19 +89,21 @@ def view_links(client: Any, address: str) -> dict[str, str]:
     return {experiment.name: address.rstrip("/") + view_path(experiment.experiment_id) for experiment in found}
 
 
-def print_links(address: str) -> None:
-    """Prints the views of the store that the environment names, for ``make ui``.
+def print_links(address: str, tracking_uri: str | None = None) -> None:
+    """Prints the views of a store.
 
     Args:
         address: Of the UI on a database; a server has its own.
+        tracking_uri: The store, as :func:`~layerbits.tracking.store.open_store` takes it; the embedded one is that of
+            the current folder.
 
     Raises:
         UserError: The store cannot be used.
     """
-    uri = open_store(None, Path.cwd())
+    uri = open_store(tracking_uri, Path.cwd())
     from mlflow import MlflowClient
 
-    links = view_links(MlflowClient(), uri if is_server(uri) else address)
+    links = view_links(MlflowClient(), ui_address(uri) if is_server(uri) else address)
     for name, link in links.items():
         print(f"{name}: {link}")
     if not links:

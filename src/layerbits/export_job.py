@@ -1,0 +1,114 @@
+"""Several schemes of one model exported one after the other, everything checked first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerbits.errors import UserError
+from layerbits.export_plan import KV_CACHES, ExportPlan, plan_exports
+
+if TYPE_CHECKING:
+    from layerbits.export import Export
+    from layerbits.schemes import Scheme
+
+_NONE = (None, "", "none", "null")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What ``configs/export.yaml`` says beside the schemes.
+
+    Attributes:
+        root: Folder of the checkpoints; ``None`` = a new one.
+        artifact_bytes: Checkpoints up to this size are logged as artifacts.
+        register: Whether to register each in MLflow.
+        registered_model: Name of the registered model; ``None`` = the model's.
+    """
+
+    root: Path | None
+    output_root: Path
+    kv_cache: str
+    device: str
+    artifact_bytes: float
+    register: bool
+    registered_model: str | None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ExportSettings:
+        """Reads a resolved configuration.
+
+        Raises:
+            UserError: A value is not one of its choices, or something is to be registered without tracking.
+        """
+        if config["kv_cache"] not in KV_CACHES:
+            raise UserError(f"kv_cache={config['kv_cache']} is not known; use {' or '.join(KV_CACHES)}")
+        try:
+            size = float(config["artifact_gb"]) * 1e9
+        except (TypeError, ValueError):
+            raise UserError(f"artifact_gb={config['artifact_gb']} is not a number of GB; use 0 for none") from None
+        register = config["register"]
+        if not isinstance(register, bool):
+            raise UserError(f"register={register} is not known; use true or false")
+        if register and not config["tracking"]["enabled"]:
+            raise UserError("register=true needs a tracking store; leave out tracking=none")
+        root, name = config["export_root"], config["registered_model"]
+        return cls(
+            root=None if root in _NONE else Path(root).expanduser().absolute(),
+            output_root=Path(config["output_root"]).expanduser().absolute(),
+            kv_cache=config["kv_cache"],
+            device=config["device"],
+            artifact_bytes=size,
+            register=register,
+            registered_model=None if name in _NONE else str(name),
+        )
+
+    def folder(self, model: str) -> Path:
+        """Where the checkpoints of a model go."""
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+        return self.root or self.output_root / "export" / f"{model}-{stamp}"
+
+
+def run_exports(
+    schemes: Sequence[Scheme], settings: ExportSettings, each: Callable[[Scheme, Callable[[], Export]], None]
+) -> None:
+    """Exports schemes; one that fails does not keep the others from being exported.
+
+    Args:
+        schemes: Of one model and calibration.
+        settings: Where to and how.
+        each: Gets a scheme and the function that exports it, and logs what that returns.
+
+    Raises:
+        UserError: Something that was found before the first is exported, or at least one failed.
+    """
+    from layerbits.export import export_scheme, known_exports, shared_ranges
+
+    plans = plan_exports(schemes, settings.folder(schemes[0].model.name if schemes else ""), settings.kv_cache)
+    ranges = shared_ranges(plans, settings.device)
+    failed = []
+    for plan in plans:
+
+        def export(plan: ExportPlan = plan) -> Export:
+            return export_scheme(plan, settings.device, ranges, known_exports(plan.target.parent))
+
+        try:
+            each(plan.scheme, export)
+        except UserError as error:
+            print(f"\n{plan.scheme.name} FAILED: {error}", flush=True)
+            failed.append(error)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(plans)} exports failed: {failed[0]}")
+
+
+def untracked(scheme: Scheme, export: Callable[[], Export]) -> None:
+    """Exports a scheme and prints where it is."""
+    show(export())
+
+
+def show(export: Export) -> None:
+    """Prints the proof in a line, and where the checkpoint is."""
+    print(f"\n{export.proof.summary}\ncheckpoint: {export.folder}\nreport: {export.report / 'proof.md'}", flush=True)

@@ -1,0 +1,153 @@
+"""An export checked before anything heavy is loaded: its target, labels, source files and the space on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerbits.checkpoint.labels import Label, check_shape, label_of
+from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
+from layerbits.errors import UserError
+
+if TYPE_CHECKING:
+    from layerbits.models import ResolvedModel
+    from layerbits.schemes import Scheme
+    from layerbits.schemes.loading import Prepared
+
+KV_CACHES = ("none", "fp8")
+
+_SLACK_BYTES = 64_000_000  # headers, tokenizer, scales of single rows
+_ITEMSIZE = {"float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything that could be checked before the weights are loaded.
+
+    Attributes:
+        prepared: The scheme with its model and calibration rows.
+        source: The checkpoint that was scored.
+        labels: Candidate name → its label.
+        target: Folder of the export; does not exist, or is empty.
+        kv_cache: ``none`` or ``fp8``.
+        bytes: Estimated size of the export.
+    """
+
+    prepared: Prepared
+    source: Checkpoint
+    labels: Mapping[str, Label]
+    target: Path
+    kv_cache: str
+    bytes: int
+
+    @property
+    def scheme(self) -> Scheme:
+        """What is exported."""
+        return self.prepared.scheme
+
+
+def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none") -> list[ExportPlan]:
+    """Checks the exports of some schemes of one model, each into a folder of its name below ``root``.
+
+    Raises:
+        UserError: As :func:`plan_export`, for all of them together; or the schemes are of several models.
+        Unsupported: As :func:`plan_export`.
+    """
+    from layerbits.schemes.loading import prepare
+
+    if not schemes:
+        raise UserError("there is no scheme to export; name at least one")
+    first = schemes[0]
+    for scheme in schemes[1:]:
+        scheme.check_revision(first.model.revision)
+        if scheme.calibration != first.calibration:
+            raise UserError(f"{first.name} and {scheme.name} were calibrated differently; export them apart")
+    prepared = prepare(first)
+    plans = [plan_export(replace(prepared, scheme=s), root / s.name, kv_cache) for s in schemes]
+    _check_space(plans[0].target, sum(plan.bytes for plan in plans), f"{len(plans)} schemes")
+    return plans
+
+
+def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none") -> ExportPlan:
+    """Checks an export before anything heavy is loaded.
+
+    Args:
+        prepared: The scheme with its model and calibration rows.
+        target: Folder of the export.
+        kv_cache: ``fp8`` calibrates and stores scales of an FP8 KV cache as well.
+
+    Raises:
+        UserError: The folder is not empty, the disk too small, or the source checkpoint cannot be read.
+        Unsupported: A candidate whose label would not say what was scored, or a weight that does not fit it.
+    """
+    scheme = prepared.scheme
+    if kv_cache not in KV_CACHES:
+        raise UserError(f"kv_cache={kv_cache} is not known; use {' or '.join(KV_CACHES)}")
+    if not scheme.modules:
+        raise UserError(f"scheme {scheme.name} quantizes nothing; give it fewer bits")
+    target = target.expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is not empty; name another folder, or delete it")
+    labels = {info.name: label_of(info) for info in scheme.candidates}
+    _check_shapes(prepared, labels)
+    source = open_checkpoint(source_folder(prepared.resolved))
+    plan = ExportPlan(prepared, source, labels, target, kv_cache, _estimate(scheme, source))
+    _check_space(target, plan.bytes, scheme.name)
+    return plan
+
+
+def source_folder(resolved: ResolvedModel) -> Path:
+    """Folder with the files of a model; from the hub, tokenizer and processor files are fetched with it.
+
+    Raises:
+        UserError: The model has no files: its weights are random.
+    """
+    if resolved.spec.random_weights:
+        raise UserError(f"{resolved.spec.name} has random weights and no checkpoint; save it and score it from there")
+    local = Path(resolved.source)
+    if local.is_dir():
+        return local
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            resolved.source,
+            revision=resolved.spec.revision,
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"],
+        )
+    )
+
+
+def _check_shapes(prepared: Prepared, labels: Mapping[str, Label]) -> None:
+    from layerbits.models import skeleton
+
+    linears = skeleton(prepared.resolved)
+    for module, info in prepared.scheme.modules.items():
+        if module not in linears:
+            raise UserError(f"the model has no linear {module}; use the model that the scheme was made from")
+        check_shape(info, labels[info.name], module, *linears[module])
+
+
+def _estimate(scheme: Scheme, source: Checkpoint) -> int:
+    """Bytes of the export: everything in the model's dtype, quantized weights with their stored bits."""
+    size = _ITEMSIZE.get(scheme.model.dtype, 2)
+    bits = {info.name: info.bits for info in scheme.candidates}
+    saved = sum(
+        group.weights * (size - bits[name] / 8)
+        for group, name in zip(scheme.groups, scheme.assignment, strict=True)
+        if name is not None
+    )
+    return int(sum(entry.elements for entry in source.entries.values()) * size - saved) + _SLACK_BYTES
+
+
+def _check_space(target: Path, size: int, what: str) -> None:
+    existing = next(p for p in target.parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(
+            f"the export of {what} takes about {size / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free; free "
+            "space or name another folder"
+        )

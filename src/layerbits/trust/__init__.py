@@ -1,0 +1,1 @@
+"""How sure a ranking is: intervals, rank stability, validation against measured damage, repeated runs."""
