@@ -162,7 +162,7 @@ def main() -> None:
         record["seconds"][step] = clock() - start
         print(f"{step}: {record['seconds'][step]:.1f} s", flush=True)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(record, indent=1).replace(str(work), "WORK") + "\n")
 
     start = clock()
     captions = make_source(folder, arguments.shape, arguments.steps, arguments.rows, arguments.length, device)

@@ -197,6 +197,8 @@ def measure(url: str, count: int, repeats: int, everything: bool) -> Clock:
         again = clock("runs of one model and pair, cached", lambda: history.runs(**one))
         assert again.equals(frame)
         shutil.rmtree(os.environ["LAYERBITS_CACHE"])
+        clock("runs of one model, pair and granularity, cold", lambda: history.runs(**one, granularity="default"))
+        shutil.rmtree(os.environ["LAYERBITS_CACHE"])
         scores = clock("runs and scores of 1000 runs, cold", lambda: history.scores(history.runs(**thousand)))
         assert len(scores) == len(KINDS) * BLOCKS * min(count, 1000)
         frame = history.runs(**thousand)

@@ -29,8 +29,9 @@ from layerbits.scoring import fisher
 from layerbits.scoring.job import kl_weights
 from layerbits.scoring.search import Search
 from layerbits.sensitivity import Plan, load_model, plan, run, scoring_job, write
+from layerbits.trust.again import plan_again
 from layerbits.trust.rankers import RANKERS
-from layerbits.trust.validate import ValidateSettings, _calibrated, prepare, validate, write_validation
+from layerbits.trust.validate import ValidateSettings, calibrated_linears, validate, write_validation
 from layerbits.trust.validation import Prediction, Validation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,10 +55,10 @@ def settings_of(pair: str, arguments: argparse.Namespace) -> Settings:
 
 def windows(found: Validation, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The fisher score taken apart, against the same measurement."""
-    planned = prepare(str(folder), load_manifest(folder), arguments.device)
+    planned = plan_again(str(folder), load_manifest(folder), arguments.device, ROOT / "configs")
     job = scoring_job(planned, load_model(planned), Path())
     search = Search.of(job)
-    linears = _calibrated(job, search)
+    linears = calibrated_linears(job, search)
     batches, groups = job.calibration.score, len(search.groups)
     weights = kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64))
     sizes = [int(w) for w in arguments.windows.split(",")]
@@ -117,7 +118,7 @@ def main() -> None:
         planned = plan(settings)
         (outcome,) = run(planned, ROOT)
         folder = write(outcome, settings)
-        found = validate(str(folder), load_manifest(folder), how, ROOT)
+        found = validate(str(folder), load_manifest(folder), how, ROOT / "configs", ROOT)
         write_validation(found, arguments.work)
         plain = found.to_json()
         keys = ("held_out", "noise_floor", "measured_kl_together", "repeated_difference", "agreement", "seconds")

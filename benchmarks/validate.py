@@ -18,7 +18,7 @@ from shapes import SHAPES
 
 from layerbits.scoring.search import Search
 from layerbits.trust.measure import measure_damage
-from layerbits.trust.validate import _calibrated
+from layerbits.trust.validate import calibrated_linears
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     for pair in arguments.pairs.split(","):
         job = bench.job((pair,))
         search = Search.of(job)
-        linears = _calibrated(job, search)
+        linears = calibrated_linears(job, search)
         seconds = []
         for _ in range(arguments.turns):
             if arguments.device == "cuda":

@@ -20,7 +20,8 @@ CONFIGS = ROOT / "configs"
 
 def validation(config: dict[str, Any]) -> None:
     """Reads the run, measures, writes and logs the result."""
-    from layerbits.trust.validate import load_run, settings_of, validate, write_validation
+    from layerbits.trust.again import load_run
+    from layerbits.trust.validate import settings_of, validate, write_validation
     from layerbits.trust.validation import markdown
 
     settings = settings_of(config, listed(config["rankers"]))
@@ -31,7 +32,7 @@ def validation(config: dict[str, Any]) -> None:
     root = Path(config["output_root"]).expanduser().absolute()
 
     def make(uri: str | None) -> entry.Derived:
-        found = validate(reference, load_run(reference, uri), settings, ROOT)
+        found = validate(reference, load_run(reference, uri), settings, CONFIGS, ROOT)
         folder = write_validation(found, root)
         text = markdown(found)
         print(f"\n{text}\nvalidation: {folder}")

@@ -17,7 +17,8 @@ from layerbits import history, smollm2
 from layerbits.captions import load_captions
 from layerbits.errors import UserError
 from layerbits.result import load_manifest
-from layerbits.trust.verify import BOUNDS, check, compare, load_run, verify
+from layerbits.trust.again import load_run
+from layerbits.trust.verify import BOUNDS, check, compare, verify
 
 from .scoring_support import tiny_model
 from .tracking_support import small_result

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.result import FloatArray, SensitivityResult, load_manifest, write_json
-from layerbits.sensitivity import Plan, load_model, plan, scoring_job
+from layerbits.result import FloatArray, SensitivityResult, write_json
+from layerbits.sensitivity import load_model, scoring_job
+from layerbits.trust.again import plan_again
 from layerbits.trust.agreement import Captions
 from layerbits.trust.validation import HeldOut, Prediction, Validation, markdown
 
@@ -43,56 +44,20 @@ class ValidateSettings:
     device: str
 
 
-def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:
-    """The result of a run id, a result folder or a manifest.
-
-    Raises:
-        UserError: There is no such run, or it has no scores of one candidate that can be computed anew.
-    """
-    if Path(reference).exists() or "/" in reference or reference.endswith(".json"):
-        result = load_manifest(reference)
-    else:
-        from layerbits import history
-
-        result = history.result(reference, tracking_uri=tracking_uri)
-    if not result.settings.get("model"):
-        raise UserError(f"{reference} does not say how it was made (an imported run?); validate a run of our own")
-    return result
-
-
-def prepare(reference: str, result: SensitivityResult, device: str) -> Plan:
-    """The plan of a run, with everything that can be checked before the model is loaded.
-
-    Raises:
-        UserError: Model, captions or effective configuration are not those that were scored.
-    """
-    from layerbits.config import Settings
-
-    settings = replace(Settings.from_config(dict(result.settings)), device=device)
-    planned = plan(settings)
-    ((candidate, _),) = planned.candidates
-    info = result.candidates[0]
-    for what, now, then in (
-        ("model revision", planned.resolved.revision, result.model.revision),
-        ("captions", planned.captions.digest, result.calibration.digest),
-        ("effective configuration", candidate.info.config_hash, info.config_hash),
-    ):
-        if now != then:
-            raise UserError(f"the {what} of {reference} was {then} and is {now} here; restore it, or score again")
-    return planned
-
-
-def validate(reference: str, result: SensitivityResult, settings: ValidateSettings, root: Path) -> Validation:
+def validate(
+    reference: str, result: SensitivityResult, settings: ValidateSettings, configs: Path, root: Path
+) -> Validation:
     """Measures the groups of a run one by one, and compares.
 
     Args:
         reference: Run id or path, for the record.
         result: The run's result, of one candidate.
         settings: How to.
+        configs: Folder of the config groups.
         root: Project folder, for the git commit.
 
     Raises:
-        UserError: As :func:`prepare`; or there are too few held-out captions, or the model's groups differ.
+        UserError: As :func:`layerbits.trust.again.plan_again`; or there are too few held-out captions, or the model's groups differ.
     """
     from layerbits.probe import held_out_rows
     from layerbits.provenance import provenance
@@ -100,7 +65,7 @@ def validate(reference: str, result: SensitivityResult, settings: ValidateSettin
     from layerbits.trust.measure import measure_damage
     from layerbits.trust.rankers import IN_NATS, rank
 
-    planned = prepare(reference, result, settings.device)
+    planned = plan_again(reference, result, settings.device, configs)
     data, seq_len = planned.settings.dataset, planned.settings.autoquant.seq_len
     held_out = planned.captions.held_out
     batches = held_out_rows(held_out, planned.tokenizer, data.packing, seq_len, settings.batch_size, settings.rows)
@@ -114,7 +79,7 @@ def validate(reference: str, result: SensitivityResult, settings: ValidateSettin
         raise UserError(f"the groups of {reference} are not those of this model; score it again")
 
     start = clock()
-    linears = _calibrated(job, search)
+    linears = calibrated_linears(job, search)
     seconds["calibrate"] = clock() - start
     start = clock()
     damage = measure_damage(loaded.model, linears, search, batches, settings.disable_one)
@@ -181,7 +146,8 @@ def write_validation(found: Validation, root: Path) -> Path:
     return final
 
 
-def _calibrated(job: ScoringJob, search: Search) -> ReplacedLinears:
+def calibrated_linears(job: ScoringJob, search: Search) -> ReplacedLinears:
+    """The scored linears of a job, with their ranges found on its calibration rows."""
     from layerbits.scoring.replaced import ReplacedLinears
 
     linears = ReplacedLinears(job.loaded.model, search.names, search.settings, keep_weights=False)

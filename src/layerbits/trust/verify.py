@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.result import SensitivityResult, load_manifest, write_json
+from layerbits.result import SensitivityResult, write_json
+from layerbits.trust.again import identity, load_run, plan_again
 
 if TYPE_CHECKING:
-    from layerbits.sensitivity import Plan
+    pass
 
 BOUNDS = {"cpu": 0.0, "cuda": 1e-3}
 """Largest relative difference of a raw score that passes: sums on a GPU, or another device, come in another order."""
@@ -133,66 +134,6 @@ class Verification:
         return "\n".join(lines) + "\n"
 
 
-def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:
-    """The result of a run id, a result folder or a manifest.
-
-    Raises:
-        UserError: There is no such run, or it does not say how it was made.
-    """
-    if Path(reference).exists() or "/" in reference or reference.endswith(".json"):
-        result = load_manifest(reference)
-    else:
-        from layerbits import history
-
-        result = history.result(reference, tracking_uri=tracking_uri)
-    if "model" not in result.settings:
-        raise UserError(f"{reference} does not say how it was made (an imported run?); give a run of our own")
-    return result
-
-
-def plan_again(reference: str, result: SensitivityResult, device: str, configs: Path, checkpoint: Path) -> Plan:
-    """The plan of a past run.
-
-    Args:
-        reference: Run id or path.
-        result: Its result.
-        device: ``cpu`` or ``cuda``.
-        configs: Folder of the config groups.
-        checkpoint: Folder for the search checkpoint, empty: steps kept from the run itself would prove nothing.
-
-    Raises:
-        UserError: Model, captions or effective configuration are not those that were scored, or there is no such
-            device here.
-    """
-    from layerbits.config import Settings
-    from layerbits.grid import Cell, cell_settings
-    from layerbits.sensitivity import plan
-
-    info = result.candidates[0]
-    cell = Cell(info.quant_pair, info.granularity, result.calibration.size)
-    composed = cell_settings(result.settings, cell, configs)
-    settings = Settings.from_config(composed)
-    autoquant = replace(settings.autoquant, checkpoint=str(checkpoint))
-    planned = plan(replace(settings, device=device, autoquant=autoquant))
-    then, now = identity(result), _identity(planned)
-    changed = [f"{name} (was {then[name]}, is {now[name]})" for name in then if then[name] != now[name]]
-    if changed:
-        raise UserError(
-            f"{reference} cannot be repeated, for this has changed since: {', '.join(changed)}; restore it, or score "
-            "anew and compare the two runs"
-        )
-    return planned
-
-
-def identity(result: SensitivityResult) -> dict[str, str]:
-    """What must be the same for two runs to be the same measurement."""
-    return {
-        "model revision": result.model.revision,
-        "captions": result.calibration.digest,
-        "configuration": result.candidates[0].config_hash,
-    }
-
-
 def compare(reference: str, before: SensitivityResult, after: SensitivityResult, bound: float) -> Verification:
     """Compares the raw scores of a run and its repetition.
 
@@ -298,15 +239,6 @@ def verify(
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
     return found, final
-
-
-def _identity(planned: Plan) -> dict[str, str]:
-    ((candidate, _),) = planned.candidates
-    return {
-        "model revision": planned.resolved.revision,
-        "captions": planned.captions.digest,
-        "configuration": candidate.info.config_hash,
-    }
 
 
 def _bound(value: str) -> float | None:
