@@ -28,13 +28,14 @@ def test_redact(text, shown):
 
 def test_link_on_a_server_carries_no_user():
     assert (
-        run_link("https://me:pw@host:8080/mlflow/", "3", "abc") == "https://host:8080/mlflow/#/experiments/3/runs/abc"
+        run_link("https://me:pw@host:8080/mlflow/", "3", "abc")
+        == "https://host:8080/mlflow/#/experiments/3/runs/abc?workflowType=machine_learning"
     )
 
 
 def test_a_local_store_has_a_link_on_the_default_port_and_a_command_that_a_shell_takes():
     uri = "sqlite:////data/my project/mlflow.db"
-    assert run_link(uri, "3", "abc") == "http://127.0.0.1:5000/#/experiments/3/runs/abc"
+    assert run_link(uri, "3", "abc") == "http://127.0.0.1:5000/#/experiments/3/runs/abc?workflowType=machine_learning"
     assert ui_command(uri) == "mlflow ui --backend-store-uri 'sqlite:////data/my project/mlflow.db'"
 
 

@@ -31,6 +31,7 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
         UserError: A weight of the model is not in the checkpoint, or the reverse.
     """
     import torch
+    from accelerate import init_empty_weights
     from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
@@ -41,6 +42,13 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
     dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     with no_init_weights(), torch.device(device):
         model = build(config, dtype)
+    with init_empty_weights(include_buffers=False):
+        shell = build(config, dtype)
+    for (
+        name,
+        buffer,
+    ) in shell.named_buffers():  # made on the CPU, as from_pretrained does: rotary tables differ in a bit
+        model.get_buffer(name).copy_(buffer)
     model.tie_weights()
     model.eval()
     model.config.use_cache = False

@@ -57,7 +57,8 @@ def validate(
         root: Project folder, for the git commit.
 
     Raises:
-        UserError: As :func:`layerbits.trust.again.plan_again`; or there are too few held-out captions, or the model's groups differ.
+        UserError: As :func:`layerbits.trust.again.plan_again`; or there are too few held-out captions, or the model's
+            groups differ.
     """
     from layerbits.probe import held_out_rows
     from layerbits.provenance import provenance
