@@ -138,7 +138,6 @@ def test_a_database_that_is_gone_says_so_within_seconds(postgres):
 @pytest.fixture(scope="module")
 def guarded(postgres, tmp_path_factory):
     """A server that asks who one is, with the user ann."""
-    pytest.importorskip("flask_wtf", reason="users need mlflow[auth] (deploy/requirements.txt)")
     folder = tmp_path_factory.mktemp("guarded")
     database = postgres.database("guarded")
     (folder / "auth.ini").write_text(
