@@ -11,7 +11,7 @@ from layerbits.calibration import Batch, Segment, build_calibration
 from layerbits.captions import load_captions
 from layerbits.errors import Unsupported
 from layerbits.models import ModelSpec, load, load_tokenizer, resolve
-from layerbits.scoring import divergence, kl, stock
+from layerbits.scoring import divergence, kl, replaced, stock
 from layerbits.scoring.patches import forwards
 from layerbits.scoring.steps import loss_logits
 from layerbits.scoring.suffix import SuffixRunner, find_blocks
@@ -262,7 +262,7 @@ def test_killed_pass_goes_on_from_its_last_step(tmp_path, monkeypatch):
 
 def test_scores_that_are_not_finite_are_named(tmp_path, monkeypatch):
     data = rows([random_segment(1, 12)])
-    quantized = kl._Linears._quantized
+    quantized = replaced.ReplacedLinears._quantized
 
     def broken(self, index, *settings):
         def forward(x):
@@ -272,7 +272,7 @@ def test_scores_that_are_not_finite_are_named(tmp_path, monkeypatch):
 
         return forward if self._names[index] == "model.layers.3.mlp.down_proj" else quantized(self, index, *settings)
 
-    monkeypatch.setattr(kl._Linears, "_quantized", broken)
+    monkeypatch.setattr(replaced.ReplacedLinears, "_quantized", broken)
     scores = kl.score(job(tiny(), tmp_path, data, configs("wint4_afp16")))
     assert [g.key for g, raw in zip(scores.groups, scores.raw[:, 0], strict=True) if math.isnan(raw)] == ["B03.down"]
     # position 8 predicts token 9, of the caption that tokens 5 to 9 belong to
