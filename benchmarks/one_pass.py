@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,14 @@ def main() -> None:
         bench.timed("fast_twelve", lambda: onepass.score(bench.job(TWELVE)))
     if "lean" in parts:
         bench.timed("lean_six", lambda: onepass.score(bench.job(SIX, "lean")))
+    if "fisher" in parts:  # the gradient pass again beside it, in turns
+        warm = replace(bench.job(SIX, steps=1), method="fisher", draws=1)
+        onepass.score(warm)
+        for turn in range(2):
+            bench.timed(f"gradient_six_{turn}", lambda: onepass.score(bench.job(SIX)))
+            for draws in (1, 4):
+                job = replace(bench.job(SIX), method="fisher", draws=draws)
+                bench.timed(f"fisher_{draws}_six_{turn}", lambda job=job: onepass.score(job))
     if "single" in parts:  # in turns with stock, since small machines are noisy
         for turn in range(3):
             bench.timed(f"fast_single_{turn}", lambda: onepass.score(bench.job(("wint8_afp16",))))
