@@ -16,9 +16,30 @@ import torch
 from one_pass import Bench
 from shapes import SHAPES
 
+from layerbits.calibration import Batch, build_rows
+from layerbits.captions import load_captions
+from layerbits.scoring.divergence import divergence, log_partition
 from layerbits.scoring.search import Search
+from layerbits.scoring.steps import predictions
 from layerbits.trust.measure import measure_damage
 from layerbits.trust.validate import calibrated_linears
+
+
+def full_forwards(bench: Bench, batches: tuple[Batch, ...]) -> float:
+    """Seconds of a forward of the whole model with its logits, and of comparing them: what each group would take."""
+    model, seconds = bench.loaded.model, []
+    with torch.inference_mode():
+        for _ in range(3):
+            start = time.perf_counter()
+            for batch in batches:
+                logits, targets = (
+                    torch.cat(x) for x in zip(*(predictions(model, s) for s in batch.segments), strict=True)
+                )
+                divergence(logits, log_partition(logits), logits[None], targets)
+            if bench.device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def main() -> None:
@@ -35,6 +56,11 @@ def main() -> None:
     arguments = parser.parse_args()
     bench = Bench(arguments)
     record: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "device": bench.device}
+    batches = bench.rows.score
+    if arguments.shape == "default":  # its 16 calibration captions fill two rows
+        captions = load_captions("everyday", "medium").held_out
+        batches = build_rows(captions, bench.loaded.tokenizer, "packed", arguments.length, arguments.rows)[:1]
+    full = full_forwards(bench, batches)
     for pair in arguments.pairs.split(","):
         job = bench.job((pair,))
         search = Search.of(job)
@@ -44,10 +70,12 @@ def main() -> None:
             if arguments.device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            found = measure_damage(job.loaded.model, linears, search, job.calibration.score, disable_one=False)
+            found = measure_damage(job.loaded.model, linears, search, batches, disable_one=False)
             seconds.append(time.perf_counter() - start)
         record[pair] = {
             "groups": len(search.groups),
+            "rows": [len(x.input_ids) for b in batches for x in b.segments],
+            "full_forwards": full * len(search.groups),
             "seconds": seconds,
             "noise_floor": float(found.floor.max()),
             "above_twice_the_floor": int((found.alone.mean > 2 * found.floor).sum()),
