@@ -56,16 +56,9 @@ def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none") 
         UserError: As :func:`plan_export`, for all of them together; or the schemes are of several models.
         Unsupported: As :func:`plan_export`.
     """
-    from layerbits.schemes.loading import prepare
+    from layerbits.schemes.loading import prepare_together
 
-    if not schemes:
-        raise UserError("there is no scheme to export; name at least one")
-    first = schemes[0]
-    for scheme in schemes[1:]:
-        scheme.check_revision(first.model.revision)
-        if scheme.calibration != first.calibration:
-            raise UserError(f"{first.name} and {scheme.name} were calibrated differently; export them apart")
-    prepared = prepare(first)
+    prepared = prepare_together(schemes, "export")
     plans = [plan_export(replace(prepared, scheme=s), root / s.name, kv_cache) for s in schemes]
     _check_space(plans[0].target, sum(plan.bytes for plan in plans), f"{len(plans)} schemes")
     return plans

@@ -41,19 +41,13 @@ def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device:
             :func:`held_out_rows` and :func:`probe` refuse; all but the last before the weights are loaded.
     """
     from layerbits.provenance import provenance
-    from layerbits.schemes.loading import prepare
+    from layerbits.schemes.loading import prepare_together
 
-    if not schemes:
-        raise UserError("there is no scheme to probe; name at least one")
-    first = schemes[0]
-    for scheme in schemes[1:]:
-        scheme.check_revision(first.model.revision)
-        if scheme.calibration != first.calibration:
-            raise UserError(f"{first.name} and {scheme.name} were calibrated differently; probe them apart")
-    prepared = prepare(first)
-    dataset, (packing, seq_len, _) = first.calibration.dataset, first.calibration.row_shape
+    prepared = prepare_together(schemes, "probe")
+    data = prepared.scheme.calibration
+    packing, seq_len, _ = data.row_shape
     batches = held_out_rows(prepared.captions.held_out, prepared.tokenizer, packing, seq_len, batch_size, rows)
-    what = Rows(dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
+    what = Rows(data.dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
     loaded = prepared.load(device)
     return probe(loaded.model, loaded.info, schemes, prepared.calibration, batches, what, provenance(root))
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from layerbits.atomic import atomic
 from layerbits.errors import UserError
 from layerbits.trust.record import Intervals
 
@@ -427,18 +426,10 @@ def load_manifest(path: str | Path) -> SensitivityResult:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON so that a reader sees the whole file or none (temporary name, then rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(data, file, indent=2, allow_nan=False)
-            file.write("\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    """Writes JSON so that a reader sees the whole file or none."""
+    text = json.dumps(data, indent=2, allow_nan=False)
+    with atomic(path) as file:
+        file.write(f"{text}\n".encode())
 
 
 def by_kind(groups: Sequence[Group]) -> Iterator[tuple[str, list[int]]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from layerbits.atomic import dated, whole_folder
 from layerbits.cache import cache_dir
 from layerbits.calibration import Calibration, build_calibration
 from layerbits.candidate import Candidate, check_target, resolve_candidate
@@ -312,19 +313,8 @@ def write(outcome: Outcome, settings: Settings) -> Path:
         UserError: The disk is full.
     """
     final = output_directory(outcome.result, settings)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.parent / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_folder(final) as partial:
         _write_files(partial, outcome)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot write the result to {final} ({error.strerror}); free space or set output_root"
-        ) from None
     return final
 
 
@@ -335,8 +325,7 @@ def output_directory(result: SensitivityResult, settings: Settings) -> Path:
         folder = f"weight-{info.weight_precision}-act-{info.activation_precision}/{info.granularity}"
         name = f"{result.model.name}_{info.quant_pair}_{data.dataset}_{data.size}"
         return settings.output_root / "publish" / folder / name
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    return settings.output_root / "tmp" / f"{result.run_name.replace(' ', '_').replace('/', '-')}-{stamp}"
+    return dated(settings.output_root, result.run_name)
 
 
 def _write_files(folder: Path, outcome: Outcome) -> None:

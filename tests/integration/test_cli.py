@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import mlflow
 import pytest
 
-from layerbits import cli, tracking
+from layerbits import cli
 from tests.integration.tracking_support import Server, environment, small_result, write_folder
 
 PAIRS = ("wint8_afp16", "wfp8_afp8")
@@ -32,16 +32,6 @@ def result(pair, seed=0, digest="d1" * 32):
         recipe=replace(base.recipe, chosen=chosen),
         calibration=replace(base.calibration, digest=digest),
     )
-
-
-@pytest.fixture(scope="module")
-def made_store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        tracking.open_store(None, folder)
-        mlflow.set_tracking_uri(None)
-    return folder / "mlflow.db"
 
 
 @pytest.fixture(autouse=True)

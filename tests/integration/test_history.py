@@ -23,16 +23,6 @@ from tests.integration.tracking_support import Server, small_result, write_folde
 START = 1_772_600_000_000
 
 
-@pytest.fixture(scope="module")
-def made_store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        tracking.open_store(None, folder)
-        mlflow.set_tracking_uri(None)
-    return folder / "mlflow.db"
-
-
 @pytest.fixture(autouse=True)
 def clean(monkeypatch, tmp_path):
     for name in list(os.environ):

@@ -26,17 +26,6 @@ tracking.open_store(None, Path.cwd())
 """
 
 
-@pytest.fixture(scope="module")
-def made_store(tmp_path_factory):
-    """A store as MLflow makes it, once: that takes two seconds."""
-    folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        tracking.open_store(None, folder)
-        mlflow.set_tracking_uri(None)
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def store(made_store, tmp_path, monkeypatch):
     """A store of this test's own, opened."""

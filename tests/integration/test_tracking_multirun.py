@@ -9,7 +9,6 @@ import time
 import mlflow
 import pytest
 
-from layerbits import tracking
 from tests.integration.tracking_support import environment
 
 JOB = """
@@ -50,16 +49,6 @@ entry_points:
   main: {{parameters: {{pair: {{type: string}}}}, command: "{sys.executable} job.py pair={{pair}}"}}
   many: {{parameters: {{pairs: {{type: string}}}}, command: "{sys.executable} job.py -m pair={{pairs}}"}}
 """
-
-
-@pytest.fixture(scope="module")
-def made_store(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        tracking.open_store(None, folder)
-        mlflow.set_tracking_uri(None)
-    return folder / "mlflow.db"
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from layerbits.atomic import dated, whole_folder
 from layerbits.errors import UserError
 from layerbits.figures import pareto
 from layerbits.figures.style import save_png
@@ -35,10 +34,8 @@ def write_schemes(root: Path, source: Source, schemes: Sequence[Scheme], points:
     Raises:
         UserError: The disk is full or cannot be written.
     """
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    final = root / "tmp" / f"schemes_{source.model.name}-{stamp}"
-    partial = final.with_name(f".{final.name}.partial")
-    try:
+    final = dated(root, f"schemes_{source.model.name}")
+    with whole_folder(final) as partial:
         for scheme in schemes:
             scheme.save(partial / "schemes" / f"{scheme.name}.json")
             exclude = partial / "exclude" / f"{scheme.name}.yaml"
@@ -50,10 +47,6 @@ def write_schemes(root: Path, source: Source, schemes: Sequence[Scheme], points:
             write_json(partial / "pareto.json", list(points))
         if points or schemes:
             save_png(_figure(source, schemes, points), partial / "figures" / "pareto.png")
-        partial.rename(final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
     return final
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,26 @@ class Prepared:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return load(self.resolved, self.tokenizer, device, int(self.scheme.settings.get("seed", 0)))
+
+
+def prepare_together(schemes: Sequence[Scheme], purpose: str) -> Prepared:
+    """Finds what some schemes share, as :func:`prepare` does for the first.
+
+    Args:
+        schemes: One or more.
+        purpose: What they are for, a verb, for the errors.
+
+    Raises:
+        UserError: There is none, or they are of several models or calibrations; or as :func:`prepare`.
+    """
+    if not schemes:
+        raise UserError(f"there is no scheme to {purpose}; name at least one")
+    first = schemes[0]
+    for scheme in schemes[1:]:
+        scheme.check_revision(first.model.revision)
+        if scheme.calibration != first.calibration:
+            raise UserError(f"{first.name} and {scheme.name} were calibrated differently; {purpose} them apart")
+    return prepare(first)
 
 
 def prepare(scheme: Scheme) -> Prepared:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from layerbits.errors import UserError
+from layerbits.atomic import dated, whole_folder
 from layerbits.result import write_json
 from layerbits.schemes.measured import DECIDED, Difference, ProbeResult
 
@@ -108,17 +106,12 @@ def write_probe(result: ProbeResult, root: Path) -> Path:
     """
     from layerbits.figures.style import save_png
 
-    final = root / "tmp" / f"probe_{result.model.name}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}"
-    partial = final.with_name(f".{final.name}.partial")
-    try:
+    final = dated(root, f"probe_{result.model.name}")
+    with whole_folder(final) as partial:
         write_json(partial / "probe.json", result.to_json())
         (partial / "probe.md").write_text(markdown(result))
         if any(s.difference.kl >= 0 for s in result.schemes):
             save_png(figure(result), partial / "figures" / "probe.png")
-        partial.rename(final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
     return final
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerbits.atomic import dated, whole_folder
 from layerbits.errors import UserError
 from layerbits.result import FloatArray, SensitivityResult, write_json
 from layerbits.sensitivity import load_model, scoring_job
@@ -122,10 +122,8 @@ def write_validation(found: Validation, root: Path) -> Path:
     from layerbits.figures import scatter_agreement
     from layerbits.figures.style import save_png
 
-    name = f"validation_{found.model.name}_{found.candidate.replace('/', '-')}"
-    final = root / "tmp" / f"{name}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}"
-    partial = final.with_name(f".{final.name}.partial")
-    try:
+    final = dated(root, f"validation_{found.model.name}_{found.candidate}")
+    with whole_folder(final) as partial:
         write_json(partial / "validation.json", found.to_json())
         (partial / "validation.md").write_text(markdown(found))
         frame = found.frame()
@@ -140,10 +138,6 @@ def write_validation(found: Validation, root: Path) -> Path:
                 title=f"{found.model.name} {found.candidate}: each group quantized alone",
             )
             save_png(drawn, partial / "figures" / "validation.png")
-        partial.rename(final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
     return final
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerbits.atomic import dated, whole_folder
 from layerbits.errors import UserError
 from layerbits.result import SensitivityResult, write_json
 from layerbits.trust.again import identity, load_run, plan_again
@@ -227,17 +226,11 @@ def verify(
         planned = plan_again(reference, before, where, configs, Path(scratch))
         (outcome,) = run(planned, root)
     found = compare(reference, before, outcome.result, allowed)
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    final = output_root / "tmp" / f"verify_{before.run_name.replace(' ', '_').replace('/', '-')}-{stamp}"
-    partial = final.with_name(f".{final.name}.partial")
-    try:
+    final = dated(output_root, f"verify_{before.run_name}")
+    with whole_folder(final) as partial:
         write_report(outcome.result, partial / "result")
         write_json(partial / "verify.json", found.to_json())
         (partial / "verify.md").write_text(found.markdown())
-        partial.rename(final)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
     return found, final
 
 
