@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from layerbits.trust.agreement import Captions, agreement, top_overlap
+from layerbits.trust.agreement import Captions, agreement
 
 GENERATOR = np.random.default_rng(0)
 TOKENS = np.full(50, 10.0)
@@ -66,7 +66,3 @@ def test_noisier_captions_widen_the_interval():
 
 def test_two_groups_are_too_few_to_rank():
     assert math.isnan(agreement(TRUTH, captions(TRUTH), np.arange(30) < 2, in_nats=True).spearman.value)
-
-
-def test_the_overlap_counts_what_both_have_on_top():
-    assert top_overlap(np.array([3.0, 2, 1, 0]), np.array([0.0, 3, 2, 1]), 2) == 1

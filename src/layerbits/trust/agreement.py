@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from layerbits.result import FloatArray
+from layerbits.trust.intervals import TOP
+from layerbits.trust.stability import around, kendall, overlap, spearman
 
-CONFIDENCE = 0.90
 RESAMPLES = 400
-TOP = 10
 
 
 @dataclass(frozen=True)
@@ -102,40 +103,23 @@ def agreement(
         if len(rows) < 3:
             return Estimate(math.nan)
         drawn = [statistic(g, t) for g, t in zip(guesses, truths, strict=True)]
-        low, middle, high = np.nanquantile(drawn, [(1 - CONFIDENCE) / 2, 0.5, (1 + CONFIDENCE) / 2])
         value = statistic(guess, truth)
-        # Drawing captions again adds noise, which lowers every rank correlation: the interval is put around the value.
-        return Estimate(value, value + float(low - middle), min(best, value + float(high - middle)))
+        return Estimate(value, *around(value, np.array(drawn), -math.inf, best))
 
     unknown = Estimate(math.nan)
     return Agreement(
         groups=len(rows),
-        spearman=estimate(_spearman),
-        kendall=estimate(_kendall),
-        top=estimate(top_overlap, TOP),
+        spearman=estimate(_one(spearman)),
+        kendall=estimate(_one(kendall)),
+        top=estimate(_one(partial(overlap, top=TOP)), TOP),
         median_ratio=estimate(_median_ratio, math.inf) if in_nats else unknown,
         within_2x=estimate(_within_2x) if in_nats else unknown,
     )
 
 
-def top_overlap(a: FloatArray, b: FloatArray, count: int = TOP) -> float:
-    """How many are among the ``count`` largest of both."""
-    return float(len(set(np.argsort(-a)[:count].tolist()) & set(np.argsort(-b)[:count].tolist())))
-
-
-def _spearman(a: FloatArray, b: FloatArray) -> float:
-    from scipy.stats import rankdata
-
-    ranks = rankdata(np.stack([a, b]), axis=1)
-    if (ranks.std(axis=1) == 0).any():
-        return math.nan
-    return float(np.corrcoef(ranks)[0, 1])
-
-
-def _kendall(a: FloatArray, b: FloatArray) -> float:
-    from scipy.stats import kendalltau
-
-    return float(kendalltau(a, b).statistic)
+def _one(statistic: Callable[[FloatArray, FloatArray], FloatArray]) -> Callable[[FloatArray, FloatArray], float]:
+    """A statistic of many pairs of rows as one of a single pair."""
+    return lambda a, b: float(statistic(a[None], b[None])[0])
 
 
 def _ratio(predicted: FloatArray, measured: FloatArray) -> FloatArray:

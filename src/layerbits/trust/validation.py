@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 
 from layerbits.result import KINDS, FloatArray, Group, ModelInfo
-from layerbits.trust.agreement import TOP, Agreement, Captions, agreement
+from layerbits.trust.agreement import Agreement, Captions, agreement
+from layerbits.trust.intervals import TOP
 
 SCHEMA_VERSION = 1
 ABOVE_FLOOR = 2.0
