@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from modelopt.torch.quantization.tensor_quant import fp8_eager
 
-from layerbits.fp4 import mxfp4, nvfp4
+from layerbits.candidates.fp4 import mxfp4, nvfp4
 
 SHAPES = ((576, 1536), (2048, 2048))
 DTYPES = (torch.float32, torch.bfloat16)

@@ -26,10 +26,10 @@ import yaml
 from shapes import SHAPES, random_model, random_rows
 
 from layerbits.calibration import Calibration, build_calibration
-from layerbits.candidate import resolve_candidate
+from layerbits.candidates.candidate import resolve_candidate
 from layerbits.captions import load_captions
-from layerbits.formats import QuantPair
-from layerbits.granularity import Overlay
+from layerbits.candidates.formats import QuantPair
+from layerbits.candidates.granularity import Overlay
 from layerbits.models import LoadedModel, ModelSpec, load, load_tokenizer, resolve
 from layerbits.provenance import provenance
 from layerbits.scoring import distributed, onepass, stock
@@ -46,7 +46,7 @@ BUDGETS = (13.0, 12.0, 11.0, 9.0)
 
 def configs(pairs: tuple[str, ...], device: str) -> dict[str, dict[str, Any]]:
     """Search configs of quant pairs at their default granularity."""
-    from layerbits import fp4
+    from layerbits.candidates import fp4
 
     found = {}
     for name in pairs:

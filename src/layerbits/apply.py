@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from layerbits import fp4
+from layerbits.candidates import fp4
 from layerbits.errors import Unsupported, UserError
-from layerbits.formats import Format, normalise, plain
-from layerbits.granularity import TOKEN_GROUP_BACKEND, register_backend
+from layerbits.candidates.formats import Format, normalise, plain
+from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
 from layerbits.models import output_head
 from layerbits.result import CandidateInfo
 from layerbits.scoring import quantizers

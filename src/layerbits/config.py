@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
-from layerbits.formats import QuantPair
-from layerbits.granularity import Overlay
+from layerbits.candidates.formats import QuantPair
+from layerbits.candidates.granularity import Overlay
 from layerbits.models import ModelSpec
 
 METHODS = ("gradient", "fisher", "kl_div")

@@ -168,7 +168,7 @@ def _gpu() -> tuple[str, str]:
 def _kernels() -> tuple[str, str]:
     import torch
 
-    from layerbits.fp4 import cuda_kernels_available
+    from layerbits.candidates.fp4 import cuda_kernels_available
 
     if cuda_kernels_available():
         return "ok", "ModelOpt's FP4 kernels can be built and run here"

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from layerbits.candidate import Candidate, check_target, resolve_candidate
-from layerbits.capability import Capability
+from layerbits.candidates.candidate import Candidate, check_target, resolve_candidate
+from layerbits.candidates.capability import Capability
 from layerbits.config import Settings
 from layerbits.errors import Unsupported, UserError
-from layerbits.formats import QuantPair
-from layerbits.granularity import Overlay
+from layerbits.candidates.formats import QuantPair
+from layerbits.candidates.granularity import Overlay
 from layerbits.result import SensitivityResult
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import yaml
 from layerbits.atomic import dated, whole_folder
 from layerbits.cache import cache_dir
 from layerbits.calibration import Calibration, build_calibration
-from layerbits.candidate import Candidate, check_target, resolve_candidate
-from layerbits.capability import Capability, check
+from layerbits.candidates.candidate import Candidate, check_target, resolve_candidate
+from layerbits.candidates.capability import Capability, check
 from layerbits.captions import CaptionSet, load_captions
 from layerbits.config import AutoQuantSpec, Settings
 from layerbits.errors import Unsupported, UserError
@@ -365,7 +365,7 @@ def _finite(values: list[float]) -> list[float | None]:
 
 def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, Any]:
     """The search config, with our FP4 kernels named where ModelOpt's cannot run."""
-    from layerbits import fp4
+    from layerbits.candidates import fp4
 
     config = candidate.search_config()
     if capability.fp4_numerics != "reference":

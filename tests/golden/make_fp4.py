@@ -1,4 +1,4 @@
-"""Makes the golden FP4 tensors on a CUDA GPU and compares ``layerbits.fp4`` with ModelOpt's kernels there.
+"""Makes the golden FP4 tensors on a CUDA GPU and compares ``layerbits.candidates.fp4`` with ModelOpt's kernels there.
 
     PYTHONPATH=src python tests/golden/make_fp4.py OUTPUT_FOLDER
 
@@ -200,8 +200,8 @@ def mismatches(expected: np.ndarray, ours: np.ndarray, dtype: torch.dtype) -> np
 
 
 def ours(case: Case, device: str) -> torch.Tensor:
-    """``layerbits.fp4`` on one device."""
-    from layerbits.fp4 import mxfp4, nvfp4
+    """``layerbits.candidates.fp4`` on one device."""
+    from layerbits.candidates.fp4 import mxfp4, nvfp4
 
     x = case.x.to(device)
     return mxfp4(x, case.block_size) if case.amax is None else nvfp4(x, case.amax, case.block_size)
@@ -231,7 +231,7 @@ def quantizer(case: Case, **extra: Any) -> torch.Tensor:
 
 
 def _table_reciprocal(table: torch.Tensor) -> Any:
-    """A stand-in for ``layerbits.fp4._device_reciprocal`` that looks the GPU's reciprocal up."""
+    """A stand-in for ``layerbits.candidates.fp4._device_reciprocal`` that looks the GPU's reciprocal up."""
 
     def reciprocal(x: torch.Tensor) -> torch.Tensor:
         bits = x.view(torch.int32)
@@ -245,7 +245,7 @@ def _report_division(folder: Path) -> torch.Tensor:
     """Prints and stores how the GPU divides; returns the table of reciprocals."""
     from gpu_division import divide, reciprocals
 
-    from layerbits import fp4
+    from layerbits.candidates import fp4
 
     table = reciprocals()
     x = (torch.arange(2**23, dtype=torch.int32, device="cuda") + 0x3F800000).view(torch.float32)
@@ -309,7 +309,7 @@ def _show(case: Case, expected: np.ndarray, got: np.ndarray, where: np.ndarray) 
 
 def _compare(case: Case, expected: np.ndarray, table: torch.Tensor) -> int:
     """Prints one case's row; returns how many elements of ours differ on either device."""
-    from layerbits import fp4
+    from layerbits.candidates import fp4
 
     counts = []
     first: tuple[np.ndarray, np.ndarray] | None = None
@@ -360,7 +360,7 @@ def main(folder: Path) -> None:
     import modelopt
     import triton
 
-    from layerbits.fp4 import MXFP4_BACKEND, NVFP4_BACKEND, cuda_kernels_available, register_backends
+    from layerbits.candidates.fp4 import MXFP4_BACKEND, NVFP4_BACKEND, cuda_kernels_available, register_backends
 
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from layerbits.bits import FP4, WEIGHT, effective_cfgs
-from layerbits.candidate import resolve_candidate
-from layerbits.candidate_table import load_overlays, load_pairs
-from layerbits.capability import check
+from layerbits.candidates.bits import FP4, WEIGHT, effective_cfgs
+from layerbits.candidates.candidate import resolve_candidate
+from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.capability import check
 from layerbits.errors import Unsupported
-from layerbits.formats import FP4_VARIANTS, plain
-from layerbits.fp4 import cuda_kernels_available
-from layerbits.granularity import register_backend
+from layerbits.candidates.formats import FP4_VARIANTS, plain
+from layerbits.candidates.fp4 import cuda_kernels_available
+from layerbits.candidates.granularity import register_backend
 
 HERE = cuda_kernels_available()
 pytestmark = pytest.mark.skipif(not HERE, reason="ModelOpt's kernels need CUDA, nvcc and ninja")

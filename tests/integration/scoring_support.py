@@ -6,14 +6,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from layerbits import fp4
+from layerbits.candidates import fp4
 from layerbits.calibration import Batch, Calibration, Segment
-from layerbits.candidate import resolve_candidate
-from layerbits.candidate_table import load_overlays, load_pairs
-from layerbits.capability import check
+from layerbits.candidates.candidate import resolve_candidate
+from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.capability import check
 from layerbits.errors import Unsupported
-from layerbits.formats import QuantPair
-from layerbits.granularity import Overlay
+from layerbits.candidates.formats import QuantPair
+from layerbits.candidates.granularity import Overlay
 from layerbits.models import LoadedModel, language_model_linears
 from layerbits.result import ModelInfo
 from layerbits.scoring.job import ScoringJob

@@ -1,8 +1,8 @@
 import pytest
 
-from layerbits.bits import check_dimensions, effective_cfgs, modelopt_bits, precision, weight_bits
+from layerbits.candidates.bits import check_dimensions, effective_cfgs, modelopt_bits, precision, weight_bits
 from layerbits.errors import UserError
-from layerbits.formats import resolve_format
+from layerbits.candidates.formats import resolve_format
 
 OFF = {"quantizer_name": "*", "enable": False}
 

@@ -16,14 +16,14 @@ from modelopt.torch.quantization.conversion import set_quantizer_by_cfg
 from torch import nn
 
 import layerbits
-from layerbits import fp4
-from layerbits.bits import INPUT, WEIGHT, effective_cfgs
-from layerbits.candidate import aliases, check_target, config_hash, live_entries, resolve_candidate
-from layerbits.candidate_table import load_overlays, load_pairs
-from layerbits.capability import check
+from layerbits.candidates import fp4
+from layerbits.candidates.bits import INPUT, WEIGHT, effective_cfgs
+from layerbits.candidates.candidate import aliases, check_target, config_hash, live_entries, resolve_candidate
+from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.capability import check
 from layerbits.errors import Unsupported, UserError
-from layerbits.formats import FP4_VARIANTS, normalise, plain, resolve_format
-from layerbits.granularity import Overlay
+from layerbits.candidates.formats import FP4_VARIANTS, normalise, plain, resolve_format
+from layerbits.candidates.granularity import Overlay
 
 PAIRS = {p.name: p for p in load_pairs()}
 OVERLAYS = {o.name: o for o in load_overlays()}
@@ -265,7 +265,7 @@ def test_the_custom_pair_of_a_user_resolves():
 
 def test_the_module_imports_without_torch():
     heavy = "[m for m in ('torch', 'modelopt', 'mlflow') if m in sys.modules]"
-    code = f"import layerbits.candidate, layerbits.capability, sys; print({heavy})"
+    code = f"import layerbits.candidates.candidate, layerbits.candidates.capability, sys; print({heavy})"
     source = str(Path(layerbits.__file__).parents[1])
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PYTHONPATH": source})

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from layerbits.candidate_table import CONFIGS, describe, table
+from layerbits.candidates.table import CONFIGS, describe, table
 
 
 def test_the_page_is_current():
     page = Path(CONFIGS).parent / "docs" / "candidates.md"
-    assert page.read_text() == table(), "run: python -m layerbits.candidate_table > docs/candidates.md"
+    assert page.read_text() == table(), "run: python -m layerbits.candidates.table > docs/candidates.md"
 
 
 def test_every_cell_has_a_row():

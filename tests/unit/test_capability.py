@@ -3,13 +3,13 @@ from dataclasses import replace
 import modelopt.torch.quantization as mtq
 import pytest
 
-from layerbits.bits import INPUT, WEIGHT, precision
-from layerbits.candidate import resolve_candidate
-from layerbits.candidate_table import load_overlays, load_pairs
-from layerbits.capability import Capability, check
+from layerbits.candidates.bits import INPUT, WEIGHT, precision
+from layerbits.candidates.candidate import resolve_candidate
+from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.capability import Capability, check
 from layerbits.errors import Unsupported
-from layerbits.formats import QuantPair
-from layerbits.granularity import Overlay, register_backend
+from layerbits.candidates.formats import QuantPair
+from layerbits.candidates.granularity import Overlay, register_backend
 
 PAIRS = {p.name: p for p in load_pairs()}
 OVERLAYS = {o.name: o for o in load_overlays()}

@@ -155,8 +155,8 @@ def test_a_pair_that_nothing_tells_is_not_guessed(tmp_path):
 
 
 def test_the_presets_are_what_modelopt_makes_of_them():
-    from layerbits.bits import INPUT, WEIGHT, effective_cfgs, precision
-    from layerbits.formats import resolve_format
+    from layerbits.candidates.bits import INPUT, WEIGHT, effective_cfgs, precision
+    from layerbits.candidates.formats import resolve_format
 
     for name, (weight, activation) in PRESETS.items():
         cfgs = effective_cfgs(resolve_format(name).config)

@@ -95,7 +95,7 @@ def quantize_input(x: Any, label: Label, input_scale: torch.Tensor | None) -> An
     Of the ways to write that product and quotient in float32, the one of ModelOpt's fake quantization: in bfloat16 some
     thousandth of all inputs lies exactly between two steps, where the last bit decides.
     """
-    from layerbits import fp4
+    from layerbits.candidates import fp4
 
     if label.arithmetic is None:
         return x

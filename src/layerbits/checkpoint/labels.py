@@ -13,10 +13,10 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from layerbits.bits import FP4, INPUT, WEIGHT, block_lengths, effective_cfgs
-from layerbits.candidate_table import describe
+from layerbits.candidates.bits import FP4, INPUT, WEIGHT, block_lengths, effective_cfgs
+from layerbits.candidates.table import describe
 from layerbits.errors import Unsupported, UserError
-from layerbits.formats import algorithm_settings, normalise
+from layerbits.candidates.formats import algorithm_settings, normalise
 from layerbits.result import CandidateInfo
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Label:
 
     Attributes:
         algo: As in ``hf_quant_config.json``.
-        weights: What the weights are, in the words of :func:`layerbits.candidate_table.describe`.
+        weights: What the weights are, in the words of :func:`layerbits.candidates.table.describe`.
         inputs: What the activations are, ``-`` = untouched.
         stored: Dtype of the stored weight, as torch names it.
         packed: Rows and columns in one stored element.

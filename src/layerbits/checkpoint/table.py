@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from layerbits.candidate import Candidate, resolve_candidate
-from layerbits.candidate_table import load_overlays, load_pairs
-from layerbits.capability import check
+from layerbits.candidates.candidate import Candidate, resolve_candidate
+from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.capability import check
 from layerbits.checkpoint.labels import label_of
 from layerbits.errors import Unsupported
-from layerbits.formats import FP4_VARIANTS, QuantPair
+from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
 
 PAGE = Path(__file__).parents[3] / "docs" / "export.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

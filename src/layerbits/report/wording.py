@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerbits.bits import INPUT, WEIGHT, effective_cfgs
+from layerbits.candidates.bits import INPUT, WEIGHT, effective_cfgs
 from layerbits.errors import UserError
 
 # Weights are [out, in], activations [batch, tokens, in].

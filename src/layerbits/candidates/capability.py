@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from layerbits.bits import E4M3, E8M0, FP4, FP8, INPUT, RANK, WEIGHT, Cfg, block_lengths, is_mx, quantizers
-from layerbits.candidate import Candidate
+from layerbits.candidates.bits import E4M3, E8M0, FP4, FP8, INPUT, RANK, WEIGHT, Cfg, block_lengths, is_mx, quantizers
+from layerbits.candidates.candidate import Candidate
 from layerbits.errors import Unsupported
-from layerbits.formats import NVFP4_BLOCK
-from layerbits.granularity import TOKEN_GROUP_BACKEND, is_token_group
+from layerbits.candidates.formats import NVFP4_BLOCK
+from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, is_token_group
 
 MX_BLOCKS = (8, 16, 32)
 """Block lengths that ModelOpt's MX kernel is compiled for (``tensor_quant_mx.cu``)."""

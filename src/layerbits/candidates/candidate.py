@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from layerbits.bits import INPUT, WEIGHT, Config, effective_cfgs, modelopt_bits, precision, weight_bits
+from layerbits.candidates.bits import INPUT, WEIGHT, Config, effective_cfgs, modelopt_bits, precision, weight_bits
 from layerbits.errors import UserError
-from layerbits.formats import Format, QuantPair, algorithm_settings, normalise, plain, resolve_format, settle_algorithm
-from layerbits.granularity import TOKEN_GROUP_BACKEND, Overlay, apply_overlay, register_backend, with_token_groups
+from layerbits.candidates.formats import Format, QuantPair, algorithm_settings, normalise, plain, resolve_format, settle_algorithm
+from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, Overlay, apply_overlay, register_backend, with_token_groups
 from layerbits.result import CandidateInfo
 
 UNQUANTIZED_BITS = 16.0

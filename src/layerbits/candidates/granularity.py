@@ -7,18 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerbits.bits import (
-    FP8,
-    INPUT,
-    WEIGHT,
-    Cfg,
-    Config,
-    block_lengths,
-    check_dimensions,
-    effective_cfgs,
-    hits,
-    linear_entries,
-)
+from layerbits.candidates.bits import FP8, INPUT, WEIGHT, Cfg, Config, block_lengths, check_dimensions, effective_cfgs, hits, linear_entries
 from layerbits.errors import UserError
 
 PATTERNS = {f"*{WEIGHT}": WEIGHT, f"*{INPUT}": INPUT}
@@ -71,7 +60,7 @@ def apply_overlay(config: Config, overlay: Overlay) -> Config:
     the overlay does not name stay, as long as there are blocks. A disabled quantizer stays disabled.
 
     Args:
-        config: In the form of :func:`layerbits.formats.normalise`.
+        config: In the form of :func:`layerbits.candidates.formats.normalise`.
         overlay: What to lay over it.
 
     Raises:
