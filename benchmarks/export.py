@@ -33,7 +33,7 @@ from shapes import SHAPES
 from layerbits import export
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.export_plan import plan_exports
-from layerbits.models import build
+from layerbits.inputs.models import build
 from layerbits.probe import probe_schemes
 from layerbits.provenance import provenance
 from layerbits.schemes.catalog import load_specs

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from layerbits.calibration import Batch, Calibration, Segment
-from layerbits.models import LoadedModel, language_model_linears
+from layerbits.inputs.calibration import Batch, Calibration, Segment
+from layerbits.inputs.models import LoadedModel, language_model_linears
 from layerbits.result import ModelInfo
 
 _TOKENS_PER_CAPTION = 12
@@ -74,7 +74,7 @@ def class_name(config: Any) -> str:
 
 def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LoadedModel:
     """A model of a shape with random weights."""
-    from layerbits.models import build
+    from layerbits.inputs.models import build
 
     torch.manual_seed(seed)
     config = SHAPES[shape]()

@@ -16,8 +16,8 @@ import torch
 from one_pass import Bench
 from shapes import SHAPES
 
-from layerbits.calibration import Batch, build_rows
-from layerbits.captions import load_captions
+from layerbits.inputs.calibration import Batch, build_rows
+from layerbits.inputs.captions import load_captions
 from layerbits.scoring.divergence import divergence, log_partition
 from layerbits.scoring.search import Search
 from layerbits.scoring.steps import predictions

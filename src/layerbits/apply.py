@@ -16,13 +16,13 @@ from layerbits.candidates import fp4
 from layerbits.errors import Unsupported, UserError
 from layerbits.candidates.formats import Format, normalise, plain
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
-from layerbits.models import output_head
+from layerbits.inputs.models import output_head
 from layerbits.result import CandidateInfo
 from layerbits.scoring import quantizers
 from layerbits.scoring.taps import Taps
 
 if TYPE_CHECKING:
-    from layerbits.calibration import Batch
+    from layerbits.inputs.calibration import Batch
     from layerbits.schemes import Scheme
 
 

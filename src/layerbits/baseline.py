@@ -17,7 +17,7 @@ from layerbits.result import FloatArray
 from layerbits.schemes.measured import Difference, standard_error
 
 if TYPE_CHECKING:
-    from layerbits.calibration import Batch, Segment
+    from layerbits.inputs.calibration import Batch, Segment
 
 _AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}
 """Logits compared at once: 8 MB in float32 on a CPU, near enough to its caches; 512 MB on a GPU."""

@@ -10,7 +10,7 @@ from typing import Any
 from layerbits.errors import UserError
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
-from layerbits.models import ModelSpec
+from layerbits.inputs.models import ModelSpec
 
 METHODS = ("gradient", "fisher", "kl_div")
 ENGINES = ("onepass", "stock")

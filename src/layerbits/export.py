@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from layerbits.apply import Ranges
-    from layerbits.calibration import Batch
+    from layerbits.inputs.calibration import Batch
     from layerbits.checkpoint.compare import ScoredLayer
     from layerbits.checkpoint.logits import Logits
     from layerbits.checkpoint.proof import Proof, Record

@@ -13,7 +13,7 @@ from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import UserError
 
 if TYPE_CHECKING:
-    from layerbits.models import ResolvedModel
+    from layerbits.inputs.models import ResolvedModel
     from layerbits.schemes import Scheme
     from layerbits.schemes.loading import Prepared
 
@@ -115,7 +115,7 @@ def source_folder(resolved: ResolvedModel) -> Path:
 
 
 def _check_shapes(prepared: Prepared, labels: Mapping[str, Label]) -> None:
-    from layerbits.models import skeleton
+    from layerbits.inputs.models import skeleton
 
     linears = skeleton(prepared.resolved)
     for module, info in prepared.scheme.modules.items():

@@ -19,7 +19,7 @@ from layerbits.candidates.granularity import Overlay
 from layerbits.result import SensitivityResult
 
 if TYPE_CHECKING:
-    from layerbits.models import LoadedModel
+    from layerbits.inputs.models import LoadedModel
     from layerbits.sensitivity import Outcome, Plan
 
 

@@ -20,7 +20,7 @@ from layerbits.schemes.measured import Difference, ProbeResult, Rows, SchemeProb
 
 if TYPE_CHECKING:
     from layerbits.baseline import Baseline
-    from layerbits.calibration import Batch
+    from layerbits.inputs.calibration import Batch
     from layerbits.schemes import Scheme
 
 _MAY_KEEP = 0.25  # of the free memory, for quantized weights
@@ -68,7 +68,7 @@ def held_out_rows(
     Raises:
         UserError: There are no held-out captions, or too few for that many rows.
     """
-    from layerbits.calibration import build_rows
+    from layerbits.inputs.calibration import build_rows
 
     if not captions:
         raise UserError("the caption list has no held-out captions; use a longer list or a smaller dataset.size")

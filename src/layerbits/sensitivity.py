@@ -17,13 +17,13 @@ import yaml
 
 from layerbits.atomic import dated, whole_folder
 from layerbits.cache import cache_dir
-from layerbits.calibration import Calibration, build_calibration
+from layerbits.inputs.calibration import Calibration, build_calibration
 from layerbits.candidates.candidate import Candidate, check_target, resolve_candidate
 from layerbits.candidates.capability import Capability, check
-from layerbits.captions import CaptionSet, load_captions
+from layerbits.inputs.captions import CaptionSet, load_captions
 from layerbits.config import AutoQuantSpec, Settings
 from layerbits.errors import Unsupported, UserError
-from layerbits.models import LoadedModel, ResolvedModel, load, load_tokenizer, resolve, skeleton
+from layerbits.inputs.models import LoadedModel, ResolvedModel, load, load_tokenizer, resolve, skeleton
 from layerbits.provenance import peak_memory, provenance
 from layerbits.report import write_report
 from layerbits.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, write_json

@@ -213,7 +213,7 @@ def token_rows(folder: Path, rows: int, length: int) -> list[list[int]]:
     """
     from transformers import AutoTokenizer
 
-    from layerbits.captions import load_captions
+    from layerbits.inputs.captions import load_captions
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

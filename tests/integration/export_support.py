@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from layerbits import export
 from layerbits.export_plan import plan_export
-from layerbits.models import ModelSpec, resolve
+from layerbits.inputs.models import ModelSpec, resolve
 from layerbits.schemes.loading import Prepared
 
 from .schemes_support import CALIBRATION, scheme_of

@@ -2,7 +2,7 @@
 
 import torch
 
-from layerbits.calibration import Batch
+from layerbits.inputs.calibration import Batch
 from layerbits.probe import probe
 from layerbits.result import CalibrationInfo, Group, ModelInfo
 from layerbits.schemes import Scheme

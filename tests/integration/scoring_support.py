@@ -7,14 +7,14 @@ import torch
 import yaml
 
 from layerbits.candidates import fp4
-from layerbits.calibration import Batch, Calibration, Segment
+from layerbits.inputs.calibration import Batch, Calibration, Segment
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.candidates.capability import check
 from layerbits.errors import Unsupported
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
-from layerbits.models import LoadedModel, language_model_linears
+from layerbits.inputs.models import LoadedModel, language_model_linears
 from layerbits.result import ModelInfo
 from layerbits.scoring.job import ScoringJob
 
@@ -66,7 +66,7 @@ def tiny_model(kind, **changes):
 
 
 def loaded(model):
-    """A model as ``layerbits.models.load`` hands it over."""
+    """A model as ``layerbits.inputs.models.load`` hands it over."""
     model.config.use_cache = False
     name = type(model).__name__
     return LoadedModel(model, None, ModelInfo(name, name, "0", name, "float32"), language_model_linears(model))

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from layerbits import export, export_plan, tracking
-from layerbits.captions import load_captions
+from layerbits.inputs.captions import load_captions
 from layerbits.checkpoint import table, write
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.structure import check_structure

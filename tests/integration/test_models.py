@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layerbits.errors import UserError
-from layerbits.models import ModelSpec, load, resolve, skeleton, unscored_patterns
+from layerbits.inputs.models import ModelSpec, load, resolve, skeleton, unscored_patterns
 
 from .scoring_support import candidate, tiny_model
 

@@ -13,10 +13,10 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoTokenizer
 
-from layerbits import smollm2
+from layerbits.inputs import smollm2
 from layerbits.apply import apply_scheme, find_ranges
 from layerbits.baseline import Baseline
-from layerbits.calibration import Batch, Segment
+from layerbits.inputs.calibration import Batch, Segment
 from layerbits.errors import UserError
 from layerbits.history.probed import probed_kl
 from layerbits.probe import held_out_rows

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from layerbits.calibration import Batch, Segment
+from layerbits.inputs.calibration import Batch, Segment
 from layerbits.errors import Unsupported, UserError
 from layerbits.scoring import onepass, stock
 from layerbits.scoring.steplog import StepLog

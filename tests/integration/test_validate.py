@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from layerbits import smollm2
+from layerbits.inputs import smollm2
 
 from .scoring_support import tiny_model
 

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from layerbits import history, smollm2
-from layerbits.captions import load_captions
+from layerbits import history
+from layerbits.inputs import smollm2
+from layerbits.inputs.captions import load_captions
 from layerbits.errors import UserError
 from layerbits.result import load_manifest
 from layerbits.trust.again import load_run

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from layerbits import calibration
-from layerbits.calibration import MIN_LOSS_TOKENS, build_calibration, build_rows, padding_share
+from layerbits.inputs import calibration
+from layerbits.inputs.calibration import MIN_LOSS_TOKENS, build_calibration, build_rows, padding_share
 from layerbits.errors import UserError
 
 settings.register_profile("no_deadline", deadline=None)  # a busy machine is no failure

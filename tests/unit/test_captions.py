@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from layerbits import captions as captions_module
+from layerbits.inputs import captions as captions_module
 from layerbits.cache import cache_dir
-from layerbits.captions import HELD_OUT, SIZES, load_captions, normalised, read_captions
+from layerbits.inputs.captions import HELD_OUT, SIZES, load_captions, normalised, read_captions
 from layerbits.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from layerbits import coco
-from layerbits.captions import load_captions
-from layerbits.coco import MEMBER, build_coco_captions, main
+from layerbits.inputs import coco
+from layerbits.inputs.captions import load_captions
+from layerbits.inputs.coco import MEMBER, build_coco_captions, main
 from layerbits.errors import UserError
 
 IMAGES = 40

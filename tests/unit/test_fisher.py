@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from layerbits.calibration import Batch, Segment
+from layerbits.inputs.calibration import Batch, Segment
 from layerbits.scoring.fisher import drawn_labels, windowed
 
 

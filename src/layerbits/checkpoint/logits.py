@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerbits.calibration import Batch
+    from layerbits.inputs.calibration import Batch
 
 Logits = list[Any]
 """Per segment ``[tokens, vocabulary]``, in host memory."""

@@ -35,7 +35,7 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
     from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
-    from layerbits.models import build
+    from layerbits.inputs.models import build
 
     config = AutoConfig.from_pretrained(checkpoint.folder)
     del config.quantization_config

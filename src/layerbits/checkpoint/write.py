@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from layerbits.apply import Ranges
-    from layerbits.calibration import Batch
+    from layerbits.inputs.calibration import Batch
     from layerbits.schemes import Scheme
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.index.json")

@@ -10,9 +10,9 @@ from layerbits.errors import UserError
 from layerbits.schemes.scheme import Scheme
 
 if TYPE_CHECKING:
-    from layerbits.calibration import Batch
-    from layerbits.captions import CaptionSet
-    from layerbits.models import LoadedModel, ResolvedModel
+    from layerbits.inputs.calibration import Batch
+    from layerbits.inputs.captions import CaptionSet
+    from layerbits.inputs.models import LoadedModel, ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Prepared:
         """
         import torch
 
-        from layerbits.models import load
+        from layerbits.inputs.models import load
 
         if device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device={device} is not known; use auto, cpu or cuda")
@@ -78,9 +78,9 @@ def prepare(scheme: Scheme) -> Prepared:
     Raises:
         UserError: The record does not say how to load them, or they have changed since.
     """
-    from layerbits.calibration import build_rows
-    from layerbits.captions import load_captions
-    from layerbits.models import ModelSpec, load_tokenizer, resolve
+    from layerbits.inputs.calibration import build_rows
+    from layerbits.inputs.captions import load_captions
+    from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve
 
     if missing := [key for key in ("model", "dataset") if key not in scheme.settings]:
         raise UserError(

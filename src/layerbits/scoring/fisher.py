@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.calibration import Batch
+from layerbits.inputs.calibration import Batch
 from layerbits.scoring.steps import Labels
 
 WINDOW = 32

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layerbits.calibration import Calibration
-from layerbits.models import LoadedModel
+from layerbits.inputs.calibration import Calibration
+from layerbits.inputs.models import LoadedModel
 from layerbits.result import FloatArray, Group, NonFinite
 
 

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from layerbits.calibration import Batch
+from layerbits.inputs.calibration import Batch
 from layerbits.scoring import distributed
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.norms import fused_norms

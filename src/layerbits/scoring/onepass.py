@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.calibration import Batch
+from layerbits.inputs.calibration import Batch
 from layerbits.scoring import distributed, fisher
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.memory import checkpointed, plan_memory

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layerbits.calibration import Batch
-from layerbits.models import output_head, unscored_patterns
+from layerbits.inputs.calibration import Batch
+from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.result import FloatArray, Group, NonFinite
 from layerbits.scoring import distributed, quantizers
 from layerbits.scoring.groups import named_groups

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from layerbits.calibration import Batch, Segment
+from layerbits.inputs.calibration import Batch, Segment
 
 LOGITS_AT_ONCE = 1 << 27
 """Logits in one piece of a chunked loss: 512 MB in float32."""

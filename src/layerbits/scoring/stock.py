@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.models import output_head, unscored_patterns
+from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.result import FloatArray, NonFinite, write_json
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from layerbits.calibration import Batch, Segment
+from layerbits.inputs.calibration import Batch, Segment
 from layerbits.errors import Unsupported
-from layerbits.models import output_head
+from layerbits.inputs.models import output_head
 from layerbits.scoring.divergence import Reference
 from layerbits.scoring.patches import Forward, Span, by_tile, forwards
 from layerbits.scoring.steps import LOGITS_AT_ONCE, _inputs, _loss_positions, has_plain_head, predictions

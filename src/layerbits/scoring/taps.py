@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from layerbits.calibration import Batch
+from layerbits.inputs.calibration import Batch
 from layerbits.errors import Unsupported, UserError
 from layerbits.scoring import quantizers
 from layerbits.scoring.reduction import token_scores

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.calibration import Batch
+from layerbits.inputs.calibration import Batch
 from layerbits.result import FloatArray
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.replaced import ReplacedLinears

@@ -51,7 +51,7 @@ def load_captions(name: str, size: str, path: str | Path | None = None) -> Capti
     """Loads a caption list and splits it.
 
     Args:
-        name: ``everyday`` (shipped), ``coco2017`` (built by ``python -m layerbits.coco``), ``text_file``, or any
+        name: ``everyday`` (shipped), ``coco2017`` (built by ``python -m layerbits.inputs.coco``), ``text_file``, or any
             other name together with ``path``.
         size: A key of :data:`SIZES`, or a number of captions as text.
         path: Text file, one caption a line, in UTF-8 (:func:`read_captions`).
@@ -123,7 +123,7 @@ def _lines(name: str, path: str | Path | None) -> tuple[str, tuple[str, ...]]:
         path = cache_dir() / COCO_FILE
         if not path.exists():
             raise UserError(
-                f"the COCO 2017 captions are not built yet (no {path}); run `python -m layerbits.coco`, "
+                f"the COCO 2017 captions are not built yet (no {path}); run `python -m layerbits.inputs.coco`, "
                 "or use dataset=text_file dataset.path=FILE"
             )
     path = Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Builds the COCO 2017 caption list from the annotation archive: ``python -m layerbits.coco``.
+"""Builds the COCO 2017 caption list from the annotation archive: ``python -m layerbits.inputs.coco``.
 
 The archive (https://cocodataset.org/#download) is served over plain HTTP, and COCO publishes no checksum.
 :data:`ARCHIVE_SHA256` is the one that TensorFlow Datasets pins for the same URL
@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from layerbits.cache import cache_dir
-from layerbits.captions import COCO_FILE, normalised
+from layerbits.inputs.captions import COCO_FILE, normalised
 from layerbits.errors import UserError
 
 ARCHIVE_URL = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
@@ -207,8 +207,8 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m layerbits.coco``; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m layerbits.coco", description="Build the COCO 2017 caption list.")
+    """Command line of ``python -m layerbits.inputs.coco``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m layerbits.inputs.coco", description="Build the COCO 2017 caption list.")
     parser.add_argument(
         "--out", help=f"file to write (default: {COCO_FILE} in the cache, where dataset=coco2017 looks)"
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerbits import smollm2
+from layerbits.inputs import smollm2
 from layerbits.errors import Unsupported, UserError
 from layerbits.result import ModelInfo
 

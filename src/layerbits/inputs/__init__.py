@@ -1,0 +1,1 @@
+"""What is scored, and on what: models, captions, token rows."""
