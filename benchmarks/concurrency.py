@@ -29,7 +29,7 @@ from history import BLOCKS, synthetic
 
 from layerbits import tracking
 from layerbits.report import write_report
-from layerbits.result import write_json
+from layerbits.results.result import write_json
 from layerbits.tracking import contract
 from layerbits.tracking.view import ensure_view
 

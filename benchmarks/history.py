@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from layerbits import history
-from layerbits.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, Recipe, SensitivityResult
+from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, Recipe, SensitivityResult
 from layerbits.tracking import contract
 
 PAIRS = ("wfp4_afp8", "wfp4_afp16", "wfp8_afp8", "wfp8_afp16", "wint8_afp16", "wint8_aint8")

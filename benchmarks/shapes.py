@@ -8,7 +8,7 @@ import torch
 
 from layerbits.inputs.calibration import Batch, Calibration, Segment
 from layerbits.inputs.models import LoadedModel, language_model_linears
-from layerbits.result import ModelInfo
+from layerbits.results.result import ModelInfo
 
 _TOKENS_PER_CAPTION = 12
 

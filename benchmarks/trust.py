@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
 from layerbits.config import Settings
-from layerbits.result import FloatArray, load_manifest
+from layerbits.results.result import FloatArray, load_manifest
 from layerbits.scoring import fisher
 from layerbits.scoring.job import kl_weights
 from layerbits.scoring.search import Search

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from layerbits import entry
 from layerbits.config import Settings
 from layerbits.grid import Cell, CellOutcome, Log, axis, cells, run_grid, summary
-from layerbits.result import SensitivityResult
+from layerbits.results.result import SensitivityResult
 
 if TYPE_CHECKING:
     from layerbits.tracking import RunSession

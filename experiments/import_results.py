@@ -14,7 +14,7 @@ import pandas as pd
 from layerbits import entry, importing
 from layerbits.config import TrackingSpec
 from layerbits.errors import UserError
-from layerbits.result import SensitivityResult
+from layerbits.results.result import SensitivityResult
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from layerbits import entry
 from layerbits.config import Settings
 from layerbits.errors import UserError
-from layerbits.result import SensitivityResult
+from layerbits.results.result import SensitivityResult
 
 ROOT = Path(__file__).resolve().parent.parent
 _failed: list[str] = []

@@ -17,7 +17,7 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.candidates.formats import Format, normalise, plain
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
 from layerbits.inputs.models import output_head
-from layerbits.result import CandidateInfo
+from layerbits.results.result import CandidateInfo
 from layerbits.scoring import quantizers
 from layerbits.scoring.taps import Taps
 

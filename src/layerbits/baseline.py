@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerbits.result import FloatArray
+from layerbits.results.result import FloatArray
 from layerbits.schemes.measured import Difference, standard_error
 
 if TYPE_CHECKING:

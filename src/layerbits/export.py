@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
-from layerbits.result import write_json
+from layerbits.results.result import write_json
 
 if TYPE_CHECKING:
     import torch

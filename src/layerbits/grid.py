@@ -16,7 +16,7 @@ from layerbits.config import Settings
 from layerbits.errors import Unsupported, UserError
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
-from layerbits.result import SensitivityResult
+from layerbits.results.result import SensitivityResult
 
 if TYPE_CHECKING:
     from layerbits.inputs.models import LoadedModel

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerbits.errors import UserError
-from layerbits.result import ModelInfo
+from layerbits.results.result import ModelInfo
 from layerbits.schemes.measured import Difference, ProbeResult, Rows, SchemeProbe
 
 if TYPE_CHECKING:

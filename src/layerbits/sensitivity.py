@@ -26,8 +26,8 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.models import LoadedModel, ResolvedModel, load, load_tokenizer, resolve, skeleton
 from layerbits.provenance import peak_memory, provenance
 from layerbits.report import write_report
-from layerbits.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, write_json
-from layerbits.trust.intervals import with_intervals
+from layerbits.results.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, write_json
+from layerbits.results.bootstrap import with_intervals
 
 if TYPE_CHECKING:
     from layerbits.scoring.job import Scores, ScoringJob

@@ -10,7 +10,7 @@ from typing import Any
 
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
-from layerbits.result import write_json
+from layerbits.results.result import write_json
 from layerbits.serve_check import ServeCheck, check_serving
 
 _NONE = (None, "", "none", "null")

@@ -4,7 +4,7 @@ import torch
 
 from layerbits.inputs.calibration import Batch
 from layerbits.probe import probe
-from layerbits.result import CalibrationInfo, Group, ModelInfo
+from layerbits.results.result import CalibrationInfo, Group, ModelInfo
 from layerbits.schemes import Scheme
 from layerbits.schemes.measured import Rows
 

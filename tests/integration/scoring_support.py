@@ -15,7 +15,7 @@ from layerbits.errors import Unsupported
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.inputs.models import LoadedModel, language_model_linears
-from layerbits.result import ModelInfo
+from layerbits.results.result import ModelInfo
 from layerbits.scoring.job import ScoringJob
 
 ROOT = Path(__file__).resolve().parents[2]

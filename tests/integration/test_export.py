@@ -232,7 +232,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
 
 
 def test_a_tied_output_head_is_refused(tmp_path):
-    from layerbits.result import Group
+    from layerbits.results.result import Group
 
     source = tmp_path / "source"
     model = saved("llama", source, tie_word_embeddings=True)

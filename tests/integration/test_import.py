@@ -12,7 +12,7 @@ import mlflow
 import pytest
 
 from layerbits import history, tracking
-from layerbits.result import ModelInfo
+from layerbits.results.result import ModelInfo
 from tests.integration.tracking_support import small_result, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import pytest
 from layerbits import cli, history
 from layerbits.report import write_report
 from layerbits.tracking import push
-from layerbits.trust.intervals import with_intervals
+from layerbits.results.bootstrap import with_intervals
 
 from .tracking_support import small_result, write_folder
 

@@ -17,7 +17,7 @@ from layerbits import history
 from layerbits.inputs import smollm2
 from layerbits.inputs.captions import load_captions
 from layerbits.errors import UserError
-from layerbits.result import load_manifest
+from layerbits.results.result import load_manifest
 from layerbits.trust.again import load_run
 from layerbits.trust.verify import BOUNDS, check, compare, verify
 

@@ -13,7 +13,7 @@ import pytest
 
 from layerbits import tracking
 from layerbits.report import write_report
-from layerbits.result import write_json
+from layerbits.results.result import write_json
 from layerbits.tracking import contract
 from layerbits.tracking.store import run_link
 from layerbits.tracking.view import ensure_view, view_links

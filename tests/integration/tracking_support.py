@@ -11,16 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from layerbits.result import (
-    CalibrationInfo,
-    CandidateInfo,
-    Group,
-    ModelInfo,
-    NonFinite,
-    Recipe,
-    SensitivityResult,
-    write_json,
-)
+from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, NonFinite, Recipe, SensitivityResult, write_json
 
 KINDS = ("qkv", "o", "gate_up", "down")
 ROOT = Path(__file__).resolve().parents[2]

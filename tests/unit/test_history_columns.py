@@ -12,7 +12,7 @@ from layerbits.history.derived import _rows
 from layerbits.history.query import _long
 from layerbits.history.source import RawRun
 from layerbits.tracking import contract
-from layerbits.trust.record import Intervals
+from layerbits.results.intervals import Intervals
 from tests.integration.tracking_support import small_result
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from layerbits.result import SensitivityResult
-from layerbits.trust.intervals import FEWEST, captions_for, intervals, ties, top_overlap, with_intervals
+from layerbits.results.result import SensitivityResult
+from layerbits.results.bootstrap import FEWEST, captions_for, intervals, ties, top_overlap, with_intervals
 
 
 def captions(rng, count, means, shape=1.5):
@@ -227,5 +227,5 @@ def test_one_candidate_of_several_keeps_its_intervals(make_result):
 
 
 def test_intervals_import_nothing_heavy(python):
-    code = "import layerbits.trust.intervals, sys; print({'torch', 'pandas', 'mlflow', 'scipy'} & set(sys.modules))"
+    code = "import layerbits.results.bootstrap, sys; print({'torch', 'pandas', 'mlflow', 'scipy'} & set(sys.modules))"
     assert python(code) == ["set()"]

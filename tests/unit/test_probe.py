@@ -11,7 +11,7 @@ import torch
 
 from layerbits.baseline import Baseline
 from layerbits.inputs.calibration import Batch, Segment
-from layerbits.result import ModelInfo
+from layerbits.results.result import ModelInfo
 from layerbits.schemes.measured import Comparison, Difference, ProbeResult, Rows, SchemeProbe, standard_error
 from layerbits.schemes.probe_report import figure, markdown, write_probe
 

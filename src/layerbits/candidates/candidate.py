@@ -12,7 +12,7 @@ from layerbits.candidates.bits import INPUT, WEIGHT, Config, effective_cfgs, mod
 from layerbits.errors import UserError
 from layerbits.candidates.formats import Format, QuantPair, algorithm_settings, normalise, plain, resolve_format, settle_algorithm
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, Overlay, apply_overlay, register_backend, with_token_groups
-from layerbits.result import CandidateInfo
+from layerbits.results.result import CandidateInfo
 
 UNQUANTIZED_BITS = 16.0
 

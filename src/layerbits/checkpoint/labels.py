@@ -17,7 +17,7 @@ from layerbits.candidates.bits import FP4, INPUT, WEIGHT, block_lengths, effecti
 from layerbits.candidates.table import describe
 from layerbits.errors import Unsupported, UserError
 from layerbits.candidates.formats import algorithm_settings, normalise
-from layerbits.result import CandidateInfo
+from layerbits.results.result import CandidateInfo
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ a notebook ``%matplotlib inline`` makes a returned figure show itself.
 
 from layerbits.figures.compare import overlay, pareto, rank_change, rank_correlation, scatter_agreement
 from layerbits.figures.run import by_layer, cumulative_share, heatmap, ranked_bars, save_figures
-from layerbits.frames import groups_for_share, tidy
+from layerbits.results.frames import groups_for_share, tidy
 
 __all__ = [
     "by_layer",

@@ -35,8 +35,8 @@ from layerbits.figures.style import (
     plain_axes,
     spans,
 )
-from layerbits.frames import Grid, grids, numeric, one_candidate, spearman
-from layerbits.result import FloatArray
+from layerbits.results.frames import Grid, grids, numeric, one_candidate, spearman
+from layerbits.results.result import FloatArray
 
 
 def overlay(

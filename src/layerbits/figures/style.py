@@ -19,8 +19,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from layerbits.atomic import atomic
-from layerbits.frames import Grid, listed
-from layerbits.result import FloatArray
+from layerbits.results.frames import Grid, listed
+from layerbits.results.result import FloatArray
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): apart for every colour vision; without its yellow, which
 # vanishes on white paper.

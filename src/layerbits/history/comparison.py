@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from layerbits.errors import UserError
-from layerbits.frames import numeric, spearman
+from layerbits.results.frames import numeric, spearman
 from layerbits.history.query import rows_and_scores
 
 BY = ("predicted_kl", "score", "rank")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from layerbits.errors import UserError
-from layerbits.frames import numeric
+from layerbits.results.frames import numeric
 from layerbits.history.comparison import difference
 
 _DAMAGE = {"predicted_kl": "predicted_kl_chosen", "score": "score_chosen"}

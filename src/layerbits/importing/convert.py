@@ -13,14 +13,7 @@ import numpy as np
 from layerbits.errors import UserError
 from layerbits.importing.layouts import Score, Table, count
 from layerbits.report import write_report
-from layerbits.result import (
-    CalibrationInfo,
-    CandidateInfo,
-    Group,
-    ModelInfo,
-    Recipe,
-    SensitivityResult,
-)
+from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, Recipe, SensitivityResult
 from layerbits.scoring.groups import named_groups
 
 _PAIR = re.compile(r"w(?P<weight>(?:fp|int)\d+)_a(?P<activation>(?:fp|int)\d+)(?=_|$)")

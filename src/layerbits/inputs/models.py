@@ -10,7 +10,7 @@ from typing import Any
 
 from layerbits.inputs import smollm2
 from layerbits.errors import Unsupported, UserError
-from layerbits.result import ModelInfo
+from layerbits.results.result import ModelInfo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

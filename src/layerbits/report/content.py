@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.frames import groups_for_share, listed
+from layerbits.results.frames import groups_for_share, listed
 from layerbits.report.wording import config_words, stability_words
-from layerbits.result import NonFinite, SensitivityResult, by_kind
+from layerbits.results.result import NonFinite, SensitivityResult, by_kind
 
 SCHEMA_VERSION = 1
 MOST = 0.9

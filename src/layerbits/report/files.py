@@ -7,7 +7,7 @@ from pathlib import Path
 from layerbits.atomic import atomic
 from layerbits.report.content import json_report
 from layerbits.report.markdown import markdown_report
-from layerbits.result import SensitivityResult, load_manifest, write_json
+from layerbits.results.result import SensitivityResult, load_manifest, write_json
 
 MARKDOWN = Path("report") / "layer-sensitivity-report.md"
 JSON = Path("report") / "layer-sensitivity-report.json"

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from layerbits.frames import listed
+from layerbits.results.frames import listed
 from layerbits.report.content import MOST, json_report
 from layerbits.report.wording import modules_words
-from layerbits.result import SensitivityResult
+from layerbits.results.result import SensitivityResult
 
 FIGURES = {
     "heatmap": "by block and kind",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layerbits.result import Group
+from layerbits.results.result import Group
 from layerbits.schemes.solver import TOLERANCE, UNQUANTIZED, UNQUANTIZED_BITS, IntArray
 
 KINDS = ("random", "first_last")

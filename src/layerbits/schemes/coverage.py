@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.result import FloatArray, Group
+from layerbits.results.result import FloatArray, Group
 from layerbits.schemes.solver import UNQUANTIZED, IntArray
 
 ORDERS = ("least_sensitive", "most_sensitive")

@@ -13,7 +13,7 @@ from layerbits.atomic import dated, whole_folder
 from layerbits.errors import UserError
 from layerbits.figures import pareto
 from layerbits.figures.style import save_png
-from layerbits.result import write_json
+from layerbits.results.result import write_json
 from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source

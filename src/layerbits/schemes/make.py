@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.result import CandidateInfo, FloatArray
+from layerbits.results.result import CandidateInfo, FloatArray
 from layerbits.schemes import solver
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.controls import control

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.result import FloatArray, ModelInfo
+from layerbits.results.result import FloatArray, ModelInfo
 
 SCHEMA_VERSION = 1
 DECIDED = 2.0

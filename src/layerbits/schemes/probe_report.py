@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.atomic import dated, whole_folder
-from layerbits.result import write_json
+from layerbits.results.result import write_json
 from layerbits.schemes.measured import DECIDED, Difference, ProbeResult
 
 

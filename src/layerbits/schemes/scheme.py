@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
-from layerbits.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, write_json
+from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, write_json
 
 SCHEMA_VERSION = 1
 UNQUANTIZED_BITS = 16.0

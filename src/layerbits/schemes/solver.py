@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.errors import UserError
-from layerbits.result import FloatArray
+from layerbits.results.result import FloatArray
 
 UNQUANTIZED = -1
 UNQUANTIZED_BITS = 16.0

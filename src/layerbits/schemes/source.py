@@ -11,15 +11,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.result import (
-    CalibrationInfo,
-    CandidateInfo,
-    FloatArray,
-    Group,
-    ModelInfo,
-    SensitivityResult,
-    load_manifest,
-)
+from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult, load_manifest
 
 _SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.models import LoadedModel
-from layerbits.result import FloatArray, Group, NonFinite
+from layerbits.results.result import FloatArray, Group, NonFinite
 
 
 @dataclass(frozen=True)

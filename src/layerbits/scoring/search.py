@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.models import output_head, unscored_patterns
-from layerbits.result import FloatArray, Group, NonFinite
+from layerbits.results.result import FloatArray, Group, NonFinite
 from layerbits.scoring import distributed, quantizers
 from layerbits.scoring.groups import named_groups
 from layerbits.scoring.job import Scores, ScoringJob

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerbits.result import FloatArray
+from layerbits.results.result import FloatArray
 
 _ATTRS = ("input_quantizer", "weight_quantizer", "output_quantizer")
 

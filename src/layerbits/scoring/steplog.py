@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.errors import UserError
-from layerbits.result import FloatArray, write_json
+from layerbits.results.result import FloatArray, write_json
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.inputs.models import output_head, unscored_patterns
-from layerbits.result import FloatArray, NonFinite, write_json
+from layerbits.results.result import FloatArray, NonFinite, write_json
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from layerbits.result import SensitivityResult, by_kind
+from layerbits.results.result import SensitivityResult, by_kind
 
 Number = TypeVar("Number", int, float)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
-from layerbits.result import SensitivityResult, load_manifest
+from layerbits.results.result import SensitivityResult, load_manifest
 
 if TYPE_CHECKING:
     from layerbits.sensitivity import Plan

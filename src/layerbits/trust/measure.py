@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.inputs.calibration import Batch
-from layerbits.result import FloatArray
+from layerbits.results.result import FloatArray
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search

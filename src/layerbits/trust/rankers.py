@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.result import FloatArray
+from layerbits.results.result import FloatArray
 from layerbits.scoring import fisher, kl, onepass
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.replaced import ReplacedLinears

@@ -14,7 +14,7 @@ import numpy as np
 
 from layerbits.atomic import dated, whole_folder
 from layerbits.errors import UserError
-from layerbits.result import FloatArray, SensitivityResult, write_json
+from layerbits.results.result import FloatArray, SensitivityResult, write_json
 from layerbits.sensitivity import load_model, scoring_job
 from layerbits.trust.again import plan_again
 from layerbits.trust.agreement import Captions

@@ -13,7 +13,7 @@ import numpy as np
 
 from layerbits.atomic import dated, whole_folder
 from layerbits.errors import UserError
-from layerbits.result import SensitivityResult, write_json
+from layerbits.results.result import SensitivityResult, write_json
 from layerbits.trust.again import identity, load_run, plan_again
 
 if TYPE_CHECKING:

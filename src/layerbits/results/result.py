@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from layerbits.atomic import atomic
 from layerbits.errors import UserError
-from layerbits.trust.record import Intervals
+from layerbits.results.intervals import Intervals
 
 SCHEMA_VERSION = 1
 KINDS = ("qkv", "o", "gate_up", "down", "lm_head", "other")

@@ -15,7 +15,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Intervals:
-    """How sure the predicted KL and its ranking are, from captions drawn again (:mod:`layerbits.trust.intervals`).
+    """How sure the predicted KL and its ranking are, from captions drawn again (:mod:`layerbits.results.bootstrap`).
 
     ``G`` groups, ``C`` candidates.
 

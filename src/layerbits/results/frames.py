@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from layerbits.result import KINDS, FloatArray, SensitivityResult
+from layerbits.results.result import KINDS, FloatArray, SensitivityResult
 
 
 @dataclass(frozen=True)
