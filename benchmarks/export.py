@@ -34,11 +34,11 @@ from layerbits import export
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.export_plan import plan_exports
 from layerbits.inputs.models import build
-from layerbits.probe import probe_schemes
+from layerbits.probing.probe import probe_schemes
 from layerbits.provenance import provenance
 from layerbits.schemes.catalog import load_specs
 from layerbits.schemes.make import make_schemes
-from layerbits.schemes.probe_report import markdown
+from layerbits.probing.report import markdown
 from layerbits.schemes.source import load_scores
 
 SCHEMES = ("fp8_autoquant_top25", "fp8_autoquant_top50", "fp8_autoquant_full")

@@ -11,7 +11,7 @@ from typing import Any
 
 from layerbits import entry
 from layerbits.config import TrackingSpec
-from layerbits.schemes.probe_report import markdown, parameters, write_probe
+from layerbits.probing.report import markdown, parameters, write_probe
 from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.settings import whole
@@ -27,7 +27,7 @@ def probe(config: dict[str, Any]) -> None:
     root = Path(config["output_root"]).expanduser().absolute()
 
     def make(uri: str | None) -> entry.Derived:
-        from layerbits.probe import probe_schemes
+        from layerbits.probing.probe import probe_schemes
 
         schemes = wanted.schemes(uri)
         result = probe_schemes(schemes, rows, batch_size, config["device"], ROOT)

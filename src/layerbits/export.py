@@ -22,7 +22,7 @@ from layerbits.results.result import write_json
 if TYPE_CHECKING:
     import torch
 
-    from layerbits.apply import Ranges
+    from layerbits.probing.apply import Ranges
     from layerbits.inputs.calibration import Batch
     from layerbits.checkpoint.compare import ScoredLayer
     from layerbits.checkpoint.logits import Logits
@@ -113,7 +113,7 @@ class _Scored:
 
 def shared_ranges(plans: Sequence[ExportPlan], device: str) -> Ranges:
     """Static activation ranges for the schemes of some plans of one model, in one calibration."""
-    from layerbits.apply import find_ranges
+    from layerbits.probing.apply import find_ranges
 
     prepared = plans[0].prepared
     return find_ranges(prepared.load(device).model, [plan.scheme for plan in plans], prepared.calibration)
@@ -175,7 +175,7 @@ def known_exports(root: Path) -> dict[str, tuple[str, str]]:
 
 def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, seconds: dict[str, float]) -> _Scored:
     """Loads the model, takes down what the proof needs of it, and exports it."""
-    from layerbits.apply import apply_scheme, find_ranges
+    from layerbits.probing.apply import apply_scheme, find_ranges
     from layerbits.checkpoint.compare import loaded_names
     from layerbits.checkpoint.logits import logits_of, some_rows
     from layerbits.checkpoint.names import names_on_disk

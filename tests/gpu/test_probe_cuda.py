@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerbits.apply import apply_scheme, find_ranges
-from layerbits.baseline import Baseline
+from layerbits.probing.apply import apply_scheme, find_ranges
+from layerbits.probing.baseline import Baseline
 from tests.integration.schemes_support import CALIBRATION, HELD_OUT, INFO, logits, probed, scheme_of
 from tests.integration.scoring_support import candidate, tiny_model
 

@@ -188,7 +188,7 @@ def modelopt_label(info: CandidateInfo) -> str | None:
     import torch
     from modelopt.torch.export.quant_utils import get_quant_config
 
-    from layerbits.apply import runtime_config
+    from layerbits.probing.apply import runtime_config
 
     model = torch.nn.Sequential(torch.nn.Linear(128, 128))
     try:

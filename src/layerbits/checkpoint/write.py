@@ -25,7 +25,7 @@ from layerbits.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from layerbits.apply import Ranges
+    from layerbits.probing.apply import Ranges
     from layerbits.inputs.calibration import Batch
     from layerbits.schemes import Scheme
 
@@ -45,7 +45,7 @@ def scored_layers(
         ranges: Static activation ranges.
         on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
     """
-    from layerbits.apply import module_quantizers, runtime_config
+    from layerbits.probing.apply import module_quantizers, runtime_config
     from layerbits.scoring import quantizers
 
     layers = []
@@ -124,7 +124,7 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
     import modelopt.torch.quantization as mtq
     import torch
 
-    from layerbits.apply import runtime_config
+    from layerbits.probing.apply import runtime_config
 
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     for name, info in scheme.modules.items():

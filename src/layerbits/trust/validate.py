@@ -60,7 +60,7 @@ def validate(
         UserError: As :func:`layerbits.trust.again.plan_again`; or there are too few held-out captions, or the model's
             groups differ.
     """
-    from layerbits.probe import held_out_rows
+    from layerbits.probing.probe import held_out_rows
     from layerbits.provenance import provenance
     from layerbits.scoring.search import Search
     from layerbits.trust.measure import measure_damage

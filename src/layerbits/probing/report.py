@@ -8,7 +8,7 @@ from typing import Any
 
 from layerbits.atomic import dated, whole_folder
 from layerbits.results.result import write_json
-from layerbits.schemes.measured import DECIDED, Difference, ProbeResult
+from layerbits.probing.measured import DECIDED, Difference, ProbeResult
 
 
 def markdown(result: ProbeResult) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerbits.results.result import FloatArray
-from layerbits.schemes.measured import Difference, standard_error
+from layerbits.probing.measured import Difference, standard_error
 
 if TYPE_CHECKING:
     from layerbits.inputs.calibration import Batch, Segment

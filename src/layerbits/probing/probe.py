@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from layerbits.errors import UserError
 from layerbits.results.result import ModelInfo
-from layerbits.schemes.measured import Difference, ProbeResult, Rows, SchemeProbe
+from layerbits.probing.measured import Difference, ProbeResult, Rows, SchemeProbe
 
 if TYPE_CHECKING:
-    from layerbits.baseline import Baseline
+    from layerbits.probing.baseline import Baseline
     from layerbits.inputs.calibration import Batch
     from layerbits.schemes import Scheme
 
@@ -110,8 +110,8 @@ def probe(
     Raises:
         UserError: A scheme is of another revision or does not fit the model, or the model's logits are not finite.
     """
-    from layerbits.apply import Made, apply_scheme, find_ranges
-    from layerbits.baseline import Baseline
+    from layerbits.probing.apply import Made, apply_scheme, find_ranges
+    from layerbits.probing.baseline import Baseline
     from layerbits.scoring.taps import progress
 
     if not schemes:

@@ -1,0 +1,1 @@
+"""A scheme on a model: applied, measured against the unquantized model, reported."""
