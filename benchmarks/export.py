@@ -30,9 +30,9 @@ import torch
 from main_job import _WORDS, ROOT, inputs, run
 from shapes import SHAPES
 
-from layerbits import export
+from layerbits.export import scheme as export
 from layerbits.checkpoint.reader import open_checkpoint
-from layerbits.export_plan import plan_exports
+from layerbits.export.plan import plan_exports
 from layerbits.inputs.models import build
 from layerbits.probing.probe import probe_schemes
 from layerbits.provenance import provenance
@@ -59,7 +59,7 @@ class Memory:
 
     @contextmanager
     def timed(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
-        """What ``layerbits.export`` measures a phase with, and memory beside it."""
+        """What ``layerbits.export.scheme`` measures a phase with, and memory beside it."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # or what was freed earlier would be used again unseen
         cuda = torch.cuda.is_available()

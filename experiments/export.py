@@ -11,7 +11,7 @@ from typing import Any
 
 from layerbits import entry
 from layerbits.config import TrackingSpec
-from layerbits.export_job import ExportSettings, run_exports, untracked
+from layerbits.export.job import ExportSettings, run_exports, untracked
 from layerbits.schemes import Scheme, load_scheme
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.settings import SchemeSettings, listed, source_name
@@ -31,7 +31,7 @@ def export(config: dict[str, Any]) -> None:
         run_exports(_schemes(files, made, track.uri), settings, untracked)
         return
     from layerbits import tracking
-    from layerbits.export_log import ExportLog
+    from layerbits.export.log import ExportLog
 
     uri = tracking.open_store(track.uri, ROOT)
     name = track.run_name or f"export of {source_name(files or listed(config['run_id']))}"

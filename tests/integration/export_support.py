@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 from safetensors.torch import load_file, save_file
 
-from layerbits import export
-from layerbits.export_plan import plan_export
+from layerbits.export import scheme as export
+from layerbits.export.plan import plan_export
 from layerbits.inputs.models import ModelSpec, resolve
 from layerbits.schemes.loading import Prepared
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerbits.errors import UserError
-from layerbits.export_plan import KV_CACHES, ExportPlan, plan_exports
+from layerbits.export.plan import KV_CACHES, ExportPlan, plan_exports
 
 if TYPE_CHECKING:
-    from layerbits.export import Export
+    from layerbits.export.scheme import Export
     from layerbits.schemes import Scheme
 
 _NONE = (None, "", "none", "null")
@@ -85,7 +85,7 @@ def run_exports(
     Raises:
         UserError: Something that was found before the first is exported, or at least one failed.
     """
-    from layerbits.export import export_scheme, known_exports, shared_ranges
+    from layerbits.export.scheme import export_scheme, known_exports, shared_ranges
 
     plans = plan_exports(schemes, settings.folder(schemes[0].model.name if schemes else ""), settings.kv_cache)
     ranges = shared_ranges(plans, settings.device)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from layerbits.checkpoint.compare import ScoredLayer
     from layerbits.checkpoint.logits import Logits
     from layerbits.checkpoint.proof import Proof, Record
-    from layerbits.export_plan import ExportPlan
+    from layerbits.export.plan import ExportPlan
     from layerbits.schemes import Scheme
 
 MANIFEST = "layerbits.json"
@@ -130,7 +130,7 @@ def export_scheme(
     The report is written beside it (``<folder>.report``), also where the proof fails.
 
     Args:
-        plan: From :func:`layerbits.export_plan.plan_export`.
+        plan: From :func:`layerbits.export.plan.plan_export`.
         device: ``auto``, ``cpu`` or ``cuda``.
         ranges: Static activation ranges, where they were found for several schemes together.
         known: Other exports: name → weights digest, recipe digest (:func:`known_exports`).

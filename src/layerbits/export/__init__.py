@@ -1,0 +1,1 @@
+"""Schemes as Hugging Face checkpoints: planned, written, proven, logged."""
