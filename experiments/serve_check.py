@@ -12,7 +12,7 @@ from typing import Any
 from layerbits import entry
 from layerbits.config import TrackingSpec
 from layerbits.errors import Skipped
-from layerbits.serve_job import ServeSettings, check
+from layerbits.serving.job import ServeSettings, check
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -12,7 +12,7 @@ from layerbits.checkpoint.dequantize import check_parts, dequantize, quantize_in
 from layerbits.checkpoint.labels import LABELS
 from layerbits.checkpoint.reader import INDEX, open_checkpoint
 from layerbits.errors import UserError
-from layerbits.serve_check import DIVERGES, LOADS, REFUSED, ServeCheck, Served, classify, serve
+from layerbits.serving.check import DIVERGES, LOADS, REFUSED, ServeCheck, Served, classify, serve
 
 
 def checkpoint(folder, tensors, name="model.safetensors"):
@@ -190,7 +190,7 @@ def test_without_a_runtime_nothing_passes(tmp_path):
 def test_prompt_logprobs_are_those_of_the_prompts_own_tokens():
     from types import SimpleNamespace
 
-    from layerbits.vllm_engine import prompt_logprobs
+    from layerbits.serving.vllm import prompt_logprobs
 
     def of(value):
         return SimpleNamespace(logprob=value)

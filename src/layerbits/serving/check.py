@@ -2,7 +2,7 @@
 
 A checkpoint that loads cleanly and answers with corrupted logits is a known failure, so the runtime's log-probabilities
 of given tokens are compared with those of the model that :mod:`layerbits.checkpoint.restore` makes of the same files.
-The runtime is behind :class:`Engine`; :mod:`layerbits.vllm_engine` is the one for vLLM.
+The runtime is behind :class:`Engine`; :mod:`layerbits.serving.vllm` is the one for vLLM.
 """
 
 from __future__ import annotations

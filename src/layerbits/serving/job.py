@@ -11,7 +11,7 @@ from typing import Any
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
 from layerbits.results.result import write_json
-from layerbits.serve_check import ServeCheck, check_serving
+from layerbits.serving.check import ServeCheck, check_serving
 
 _NONE = (None, "", "none", "null")
 
@@ -84,7 +84,7 @@ def check(settings: ServeSettings, uri: str | None) -> Checked:
     """
     import torch
 
-    from layerbits.vllm_engine import load, missing
+    from layerbits.serving.vllm import load, missing
 
     tags = {}
     if settings.run_id is not None:

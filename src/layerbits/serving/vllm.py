@@ -1,4 +1,4 @@
-"""vLLM behind :class:`layerbits.serve_check.Engine`.
+"""vLLM behind :class:`layerbits.serving.check.Engine`.
 
 Written against the documented interface of vLLM (``LLM``, ``SamplingParams``, ``RequestOutput``; docs.vllm.ai, read
 2026-11-21); it was not run, as vLLM and a GPU are needed for that.
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from layerbits.serve_check import LogProbs
+from layerbits.serving.check import LogProbs
 
 INSTALL = "pip install 'layerbits[vllm]'"
 
@@ -42,11 +42,11 @@ class VllmEngine:
         self._llm = llm
 
     def logprobs(self, prompts: Sequence[Sequence[int]]) -> LogProbs:
-        """As :class:`layerbits.serve_check.Engine`."""
+        """As :class:`layerbits.serving.check.Engine`."""
         return [prompt_logprobs(output) for output in self._run(prompts, max_tokens=1, prompt_logprobs=1)]
 
     def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
-        """As :class:`layerbits.serve_check.Engine`."""
+        """As :class:`layerbits.serving.check.Engine`."""
         return [str(output.outputs[0].text) for output in self._run(prompts, max_tokens=tokens)]
 
     def _run(self, prompts: Sequence[Sequence[int]], **settings: Any) -> list[Any]:

@@ -1,0 +1,1 @@
+"""What a runtime would serve of an exported checkpoint."""
