@@ -20,7 +20,7 @@ CONFIGS = ROOT / "configs"
 
 def verification(config: dict[str, Any]) -> None:
     """Repeats the run, writes and logs the comparison; fails where it is beyond the bound."""
-    from layerbits.trust.verify import Verification, check, verify
+    from layerbits.trust.verification import Verification, check, verify
 
     references = listed(config["run_id"])
     if len(references) != 1:

@@ -19,7 +19,7 @@ from layerbits.inputs.captions import load_captions
 from layerbits.errors import UserError
 from layerbits.results.result import load_manifest
 from layerbits.trust.again import load_run
-from layerbits.trust.verify import BOUNDS, check, compare, verify
+from layerbits.trust.verification import BOUNDS, check, compare, verify
 
 from .scoring_support import tiny_model
 from .tracking_support import small_result
