@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.results.result import load_manifest
 from layerbits.results.bootstrap import RESAMPLES, TOP, intervals
+from layerbits.results.manifest import load_manifest
 
 SAMPLES, GROUPS, CANDIDATES = 512, 144, 12
 SIZES = (8, 16, 32, 64, 128, 256)

@@ -28,8 +28,9 @@ from typing import Any
 from history import BLOCKS, synthetic
 
 from layerbits import tracking
+from layerbits.atomic import write_json
 from layerbits.report import write_report
-from layerbits.results.result import write_json
+from layerbits.results.manifest import to_manifest
 from layerbits.tracking import contract
 from layerbits.tracking.view import ensure_view
 
@@ -49,7 +50,7 @@ def work(uri: str, folder: Path, blocks: int, report: bool, indices: range) -> l
         if report:
             write_report(result, directory)
         else:
-            write_json(directory / MANIFEST, result.to_manifest())
+            write_json(directory / MANIFEST, to_manifest(result))
         begin = time.perf_counter()
         with redirect_stdout(None), tracking.start_run(f"run {index}", EXPERIMENT, system_metrics=False) as session:
             tracking.log_result(session, result, directory)
@@ -74,7 +75,7 @@ def missing(client: Any, blocks: int, run_id: str, index: int) -> list[str]:
     lacks += [key for key, value in contract.tags(result).items() if run.data.tags.get(key) != value]
     with tempfile.TemporaryDirectory() as folder:
         manifest = json.loads(Path(client.download_artifacts(run_id, MANIFEST, folder)).read_text())
-    lacks += [MANIFEST] if manifest != json.loads(json.dumps(result.to_manifest())) else []
+    lacks += [MANIFEST] if manifest != json.loads(json.dumps(to_manifest(result))) else []
     lacks += ["its end"] if run.info.status != "FINISHED" else []
     return [f"run {index} lacks {what}" for what in lacks]
 

@@ -30,15 +30,15 @@ import torch
 from main_job import _WORDS, ROOT, inputs, run
 from shapes import SHAPES
 
-from layerbits.export import scheme as export
 from layerbits.checkpoint.reader import open_checkpoint
+from layerbits.export import scheme as export
 from layerbits.export.plan import plan_exports
 from layerbits.inputs.models import build
 from layerbits.probing.probe import probe_schemes
+from layerbits.probing.report import markdown
 from layerbits.provenance import provenance
 from layerbits.schemes.catalog import load_specs
 from layerbits.schemes.make import make_schemes
-from layerbits.probing.report import markdown
 from layerbits.schemes.source import load_scores
 
 SCHEMES = ("fp8_autoquant_top25", "fp8_autoquant_top50", "fp8_autoquant_full")

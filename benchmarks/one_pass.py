@@ -25,11 +25,11 @@ import torch
 import yaml
 from shapes import SHAPES, random_model, random_rows
 
-from layerbits.inputs.calibration import Calibration, build_calibration
 from layerbits.candidates.candidate import resolve_candidate
-from layerbits.inputs.captions import load_captions
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
+from layerbits.inputs.calibration import Calibration, build_calibration
+from layerbits.inputs.captions import load_captions
 from layerbits.inputs.models import LoadedModel, ModelSpec, load, load_tokenizer, resolve
 from layerbits.provenance import provenance
 from layerbits.scoring import distributed, onepass, stock

@@ -24,11 +24,15 @@ from omegaconf import OmegaConf
 from scipy.stats import spearmanr
 
 from layerbits.config import Settings
-from layerbits.results.result import FloatArray, load_manifest
+from layerbits.results.manifest import load_manifest
+from layerbits.results.result import FloatArray
 from layerbits.scoring import fisher
 from layerbits.scoring.job import kl_weights
 from layerbits.scoring.search import Search
-from layerbits.sensitivity import Plan, load_model, plan, run, scoring_job, write
+from layerbits.sensitivity import plan
+from layerbits.stages.plan import Plan
+from layerbits.stages.run import load_model, run, scoring_job
+from layerbits.stages.write import write
 from layerbits.trust.again import plan_again
 from layerbits.trust.rankers import RANKERS
 from layerbits.trust.validate import ValidateSettings, calibrated_linears, validate, write_validation

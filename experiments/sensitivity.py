@@ -43,7 +43,8 @@ def sensitivity(settings: Settings) -> None:
         print(f"report: {rebuild(Path(settings.report_only), settings.output_root / 'report_only')}")
         return
     from layerbits.scoring import distributed
-    from layerbits.sensitivity import plan, run
+    from layerbits.sensitivity import plan
+    from layerbits.stages.run import run
 
     if distributed.rank() > 0:  # under torchrun the first process writes and logs, the others only score
         run(plan(settings), ROOT)
@@ -63,16 +64,12 @@ def sensitivity(settings: Settings) -> None:
 
 
 def _score(settings: Settings) -> tuple[Path, SensitivityResult]:
+    from layerbits import sensitivity as job
     from layerbits.report import note
-    from layerbits.sensitivity import plan, run, write
 
-    planned = plan(settings)
-    for line in planned.warnings(planned.candidates[0][1]):
-        print(f"warning: {line}", file=sys.stderr)
-    (outcome,) = run(planned, ROOT)
-    directory = write(outcome, settings)
-    print(f"\n{note(outcome.result)}\nresult: {directory}")
-    return directory, outcome.result
+    directory, result = job.sensitivity(settings, ROOT)
+    print(f"\n{note(result)}\nresult: {directory}")
+    return directory, result
 
 
 if __name__ == "__main__":

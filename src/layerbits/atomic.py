@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from layerbits.errors import UserError
 
@@ -59,3 +60,10 @@ def dated(root: Path, name: str) -> Path:
     """A folder of its own for one result below ``tmp`` of the output root, named by what it is and the time."""
     name = name.replace(" ", "_").replace("/", "-")
     return root / "tmp" / f"{name}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}"
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON so that a reader sees the whole file or none."""
+    text = json.dumps(data, indent=2, allow_nan=False)
+    with atomic(path) as file:
+        file.write(f"{text}\n".encode())

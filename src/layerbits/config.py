@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerbits.errors import UserError
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
+from layerbits.errors import UserError
 from layerbits.inputs.models import ModelSpec
 
 METHODS = ("gradient", "fisher", "kl_div")

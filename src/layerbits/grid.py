@@ -12,15 +12,16 @@ import yaml
 
 from layerbits.candidates.candidate import Candidate, check_target, resolve_candidate
 from layerbits.candidates.capability import Capability
-from layerbits.config import Settings
-from layerbits.errors import Unsupported, UserError
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
+from layerbits.config import Settings
+from layerbits.errors import Unsupported, UserError
 from layerbits.results.result import SensitivityResult
 
 if TYPE_CHECKING:
     from layerbits.inputs.models import LoadedModel
-    from layerbits.sensitivity import Outcome, Plan
+    from layerbits.stages.plan import Plan
+    from layerbits.stages.run import Outcome
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _passes(
     shared: dict[str, list[Cell]],
 ) -> Iterator[Plan]:
     """Plans of the cells of one size that are left to score; settles the others on the way."""
-    from layerbits.sensitivity import scored_together, workbench
+    from layerbits.stages.workbench import scored_together, workbench
 
     bench = workbench(settings)
     firsts: dict[tuple[str, tuple[str, ...]], tuple[Cell, Candidate, Capability]] = {}
@@ -215,7 +216,8 @@ def _run_pass(
     shared: dict[str, list[Cell]],
 ) -> LoadedModel | None:
     """Scores a plan and records each of its candidates; a failure is recorded for all of them."""
-    from layerbits.sensitivity import load_model, run, write
+    from layerbits.stages.run import load_model, run
+    from layerbits.stages.write import write
 
     mine = {
         c.info.name: Cell(c.info.quant_pair, c.info.granularity, plan.settings.dataset.size) for c, _ in plan.candidates

@@ -9,12 +9,12 @@ from torch import nn
 
 from layerbits.candidates.bits import FP4, WEIGHT, effective_cfgs
 from layerbits.candidates.candidate import resolve_candidate
-from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.candidates.capability import check
-from layerbits.errors import Unsupported
 from layerbits.candidates.formats import FP4_VARIANTS, plain
 from layerbits.candidates.fp4 import cuda_kernels_available
 from layerbits.candidates.granularity import register_backend
+from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.errors import Unsupported
 
 HERE = cuda_kernels_available()
 pytestmark = pytest.mark.skipif(not HERE, reason="ModelOpt's kernels need CUDA, nvcc and ninja")

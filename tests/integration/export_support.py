@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from layerbits.export import scheme as export
 from layerbits.export.plan import plan_export
 from layerbits.inputs.models import ModelSpec, resolve
-from layerbits.schemes.loading import Prepared
+from layerbits.probing.loading import Prepared
 
 from .schemes_support import CALIBRATION, scheme_of
 from .scoring_support import tiny_model

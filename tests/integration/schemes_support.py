@@ -3,10 +3,10 @@
 import torch
 
 from layerbits.inputs.calibration import Batch
+from layerbits.probing.measured import Rows
 from layerbits.probing.probe import probe
 from layerbits.results.result import CalibrationInfo, Group, ModelInfo
 from layerbits.schemes import Scheme
-from layerbits.probing.measured import Rows
 
 from .scoring_support import loaded, random_segment
 

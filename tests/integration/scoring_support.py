@@ -7,13 +7,13 @@ import torch
 import yaml
 
 from layerbits.candidates import fp4
-from layerbits.inputs.calibration import Batch, Calibration, Segment
 from layerbits.candidates.candidate import resolve_candidate
-from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.candidates.capability import check
-from layerbits.errors import Unsupported
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
+from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.errors import Unsupported
+from layerbits.inputs.calibration import Batch, Calibration, Segment
 from layerbits.inputs.models import LoadedModel, language_model_linears
 from layerbits.results.result import ModelInfo
 from layerbits.scoring.job import ScoringJob

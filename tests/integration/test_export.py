@@ -13,18 +13,19 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
-from layerbits.export import scheme as export, plan as export_plan
 from layerbits import tracking
-from layerbits.inputs.captions import load_captions
 from layerbits.checkpoint import table, write
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.structure import check_structure
 from layerbits.config import TrackingSpec
 from layerbits.errors import Unsupported, UserError
-from layerbits.export.scheme import NotProven, export_scheme
+from layerbits.export import plan as export_plan
+from layerbits.export import scheme as export
 from layerbits.export.job import ExportSettings
 from layerbits.export.log import ExportLog
 from layerbits.export.plan import plan_export
+from layerbits.export.scheme import NotProven, export_scheme
+from layerbits.inputs.captions import load_captions
 
 from .export_support import FILES, planned, prepared, saved, spoil
 from .scoring_support import VOCABULARY, candidate

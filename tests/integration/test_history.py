@@ -17,6 +17,7 @@ from mlflow.entities import Metric, Param, RunTag
 from layerbits import history, tracking
 from layerbits.errors import UserError
 from layerbits.history import query, source
+from layerbits.results.manifest import sample_frame, to_manifest
 from layerbits.tracking import contract
 from tests.integration.tracking_support import Server, small_result, write_folder
 
@@ -332,7 +333,7 @@ def pushed(store, tmp_path):
     result = small_result(sample_kl=samples, sample_tokens=np.array([5, 6, 7]))
     folder = write_folder(result, tmp_path / "result")
     (folder / "sensitivity").mkdir()
-    result.sample_frame().to_parquet(folder / "sensitivity" / "scores.parquet")
+    sample_frame(result).to_parquet(folder / "sensitivity" / "scores.parquet")
     (folder / "autoquant").mkdir()
     (folder / "autoquant" / "autoquant_state.pt").write_bytes(pickle.dumps(Boom()))
     return result, tracking.push(folder, store)
@@ -341,7 +342,7 @@ def pushed(store, tmp_path):
 def test_a_result_reads_back_with_its_samples(pushed, store, tmp_path):
     result, run_id = pushed
     found = history.result(run_id, tracking_uri=store)
-    assert found.to_manifest() == result.to_manifest()
+    assert to_manifest(found) == to_manifest(result)
     np.testing.assert_array_equal(found.sample_kl, result.sample_kl)
     np.testing.assert_array_equal(found.sample_tokens, result.sample_tokens)
     history.scores(history.runs(tracking_uri=store))
@@ -451,7 +452,7 @@ def test_a_server_gives_what_its_store_has(served, tmp_path):
     pd.testing.assert_frame_equal(history.runs(tracking_uri=server.url), over_http)
     pd.testing.assert_frame_equal(history.scores(over_http), history.scores(direct))
     with pytest.warns(UserWarning, match="per-sample"):
-        assert history.result(run_id, tracking_uri=server.url).to_manifest() == result.to_manifest()
+        assert history.result(run_id, tracking_uri=server.url).to_manifest() == to_manifest(result)
 
 
 # What goes wrong

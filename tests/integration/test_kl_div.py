@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from layerbits.errors import Unsupported
 from layerbits.inputs.calibration import Batch, Segment, build_calibration
 from layerbits.inputs.captions import load_captions
-from layerbits.errors import Unsupported
 from layerbits.inputs.models import ModelSpec, load, load_tokenizer, resolve
 from layerbits.scoring import divergence, kl, replaced, stock
 from layerbits.scoring.patches import forwards

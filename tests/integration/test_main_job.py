@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from layerbits.results.result import load_manifest
+from layerbits.results.manifest import load_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,15 +13,15 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoTokenizer
 
-from layerbits.inputs import smollm2
-from layerbits.probing.apply import apply_scheme, find_ranges
-from layerbits.probing.baseline import Baseline
-from layerbits.inputs.calibration import Batch, Segment
 from layerbits.errors import UserError
 from layerbits.history.probed import probed_kl
+from layerbits.inputs import smollm2
+from layerbits.inputs.calibration import Batch, Segment
+from layerbits.probing.apply import apply_scheme, find_ranges
+from layerbits.probing.baseline import Baseline
+from layerbits.probing.loading import prepare
 from layerbits.probing.probe import held_out_rows
 from layerbits.schemes import load_scheme
-from layerbits.schemes.loading import prepare
 from layerbits.schemes.source import load_scores
 from layerbits.scoring.steps import calibration_forward
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from layerbits.inputs.calibration import Batch, Segment
 from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.calibration import Batch, Segment
 from layerbits.scoring import onepass, stock
 from layerbits.scoring.steplog import StepLog
 

@@ -14,6 +14,7 @@ import pytest
 from layerbits import history, tracking
 from layerbits.errors import UserError
 from layerbits.history import source
+from layerbits.results.manifest import to_manifest
 from layerbits.tracking.contract import SUMMARY, metrics
 from layerbits.tracking.view import view_links
 from tests.integration.servers import running_mlflow
@@ -64,7 +65,7 @@ def test_every_value_of_every_run_is_in_postgresql(logged, team_server, tmp_path
         assert {key: run.data.metrics[key] for key, _, _ in points} == {key: value for key, value, _ in points}
         assert run.info.artifact_uri.startswith("mlflow-artifacts:")
         manifest = json.loads(Path(client.download_artifacts(run_id, "manifest.json", str(tmp_path))).read_text())
-        assert manifest == json.loads(json.dumps(result.to_manifest()))
+        assert manifest == json.loads(json.dumps(to_manifest(result)))
 
 
 def test_history_reads_them_back_exactly(logged, team_server):

@@ -8,8 +8,8 @@ import pytest
 
 from layerbits import cli, history
 from layerbits.report import write_report
-from layerbits.tracking import push
 from layerbits.results.bootstrap import with_intervals
+from layerbits.tracking import push
 
 from .tracking_support import small_result, write_folder
 

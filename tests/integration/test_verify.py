@@ -14,10 +14,10 @@ import yaml
 from mlflow import MlflowClient
 
 from layerbits import history
+from layerbits.errors import UserError
 from layerbits.inputs import smollm2
 from layerbits.inputs.captions import load_captions
-from layerbits.errors import UserError
-from layerbits.results.result import load_manifest
+from layerbits.results.manifest import load_manifest
 from layerbits.trust.again import load_run
 from layerbits.trust.verification import BOUNDS, check, compare, verify
 

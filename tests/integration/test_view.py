@@ -12,8 +12,9 @@ import mlflow
 import pytest
 
 from layerbits import tracking
+from layerbits.atomic import write_json
 from layerbits.report import write_report
-from layerbits.results.result import write_json
+from layerbits.results.manifest import to_manifest
 from layerbits.tracking import contract
 from layerbits.tracking.store import run_link
 from layerbits.tracking.view import ensure_view, view_links
@@ -57,7 +58,7 @@ def site(chromium, results, tmp_path_factory):
             if pair == PAIRS[-1]:
                 write_report(result, folder / pair)
             else:
-                write_json(folder / pair / "manifest.json", result.to_manifest())
+                write_json(folder / pair / "manifest.json", to_manifest(result))
             log(result, folder / pair, "pairs")
         with tracking.parent_run("grid of pairs", "grid"):
             for pair, result in results.items():
@@ -65,7 +66,7 @@ def site(chromium, results, tmp_path_factory):
         for seed, granularity in enumerate(GRANULARITIES):
             result = synthetic(blocks=8, pairs=["wint8_afp16"], seed=seed)
             result = replace(result, candidates=(replace(result.candidates[0], granularity=granularity),))
-            write_json(folder / granularity / "manifest.json", result.to_manifest())
+            write_json(folder / granularity / "manifest.json", to_manifest(result))
             log(result, folder / granularity, "granularities")
         client = mlflow.MlflowClient()
         for name in ("pairs", "grid", "granularities"):

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import numpy as np
 
-from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, NonFinite, Recipe, SensitivityResult, write_json
+from layerbits.atomic import write_json
+from layerbits.results.manifest import to_manifest
+from layerbits.results.result import (
+    CalibrationInfo,
+    CandidateInfo,
+    Group,
+    ModelInfo,
+    NonFinite,
+    Recipe,
+    SensitivityResult,
+)
 
 KINDS = ("qkv", "o", "gate_up", "down")
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +79,7 @@ def small_result(blocks=3, seed=0, **changes):
 
 def write_folder(result, folder: Path) -> Path:
     """Some of the files that a run leaves, the manifest among them."""
-    write_json(folder / "manifest.json", result.to_manifest())
+    write_json(folder / "manifest.json", to_manifest(result))
     for name in ("config/composed.yaml", "report/layer-sensitivity-report.md", "figures/heatmap.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)

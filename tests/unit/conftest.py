@@ -13,7 +13,15 @@ import pytest
 
 import layerbits
 from layerbits.importing import read, results
-from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, NonFinite, Recipe, SensitivityResult
+from layerbits.results.result import (
+    CalibrationInfo,
+    CandidateInfo,
+    Group,
+    ModelInfo,
+    NonFinite,
+    Recipe,
+    SensitivityResult,
+)
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "reference" / "published"
 MODULES = {

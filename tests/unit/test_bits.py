@@ -1,8 +1,8 @@
 import pytest
 
 from layerbits.candidates.bits import check_dimensions, effective_cfgs, modelopt_bits, precision, weight_bits
-from layerbits.errors import UserError
 from layerbits.candidates.formats import resolve_format
+from layerbits.errors import UserError
 
 OFF = {"quantizer_name": "*", "enable": False}
 

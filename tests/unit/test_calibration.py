@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from layerbits.errors import UserError
 from layerbits.inputs import calibration
 from layerbits.inputs.calibration import MIN_LOSS_TOKENS, build_calibration, build_rows, padding_share
-from layerbits.errors import UserError
 
 settings.register_profile("no_deadline", deadline=None)  # a busy machine is no failure
 settings.load_profile("no_deadline")

@@ -19,11 +19,11 @@ import layerbits
 from layerbits.candidates import fp4
 from layerbits.candidates.bits import INPUT, WEIGHT, effective_cfgs
 from layerbits.candidates.candidate import aliases, check_target, config_hash, live_entries, resolve_candidate
-from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.candidates.capability import check
-from layerbits.errors import Unsupported, UserError
 from layerbits.candidates.formats import FP4_VARIANTS, normalise, plain, resolve_format
 from layerbits.candidates.granularity import Overlay
+from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.errors import Unsupported, UserError
 
 PAIRS = {p.name: p for p in load_pairs()}
 OVERLAYS = {o.name: o for o in load_overlays()}

@@ -5,11 +5,11 @@ import pytest
 
 from layerbits.candidates.bits import INPUT, WEIGHT, precision
 from layerbits.candidates.candidate import resolve_candidate
-from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.candidates.capability import Capability, check
-from layerbits.errors import Unsupported
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay, register_backend
+from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.errors import Unsupported
 
 PAIRS = {p.name: p for p in load_pairs()}
 OVERLAYS = {o.name: o for o in load_overlays()}

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from layerbits.inputs import captions as captions_module
 from layerbits.cache import cache_dir
-from layerbits.inputs.captions import HELD_OUT, SIZES, load_captions, normalised, read_captions
 from layerbits.errors import UserError
+from layerbits.inputs import captions as captions_module
+from layerbits.inputs.captions import HELD_OUT, SIZES, load_captions, normalised, read_captions
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO = ROOT.parent / "shared" / "reference" / "captions"
@@ -191,7 +191,7 @@ def test_shipped_list_takes_no_path(caption_file):
 
 def test_coco_that_is_not_built_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("LAYERBITS_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"python -m layerbits\.coco.*dataset=text_file"):
+    with pytest.raises(UserError, match=r"python -m layerbits\.inputs\.coco.*dataset=text_file"):
         load_captions("coco2017", "small")
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from layerbits.errors import UserError
 from layerbits.inputs import coco
 from layerbits.inputs.captions import load_captions
 from layerbits.inputs.coco import MEMBER, build_coco_captions, main
-from layerbits.errors import UserError
 
 IMAGES = 40
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from matplotlib.colors import LogNorm
 
 from layerbits import figures
-from layerbits.results.frames import grid, spearman
 from layerbits.results.bootstrap import with_intervals
+from layerbits.results.frames import grid, spearman
 
 PAIRS = ("wint8_afp16", "wfp8_afp8", "wfp4_afp16")
 

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from layerbits.candidates.bits import INPUT, WEIGHT
+from layerbits.candidates.formats import QuantPair, normalise, plain, resolve_format
 from layerbits.candidates.table import CONFIGS, load_pairs
 from layerbits.errors import UserError
-from layerbits.candidates.formats import QuantPair, normalise, plain, resolve_format
 
 OFF = {"quantizer_name": "*", "enable": False}
 INT8 = {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}}

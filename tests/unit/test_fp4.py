@@ -10,8 +10,15 @@ import pytest
 import torch
 
 from layerbits.candidates import fp4
+from layerbits.candidates.fp4 import (
+    MXFP4_BACKEND,
+    NVFP4_BACKEND,
+    mxfp4,
+    nvfp4,
+    register_backends,
+    with_reference_backend,
+)
 from layerbits.errors import Unsupported, UserError
-from layerbits.candidates.fp4 import MXFP4_BACKEND, NVFP4_BACKEND, mxfp4, nvfp4, register_backends, with_reference_backend
 from tests.golden.make_fp4 import DTYPES, cases, digest, from_bits, mismatches, ours, to_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "fp4.npz"

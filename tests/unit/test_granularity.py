@@ -11,10 +11,16 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from omegaconf import OmegaConf
 
 from layerbits.candidates.bits import INPUT, WEIGHT, effective_cfgs
+from layerbits.candidates.formats import normalise, plain, resolve_format
+from layerbits.candidates.granularity import (
+    TOKEN_GROUP_BACKEND,
+    Overlay,
+    apply_overlay,
+    register_backend,
+    with_token_groups,
+)
 from layerbits.candidates.table import CONFIGS, load_overlays
 from layerbits.errors import UserError
-from layerbits.candidates.formats import normalise, plain, resolve_format
-from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, Overlay, apply_overlay, register_backend, with_token_groups
 
 OFF = {"quantizer_name": "*", "enable": False}
 FORMATS = (

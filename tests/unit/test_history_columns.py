@@ -11,8 +11,8 @@ from layerbits.history import rows
 from layerbits.history.derived import _rows
 from layerbits.history.query import _long
 from layerbits.history.source import RawRun
-from layerbits.tracking import contract
 from layerbits.results.intervals import Intervals
+from layerbits.tracking import contract
 from tests.integration.tracking_support import small_result
 
 

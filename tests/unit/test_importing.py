@@ -12,7 +12,7 @@ import pytest
 from layerbits import importing
 from layerbits.errors import UserError
 from layerbits.importing.convert import PRESETS
-from layerbits.results.result import load_manifest
+from layerbits.results.manifest import load_manifest
 from layerbits.tracking import contract
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "reference" / "published"

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from layerbits.results.result import SensitivityResult
 from layerbits.results.bootstrap import FEWEST, captions_for, intervals, ties, top_overlap, with_intervals
+from layerbits.results.manifest import from_manifest, to_manifest
 
 
 def captions(rng, count, means, shape=1.5):
@@ -194,7 +194,7 @@ def test_a_top_of_all_groups_is_not_judged():
 def test_intervals_come_back_from_the_manifest(make_result):
     result = with_intervals(make_result(pairs=("wint8_afp16", "wfp8_afp8"), nonfinite=["B01.o"]))
     result = replace(result, intervals=replace(result.intervals, top_captions=np.array([np.inf, 33.0])))
-    again = SensitivityResult.from_manifest(json.loads(json.dumps(result.to_manifest(), allow_nan=False))).intervals
+    again = from_manifest(json.loads(json.dumps(to_manifest(result), allow_nan=False))).intervals
     for name in ("low", "high", "rank_low", "rank_high", "top_overlap", "top_captions"):
         np.testing.assert_array_equal(getattr(again, name), getattr(result.intervals, name), name)
     assert again.tied == result.intervals.tied
@@ -202,9 +202,9 @@ def test_intervals_come_back_from_the_manifest(make_result):
 
 
 def test_a_manifest_of_before_there_were_intervals_is_read(make_result):
-    data = make_result().to_manifest()
+    data = to_manifest(make_result())
     del data["intervals"]
-    assert SensitivityResult.from_manifest(data).intervals is None
+    assert from_manifest(data).intervals is None
 
 
 def test_rows_have_the_columns_where_intervals_are_known(make_result):

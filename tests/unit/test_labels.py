@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from layerbits.candidates.candidate import resolve_candidate
+from layerbits.candidates.formats import QuantPair
+from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.table import CONFIGS
 from layerbits.checkpoint.labels import LABELS, check_shape, label_of, label_of_layer
 from layerbits.errors import Unsupported
-from layerbits.candidates.formats import QuantPair
-from layerbits.candidates.granularity import Overlay
 
 
 def info(pair, overlay="default", variant="mxfp4"):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from layerbits.probing.baseline import Baseline
 from layerbits.inputs.calibration import Batch, Segment
-from layerbits.results.result import ModelInfo
+from layerbits.probing.baseline import Baseline
 from layerbits.probing.measured import Comparison, Difference, ProbeResult, Rows, SchemeProbe, standard_error
 from layerbits.probing.report import figure, markdown, write_probe
+from layerbits.results.result import ModelInfo
 
 VOCABULARY = 7
 

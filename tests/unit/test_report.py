@@ -14,8 +14,9 @@ from layerbits.atomic import atomic
 from layerbits.errors import UserError
 from layerbits.report import json_report, markdown_report, note, rebuild, write_report
 from layerbits.report.wording import config_words, modules_words, quantizer_words
-from layerbits.results.result import NonFinite, load_manifest
 from layerbits.results.bootstrap import with_intervals
+from layerbits.results.manifest import load_manifest
+from layerbits.results.result import NonFinite
 
 PAIRS = ("wint8_afp16", "wfp8_afp8", "wfp4_afp16")
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import Group
 from layerbits.tracking import contract
-from layerbits.results.bootstrap import with_intervals
 from tests.integration.tracking_support import KINDS, ROOT, small_result, write_folder
 
 

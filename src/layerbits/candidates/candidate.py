@@ -9,9 +9,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from layerbits.candidates.bits import INPUT, WEIGHT, Config, effective_cfgs, modelopt_bits, precision, weight_bits
+from layerbits.candidates.formats import (
+    Format,
+    QuantPair,
+    algorithm_settings,
+    normalise,
+    plain,
+    resolve_format,
+    settle_algorithm,
+)
+from layerbits.candidates.granularity import (
+    TOKEN_GROUP_BACKEND,
+    Overlay,
+    apply_overlay,
+    register_backend,
+    with_token_groups,
+)
 from layerbits.errors import UserError
-from layerbits.candidates.formats import Format, QuantPair, algorithm_settings, normalise, plain, resolve_format, settle_algorithm
-from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, Overlay, apply_overlay, register_backend, with_token_groups
 from layerbits.results.result import CandidateInfo
 
 UNQUANTIZED_BITS = 16.0

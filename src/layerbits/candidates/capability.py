@@ -12,9 +12,9 @@ from typing import Literal
 
 from layerbits.candidates.bits import E4M3, E8M0, FP4, FP8, INPUT, RANK, WEIGHT, Cfg, block_lengths, is_mx, quantizers
 from layerbits.candidates.candidate import Candidate
-from layerbits.errors import Unsupported
 from layerbits.candidates.formats import NVFP4_BLOCK
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, is_token_group
+from layerbits.errors import Unsupported
 
 MX_BLOCKS = (8, 16, 32)
 """Block lengths that ModelOpt's MX kernel is compiled for (``tensor_quant_mx.cu``)."""

@@ -10,7 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from layerbits.candidates.bits import E4M3, FP4, INPUT, WEIGHT, Cfg, Config, block_lengths, check_dimensions, effective_cfgs, hits, is_mx, linear_entries, quantizers
+from layerbits.candidates.bits import (
+    E4M3,
+    FP4,
+    INPUT,
+    WEIGHT,
+    Cfg,
+    Config,
+    block_lengths,
+    check_dimensions,
+    effective_cfgs,
+    hits,
+    is_mx,
+    linear_entries,
+    quantizers,
+)
 from layerbits.errors import UserError
 
 FP4_VARIANTS = ("mxfp4", "nvfp4")

@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerbits.candidates.bits import FP8, INPUT, WEIGHT, Cfg, Config, block_lengths, check_dimensions, effective_cfgs, hits, linear_entries
+from layerbits.candidates.bits import (
+    FP8,
+    INPUT,
+    WEIGHT,
+    Cfg,
+    Config,
+    block_lengths,
+    check_dimensions,
+    effective_cfgs,
+    hits,
+    linear_entries,
+)
 from layerbits.errors import UserError
 
 PATTERNS = {f"*{WEIGHT}": WEIGHT, f"*{INPUT}": INPUT}

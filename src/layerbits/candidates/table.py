@@ -11,9 +11,9 @@ import yaml
 from layerbits.candidates.bits import E8M0, FP4, INPUT, WEIGHT, block_lengths, effective_cfgs, precision
 from layerbits.candidates.candidate import Candidate, aliases, resolve_candidate
 from layerbits.candidates.capability import check
-from layerbits.errors import Unsupported
 from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
 from layerbits.candidates.granularity import Overlay
+from layerbits.errors import Unsupported
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 _INTRO = """# Quant pairs x granularities

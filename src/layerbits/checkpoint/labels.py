@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from layerbits.candidates.bits import FP4, INPUT, WEIGHT, block_lengths, effective_cfgs
+from layerbits.candidates.formats import algorithm_settings, normalise
 from layerbits.candidates.table import describe
 from layerbits.errors import Unsupported, UserError
-from layerbits.candidates.formats import algorithm_settings, normalise
 from layerbits.results.result import CandidateInfo
 
 if TYPE_CHECKING:

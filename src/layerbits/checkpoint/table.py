@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 from layerbits.candidates.candidate import Candidate, resolve_candidate
-from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.candidates.capability import check
+from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
+from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.checkpoint.labels import label_of
 from layerbits.errors import Unsupported
-from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
 
 PAGE = Path(__file__).parents[3] / "docs" / "export.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

@@ -25,8 +25,8 @@ from layerbits.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from layerbits.probing.apply import Ranges
     from layerbits.inputs.calibration import Batch
+    from layerbits.probing.apply import Ranges
     from layerbits.schemes import Scheme
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.index.json")

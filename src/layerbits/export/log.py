@@ -8,8 +8,8 @@ from pathlib import Path
 
 from layerbits import entry, tracking
 from layerbits.config import TrackingSpec
-from layerbits.export.scheme import Export, NotProven
 from layerbits.export.job import ExportSettings, show
+from layerbits.export.scheme import Export, NotProven
 from layerbits.history.probed import probed_kl
 from layerbits.schemes import Scheme
 

@@ -14,8 +14,8 @@ from layerbits.errors import UserError
 
 if TYPE_CHECKING:
     from layerbits.inputs.models import ResolvedModel
+    from layerbits.probing.loading import Prepared
     from layerbits.schemes import Scheme
-    from layerbits.schemes.loading import Prepared
 
 KV_CACHES = ("none", "fp8")
 
@@ -56,7 +56,7 @@ def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none") 
         UserError: As :func:`plan_export`, for all of them together; or the schemes are of several models.
         Unsupported: As :func:`plan_export`.
     """
-    from layerbits.schemes.loading import prepare_together
+    from layerbits.probing.loading import prepare_together
 
     prepared = prepare_together(schemes, "export")
     plans = [plan_export(replace(prepared, scheme=s), root / s.name, kv_cache) for s in schemes]

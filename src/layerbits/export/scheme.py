@@ -15,19 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerbits.atomic import write_json
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
-from layerbits.results.result import write_json
 
 if TYPE_CHECKING:
     import torch
 
-    from layerbits.probing.apply import Ranges
-    from layerbits.inputs.calibration import Batch
     from layerbits.checkpoint.compare import ScoredLayer
     from layerbits.checkpoint.logits import Logits
     from layerbits.checkpoint.proof import Proof, Record
     from layerbits.export.plan import ExportPlan
+    from layerbits.inputs.calibration import Batch
+    from layerbits.probing.apply import Ranges
     from layerbits.schemes import Scheme
 
 MANIFEST = "layerbits.json"
@@ -175,11 +175,11 @@ def known_exports(root: Path) -> dict[str, tuple[str, str]]:
 
 def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, seconds: dict[str, float]) -> _Scored:
     """Loads the model, takes down what the proof needs of it, and exports it."""
-    from layerbits.probing.apply import apply_scheme, find_ranges
     from layerbits.checkpoint.compare import loaded_names
     from layerbits.checkpoint.logits import logits_of, some_rows
     from layerbits.checkpoint.names import names_on_disk
     from layerbits.checkpoint.write import scored_layers, write_checkpoint
+    from layerbits.probing.apply import apply_scheme, find_ranges
 
     scheme, batches = plan.scheme, plan.prepared.calibration
     with _timed(seconds, "load"):

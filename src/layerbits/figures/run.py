@@ -38,7 +38,17 @@ from layerbits.figures.style import (
     save_png,
     spans,
 )
-from layerbits.results.frames import Grid, by_candidate, descending, grids, groups_for_share, knows_choice, listed, numeric, tidy
+from layerbits.results.frames import (
+    Grid,
+    by_candidate,
+    descending,
+    grids,
+    groups_for_share,
+    knows_choice,
+    listed,
+    numeric,
+    tidy,
+)
 from layerbits.results.result import FloatArray, SensitivityResult
 
 _ZERO = "#dddddd"

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from layerbits.errors import UserError
-from layerbits.results.frames import numeric, spearman
 from layerbits.history.query import rows_and_scores
+from layerbits.results.frames import numeric, spearman
 
 BY = ("predicted_kl", "score", "rank")
 TOPS = (5, 10, 20)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from layerbits.history.source import search, told
-from layerbits.schemes.report import DIGEST_TAG
+from layerbits.tracking.contract import DIGEST_TAG
 
 
 def probed_kl(uri: str, experiment: str, scheme: str, digest: str) -> float | None:

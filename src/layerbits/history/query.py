@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from layerbits.errors import UserError
-from layerbits.results.frames import listed
 from layerbits.history.cache import Cache
 from layerbits.history.rows import RUN_SCHEMA, SCHEMA, row_of, with_table
 from layerbits.history.source import connect, count_is, experiment_id, fetch, get_run, search, told
-from layerbits.results.result import SensitivityResult, load_manifest
+from layerbits.results.frames import listed
+from layerbits.results.manifest import load_manifest
+from layerbits.results.result import SensitivityResult
 from layerbits.tracking.contract import INTERVAL_COLUMNS, RESULT_ID, SCHEMA_VERSION
 from layerbits.tracking.store import one_line
 

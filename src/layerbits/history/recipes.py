@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from layerbits.errors import UserError
-from layerbits.results.frames import numeric
 from layerbits.history.comparison import difference
+from layerbits.results.frames import numeric
 
 _DAMAGE = {"predicted_kl": "predicted_kl_chosen", "score": "score_chosen"}
 

@@ -28,8 +28,8 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from layerbits.cache import cache_dir
-from layerbits.inputs.captions import COCO_FILE, normalised
 from layerbits.errors import UserError
+from layerbits.inputs.captions import COCO_FILE, normalised
 
 ARCHIVE_URL = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
 ARCHIVE_SHA256 = "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"
@@ -208,7 +208,9 @@ def _write_whole(path: Path, text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of ``python -m layerbits.inputs.coco``; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m layerbits.inputs.coco", description="Build the COCO 2017 caption list.")
+    parser = argparse.ArgumentParser(
+        prog="python -m layerbits.inputs.coco", description="Build the COCO 2017 caption list."
+    )
     parser.add_argument(
         "--out", help=f"file to write (default: {COCO_FILE} in the cache, where dataset=coco2017 looks)"
     )

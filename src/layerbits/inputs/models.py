@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerbits.inputs import smollm2
 from layerbits.errors import Unsupported, UserError
+from layerbits.inputs import smollm2
 from layerbits.results.result import ModelInfo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

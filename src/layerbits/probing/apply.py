@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from layerbits.candidates import fp4
-from layerbits.errors import Unsupported, UserError
 from layerbits.candidates.formats import Format, normalise, plain
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
+from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.models import output_head
 from layerbits.results.result import CandidateInfo
 from layerbits.scoring import quantizers

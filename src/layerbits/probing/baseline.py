@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerbits.results.result import FloatArray
 from layerbits.probing.measured import Difference, standard_error
+from layerbits.results.result import FloatArray
 
 if TYPE_CHECKING:
     from layerbits.inputs.calibration import Batch, Segment

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerbits.errors import UserError
-from layerbits.results.result import ModelInfo
 from layerbits.probing.measured import Difference, ProbeResult, Rows, SchemeProbe
+from layerbits.results.result import ModelInfo
 
 if TYPE_CHECKING:
-    from layerbits.probing.baseline import Baseline
     from layerbits.inputs.calibration import Batch
+    from layerbits.probing.baseline import Baseline
     from layerbits.schemes import Scheme
 
 _MAY_KEEP = 0.25  # of the free memory, for quantized weights
@@ -37,11 +37,11 @@ def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device:
         root: Project folder, for the git commit.
 
     Raises:
-        UserError: No scheme, schemes of several models, or what :func:`layerbits.schemes.loading.prepare`,
+        UserError: No scheme, schemes of several models, or what :func:`layerbits.probing.loading.prepare`,
             :func:`held_out_rows` and :func:`probe` refuse; all but the last before the weights are loaded.
     """
+    from layerbits.probing.loading import prepare_together
     from layerbits.provenance import provenance
-    from layerbits.schemes.loading import prepare_together
 
     prepared = prepare_together(schemes, "probe")
     data = prepared.scheme.calibration

@@ -6,8 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from layerbits.atomic import dated, whole_folder
-from layerbits.results.result import write_json
+from layerbits.atomic import dated, whole_folder, write_json
 from layerbits.probing.measured import DECIDED, Difference, ProbeResult
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.results.frames import groups_for_share, listed
 from layerbits.report.wording import config_words, stability_words
+from layerbits.results.frames import groups_for_share, listed
 from layerbits.results.result import NonFinite, SensitivityResult, by_kind
 
 SCHEMA_VERSION = 1

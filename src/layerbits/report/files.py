@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from layerbits.atomic import atomic
+from layerbits.atomic import atomic, write_json
 from layerbits.report.content import json_report
 from layerbits.report.markdown import markdown_report
-from layerbits.results.result import SensitivityResult, load_manifest, write_json
+from layerbits.results.manifest import load_manifest, sample_frame, to_manifest
+from layerbits.results.result import SensitivityResult
 
 MARKDOWN = Path("report") / "layer-sensitivity-report.md"
 JSON = Path("report") / "layer-sensitivity-report.json"
@@ -32,8 +33,8 @@ def write_report(result: SensitivityResult, directory: Path) -> list[Path]:
     if result.sample_kl is not None and result.sample_tokens is not None:
         paths.append(directory / SAMPLES)
         with atomic(paths[-1]) as file:
-            result.sample_frame().to_parquet(file)
-    write_json(directory / MANIFEST, result.to_manifest())
+            sample_frame(result).to_parquet(file)
+    write_json(directory / MANIFEST, to_manifest(result))
     return [*paths, directory / MANIFEST, *_render(result, directory)]
 
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from layerbits.results.frames import listed
 from layerbits.report.content import MOST, json_report
 from layerbits.report.wording import modules_words
+from layerbits.results.frames import listed
 from layerbits.results.result import SensitivityResult
 
 FIGURES = {

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layerbits.results.result import FloatArray, SensitivityResult
 from layerbits.results.intervals import Intervals
+from layerbits.results.result import FloatArray, SensitivityResult
 
 LEVEL = 0.9
 SUPPORTED = 0.95

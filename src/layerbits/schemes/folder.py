@@ -9,11 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from layerbits.atomic import dated, whole_folder
+from layerbits.atomic import dated, whole_folder, write_json
 from layerbits.errors import UserError
 from layerbits.figures import pareto
 from layerbits.figures.style import save_png
-from layerbits.results.result import write_json
 from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source

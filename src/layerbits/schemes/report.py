@@ -10,9 +10,7 @@ from typing import Any
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
-
-DIGEST_TAG = "mlflow.layerbits.scheme."
-"""Prefix of the tags with a scheme's digest; MLflow's UI hides tags that start with ``mlflow.``."""
+from layerbits.tracking.contract import DIGEST_TAG
 
 
 def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from layerbits.atomic import write_json
 from layerbits.errors import UserError
-from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, write_json
+from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo
 
 SCHEMA_VERSION = 1
 UNQUANTIZED_BITS = 16.0

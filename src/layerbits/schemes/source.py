@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult, load_manifest
+from layerbits.results.manifest import load_manifest
+from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
 
 _SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from layerbits.atomic import write_json
 from layerbits.errors import UserError
-from layerbits.results.result import FloatArray, write_json
+from layerbits.results.result import FloatArray
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from layerbits.atomic import write_json
 from layerbits.errors import UserError
 from layerbits.inputs.models import output_head, unscored_patterns
-from layerbits.results.result import FloatArray, NonFinite, write_json
+from layerbits.results.result import FloatArray, NonFinite
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits

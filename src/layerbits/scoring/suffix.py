@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from layerbits.inputs.calibration import Batch, Segment
 from layerbits.errors import Unsupported
+from layerbits.inputs.calibration import Batch, Segment
 from layerbits.inputs.models import output_head
 from layerbits.scoring.divergence import Reference
 from layerbits.scoring.patches import Forward, Span, by_tile, forwards

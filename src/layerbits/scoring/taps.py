@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from layerbits.inputs.calibration import Batch
 from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.calibration import Batch
 from layerbits.scoring import quantizers
 from layerbits.scoring.reduction import token_scores
 from layerbits.scoring.steps import Labels, calibration_forward, loss_backward

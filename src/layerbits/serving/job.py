@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from layerbits.atomic import write_json
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
-from layerbits.results.result import write_json
 from layerbits.serving.check import ServeCheck, check_serving
 
 _NONE = (None, "", "none", "null")

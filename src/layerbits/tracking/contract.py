@@ -30,6 +30,9 @@ LAYERS = "mlflow.layerbits.layers."
 SUMMARY = "mlflow.layerbits.summary"
 """Tag with the ``summary/…`` metrics as JSON, so that history need not ask for all metrics of a run."""
 
+DIGEST_TAG = "mlflow.layerbits.scheme."
+"""Prefix of the tags with a scheme's digest, hidden likewise."""
+
 PROCESS = "mlflow.layerbits.process."
 """Prefix of the tags that name the process of a run, hidden likewise."""
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
-from layerbits.results.result import SensitivityResult, load_manifest
+from layerbits.results.manifest import load_manifest
+from layerbits.results.result import SensitivityResult
 from layerbits.tracking import contract
 from layerbits.tracking.session import PARENT_VARIABLE, Ending, RunSession
 from layerbits.tracking.store import experiment_id, impatient, one_line, open_store, redact, wait_for

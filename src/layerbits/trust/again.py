@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
-from layerbits.results.result import SensitivityResult, load_manifest
+from layerbits.results.manifest import load_manifest
+from layerbits.results.result import SensitivityResult
 
 if TYPE_CHECKING:
-    from layerbits.sensitivity import Plan
+    from layerbits.stages.plan import Plan
 
 
 def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:

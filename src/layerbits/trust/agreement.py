@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from layerbits.results.result import FloatArray
 from layerbits.results.bootstrap import TOP
+from layerbits.results.result import FloatArray
 from layerbits.trust.stability import around, kendall, overlap, spearman
 
 RESAMPLES = 400

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from layerbits.errors import UserError
-from layerbits.results.result import FloatArray, SensitivityResult
 from layerbits.results.bootstrap import FEWEST, LEVEL, TOP, draw, resampled
+from layerbits.results.result import FloatArray, SensitivityResult
 
 RESAMPLES = 500
 COLUMNS = (

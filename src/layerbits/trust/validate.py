@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerbits.atomic import dated, whole_folder
+from layerbits.atomic import dated, whole_folder, write_json
 from layerbits.errors import UserError
-from layerbits.results.result import FloatArray, SensitivityResult, write_json
-from layerbits.sensitivity import load_model, scoring_job
+from layerbits.results.result import FloatArray, SensitivityResult
+from layerbits.stages.run import load_model, scoring_job
 from layerbits.trust.again import plan_again
 from layerbits.trust.agreement import Captions
 from layerbits.trust.validation import HeldOut, Prediction, Validation, markdown

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from layerbits.results.bootstrap import TOP
 from layerbits.results.result import KINDS, FloatArray, Group, ModelInfo
 from layerbits.trust.agreement import Agreement, Captions, agreement
-from layerbits.results.bootstrap import TOP
 
 SCHEMA_VERSION = 1
 ABOVE_FLOOR = 2.0

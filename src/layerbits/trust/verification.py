@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerbits.atomic import dated, whole_folder
+from layerbits.atomic import dated, whole_folder, write_json
 from layerbits.errors import UserError
-from layerbits.results.result import SensitivityResult, write_json
+from layerbits.results.result import SensitivityResult
 from layerbits.trust.again import identity, load_run, plan_again
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def verify(
         UserError: The run cannot be repeated, or the disk is full.
     """
     from layerbits.report import write_report
-    from layerbits.sensitivity import run
+    from layerbits.stages.run import run
 
     allowed = _bound(bound)
     if device not in DEVICES:

@@ -1,0 +1,184 @@
+"""A result as a manifest and its per-sample scores as a frame, written and read back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerbits.errors import UserError
+from layerbits.results.intervals import Intervals
+from layerbits.results.result import (
+    CalibrationInfo,
+    CandidateInfo,
+    Group,
+    ModelInfo,
+    NonFinite,
+    Recipe,
+    SensitivityResult,
+)
+
+SCHEMA_VERSION = 1
+
+
+def to_manifest(result: SensitivityResult) -> dict[str, Any]:
+    """Plain JSON data of everything but the per-sample scores, with its schema version."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": result.created,
+        "model": asdict(result.model),
+        "calibration": _plain(result.calibration),
+        "method": result.method,
+        "engine": result.engine,
+        "seed": result.seed,
+        "device": result.device,
+        "candidates": [_plain(c) for c in result.candidates],
+        "groups": [asdict(g) for g in result.groups],
+        "recipe": _plain(result.recipe),
+        "intervals": result.intervals.told([c.name for c in result.candidates]) if result.intervals else None,
+        "layers": [_finite(row) for row in result.rows()],
+        "nonfinite": [asdict(n) for n in result.nonfinite],
+        "settings": dict(result.settings),
+        "provenance": dict(result.provenance),
+        "seconds": dict(result.seconds),
+        "memory": dict(result.memory),
+        "tags": dict(result.tags),
+        "warnings": list(result.warnings),
+    }
+
+
+def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
+    """Reads :func:`to_manifest`'s data back (without per-sample scores).
+
+    Raises:
+        UserError: Not a LayerBits manifest, or one of a later schema.
+    """
+    version = data.get("schema_version") if isinstance(data, Mapping) else None
+    if not isinstance(version, int):
+        raise UserError("not a LayerBits manifest: it has no schema_version; give the manifest.json of a run")
+    if version > SCHEMA_VERSION:
+        raise UserError(
+            f"manifest has schema_version {version}, this LayerBits reads up to {SCHEMA_VERSION}; upgrade layerbits"
+        )
+    try:
+        groups = tuple(Group(**{**g, "modules": tuple(g["modules"])}) for g in data["groups"])
+        candidates = tuple(
+            CandidateInfo(**{**_numbers(c, "bits", "bits_modelopt"), "adjustments": tuple(c["adjustments"])})
+            for c in data["candidates"]
+        )
+        row_of = {g.key: i for i, g in enumerate(groups)}
+        column_of = {c.name: i for i, c in enumerate(candidates)}
+        scores = np.full((len(groups), len(candidates)), np.nan)
+        predicted_kl = np.full_like(scores, np.nan)
+        for layer in data["layers"]:
+            at = row_of[layer["layer"]], column_of[layer["candidate"]]
+            scores[at] = np.nan if layer["score"] is None else layer["score"]
+            predicted_kl[at] = np.nan if layer["predicted_kl"] is None else layer["predicted_kl"]
+        calibration = _numbers(data["calibration"], "padding_share")
+        calibration["batch_loss_tokens"] = tuple(calibration["batch_loss_tokens"])
+        recipe = _numbers(data["recipe"], "target_bits", "effective_bits", "effective_bits_modelopt", "score")
+        recipe["chosen"] = tuple(recipe["chosen"])
+        return SensitivityResult(
+            model=ModelInfo(**data["model"]),
+            calibration=CalibrationInfo(**calibration),
+            method=data["method"],
+            engine=data["engine"],
+            seed=data["seed"],
+            device=data["device"],
+            groups=groups,
+            candidates=candidates,
+            scores=scores,
+            predicted_kl=predicted_kl,
+            recipe=Recipe(**recipe),
+            intervals=Intervals.from_told(data.get("intervals"), data["layers"], row_of, column_of),
+            nonfinite=tuple(NonFinite(**n) for n in data["nonfinite"]),
+            settings=data["settings"],
+            provenance=data["provenance"],
+            seconds=data["seconds"],
+            memory=data["memory"],
+            tags=data["tags"],
+            warnings=tuple(data["warnings"]),
+            created=data["created"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"manifest is damaged ({error!r}); fetch it again or run the job again") from error
+
+
+def sample_frame(result: SensitivityResult) -> Any:
+    """Long pandas frame of the per-sample scores: sample, tokens, layer, candidate, predicted_kl.
+
+    Raises:
+        ValueError: The engine kept no per-sample scores.
+    """
+    import pandas as pd
+
+    if result.sample_kl is None or result.sample_tokens is None:
+        raise ValueError("this result holds no per-sample scores")
+    samples, groups, candidates = result.sample_kl.shape
+    index = np.indices((samples, groups, candidates)).reshape(3, -1)
+    return pd.DataFrame(
+        {
+            "sample": index[0].astype(np.int32),
+            "tokens": result.sample_tokens[index[0]].astype(np.int32),
+            "layer": pd.Categorical.from_codes(index[1], [g.key for g in result.groups]),
+            "candidate": pd.Categorical.from_codes(index[2], [c.name for c in result.candidates]),
+            "predicted_kl": result.sample_kl.reshape(-1).astype(np.float32),
+        }
+    )
+
+
+def with_samples(result: SensitivityResult, frame: Any) -> SensitivityResult:
+    """The result with the per-sample scores of :func:`sample_frame` put back."""
+    samples = int(frame["sample"].max()) + 1
+    sample_kl = np.zeros((samples, len(result.groups), len(result.candidates)))
+    rows = frame["layer"].map({g.key: i for i, g in enumerate(result.groups)}).to_numpy(dtype=np.int64)
+    columns = frame["candidate"].map({c.name: i for i, c in enumerate(result.candidates)}).to_numpy(dtype=np.int64)
+    at = frame["sample"].to_numpy()
+    sample_kl[at, rows, columns] = frame["predicted_kl"].to_numpy()
+    tokens = np.zeros(samples, dtype=np.int64)
+    tokens[at] = frame["tokens"].to_numpy()
+    return replace(result, sample_kl=sample_kl, sample_tokens=tokens)
+
+
+def load_manifest(path: str | Path) -> SensitivityResult:
+    """Reads a ``manifest.json`` and the ``sensitivity/scores.parquet`` beside it where there is one.
+
+    Raises:
+        UserError: No such file, not JSON, or not a manifest that this version reads.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "manifest.json"
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no manifest at {path}; give the manifest.json of a finished run") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}); fetch it again") from None
+    result = from_manifest(data)
+    samples = path.parent / "sensitivity" / "scores.parquet"
+    if samples.exists():
+        import pandas as pd
+
+        result = with_samples(result, pd.read_parquet(samples))
+    return result
+
+
+def _plain(info: Any) -> dict[str, Any]:
+    """Fields of a dataclass as JSON data."""
+    return _finite(asdict(info))
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with ``None`` for numbers that JSON cannot express."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _numbers(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The values of :func:`_finite` with NaN for those numbers that it left out."""
+    return {**values, **{name: math.nan for name in names if values[name] is None}}

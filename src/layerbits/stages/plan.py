@@ -1,0 +1,41 @@
+"""What one pass will score, on what: everything that is known before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from layerbits.candidates.candidate import Candidate
+from layerbits.candidates.capability import Capability
+from layerbits.config import Settings
+from layerbits.inputs.calibration import Calibration
+from layerbits.inputs.captions import CaptionSet
+from layerbits.inputs.models import ResolvedModel
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that could be checked without loading the model.
+
+    Attributes:
+        candidates: What one pass scores together, each with what it needs of this machine.
+        scored: Names of the linears that the search may touch.
+        fingerprint: Digest of all that the scores depend on (not the budget: that is solved anew).
+        cells: Candidate name → digest by which a sweep finds the finished run.
+    """
+
+    settings: Settings
+    candidates: tuple[tuple[Candidate, Capability], ...]
+    captions: CaptionSet
+    resolved: ResolvedModel
+    tokenizer: Any
+    calibration: Calibration
+    scored: tuple[str, ...]
+    device: str
+    fingerprint: str
+    cells: Mapping[str, str]
+
+    def warnings(self, capability: Capability) -> tuple[str, ...]:
+        """What the user should know before a candidate is scored."""
+        return (*self.calibration.warnings, *capability.notes)

@@ -1,0 +1,205 @@
+"""A plan on its model: the pass of the engine, and a result for each candidate."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerbits.cache import cache_dir
+from layerbits.candidates.candidate import Candidate
+from layerbits.candidates.capability import Capability
+from layerbits.inputs.models import LoadedModel, load
+from layerbits.provenance import peak_memory, provenance
+from layerbits.results.bootstrap import with_intervals
+from layerbits.results.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult
+from layerbits.stages.plan import Plan
+from layerbits.stages.workbench import scored_together
+
+if TYPE_CHECKING:
+    from layerbits.scoring.job import Scores, ScoringJob
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One candidate's result, and ModelOpt's search state for it."""
+
+    result: SensitivityResult
+    state: dict[str, Any]
+
+
+def load_model(plan: Plan) -> LoadedModel:
+    """Loads a plan's model onto its device."""
+    import torch
+
+    from layerbits.scoring import distributed
+
+    device = distributed.device(plan.device)
+    if plan.device == "cuda":
+        torch.cuda.set_device(device if ":" in device else 0)
+    return load(plan.resolved, plan.tokenizer, device, plan.settings.seed)
+
+
+def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outcome]:
+    """Scores a plan's candidates and solves the budget of each.
+
+    Args:
+        plan: From :func:`plan` or :meth:`Workbench.plan`.
+        root: Project folder, for the git commit.
+        loaded: The model, where a sweep has loaded it already.
+
+    Returns:
+        One outcome per candidate, in the plan's order.
+    """
+    import torch
+
+    from layerbits.scoring import kl, onepass, stock
+
+    settings, spec = plan.settings, plan.settings.autoquant
+    seconds: dict[str, float] = {}
+    if loaded is None:
+        start = time.perf_counter()
+        loaded = load_model(plan)
+        seconds["load"] = time.perf_counter() - start
+    torch.manual_seed(settings.seed)
+    workdir = Path(spec.checkpoint) if spec.checkpoint else cache_dir() / "searches" / plan.fingerprint
+    job = scoring_job(plan, loaded, workdir)
+    alone = [c.info.name for c, _ in plan.candidates if not scored_together(c)]
+    fell_back = spec.engine != "stock" and bool(alone)
+    engine_name = "stock" if fell_back else spec.engine
+    engine = stock if engine_name == "stock" else kl if spec.method == "kl_div" else onepass
+    scores = engine.score(job)
+    notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
+    facts = provenance(root)
+    return [
+        Outcome(
+            with_intervals(
+                SensitivityResult(
+                    model=loaded.info,
+                    calibration=_calibration_info(plan),
+                    method=spec.method,
+                    engine=engine_name,
+                    seed=settings.seed,
+                    device=plan.device,
+                    groups=scores.groups,
+                    candidates=(candidate.info,),
+                    scores=scores.raw[:, [c]],
+                    predicted_kl=scores.predicted_kl[:, [c]],
+                    recipe=_recipe(scores, c, candidate.info, spec.effective_bits),
+                    sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, [c]],
+                    sample_tokens=scores.sample_tokens,
+                    nonfinite=tuple(n for n in scores.nonfinite if n.candidate == candidate.info.name),
+                    settings=_shown(settings.composed),
+                    provenance=facts,
+                    seconds={**seconds, **scores.seconds},
+                    memory={**peak_memory(), **scores.memory},
+                    tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
+                    warnings=(*plan.warnings(capability), *scores.notes, *notes),
+                    created=datetime.now(UTC).isoformat(timespec="seconds"),
+                )
+            ),
+            scores.states[candidate.info.name],
+        )
+        for c, (candidate, capability) in enumerate(plan.candidates)
+    ]
+
+
+def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
+    """What an engine needs to score a plan's candidates.
+
+    Args:
+        plan: The plan.
+        loaded: Its model.
+        workdir: Folder for search checkpoints.
+    """
+    from layerbits.scoring.job import ScoringJob
+
+    spec = plan.settings.autoquant
+    return ScoringJob(
+        loaded=loaded,
+        scored=plan.scored,
+        configs={c.info.name: _runtime_config(c, capability) for c, capability in plan.candidates},
+        calibration=plan.calibration,
+        method=spec.method,
+        target_bits=spec.effective_bits,
+        workdir=workdir,
+        fingerprint=plan.fingerprint,
+        memory=spec.memory,
+        seed=plan.settings.seed,
+        draws=spec.draws,
+    )
+
+
+def _recipe(scores: Scores, column: int, info: CandidateInfo, target_bits: float) -> Recipe:
+    """The solver's choice with its bits counted honestly, and as ModelOpt counts them."""
+    flags = scores.chosen[info.name]
+    weights = [g.weights for g in scores.groups]
+    quantized = sum(w for w, flag in zip(weights, flags, strict=True) if flag)
+    total = sum(weights)
+    raw = scores.raw[:, column]
+    return Recipe(
+        target_bits=target_bits,
+        chosen=tuple(info.name if flag else None for flag in flags),
+        effective_bits=16 + (info.bits - 16) * quantized / total,
+        effective_bits_modelopt=16 + (info.bits_modelopt - 16) * quantized / (total + scores.other_weights),
+        score=float(sum(s for s, flag in zip(raw, flags, strict=True) if flag and math.isfinite(s))),
+    )
+
+
+def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, Any]:
+    """The search config, with our FP4 kernels named where ModelOpt's cannot run."""
+    from layerbits.candidates import fp4
+
+    config = candidate.search_config()
+    if capability.fp4_numerics != "reference":
+        return config
+    fp4.register_backends()
+    return fp4.with_reference_backend(config)
+
+
+def _shown(composed: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as it may be published: no password of a tracking URI."""
+    from layerbits.tracking import redact
+
+    tracking = {**composed["tracking"], "uri": redact(composed["tracking"]["uri"] or "") or None}
+    return {**composed, "tracking": tracking}
+
+
+def _calibration_info(plan: Plan) -> CalibrationInfo:
+    data, spec, rows = plan.settings.dataset, plan.settings.autoquant, plan.calibration
+    tokens = tuple(b.loss_tokens for b in rows.score)
+    return CalibrationInfo(
+        dataset=data.name,
+        size=data.size,
+        digest=plan.captions.digest,
+        packing=data.packing,
+        seq_len=spec.seq_len,
+        batch_size=spec.batch_size,
+        calib_samples=len(plan.captions.captions),
+        score_samples=spec.num_score_samples or len(plan.captions.captions),
+        calib_rows=rows.calib_rows,
+        score_rows=rows.score_rows,
+        loss_tokens=sum(tokens),
+        batch_loss_tokens=tokens,
+        padding_share=rows.padding_share,
+    )
+
+
+def _tags(plan: Plan, capability: Capability, scores: Scores) -> dict[str, str]:
+    tags = {
+        "deployable": str(capability.deployable).lower(),
+        "fingerprint": plan.fingerprint,
+        "resumed": str(scores.resumed).lower(),
+        "pass_candidates": str(len(plan.candidates)),
+    }
+    if capability.fp4_numerics != "none":
+        tags["fp4_numerics"] = capability.fp4_numerics
+    if scores.mode:
+        tags["memory_mode"] = scores.mode
+    if plan.settings.model.random_weights:
+        tags["weights"] = "random"
+    return tags

@@ -1,0 +1,146 @@
+"""A model's shape, tokenizer and rows, and the checks of candidates against them; loads no weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerbits.candidates.candidate import Candidate
+from layerbits.candidates.capability import Capability, check
+from layerbits.config import AutoQuantSpec, Settings
+from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.calibration import Calibration, build_calibration
+from layerbits.inputs.captions import CaptionSet, load_captions
+from layerbits.inputs.models import ResolvedModel, load_tokenizer, resolve, skeleton
+from layerbits.provenance import provenance
+from layerbits.stages.plan import Plan
+
+_FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B model about 100 MB
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A model's shape, tokenizer and rows: what the candidates of one pass share."""
+
+    settings: Settings
+    captions: CaptionSet
+    resolved: ResolvedModel
+    tokenizer: Any
+    calibration: Calibration
+    linears: Mapping[str, tuple[int, int]]
+    device: str
+
+    def scored(self, candidate: Candidate) -> tuple[str, ...]:
+        """Names of the linears that a candidate covers.
+
+        Raises:
+            UserError: It covers none.
+        """
+        head = self.settings.model.lm_head
+        names = tuple(n for n in self.linears if candidate.format.covers(n, lm_head=head))
+        if not names:
+            raise UserError(
+                f"{candidate.info.format_name} covers no linear of {self.settings.model.name}; choose another format"
+            )
+        return names
+
+    def check(self, candidate: Candidate) -> Capability:
+        """What a candidate needs of this machine.
+
+        Raises:
+            Unsupported: It cannot run here.
+        """
+        linears = {n: self.linears[n] for n in self.scored(candidate)}
+        if self.settings.autoquant.method == "fisher" and not scored_together(candidate):
+            raise Unsupported(
+                f"{candidate.info.name} needs ModelOpt's own calibration, which has no method=fisher; "
+                "use autoquant.method=gradient"
+            )
+        return check(candidate, linears, self.device == "cuda", self.settings.strict)
+
+    def cell(self, candidate: Candidate, capability: Capability) -> str:
+        """Digest of what a sweep goes by to find a finished run: parameters, configuration, revision and data."""
+        return _digest([*self._identity([(candidate, capability)]), self.settings.autoquant.effective_bits])
+
+    def plan(self, candidates: Sequence[tuple[Candidate, Capability]]) -> Plan:
+        """A pass over candidates that cover the same linears."""
+        versions = provenance(Path.cwd())
+        fingerprint = _digest(
+            [*self._identity(candidates), versions["version.modelopt"], versions["version.torch"]],
+        )
+        return Plan(
+            self.settings,
+            tuple(candidates),
+            self.captions,
+            self.resolved,
+            self.tokenizer,
+            self.calibration,
+            self.scored(candidates[0][0]),
+            self.device,
+            fingerprint,
+            {c.info.name: self.cell(c, capability) for c, capability in candidates},
+        )
+
+    def _identity(self, candidates: Sequence[tuple[Candidate, Capability]]) -> list[Any]:
+        spec, data, model = self.settings.autoquant, self.settings.dataset, self.settings.model
+        return [
+            [self.resolved.source, self.resolved.revision, model.dtype, model.random_weights],
+            self.scored(candidates[0][0]),
+            [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
+            [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
+            [_method(spec), spec.engine, self.settings.seed, self.device],
+        ]
+
+
+def workbench(settings: Settings) -> Workbench:
+    """Finds the model, reads its shape and packs the rows; loads no weights.
+
+    Raises:
+        UserError: Captions, model, tokenizer, device or disk are not what they should be.
+    """
+    dataset, spec = settings.dataset, settings.autoquant
+    captions = load_captions(dataset.name, dataset.size, dataset.path)
+    _check_disk(settings.output_root)
+    device = _device(settings.device)
+    resolved = resolve(settings.model)
+    linears = skeleton(resolved)
+    tokenizer = load_tokenizer(resolved)
+    calibration = build_calibration(
+        captions.captions, tokenizer, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
+    )
+    return Workbench(settings, captions, resolved, tokenizer, calibration, linears, device)
+
+
+def scored_together(candidate: Candidate) -> bool:
+    """Whether one pass can score a candidate: its calibration needs nothing but ranges (no AWQ, no SmoothQuant)."""
+    algorithm = candidate.info.config.get("algorithm")
+    return (algorithm.get("method") if isinstance(algorithm, dict) else algorithm) in (None, "max")
+
+
+def _method(spec: AutoQuantSpec) -> Any:
+    return [spec.method, spec.draws] if spec.method == "fisher" else spec.method
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("device=cuda, but PyTorch sees no GPU here; use device=cpu or a machine with one")
+    return "cuda" if available and wanted != "cpu" else "cpu"
+
+
+def _check_disk(root: Path) -> None:
+    existing = next(p for p in (root, *root.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < _FREE_BYTES:
+        raise UserError(f"only {free / 1e6:.0f} MB are free at {existing}; free space or set output_root elsewhere")

@@ -1,0 +1,76 @@
+"""The files that a result leaves, complete or not at all."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerbits.atomic import dated, whole_folder, write_json
+from layerbits.config import Settings
+from layerbits.report import write_report
+from layerbits.results.manifest import to_manifest
+from layerbits.results.result import SensitivityResult
+from layerbits.stages.run import Outcome
+
+
+def write(outcome: Outcome, settings: Settings) -> Path:
+    """Writes everything that a run leaves, complete or not at all.
+
+    Returns:
+        The result's folder.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    final = output_directory(outcome.result, settings)
+    with whole_folder(final) as partial:
+        _write_files(partial, outcome)
+    return final
+
+
+def output_directory(result: SensitivityResult, settings: Settings) -> Path:
+    """Folder of a result: ``tmp`` names it by run and time, ``publish`` by what was measured alone."""
+    info, data = result.candidates[0], result.calibration
+    if settings.output_layout == "publish":
+        folder = f"weight-{info.weight_precision}-act-{info.activation_precision}/{info.granularity}"
+        name = f"{result.model.name}_{info.quant_pair}_{data.dataset}_{data.size}"
+        return settings.output_root / "publish" / folder / name
+    return dated(settings.output_root, result.run_name)
+
+
+def _write_files(folder: Path, outcome: Outcome) -> None:
+    from modelopt.torch.utils.serialization import safe_save
+
+    result = outcome.result
+    write_report(result, folder)
+    info = result.candidates[0]
+    quantization = folder / "quantization"
+    write_json(quantization / "effective_quant_config.json", info.config)
+    (quantization / "effective_quant_config.yaml").write_text(yaml.safe_dump(info.config, sort_keys=False))
+    (folder / "config").mkdir()
+    (folder / "config" / "composed.yaml").write_text(yaml.safe_dump(dict(result.settings), sort_keys=False))
+    write_json(folder / "autoquant" / "state.json", solver_state(result))
+    # without the calibrated ranges: megabytes that a new calibration finds again
+    state = {key: value for key, value in outcome.state.items() if key != "quantizer_states"}
+    safe_save(state, folder / "autoquant" / "autoquant_state.pt")
+
+
+def solver_state(result: SensitivityResult) -> dict[str, Any]:
+    """Plain data that is enough to solve any other budget: weights, scores and bits per group."""
+    manifest = to_manifest(result)
+    return {
+        "schema_version": manifest["schema_version"],
+        "method": result.method,
+        "candidates": {c.name: {"bits": c.bits, "config_hash": c.config_hash} for c in result.candidates},
+        "groups": [{"layer": g.key, "modules": list(g.modules), "weights": g.weights} for g in result.groups],
+        "scores": {c.name: _finite(result.scores[:, i].tolist()) for i, c in enumerate(result.candidates)},
+        "predicted_kl": {c.name: _finite(result.predicted_kl[:, i].tolist()) for i, c in enumerate(result.candidates)},
+        "recipe": manifest["recipe"],
+    }
+
+
+def _finite(values: list[float]) -> list[float | None]:
+    return [v if math.isfinite(v) else None for v in values]
