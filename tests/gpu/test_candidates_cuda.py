@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from layerbits.candidates.bits import FP4, WEIGHT, effective_cfgs
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, plain
 from layerbits.candidates.fp4 import cuda_kernels_available
 from layerbits.candidates.granularity import register_backend
+from layerbits.candidates.linear import FP4, WEIGHT
 from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.errors import Unsupported
 
@@ -80,7 +80,7 @@ def _settings():
     """Distinct quantizer settings that the CPU computes too, with ModelOpt's own code or our token groups."""
     found = {}
     for name, made in RUNS.items():
-        for quantizer, cfg in effective_cfgs(made.format.config).items():
+        for quantizer, cfg in made.format.linear.cfgs.items():
             if cfg is not None and cfg.get("num_bits") != FP4:
                 found.setdefault(
                     json.dumps(plain([quantizer, cfg]), sort_keys=True), (f"{quantizer}-{name}", quantizer, cfg)

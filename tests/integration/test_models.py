@@ -35,7 +35,7 @@ def test_the_shape_is_known_without_loading_and_holds_the_language_model_alone(s
 
 def test_everything_outside_the_search_is_disabled_by_name(saved):
     _, model, kind = saved
-    covered = candidate("wfp8_afp8").format.covers
+    covered = candidate("wfp8_afp8").format.linear.covers
     scored = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and covered(n)}
     patterns = unscored_patterns(model, scored)
     assert "lm_head" in patterns

@@ -17,11 +17,11 @@ from torch import nn
 
 import layerbits
 from layerbits.candidates import fp4
-from layerbits.candidates.bits import INPUT, WEIGHT, effective_cfgs
 from layerbits.candidates.candidate import aliases, check_target, config_hash, live_entries, resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, normalise, plain, resolve_format
 from layerbits.candidates.granularity import Overlay
+from layerbits.candidates.linear import INPUT, WEIGHT
 from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.errors import Unsupported, UserError
 
@@ -166,7 +166,7 @@ class TestHash:
     def test_one_hash_is_one_setting(self, candidates):
         settings_of = {}
         for made in candidates:
-            cfgs = effective_cfgs(made.format.config)
+            cfgs = made.format.linear.cfgs
             setting = {q: cfg and QuantizerAttributeConfig(**cfg).model_dump() for q, cfg in cfgs.items()}
             assert settings_of.setdefault(made.info.config_hash, setting) == setting
 
@@ -235,7 +235,7 @@ def test_every_setting_of_the_grid_runs_or_is_refused(candidates):
     batches = [torch.randn(2, 7, 256), torch.randn(1, 5, 256)]
     seen, counts = set(), {"ran": 0, "refused": 0}
     for made in candidates:
-        found = {json.dumps(plain([q, cfg])) for q, cfg in effective_cfgs(made.format.config).items()}
+        found = {json.dumps(plain([q, cfg])) for q, cfg in made.format.linear.cfgs.items()}
         if found <= seen:
             continue
         seen |= found

@@ -3,11 +3,12 @@ from dataclasses import replace
 import modelopt.torch.quantization as mtq
 import pytest
 
-from layerbits.candidates.bits import INPUT, WEIGHT, precision
+from layerbits.candidates.bits import precision
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.capability import Capability, check
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay, register_backend
+from layerbits.candidates.linear import INPUT, WEIGHT
 from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.errors import Unsupported
 

@@ -8,8 +8,8 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from layerbits.candidates.bits import INPUT, WEIGHT
 from layerbits.candidates.formats import QuantPair, normalise, plain, resolve_format
+from layerbits.candidates.linear import INPUT, WEIGHT
 from layerbits.candidates.table import CONFIGS, load_pairs
 from layerbits.errors import UserError
 
@@ -71,8 +71,8 @@ def test_covers_and_bare_say_what_quantize_does(name):
     format = resolve_format(name)
     scoped, bare = quantized(format.config), quantized(format.bare())
     for module in scoped:
-        assert format.covers(module) == scoped[module].weight_quantizer.is_enabled, module
-        if format.covers(module):
+        assert format.linear.covers(module) == scoped[module].weight_quantizer.is_enabled, module
+        if format.linear.covers(module):
             for quantizer in (WEIGHT, INPUT):
                 expected, got = getattr(scoped[module], quantizer), getattr(bare[module], quantizer)
                 assert attributes(expected) == attributes(got), (module, quantizer)
@@ -91,26 +91,28 @@ def test_a_format_without_weights_is_refused(name):
 
 def test_lm_head_is_out_unless_asked_for():
     format = resolve_format("FP8_DEFAULT_CFG")
-    assert not format.covers("lm_head")
-    assert format.covers("lm_head", lm_head=True)
+    assert not format.linear.covers("lm_head")
+    assert format.linear.covers("lm_head", lm_head=True)
 
 
 def test_asking_for_lm_head_lifts_no_other_exclusion():
-    assert not resolve_format("FP8_DEFAULT_CFG").covers("model.visual.blocks.0.mlp.up_proj", lm_head=True)
-    assert not resolve_format("FP8_MLP_ONLY_CFG").covers("lm_head", lm_head=True)
+    assert not resolve_format("FP8_DEFAULT_CFG").linear.covers("model.visual.blocks.0.mlp.up_proj", lm_head=True)
+    assert not resolve_format("FP8_MLP_ONLY_CFG").linear.covers("lm_head", lm_head=True)
 
 
 @pytest.mark.parametrize("name", ["FP8_ALL_LAYERS_CFG", "INT8_ALL_LAYERS_CFG"])
 def test_all_layers_formats_exclude_no_name(name):
     format = resolve_format(name)
-    assert all(format.covers(m) for m in ("lm_head", "model.visual.blocks.0.mlp.up_proj", "model.layers.0.mlp.gate"))
+    assert all(
+        format.linear.covers(m) for m in ("lm_head", "model.visual.blocks.0.mlp.up_proj", "model.layers.0.mlp.gate")
+    )
 
 
 @pytest.mark.parametrize(("name", "mlp"), [("INT8_MLP_ONLY_CFG", True), ("INT8_ATTENTION_ONLY_CFG", False)])
 def test_restricted_formats_cover_their_part(name, mlp):
     format = resolve_format(name)
-    assert format.covers("model.layers.3.mlp.up_proj") is mlp
-    assert format.covers("model.layers.3.self_attn.q_proj") is not mlp
+    assert format.linear.covers("model.layers.3.mlp.up_proj") is mlp
+    assert format.linear.covers("model.layers.3.self_attn.q_proj") is not mlp
 
 
 def test_our_formats_have_modelopts_numerics_and_exclusions():

@@ -10,8 +10,7 @@ from modelopt.torch.quantization.config import QuantizeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from omegaconf import OmegaConf
 
-from layerbits.candidates.bits import INPUT, WEIGHT, effective_cfgs
-from layerbits.candidates.formats import normalise, plain, resolve_format
+from layerbits.candidates.formats import Format, normalise, plain, resolve_format
 from layerbits.candidates.granularity import (
     TOKEN_GROUP_BACKEND,
     Overlay,
@@ -19,6 +18,7 @@ from layerbits.candidates.granularity import (
     register_backend,
     with_token_groups,
 )
+from layerbits.candidates.linear import INPUT, WEIGHT, read_config
 from layerbits.candidates.table import CONFIGS, load_overlays
 from layerbits.errors import UserError
 
@@ -45,7 +45,7 @@ def overlay(weight=None, activation=None):
 
 def edited(cfg, weight):
     config = {"quant_cfg": [OFF, {"quantizer_name": "*weight_quantizer", "cfg": cfg}], "algorithm": "max"}
-    return effective_cfgs(apply_overlay(config, overlay(weight)))[WEIGHT]
+    return read_config(apply_overlay(Format("test", config), overlay(weight))).cfgs[WEIGHT]
 
 
 def knobs(rank):
@@ -73,12 +73,12 @@ def knobs(rank):
 def test_any_overlay_is_idempotent_accepted_by_modelopt_and_leaves_the_format_alone(name, weight, activation):
     config = resolve_format(name).config
     before, laid = copy.deepcopy(config), overlay(weight, activation)
-    once = apply_overlay(config, laid)
+    once = apply_overlay(Format("test", config), laid)
     assert config == before
-    assert apply_overlay(once, laid) == once
+    assert apply_overlay(Format("test", once), laid) == once
     QuantizeConfig(**once)
-    for quantizer, cfg in effective_cfgs(config).items():
-        after = effective_cfgs(once)[quantizer]
+    for quantizer, cfg in read_config(config).cfgs.items():
+        after = read_config(once).cfgs[quantizer]
         assert (cfg is None) == (after is None)
         assert cfg is None or after.get("num_bits") == cfg.get("num_bits")
 
@@ -88,7 +88,7 @@ def test_any_overlay_is_idempotent_accepted_by_modelopt_and_leaves_the_format_al
 def test_presets_stay_as_they_are(name, weight):
     before = copy.deepcopy(getattr(mtq, name))
     with contextlib.suppress(UserError):  # KV-cache and staged formats take no overlay
-        apply_overlay(resolve_format(name).config, overlay(weight))
+        apply_overlay(resolve_format(name), overlay(weight))
     assert getattr(mtq, name) == before
 
 
@@ -129,13 +129,13 @@ def test_axis_and_block_sizes_exclude_each_other_and_block_words_stay(cfg, weigh
 
 
 def test_an_overlay_edits_every_module_pattern_of_a_restricted_format():
-    config = apply_overlay(resolve_format("NVFP4_MLP_ONLY_CFG").config, overlay({"block_sizes": {-1: 32}}))
-    assert effective_cfgs(config)[WEIGHT]["block_sizes"][-1] == 32
+    config = apply_overlay(resolve_format("NVFP4_MLP_ONLY_CFG"), overlay({"block_sizes": {-1: 32}}))
+    assert read_config(config).cfgs[WEIGHT]["block_sizes"][-1] == 32
 
 
 def test_a_disabled_quantizer_stays_disabled():
     config = resolve_format("INT8_WEIGHT_ONLY_CFG").config
-    assert apply_overlay(config, overlay(activation={"axis": None, "type": "dynamic"})) == config
+    assert apply_overlay(Format("test", config), overlay(activation={"axis": None, "type": "dynamic"})) == config
 
 
 def test_a_setting_that_a_later_entry_disables_is_not_touched():
@@ -143,24 +143,24 @@ def test_a_setting_that_a_later_entry_disables_is_not_touched():
     entries += [{"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8}}]
     entries += [{"quantizer_name": "*input_quantizer", "enable": False}]
     config = {"quant_cfg": entries, "algorithm": "max"}
-    assert apply_overlay(config, overlay(activation={"axis": -1})) == config
+    assert apply_overlay(Format("test", config), overlay(activation={"axis": -1})) == config
 
 
 def test_an_entry_for_both_quantizers_is_refused():
     config = {"quant_cfg": [{"quantizer_name": "*", "cfg": {"num_bits": 8}}], "algorithm": "max"}
     with pytest.raises(UserError, match=r"weights and inputs in one entry \(\*\); spell out"):
-        apply_overlay(config, overlay({"axis": 0}))
+        apply_overlay(Format("test", config), overlay({"axis": 0}))
 
 
 def test_a_staged_quantizer_is_refused():
     with pytest.raises(UserError, match="has 2 stages and an overlay edits one; use quant_granularity=default"):
-        apply_overlay(resolve_format("W4A8_AWQ_BETA_CFG").config, overlay({"axis": 0}))
+        apply_overlay(resolve_format("W4A8_AWQ_BETA_CFG"), overlay({"axis": 0}))
 
 
 def test_another_dtype_of_the_scales_is_refused():
     laid = overlay({"block_sizes": {-1: 16, "scale_bits": [4, 3]}})
     with pytest.raises(UserError, match=r"would change the dtype of the scales .*; choose another quant pair"):
-        apply_overlay(resolve_format("MXFP4_WEIGHT_ONLY_CFG").config, laid)
+        apply_overlay(resolve_format("MXFP4_WEIGHT_ONLY_CFG"), laid)
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,10 @@ def test_the_shipped_overlays():
 
 def test_the_default_overlay_changes_nothing():
     config = resolve_format("FP8_DEFAULT_CFG").config
-    assert apply_overlay(config, Overlay.from_mapping({"name": "default", "quant_cfg_overrides": {}})) == config
+    assert (
+        apply_overlay(Format("test", config), Overlay.from_mapping({"name": "default", "quant_cfg_overrides": {}}))
+        == config
+    )
 
 
 class TestTokenGroups:
@@ -271,10 +274,10 @@ class TestTokenGroups:
 
     def test_is_named_where_modelopt_has_no_kernel(self):
         config = apply_overlay(
-            resolve_format("FP8_DEFAULT_CFG").config,
+            resolve_format("FP8_DEFAULT_CFG"),
             overlay(activation={"block_sizes": {-1: 128, "type": "dynamic"}, "type": "dynamic"}),
         )
-        assert effective_cfgs(with_token_groups(config))[INPUT]["backend"] == TOKEN_GROUP_BACKEND
+        assert read_config(with_token_groups(config)).cfgs[INPUT]["backend"] == TOKEN_GROUP_BACKEND
         assert normalise(plain(with_token_groups(config))) == with_token_groups(config)
 
     @pytest.mark.parametrize("name", FORMATS)

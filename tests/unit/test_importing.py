@@ -155,11 +155,12 @@ def test_a_pair_that_nothing_tells_is_not_guessed(tmp_path):
 
 
 def test_the_presets_are_what_modelopt_makes_of_them():
-    from layerbits.candidates.bits import INPUT, WEIGHT, effective_cfgs, precision
+    from layerbits.candidates.bits import precision
     from layerbits.candidates.formats import resolve_format
+    from layerbits.candidates.linear import INPUT, WEIGHT
 
     for name, (weight, activation) in PRESETS.items():
-        cfgs = effective_cfgs(resolve_format(name).config)
+        cfgs = resolve_format(name).linear.cfgs
         assert (precision(cfgs[WEIGHT]), precision(cfgs[INPUT])) == (weight, activation), name
 
 

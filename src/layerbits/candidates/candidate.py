@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from layerbits.candidates.bits import INPUT, WEIGHT, Config, effective_cfgs, modelopt_bits, precision, weight_bits
+from layerbits.candidates.bits import modelopt_bits, precision, weight_bits
 from layerbits.candidates.formats import (
     Format,
     QuantPair,
@@ -16,7 +16,7 @@ from layerbits.candidates.formats import (
     normalise,
     plain,
     resolve_format,
-    settle_algorithm,
+    with_algorithm,
 )
 from layerbits.candidates.granularity import (
     TOKEN_GROUP_BACKEND,
@@ -25,6 +25,7 @@ from layerbits.candidates.granularity import (
     register_backend,
     with_token_groups,
 )
+from layerbits.candidates.linear import INPUT, WEIGHT, Config
 from layerbits.errors import UserError
 from layerbits.results.result import CandidateInfo
 
@@ -71,12 +72,11 @@ def resolve_candidate(pair: QuantPair, overlay: Overlay, fp4: str = "mxfp4", exp
         why = f" ({pair.note})" if pair.note else ""
         raise UserError(f"quant pair {pair.name} is experimental{why}; set experimental=true to use it")
     base = resolve_format(pair.format, fp4)
-    config, why_algorithm = settle_algorithm(with_token_groups(apply_overlay(base.config, overlay)))
-    format = replace(base, config=normalise(config), adjustments=base.adjustments + why_algorithm)
-    cfgs = effective_cfgs(format.config)
+    format = with_algorithm(replace(base, config=normalise(with_token_groups(apply_overlay(base, overlay)))))
+    linear = format.linear
     for what, said, found in (
-        ("weight", pair.weight, precision(cfgs[WEIGHT])),
-        ("activation", pair.activation, precision(cfgs[INPUT])),
+        ("weight", pair.weight, precision(linear.cfgs[WEIGHT])),
+        ("activation", pair.activation, precision(linear.cfgs[INPUT])),
     ):
         if said != found:
             raise UserError(f"quant pair {pair.name} says {what}: {said}, but format {base.name} is {found}; mend one")
@@ -89,8 +89,8 @@ def resolve_candidate(pair: QuantPair, overlay: Overlay, fp4: str = "mxfp4", exp
         activation_precision=pair.activation,
         config=plain(format.config),
         config_hash=config_hash(format.config),
-        bits=weight_bits(format.config),
-        bits_modelopt=modelopt_bits(format.config),
+        bits=weight_bits(linear),
+        bits_modelopt=modelopt_bits(linear),
         adjustments=format.adjustments,
     )
     return Candidate(info, format)

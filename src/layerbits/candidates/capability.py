@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from layerbits.candidates.bits import E4M3, E8M0, FP4, FP8, INPUT, RANK, WEIGHT, Cfg, block_lengths, is_mx, quantizers
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.formats import NVFP4_BLOCK
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, is_token_group
+from layerbits.candidates.linear import E4M3, E8M0, FP4, FP8, INPUT, RANK, WEIGHT, Cfg, block_lengths, is_mx
 from layerbits.errors import Unsupported
 
 MX_BLOCKS = (8, 16, 32)
@@ -52,10 +52,10 @@ def check(candidate: Candidate, linears: Linears, cuda: bool, strict: bool = Fal
     Raises:
         Unsupported: It cannot run, or cannot be served and ``strict`` is set; the message says what to do instead.
     """
-    config, name = candidate.format.config, candidate.info.name
+    name = candidate.info.name
     fp4 = False
     hindrances: list[str] = []
-    for quantizer, cfg in quantizers(config):
+    for quantizer, cfg in candidate.format.linear.stages():
         if reason := _impossible(quantizer, cfg, cuda):
             raise Unsupported(f"{name}: {reason}")
         fp4 = fp4 or cfg.get("num_bits") == FP4

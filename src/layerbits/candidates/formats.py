@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
-from layerbits.candidates.bits import (
+from layerbits.candidates.linear import (
     E4M3,
     FP4,
     INPUT,
     WEIGHT,
     Cfg,
     Config,
+    LinearConfig,
     block_lengths,
     check_dimensions,
-    effective_cfgs,
-    hits,
     is_mx,
-    linear_entries,
-    quantizers,
+    read_config,
 )
 from layerbits.errors import UserError
 
@@ -123,20 +121,10 @@ class Format:
     config: Config
     adjustments: tuple[str, ...] = ()
 
-    def covers(self, module_name: str, lm_head: bool = False) -> bool:
-        """Whether ``mtq.quantize`` with this configuration would quantize the weight of that linear.
-
-        Args:
-            module_name: Full name in the model.
-            lm_head: Disregard the exclusion of the output head.
-        """
-        name, enabled = f"{module_name}.{WEIGHT}", True
-        for entry in linear_entries(self.config):
-            if fnmatch.fnmatch(name, entry["quantizer_name"]):
-                on = entry.get("enable", True)
-                if on or not (lm_head and "lm_head" in entry["quantizer_name"]):
-                    enabled = on
-        return enabled
+    @cached_property
+    def linear(self) -> LinearConfig:
+        """What a linear gets of the configuration, which is read once."""
+        return read_config(self.config)
 
     def bare(self) -> Config:
         """The configuration as any covered linear sees it, without module names.
@@ -145,7 +133,7 @@ class Format:
         time, so that ``*mlp*weight_quantizer`` or ``*lm_head*`` would silently match nothing there.
         """
         entries: list[Config] = [{"quantizer_name": "*", "enable": False}]
-        for quantizer, cfg in effective_cfgs(self.config).items():
+        for quantizer, cfg in self.linear.cfgs.items():
             if cfg is not None:
                 entries.append({"quantizer_name": f"*{quantizer}", "cfg": cfg})
         return {"quant_cfg": entries, "algorithm": self.config["algorithm"]}
@@ -245,39 +233,37 @@ def plain(value: Any) -> Any:
     raise UserError(f"quantization config holds {value!r}, which is not plain data; use numbers, strings and lists")
 
 
-def settle_algorithm(config: Config) -> tuple[Config, tuple[str, ...]]:
+def with_algorithm(format: Format) -> Format:
     """Sets ``algorithm`` to ``max`` where there is none and a static quantizer would never be calibrated."""
-    if config["algorithm"] is not None:
-        return config, ()
-    static = [q for q, cfg in quantizers(config) if cfg.get("type", "static") == "static" and not is_mx(cfg)]
+    if format.config["algorithm"] is not None:
+        return format
+    static = [q for q, cfg in format.linear.stages() if cfg.get("type", "static") == "static" and not is_mx(cfg)]
     if not static:
-        return config, ()
+        return format
     why = (
         f"algorithm none → max: the static {' and '.join(static)} would never be calibrated, its range new at each call"
     )
-    return {**config, "algorithm": "max"}, (why,)
+    return replace(format, config={**format.config, "algorithm": "max"}, adjustments=(*format.adjustments, why))
 
 
 def _checked(name: str, config: Mapping[str, Any], adjustments: tuple[str, ...] = ()) -> Format:
     try:
-        normal = normalise(config)
-        for quantizer, cfg in quantizers(normal):
+        format = Format(name, normalise(config))
+        for quantizer, cfg in format.linear.stages():
             if cfg.get("axis") is not None:
                 check_dimensions(quantizer, cfg["axis"], "axis")
             check_dimensions(quantizer, block_lengths(cfg), "block_sizes dimension")
     except UserError as error:
         raise UserError(f"format {name}: {error}") from None
+    read = {e.index for e in format.linear.entries if e.scopes}
     left_out = [
-        e["quantizer_name"]
-        for e in normal["quant_cfg"]
-        if e.get("enable", True) and not hits(e, WEIGHT) and not hits(e, INPUT)
+        e["quantizer_name"] for i, e in enumerate(format.config["quant_cfg"]) if e.get("enable", True) and i not in read
     ]
     if left_out:
         adjustments += (f"{', '.join(left_out)} left out: AutoQuantize scores weights and inputs of linears only",)
     if config.get("effective_bits") is not None:
         adjustments += ("effective_bits left out: weight storage bits are counted from the weight quantizer",)
-    settled, why = settle_algorithm(normal)
-    return Format(name, settled, adjustments + why)
+    return with_algorithm(replace(format, adjustments=adjustments))
 
 
 def _preset(name: str, config: Mapping[str, Any]) -> Format:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerbits.candidates.bits import (
+from layerbits.candidates.formats import Format
+from layerbits.candidates.linear import (
     FP8,
     INPUT,
     WEIGHT,
@@ -15,9 +16,6 @@ from layerbits.candidates.bits import (
     Config,
     block_lengths,
     check_dimensions,
-    effective_cfgs,
-    hits,
-    linear_entries,
 )
 from layerbits.errors import UserError
 
@@ -63,7 +61,7 @@ class Overlay:
         return cls(name, overrides)
 
 
-def apply_overlay(config: Config, overlay: Overlay) -> Config:
+def apply_overlay(format: Format, overlay: Overlay) -> Config:
     """The configuration with the overlay's granularity; neither argument is changed.
 
     The overlay edits the settings that reach the quantizer, be they for every linear or for some modules. ``axis`` and
@@ -71,35 +69,33 @@ def apply_overlay(config: Config, overlay: Overlay) -> Config:
     the overlay does not name stay, as long as there are blocks. A disabled quantizer stays disabled.
 
     Args:
-        config: In the form of :func:`layerbits.candidates.formats.normalise`.
+        format: The format.
         overlay: What to lay over it.
 
     Raises:
         UserError: The format does not set that quantizer apart from the other, sets it in stages, or the overlay would
             change the dtype of its scales.
     """
-    result = copy.deepcopy(config)
-    active = effective_cfgs(result)
+    result = copy.deepcopy(format.config)
     for pattern, knobs in overlay.quant_cfg_overrides.items():
         quantizer = PATTERNS[pattern]
-        if active[quantizer] is None or not knobs:
+        if format.linear.cfgs[quantizer] is None or not knobs:
             continue
         other = INPUT if quantizer == WEIGHT else WEIGHT
-        for entry in linear_entries(result):
-            cfg = entry.get("cfg")
-            if cfg is None or not hits(entry, quantizer):
+        for entry in format.linear.entries:
+            if entry.cfg is None or quantizer not in entry.scopes:
                 continue
-            if hits(entry, other):
+            if other in entry.scopes:
                 raise UserError(
                     f"granularity {overlay.name}: the format sets weights and inputs in one entry "
-                    f"({entry['quantizer_name']}); spell out {' and '.join(PATTERNS)}"
+                    f"({entry.pattern}); spell out {' and '.join(PATTERNS)}"
                 )
-            if isinstance(cfg, list):
+            if isinstance(entry.cfg, list):
                 raise UserError(
-                    f"granularity {overlay.name}: {entry['quantizer_name']} has {len(cfg)} stages and an overlay "
+                    f"granularity {overlay.name}: {entry.pattern} has {len(entry.cfg)} stages and an overlay "
                     "edits one; use quant_granularity=default"
                 )
-            entry["cfg"] = _edited(cfg, knobs, overlay.name)
+            result["quant_cfg"][entry.index]["cfg"] = _edited(entry.cfg, knobs, overlay.name)
     return result
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
-from layerbits.candidates.bits import E8M0, FP4, INPUT, WEIGHT, block_lengths, effective_cfgs, precision
+from layerbits.candidates.bits import precision
 from layerbits.candidates.candidate import Candidate, aliases, resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
 from layerbits.candidates.granularity import Overlay
+from layerbits.candidates.linear import E8M0, FP4, INPUT, WEIGHT, block_lengths
 from layerbits.errors import Unsupported
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -106,7 +107,7 @@ def _section(pair: QuantPair, fp4: str, candidates: list[Candidate], reasons: di
 
 
 def _row(candidate: Candidate, alias_of: str | None, reasons: dict[str, int]) -> str:
-    info, cfgs = candidate.info, effective_cfgs(candidate.format.config)
+    info, cfgs = candidate.info, candidate.format.linear.cfgs
     places, remarks = [], [f"same as `{alias_of}`"] if alias_of else []
 
     def remark(word: str, reason: str) -> None:

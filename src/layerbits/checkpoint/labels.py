@@ -13,8 +13,8 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from layerbits.candidates.bits import FP4, INPUT, WEIGHT, block_lengths, effective_cfgs
 from layerbits.candidates.formats import algorithm_settings, normalise
+from layerbits.candidates.linear import FP4, INPUT, WEIGHT, block_lengths, read_config
 from layerbits.candidates.table import describe
 from layerbits.errors import Unsupported, UserError
 from layerbits.results.result import CandidateInfo
@@ -154,7 +154,7 @@ def label_of(info: CandidateInfo) -> Label:
             quantization.
     """
     config = normalise(info.config)
-    cfgs = effective_cfgs(config)
+    cfgs = read_config(config).cfgs
     why = _beyond_labels(config, cfgs)
     if why is None:
         weights, inputs = describe(cfgs[WEIGHT]), describe(cfgs[INPUT])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerbits.candidates.bits import INPUT, WEIGHT, effective_cfgs
+from layerbits.candidates.linear import INPUT, WEIGHT, read_config
 from layerbits.errors import UserError
 
 # Weights are [out, in], activations [batch, tokens, in].
@@ -30,7 +30,7 @@ def config_words(config: Mapping[str, Any]) -> dict[str, str]:
     algorithm = config.get("algorithm")
     method = algorithm.get("method") if isinstance(algorithm, Mapping) else algorithm
     try:
-        cfgs = effective_cfgs(dict(config))
+        cfgs = read_config(config).cfgs
     except UserError as error:  # a configuration that another version wrote still gets its report
         return {"weight": str(error), "activation": "not known", "algorithm": str(method)}
     return {

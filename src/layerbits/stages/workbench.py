@@ -42,7 +42,7 @@ class Workbench:
             UserError: It covers none.
         """
         head = self.settings.model.lm_head
-        names = tuple(n for n in self.linears if candidate.format.covers(n, lm_head=head))
+        names = tuple(n for n in self.linears if candidate.format.linear.covers(n, lm_head=head))
         if not names:
             raise UserError(
                 f"{candidate.info.format_name} covers no linear of {self.settings.model.name}; choose another format"
