@@ -1,6 +1,6 @@
 # make run    set up, then one sensitivity run through `mlflow run`   (ARGS="-P quant_pair=wint8_afp16")
 # make demo-scheme   score, schemes, checkpoints with their proof, and a probe of what they do, on the default model
-# make test   set up, then lint, types and tests
+# make test   set up, then lint, types and tests                     (ARGS="-k fisher", or a file: those tests alone)
 # make ui     the MLflow UI on the runs of this folder, and its links  (PORT=5000)
 # make server a team's MLflow server on PostgreSQL: docs/server.md     (make server-env only installs it)
 # make notebooks   fill this folder's store with a grid, schemes and a probe of the default model, and run the notebooks on it
@@ -47,7 +47,7 @@ notebooks: .venv/test.stamp
 
 test: lint
 	@echo 'Screenshots of the UI: outputs/screenshots'
-	$(VENV_PATH) pytest tests/unit tests/integration
+	$(VENV_PATH) pytest $(or $(ARGS),tests/unit tests/integration)
 
 ui: .venv/run.stamp
 	@echo 'Comparison views, newest first:'
@@ -66,6 +66,7 @@ lint: .venv/test.stamp
 	$(VENV_PATH) ruff check .
 	$(VENV_PATH) ruff format --check .
 	$(VENV_PATH) mypy
+	$(VENV_PATH) lint-imports
 
 clean:
 	rm -rf .venv .venv-server build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

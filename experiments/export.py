@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from layerbits import entry
-from layerbits.config import TrackingSpec
 from layerbits.export.job import ExportSettings, run_exports, untracked
 from layerbits.schemes import Scheme, load_scheme
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.settings import SchemeSettings, listed, source_name
 from layerbits.schemes.source import load_scores
+from layerbits.tracking.settings import TrackingSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from layerbits import entry, importing
-from layerbits.config import TrackingSpec
 from layerbits.errors import UserError
 from layerbits.results.result import SensitivityResult
+from layerbits.tracking.settings import TrackingSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from layerbits import entry
-from layerbits.config import TrackingSpec
 from layerbits.probing.report import markdown, parameters, write_probe
 from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.settings import whole
+from layerbits.tracking.settings import TrackingSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from layerbits import entry
-from layerbits.config import TrackingSpec
 from layerbits.errors import UserError
 from layerbits.schemes.settings import listed, source_name
+from layerbits.tracking.settings import TrackingSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

@@ -11,6 +11,7 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.errors import UserError
 from layerbits.inputs.models import ModelSpec
+from layerbits.tracking.settings import TrackingSpec
 
 METHODS = ("gradient", "fisher", "kl_div")
 ENGINES = ("onepass", "stock")
@@ -50,17 +51,6 @@ class AutoQuantSpec:
     seq_len: int
     memory: str
     checkpoint: str | None
-
-
-@dataclass(frozen=True)
-class TrackingSpec:
-    """Where to log: the ``tracking`` group."""
-
-    enabled: bool
-    uri: str | None
-    experiment: str
-    run_name: str | None
-    system_metrics: bool
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from layerbits.errors import UserError
 
 if TYPE_CHECKING:
-    from layerbits.config import TrackingSpec
+    from layerbits.tracking.settings import TrackingSpec
 
 USER_ERROR_STATUS = 2
 _TAG_SIZE = 8000  # MLflow's limit, in characters

@@ -17,7 +17,6 @@ from layerbits import tracking
 from layerbits.checkpoint import table, write
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.structure import check_structure
-from layerbits.config import TrackingSpec
 from layerbits.errors import Unsupported, UserError
 from layerbits.export import plan as export_plan
 from layerbits.export import scheme as export
@@ -26,6 +25,7 @@ from layerbits.export.log import ExportLog
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.captions import load_captions
+from layerbits.tracking.settings import TrackingSpec
 
 from .export_support import FILES, planned, prepared, saved, spoil
 from .scoring_support import VOCABULARY, candidate

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from layerbits import entry
-from layerbits.config import TrackingSpec
 from layerbits.errors import UserError
+from layerbits.tracking.settings import TrackingSpec
 
 UNTRACKED = TrackingSpec(enabled=False, uri="sqlite:///x.db", experiment="x", run_name=None, system_metrics=False)
 

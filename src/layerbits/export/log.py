@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from layerbits import entry, tracking
-from layerbits.config import TrackingSpec
 from layerbits.export.job import ExportSettings, show
 from layerbits.export.scheme import Export, NotProven
 from layerbits.history.probed import probed_kl
 from layerbits.schemes import Scheme
+from layerbits.tracking.settings import TrackingSpec
 
 ARTIFACTS = "checkpoint"
 """Folder of a run's artifacts that holds a small checkpoint."""

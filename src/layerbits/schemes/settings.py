@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from layerbits.config import TrackingSpec
 from layerbits.errors import UserError
 from layerbits.schemes.catalog import SchemeSpec, load_specs
+from layerbits.tracking.settings import TrackingSpec
 
 _NONE = (None, "", "none", "null")
 
