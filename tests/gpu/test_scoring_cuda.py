@@ -50,7 +50,7 @@ def test_out_of_memory_in_fast_goes_on_in_lean(qwen, calibration, tmp_path, monk
     score = taps.Taps.score
 
     def full(self, *arguments):
-        if self._kept is not None:
+        if self.keep_weights:
             raise torch.OutOfMemoryError("planted")
         return score(self, *arguments)
 

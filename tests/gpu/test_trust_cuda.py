@@ -45,7 +45,7 @@ def damage(device, dtype, rows):
     model = subject(device, dtype)
     job = support.job(model, Path(), support.configs(PAIR, device=device), rows)
     search = Search.of(job)
-    linears = ReplacedLinears(model.model, search.names, search.settings, keep_weights=False)
+    linears = ReplacedLinears(model.model, search.names, search.settings)
     linears.calibrate(rows.calib, search.need_logits)
     linears.load_ranges(linears.ranges())
     return measure_damage(model.model, linears, search, rows.score, disable_one=False)

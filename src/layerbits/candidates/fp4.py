@@ -148,9 +148,25 @@ def nvfp4(x: Tensor, global_amax: Tensor, block_size: int = 16, pass_through_bwd
     if block_size != _NVFP4_BLOCK_SIZE:
         raise UserError(f"NVFP4 block size {block_size} does not exist: use {_NVFP4_BLOCK_SIZE}")
     global_amax = global_amax.detach().to(x.device)
+    largest = global_amax.float().amax().reshape(1)
     return _apply(
-        x, lambda blocks: _nvfp4_blocks(blocks, global_amax), block_size, None if pass_through_bwd else global_amax
+        x, lambda blocks: _nvfp4_blocks(blocks, largest), block_size, None if pass_through_bwd else global_amax
     )
+
+
+def nvfp4_each(x: Tensor, global_amax: Tensor) -> Tensor:
+    """:func:`nvfp4` of several tensors in one, each under a scale of its own.
+
+    Args:
+        x: ``[n, ...]``, ``n`` tensors.
+        global_amax: ``[n]`` largest magnitude of each.
+
+    Returns:
+        Tensor of the shape and dtype of ``x``.
+    """
+    _check(x)
+    each = global_amax.detach().to(x.device).float().reshape(-1)
+    return _apply(x, lambda blocks: _nvfp4_blocks(blocks, each), _NVFP4_BLOCK_SIZE, None)
 
 
 class _FakeQuant(torch.autograd.Function):
@@ -200,23 +216,31 @@ def _mxfp4_blocks(blocks: Tensor) -> Tensor:
 
 
 def _nvfp4_blocks(blocks: Tensor, global_amax: Tensor) -> Tensor:
-    """Quantizes ``[rows, blocks, 16]`` FP32, an E4M3 scale per block below one scale for all."""
+    """Quantizes ``[rows, blocks, 16]`` FP32, an E4M3 scale per block below one scale for each of ``n`` equal parts.
+
+    Args:
+        blocks: The rows of the parts, one part after the other.
+        global_amax: ``[n]`` largest magnitude that each part's scale is made for.
+    """
+    shape, parts = blocks.shape, len(global_amax)
+    blocks = blocks.reshape(parts, -1, shape[-1])
     magnitude = blocks.abs()
     amax = magnitude.amax(-1, keepdim=True)
     # Not a division: on CUDA, PyTorch divides by a Python number by multiplying with its reciprocal.
-    global_scale = (global_amax.float().amax() * (1.0 / (_E2M1_MAX * _E4M3_MAX))).clamp(max=_FP32_MAX)
+    global_scale = (global_amax.float() * (1.0 / (_E2M1_MAX * _E4M3_MAX))).clamp(max=_FP32_MAX)
     global_scale = torch.where(global_scale <= 0.0, _NVFP4_MIN_GLOBAL_SCALE, global_scale)
     # An E4M3 code has few values: every scale and its reciprocal are made once, then taken by the blocks' codes.
     codes = torch.arange(256, dtype=torch.uint8, device=blocks.device)
-    scales = codes.view(torch.float8_e4m3fn).float().mul_(global_scale)
+    scales = codes.view(torch.float8_e4m3fn).float() * global_scale[:, None]
     reciprocals = _device_reciprocal(scales)
     # Neither 0 nor infinite: so the product is NaN only if the block or the global amax is, and that is kept.
-    to_e4m3 = reciprocals[_E4M3_CODE_OF_6].clamp(_FP32_SMALLEST, _FP32_MAX)
+    to_e4m3 = reciprocals[:, _E4M3_CODE_OF_6].clamp(_FP32_SMALLEST, _FP32_MAX)[:, None, None]
     code = (amax * to_e4m3).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).long()
+    code += 256 * torch.arange(parts, device=blocks.device)[:, None, None]
     too_small = scales < _NVFP4_MIN_SCALE
     scale = scales.masked_fill_(too_small, 1.0).take(code)
     reciprocal = reciprocals.masked_fill_(too_small, 1.0).take(code)
-    return _round_e2m1_(magnitude.mul_(reciprocal)).mul_(scale).copysign_(blocks)
+    return _round_e2m1_(magnitude.mul_(reciprocal)).mul_(scale).copysign_(blocks).reshape(shape)
 
 
 def _round_e2m1_(magnitude: Tensor) -> Tensor:

@@ -121,7 +121,8 @@ def _check_shapes(prepared: Prepared, labels: Mapping[str, Label]) -> None:
     for module, info in prepared.scheme.modules.items():
         if module not in linears:
             raise UserError(f"the model has no linear {module}; use the model that the scheme was made from")
-        check_shape(info, labels[info.name], module, *linears[module])
+        for shape in linears[module]:
+            check_shape(info, labels[info.name], module, *shape)
 
 
 def _estimate(scheme: Scheme, source: Checkpoint) -> int:

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerbits.errors import Unsupported, UserError
+from layerbits.errors import UserError
 from layerbits.inputs import smollm2
+from layerbits.inputs.experts import fused_experts, named_experts
 from layerbits.results.result import ModelInfo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+Shapes = tuple[tuple[int, int], ...]
+"""``(out_features, in_features)`` of a linear's weight, or of one expert's weight per projection."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,13 @@ class LoadedModel:
 
     Attributes:
         model: The whole model, vision tower included.
-        linears: Full names of the language model's linears → (out_features, in_features), in model order.
+        linears: Full names of the language model's linears and expert modules → :data:`Shapes`, in model order.
     """
 
     model: Any
     tokenizer: Any
     info: ModelInfo
-    linears: dict[str, tuple[int, int]]
+    linears: dict[str, Shapes]
 
 
 def resolve(spec: ModelSpec) -> ResolvedModel:
@@ -108,11 +113,11 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     return ResolvedModel(spec, spec.path, getattr(config, "_commit_hash", None) or "unknown", config)
 
 
-def skeleton(resolved: ResolvedModel) -> dict[str, tuple[int, int]]:
-    """Linears of the language model, from the config alone (nothing is allocated).
+def skeleton(resolved: ResolvedModel) -> dict[str, Shapes]:
+    """Linears and expert modules of the language model, from the config alone (nothing is allocated).
 
     Returns:
-        Full module name → (out_features, in_features), lm_head included.
+        Full module name → shapes, lm_head included.
     """
     import torch
 
@@ -187,34 +192,26 @@ def load(resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0) ->
     return LoadedModel(model, tokenizer, info, language_model_linears(model))
 
 
-def language_model_linears(model: Any) -> dict[str, tuple[int, int]]:
-    """Linears of the language model and its head, by ModelOpt's lineage of a vision-language model.
+def language_model_linears(model: Any) -> dict[str, Shapes]:
+    """Linears and expert modules of the language model, and its head, by ModelOpt's lineage of a vision-language model.
 
     Returns:
-        Full module name → (out_features, in_features), in model order.
-
-    Raises:
-        Unsupported: The weights of experts are in one tensor, where no linear can be told from another.
+        Full module name → shapes of the weights, in model order.
     """
     import torch
 
     prefix, language_model = _language_model(model)
+    linears: dict[str, Shapes] = {}
     for name, module in language_model.named_modules():
-        fused = any(p.dim() == 3 for p in module.parameters(recurse=False))
-        if fused and not isinstance(module, torch.nn.modules.conv._ConvNd):
-            raise Unsupported(
-                f"{prefix}.{name} is a {type(module).__name__}, which keeps the weights of all experts in one tensor; "
-                "LayerBits scores linears, choose a dense model"
-            )
-    linears = {
-        f"{prefix}.{name}" if prefix else name: (module.out_features, module.in_features)
-        for name, module in language_model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
+        full = f"{prefix}.{name}" if prefix else name
+        if isinstance(module, torch.nn.Linear):
+            linears[full] = ((module.out_features, module.in_features),)
+        elif (experts := fused_experts(module)) is not None:
+            linears[full] = experts.shapes
     head = output_head(model)
     if head is not None:
         module = model.get_submodule(head)
-        linears[head] = (module.out_features, module.in_features)
+        linears[head] = ((module.out_features, module.in_features),)
     return linears
 
 
@@ -232,14 +229,18 @@ def unscored_patterns(model: Any, scored: set[str]) -> list[str]:
     """Name patterns of everything that must stay unquantized: the largest subtrees without a scored linear."""
     import torch
 
-    # ModelOpt makes a decision for every linear and every convolution that it finds.
-    quantizable = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    # ModelOpt makes a decision for every linear, convolution and expert module that it finds.
+    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    experts = {model.get_submodule(name) for name in named_experts(model)}
     patterns: list[str] = []
+
+    def quantizable(module: Any) -> bool:
+        return any(isinstance(m, kinds) or m in experts for m in module.modules())
 
     def visit(name: str, module: Any) -> None:
         for child_name, child in module.named_children():
             full = f"{name}.{child_name}" if name else child_name
-            if full in scored or not any(isinstance(m, quantizable) for m in child.modules()):
+            if full in scored or not quantizable(child):
                 continue
             if any(s.startswith(f"{full}.") for s in scored):
                 visit(full, child)

@@ -55,7 +55,7 @@ def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch])
     if not linears:
         return Ranges({})
     settings = quantizers.distinct_settings([runtime_config(c, _device(linears)) for c in infos.values()])
-    taps = Taps(model, names, settings, keep_weights=False)
+    taps = Taps(model, names, settings)
     taps.calibrate(batches, need_logits=output_head(model) in linears)
     keys = [_key(attributes) for attributes in settings.inputs]
     found = taps.ranges()

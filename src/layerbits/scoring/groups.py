@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from layerbits.inputs.experts import fused_experts
 from layerbits.results.result import Group
 
 _KIND_OF_LEAF = {
@@ -59,7 +60,8 @@ def recipe_hparams(model: Any) -> list[tuple[str, Any]]:
 
 def weights_of(hparam: Any) -> int:
     """Number of weights that one ModelOpt decision covers."""
-    return sum(module.weight.numel() for module in hparam.quant_modules)
+    experts = (fused_experts(module) for module in hparam.quant_modules)
+    return sum(m.weight.numel() if e is None else e.weights for m, e in zip(hparam.quant_modules, experts, strict=True))
 
 
 def _common_stem(modules: Sequence[str]) -> str:

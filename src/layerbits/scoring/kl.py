@@ -33,7 +33,7 @@ def score(job: ScoringJob) -> Scores:
     """
     model = job.loaded.model
     search = Search.of(job)
-    linears = ReplacedLinears(model, search.names, search.settings, keep_weights=False)
+    linears = ReplacedLinears(model, search.names, search.settings)
     log = StepLog(job.workdir, job.fingerprint)
     batches = job.calibration.score
     kept_gb = 0.0

@@ -36,10 +36,10 @@ def score(job: ScoringJob) -> Scores:
     """
     model, batches = job.loaded.model, job.calibration.score
     search = Search.of(job)
-    modules = [model.get_submodule(n) for n in search.names]
+    taps = Taps(model, search.names, search.settings)
     largest = max(s.input_ids.numel() for b in batches for s in b.segments)
-    memory = plan_memory(model, modules, largest, len(search.settings.weights), job.memory)
-    taps = Taps(model, search.names, search.settings, keep_weights=memory.mode == "fast")
+    memory = plan_memory(model, taps.loads(largest), largest, len(search.settings.weights), job.memory)
+    taps.keep_weights = memory.keep_weights
     log = StepLog(job.workdir, job.fingerprint)
 
     clock = time.perf_counter

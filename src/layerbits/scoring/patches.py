@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-Forward = Callable[[Any], Any]
+Forward = Callable[..., Any]
+"""Makes the output of a module from its input; an expert module has the routing of the tokens as inputs too."""
 
 
 @contextmanager
@@ -37,19 +38,18 @@ class Span:
 
 
 def by_tile(plan: Sequence[Span], tiles: int) -> Forward:
-    """The forward of a linear whose input is several tiles, equal parts of the first dimension, one after the other."""
+    """The forward of a module whose input is several tiles, equal parts of the first dimension, one after the other."""
 
-    def forward(x: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         import torch
 
-        rows = x.shape[0] // tiles
+        inputs = (*args, *kwargs.values())
+        rows = inputs[0].shape[0] // tiles
         parts = []
         for span in plan:
-            if span.shared:
-                y = span.function(x[span.start * rows : (span.start + 1) * rows])
-                parts += [y] * (span.stop - span.start)
-            else:
-                parts.append(span.function(x[span.start * rows : span.stop * rows]))
+            first, last = span.start, span.start + 1 if span.shared else span.stop
+            y = span.function(*(x[first * rows : last * rows] for x in inputs))
+            parts += [y] * (span.stop - span.start if span.shared else 1)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return forward

@@ -95,3 +95,25 @@ def largest(x: Any, axis: Any) -> Any:
     from modelopt.torch.quantization.utils import convert_quantization_axis_to_reduce_axis, reduce_amax
 
     return reduce_amax(x, axis=convert_quantization_axis_to_reduce_axis(x, axis))
+
+
+def by_token(quantizer: Any) -> bool:
+    """Whether an input quantizer treats each row of ``[tokens, features]`` by itself.
+
+    A fixed range does, and so do scales per token or per block of a token; a range per call does not.
+    """
+    from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND
+
+    if (
+        quantizer is None
+        or needs_range(quantizer)
+        or quantizer.is_mx_format
+        or quantizer.backend == TOKEN_GROUP_BACKEND
+    ):
+        return True
+    blocks = quantizer.block_sizes or {}
+    lengths = {k % 2: v for k, v in blocks.items() if isinstance(k, int)}
+    if lengths:
+        return lengths == {1: None}
+    axis = quantizer.axis
+    return 0 in {a % 2 for a in ([axis] if isinstance(axis, int) else axis or ())}

@@ -1,14 +1,14 @@
-"""The scored linears with their quantizers, to be run in place of the model's own."""
+"""The scored modules with their quantizers, to be run in place of the model's own."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
-from layerbits.scoring.patches import Forward
 from layerbits.scoring.search import Search
 from layerbits.scoring.suffix import Perturbation
+from layerbits.scoring.tap import Tap
 from layerbits.scoring.taps import Taps
 
 
@@ -20,48 +20,22 @@ class ReplacedLinears(Taps):
         return [self.quantized(search, g, c) for g in range(len(search.groups)) for c in range(len(self._pairs))]
 
     def quantized(self, search: Search, group: int, candidate: int) -> Perturbation:
-        """The linears of a group, quantized by a candidate."""
-        pair = search.settings.pairs[candidate]
-        return {self._names[m]: self._quantized(m, *pair) for m in np.flatnonzero(search.group_of == group).tolist()}
+        """The modules of a group, quantized by a candidate."""
+        return {tap.name: tap.quantized(self._pairs[candidate]) for tap in self._members(search, group)}
 
     def recomputed(self, search: Search, group: int) -> Perturbation:
-        """The linears of a group unquantized, summed in another order: what differs is rounding alone."""
-        return {self._names[m]: self._in_halves(m) for m in np.flatnonzero(search.group_of == group).tolist()}
+        """The modules of a group unquantized, summed in another order: what differs is rounding alone."""
+        return {tap.name: tap.recomputed() for tap in self._members(search, group)}
 
     def unchanged(self, search: Search, group: int) -> Perturbation:
-        """The linears of a group as they are."""
-        members = np.flatnonzero(search.group_of == group).tolist()
-        return {self._names[m]: self._modules[m].forward for m in members}
+        """The modules of a group as they are."""
+        return {tap.name: tap.module.forward for tap in self._members(search, group)}
 
-    def quantized_weight(self, name: str, candidate: int) -> Any:
-        """A linear's weight as a candidate quantizes it."""
-        index = list(self._names).index(name)
-        quantizer = self._weight_quantizers[index][self._pairs[candidate][0]]
-        weight = self._modules[index].weight.detach()
-        return weight if quantizer is None else quantizer(weight)
+    def weight_error(self, name: str, candidate: int) -> float:
+        """Squared error of a module's weights as a candidate quantizes them, summed."""
+        tap = next(t for t in self.taps if t.name == name)
+        pairs = zip(tap.weights(self._pairs[candidate][0]), tap.weights(None), strict=True)
+        return sum(float((quantized - weight).float().square().sum()) for quantized, weight in pairs)
 
-    def _quantized(self, index: int, weight_setting: int, input_setting: int) -> Forward:
-        import torch
-
-        module = self._modules[index]
-        quantize_weight = self._weight_quantizers[index][weight_setting]
-        quantize_input = self._input_quantizers[index][input_setting]
-
-        def forward(x: Any) -> Any:
-            weight = module.weight if quantize_weight is None else quantize_weight(module.weight)
-            x = x if quantize_input is None else quantize_input(x)
-            return torch.nn.functional.linear(x, weight, module.bias)
-
-        return forward
-
-    def _in_halves(self, index: int) -> Forward:
-        import torch
-
-        module = self._modules[index]
-        half = module.in_features // 2
-
-        def forward(x: Any) -> Any:
-            low = torch.nn.functional.linear(x[..., :half], module.weight[:, :half], module.bias)
-            return low + torch.nn.functional.linear(x[..., half:], module.weight[:, half:])
-
-        return forward
+    def _members(self, search: Search, group: int) -> Iterator[Tap]:
+        return (self.taps[m] for m in np.flatnonzero(search.group_of == group).tolist())

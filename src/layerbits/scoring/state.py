@@ -7,30 +7,33 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerbits.inputs.experts import fused_experts
 from layerbits.results.result import FloatArray
 
-_ATTRS = ("input_quantizer", "weight_quantizer", "output_quantizer")
+_ATTRS: tuple[str, ...] = ("input_quantizer", "weight_quantizer", "output_quantizer")
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Linears that ModelOpt decides on together.
+    """Modules that ModelOpt decides on together.
 
     Attributes:
         name: Its key in ModelOpt's ``candidate_stats``.
-        modules: Names of the linears.
+        modules: Names of the linears, or of an expert module.
         weights: Number of their weights.
         searched: Whether the search may quantize them.
+        attrs: Names of the quantizers of each module.
     """
 
     name: str
     modules: tuple[str, ...]
     weights: int
     searched: bool
+    attrs: tuple[str, ...] = _ATTRS
 
 
 def decisions(model: Any, unscored: Sequence[str]) -> list[Decision]:
-    """Groups a model's linears by ModelOpt's own fusion rules.
+    """Groups a model's linears and expert modules by ModelOpt's own fusion rules.
 
     Args:
         model: Any model, converted by ModelOpt or not.
@@ -44,17 +47,24 @@ def decisions(model: Any, unscored: Sequence[str]) -> list[Decision]:
     searcher = AutoQuantizeGradientSearcher()
     searcher.model = model
     kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    grouped: dict[str, list[tuple[str, Any]]] = {}
+    grouped: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {}
     for name, module in model.named_modules():
         if isinstance(module, kinds):
-            keys = (searcher._apply_quant_group_rule(name, rule) for rule in searcher.quant_grouping_rules)
-            grouped.setdefault(next((k for k in keys if k is not None), name), []).append((name, module))
+            member = name, module.weight.numel(), _ATTRS
+        elif (experts := fused_experts(module)) is not None:
+            quantizers = (f"{p}_{kind}_quantizer" for p in experts.projections for kind in ("input", "weight"))
+            member = name, experts.weights, tuple(quantizers)
+        else:
+            continue
+        keys = (searcher._apply_quant_group_rule(name, rule) for rule in searcher.quant_grouping_rules)
+        grouped.setdefault(next((k for k in keys if k is not None), name), []).append(member)
     return [
         Decision(
             name=f"{members[0][0]}.quant_recipe",
-            modules=tuple(n for n, _ in members),
-            weights=sum(m.weight.numel() for _, m in members),
-            searched=not any(fnmatch.fnmatch(n, pattern) for n, _ in members for pattern in unscored),
+            modules=tuple(n for n, _, _ in members),
+            weights=sum(weights for _, weights, _ in members),
+            searched=not any(fnmatch.fnmatch(n, pattern) for n, _, _ in members for pattern in unscored),
+            attrs=members[0][2],
         )
         for members in grouped.values()
     ]
@@ -97,7 +107,7 @@ def search_state(
             "scores": [next(scores), 0.0] if decision.searched else [0.0],
             "costs": [cost * f.compression for f in formats],
             "module_names": list(decision.modules),
-            "quantizer_attrs": dict.fromkeys(decision.modules, _ATTRS),
+            "quantizer_attrs": dict.fromkeys(decision.modules, decision.attrs),
             "cost_weight": float(decision.searched),
             "allow_no_quant": True,
             "is_fixed": False,

@@ -195,6 +195,7 @@ def _discard_damaged(checkpoint: Path) -> None:
 def _restored_after(model: Any) -> Iterator[None]:
     """Undoes what ModelOpt's search leaves behind: gradient checkpointing, train mode, converted linears."""
     use_cache = model.config.use_cache
+    implementations = [(m.config, m.config._experts_implementation) for m in _with_experts(model)]
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     patched = {m for m in model.modules() if "forward" in vars(m)}
     try:
@@ -204,21 +205,30 @@ def _restored_after(model: Any) -> Iterator[None]:
             model.gradient_checkpointing_disable()
         model.eval()
         model.config.use_cache = use_cache
+        for config, implementation in implementations:
+            config._experts_implementation = implementation
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(requires_grad.get(name, False))
             parameter.grad = None
         _plain_again(model, patched)
 
 
+def _with_experts(model: Any) -> list[Any]:
+    """Modules that look up in their configuration how experts run; ModelOpt sets it to its own way for good."""
+    return [m for m in model.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")]
+
+
 def _plain_again(model: Any, patched: set[Any]) -> None:
     """Turns ModelOpt's dynamic modules back into what they were; no weight was changed."""
+    import torch
     from modelopt.torch.opt.conversion import ModeloptStateManager
     from modelopt.torch.opt.dynamic import DynamicModule
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, TensorQuantizer):
+            lists = isinstance(child, torch.nn.ModuleList) and name.endswith("_weight_quantizers")
+            if isinstance(child, TensorQuantizer) or lists:
                 delattr(module, name)
         module.__dict__.pop("_hparams_for_scoring", None)
         module.__dict__.pop("output_diff_dict", None)

@@ -20,6 +20,7 @@ from layerbits.inputs.models import output_head
 from layerbits.scoring.divergence import Reference
 from layerbits.scoring.patches import Forward, Span, by_tile, forwards
 from layerbits.scoring.steps import LOGITS_AT_ONCE, _inputs, _loss_positions, has_plain_head, predictions
+from layerbits.scoring.tap import first_input
 
 _TOKENS_AT_ONCE = {"cuda": 1 << 14, "cpu": 1 << 11}
 """Tokens of all tiles together: enough to fill the matrix units, few enough to keep the activations small."""
@@ -27,7 +28,7 @@ _PROBE = 8  # tokens that starting at a block is tried with
 _MEND = "kl_div from block to block cannot score it, use autoquant.engine=stock"
 
 Perturbation = Mapping[str, Forward]
-"""Name of a linear → what computes its output from its input instead, for ``[rows, length, in_features]``."""
+"""Name of a module → what computes its output from its input instead, several rows together."""
 
 
 @dataclass(frozen=True)
@@ -229,8 +230,9 @@ class SuffixRunner:
             return hook
 
         def before_linear(name: str) -> Any:
-            def hook(_module: Any, args: tuple[Any, ...]) -> None:
-                called.append((name, args[0].numel() // args[0].shape[-1]))
+            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = first_input(args, kwargs)
+                called.append((name, x.numel() // x.shape[-1]))
 
             return hook
 
@@ -238,7 +240,11 @@ class SuffixRunner:
             outputs.append(output)
 
         handles = [m.register_forward_pre_hook(before_block(i), with_kwargs=True) for i, m in enumerate(blocks.modules)]
-        handles += [self._linear(n).register_forward_pre_hook(before_linear(n)) for n in blocks.of if n != blocks.head]
+        handles += [
+            self._linear(n).register_forward_pre_hook(before_linear(n), with_kwargs=True)
+            for n in blocks.of
+            if n != blocks.head
+        ]
         if blocks.modules:
             handles.append(blocks.modules[-1].register_forward_hook(after_last))
         try:

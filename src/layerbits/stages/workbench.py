@@ -16,7 +16,7 @@ from layerbits.config import AutoQuantSpec, Settings
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Calibration, build_calibration
 from layerbits.inputs.captions import CaptionSet, load_captions
-from layerbits.inputs.models import ResolvedModel, load_tokenizer, resolve, skeleton
+from layerbits.inputs.models import ResolvedModel, Shapes, load_tokenizer, resolve, skeleton
 from layerbits.provenance import provenance
 from layerbits.stages.plan import Plan
 
@@ -32,7 +32,7 @@ class Workbench:
     resolved: ResolvedModel
     tokenizer: Any
     calibration: Calibration
-    linears: Mapping[str, tuple[int, int]]
+    linears: Mapping[str, Shapes]
     device: str
 
     def scored(self, candidate: Candidate) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Workbench:
         Raises:
             Unsupported: It cannot run here.
         """
-        linears = {n: self.linears[n] for n in self.scored(candidate)}
+        linears = _by_weight({n: self.linears[n] for n in self.scored(candidate)})
         if self.settings.autoquant.method == "fisher" and not scored_together(candidate):
             raise Unsupported(
                 f"{candidate.info.name} needs ModelOpt's own calibration, which has no method=fisher; "
@@ -120,6 +120,16 @@ def scored_together(candidate: Candidate) -> bool:
     """Whether one pass can score a candidate: its calibration needs nothing but ranges (no AWQ, no SmoothQuant)."""
     algorithm = candidate.info.config.get("algorithm")
     return (algorithm.get("method") if isinstance(algorithm, dict) else algorithm) in (None, "max")
+
+
+def _by_weight(linears: Mapping[str, Shapes]) -> dict[str, tuple[int, int]]:
+    """The shape of every weight; an expert module has one per projection."""
+    which = ("first", "second")
+    return {
+        name if len(shapes) == 1 else f"{name} ({at} projection)": shape
+        for name, shapes in linears.items()
+        for at, shape in zip(which, shapes, strict=False)
+    }
 
 
 def _method(spec: AutoQuantSpec) -> Any:

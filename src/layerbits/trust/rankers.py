@@ -63,7 +63,7 @@ def rank(name: str, job: ScoringJob, linears: ReplacedLinears, search: Search) -
     elif name == "gradient_token":
         predicted, samples = _gradient_token(job, linears, search)
     elif name == "weight_mse":
-        predicted, samples = _weight_mse(job.loaded.model, linears, search), None
+        predicted, samples = _weight_mse(linears, search), None
     elif name == "output_mse":
         predicted, samples = _output_mse(job, linears, search), None
     else:
@@ -93,15 +93,14 @@ def _gradient_token(job: ScoringJob, linears: ReplacedLinears, search: Search) -
     return shares.sum(axis=0), Captions(shares * tokens.sum(), tokens)
 
 
-def _weight_mse(model: Any, linears: ReplacedLinears, search: Search) -> FloatArray:
+def _weight_mse(linears: ReplacedLinears, search: Search) -> FloatArray:
     import torch
 
     errors = np.zeros(len(search.groups))
     with torch.no_grad():
         for g, group in enumerate(search.groups):
             for name in group.modules:
-                weight = model.get_submodule(name).weight
-                errors[g] += float((linears.quantized_weight(name, 0) - weight).float().square().sum())
+                errors[g] += linears.weight_error(name, 0)
     return errors / np.array([g.weights for g in search.groups])
 
 
@@ -112,14 +111,14 @@ def _output_mse(job: ScoringJob, linears: ReplacedLinears, search: Search) -> Fl
     errors, powers = (np.zeros(len(search.groups)) for _ in range(2))
 
     def see(group: int, quantized: Any) -> Any:
-        def hook(_module: Any, args: tuple[Any, ...], output: Any) -> None:
-            errors[group] += float((quantized(args[0]) - output).float().square().sum())
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            errors[group] += float((quantized(*args, **kwargs) - output).float().square().sum())
             powers[group] += float(output.float().square().sum())
 
         return hook
 
     handles = [
-        model.get_submodule(name).register_forward_hook(see(g, forward))
+        model.get_submodule(name).register_forward_hook(see(g, forward), with_kwargs=True)
         for g in range(len(search.groups))
         for name, forward in linears.quantized(search, g, 0).items()
     ]

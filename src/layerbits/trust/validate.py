@@ -145,7 +145,7 @@ def calibrated_linears(job: ScoringJob, search: Search) -> ReplacedLinears:
     """The scored linears of a job, with their ranges found on its calibration rows."""
     from layerbits.scoring.replaced import ReplacedLinears
 
-    linears = ReplacedLinears(job.loaded.model, search.names, search.settings, keep_weights=False)
+    linears = ReplacedLinears(job.loaded.model, search.names, search.settings)
     linears.calibrate(job.calibration.calib, search.need_logits)
     linears.load_ranges(linears.ranges())
     return linears

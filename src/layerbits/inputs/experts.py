@@ -1,0 +1,58 @@
+"""Expert modules: the experts of a mixture with one 3-D tensor of weights per projection, ``[experts, out, in]``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What ModelOpt's AutoQuantize decides on as a whole.
+
+    Attributes:
+        count: Experts.
+        projections: Names of the weight tensors in the order in which they are used: ``gate_up_proj`` (or ``up_proj``
+            of experts without a gate) and ``down_proj``.
+        shapes: ``(out_features, in_features)`` of one expert's weight, per projection.
+    """
+
+    count: int
+    projections: tuple[str, str]
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights of all experts."""
+        return self.count * sum(rows * width for rows, width in self.shapes)
+
+
+def fused_experts(module: Any) -> Experts | None:
+    """Whether ModelOpt's AutoQuantize takes a module for one decision over experts.
+
+    By ModelOpt's own rule (``plugins/huggingface.py``): a count of experts and 3-D projections, and no quantized class
+    of another kind for it (gpt-oss, Llama 4 and DBRX have one, which AutoQuantize makes no decision for).
+    """
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+    from modelopt.torch.quantization.plugins import huggingface
+
+    if isinstance(module, huggingface._QuantFusedExperts):
+        wrapper = type(module)
+    else:
+        wrapper = huggingface._fused_experts_wrapper_class(module)
+        known = QuantModuleRegistry.get(type(module))
+        if wrapper is None or (known is not None and not issubclass(known, huggingface._QuantFusedExperts)):
+            return None
+    names = (wrapper._first_proj_attr, "down_proj")
+    weights = [getattr(module, name) for name in names]
+    return Experts(
+        count=len(weights[0]),
+        projections=names,
+        shapes=tuple((int(w.shape[1]), int(w.shape[2])) for w in weights),
+    )
+
+
+def named_experts(model: Any) -> dict[str, Experts]:
+    """The expert modules of a model by full name, in model order."""
+    found = ((name, fused_experts(module)) for name, module in model.named_modules())
+    return {name: experts for name, experts in found if experts is not None}

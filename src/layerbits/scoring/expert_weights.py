@@ -1,0 +1,146 @@
+"""The weight quantizers of all experts of a projection as one: a call quantizes ``[experts, out, in]``.
+
+ModelOpt gives every expert a ``TensorQuantizer`` of its own and calls them one after the other. A scale per tensor of
+an expert is a scale per slice of the whole projection, so that ModelOpt's quantizer with another ``axis`` computes the
+same numbers for all experts at once; blocks and rows do not know experts at all.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from layerbits.candidates import fp4
+from layerbits.errors import Unsupported, UserError
+from layerbits.scoring import quantizers
+
+AT_ONCE = 1 << 27
+"""Weights that are quantized at once: 512 MB in float32, which some kernels work in."""
+
+
+class ExpertWeights:
+    """A weight setting for the experts of one projection.
+
+    Args:
+        attributes: ModelOpt's quantizer attributes for the weight of one expert.
+        weight: ``[experts, out_features, in_features]``.
+
+    Raises:
+        Unsupported: Scales that are laid out in a way that is not known here.
+    """
+
+    def __init__(self, attributes: Any, weight: Any) -> None:
+        experts, rows, width = weight.shape
+        self._layout, adapted = _layout(attributes)
+        size = max(1, AT_ONCE // (rows * width))
+        self._parts = [slice(at, min(at + size, experts)) for at in range(0, experts, size)]
+        self._own = self._layout == "nvfp4" and (attributes.backend == fp4.NVFP4_BACKEND or weight.is_cuda)
+        self._quantizers = [quantizers.make_quantizer(adapted, weight.device) for _ in self._parts]
+        self._amax: Any = None
+
+    def calibrate(self, weight: Any, rows_amax: Any) -> None:
+        """Finds the ranges as ModelOpt's ``max`` calibration does.
+
+        Args:
+            weight: The weights.
+            rows_amax: Largest magnitude of each row, ``[experts, out_features]``.
+        """
+        self._amax = rows_amax.amax(dim=1)
+        for part, quantizer in zip(self._parts, self._quantizers, strict=True):
+            if self._layout == "nvfp4" or not quantizers.needs_range(quantizer):
+                continue
+            if self._layout == "matrix":
+                quantizer.amax = self._amax[part, None]
+            elif self._layout == "row":
+                quantizer.amax = rows_amax[part].reshape(-1, 1)
+            else:
+                quantizers.calibrate_weight(quantizer, self._seen(weight[part]))
+
+    def __call__(self, weight: Any) -> Any:
+        """The quantized weights, a new tensor."""
+        import torch
+
+        if len(self._parts) == 1:
+            return self._quantized(0, weight).view(weight.shape)
+        made = torch.empty_like(weight)
+        for index, part in enumerate(self._parts):
+            made[part] = self._quantized(index, weight[part]).view(made[part].shape)
+        return made
+
+    def _quantized(self, index: int, weight: Any) -> Any:
+        if not self._own:
+            return self._quantizers[index](self._seen(weight))
+        amax = self._amax[self._parts[index]]
+        return _nvfp4_on_gpu(weight, amax) if weight.is_cuda else fp4.nvfp4_each(weight, amax)
+
+    def _seen(self, weight: Any) -> Any:
+        """The weights in the shape that the quantizer gets."""
+        if self._layout == "matrix":
+            return weight.reshape(len(weight), -1)
+        if self._layout in ("row", "row blocks"):
+            return weight.reshape(-1, weight.shape[-1])
+        return weight
+
+
+def largest_by_row(name: str, weight: Any) -> Any:
+    """Largest magnitude of each row of each expert's weight, ``[experts, out_features]``.
+
+    Raises:
+        UserError: A weight is not finite.
+    """
+    import torch
+    from modelopt.torch.quantization.utils import reduce_amax
+
+    amax = reduce_amax(weight, axis=2, squeeze_scalar=False)[..., 0]
+    if not bool(torch.isfinite(amax).all()):
+        raise UserError(f"the weight of {name} is not finite; the checkpoint is damaged, fetch it again")
+    return amax
+
+
+def _layout(attributes: Any) -> tuple[str, Any]:
+    """How the scales lie in ``[experts, out, in]``, and the attributes that make ModelOpt's quantizer see it so."""
+    blocks = dict(attributes.block_sizes or {})
+    lengths = {k % 2: v for k, v in blocks.items() if isinstance(k, int)}
+    whole = {k for k, v in lengths.items() if v is None}
+    if lengths and len(whole) < len(lengths):
+        if tuple(blocks.get("scale_bits") or ()) == (4, 3) and attributes.num_bits == (2, 1):
+            if blocks.get("type") != "dynamic":
+                raise Unsupported("NVFP4 with static block scales of experts; use the dynamic NVFP4 formats")
+            return "nvfp4", attributes
+        return ("row blocks" if set(lengths) == {1} else "blocks"), attributes
+    if lengths:  # whole dimensions share a scale: the others are what ModelOpt calls the axis
+        own = {0, 1} - whole
+    else:
+        axis = attributes.axis
+        own = {a % 2 for a in ([axis] if isinstance(axis, int) else axis or ())}
+    layout, axis = {
+        frozenset(): ("matrix", 0),
+        frozenset({0}): ("row", 0),
+        frozenset({1}): ("column", (0, 2)),
+        frozenset({0, 1}): ("element", (0, 1, 2)),
+    }[frozenset(own)]
+    return layout, attributes.model_copy(update={"axis": axis, "block_sizes": None})
+
+
+def _nvfp4_on_gpu(weight: Any, amax: Any) -> Any:
+    import torch
+    import triton
+
+    experts, rows, width = weight.shape
+    weight = weight.contiguous()
+    made = torch.empty_like(weight)
+    scales = amax.float() / (6.0 * 448.0)
+    blocks = 8
+    grid = (experts, triton.cdiv(rows, 16), triton.cdiv(width, 16 * blocks))
+    with torch.cuda.device(weight.device):
+        _kernel()[grid](weight, made, scales, rows, width, ROWS=16, BLOCKS=blocks)
+    return made
+
+
+@cache
+def _kernel() -> Any:
+    import triton
+
+    from layerbits.scoring import nvfp4_kernel
+
+    return triton.jit(nvfp4_kernel.quantize_each)

@@ -1,0 +1,284 @@
+"""Expert modules under observation: all experts of a module are one decision, scored at the module's output.
+
+A module gets hidden states, the experts that each token is routed to, and the weights of the routing. These are data:
+a candidate's output is made on the recorded routing with every expert's weights quantized, the token's input quantized
+before the first projection and the activations between before the second. ModelOpt computes the same expert by expert
+in Python (``_QuantFusedExperts``); here the tokens of all experts go through one grouped product
+(``experts_implementation="grouped_mm"`` of transformers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from layerbits.errors import Unsupported
+from layerbits.inputs.experts import Experts
+from layerbits.scoring import quantizers
+from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
+from layerbits.scoring.memory import Load
+from layerbits.scoring.patches import Forward, forwards
+from layerbits.scoring.reduction import token_scores
+from layerbits.scoring.tap import See, Tap
+
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k", "num_selected_experts")
+"""Names of the number of experts per token in configurations, ModelOpt's list (``_auto_quantize_cost.py``)."""
+
+Change = Callable[[Any], Any]
+"""What is done to a tensor on its way into a projection."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What enters an expert module.
+
+    Attributes:
+        hidden: ``[tokens, features]``. index: ``[tokens, k]`` experts of each token. weights: ``[tokens, k]``.
+    """
+
+    hidden: Any
+    index: Any
+    weights: Any
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routed:
+        """Reads the arguments of a forward; transformers gives them in this order under several names."""
+        return cls(*(v.detach() for v in (*args, *kwargs.values())))
+
+
+class ExpertsTap(Tap):
+    """An expert module.
+
+    Args:
+        name: Full name in the model.
+        module: The module.
+        settings: Distinct quantizer settings of the candidates.
+        experts: What it consists of.
+
+    Raises:
+        Unsupported: A weight setting that is not known for experts.
+    """
+
+    def __init__(self, name: str, module: Any, settings: quantizers.Settings, experts: Experts) -> None:
+        tensors = [getattr(module, projection) for projection in experts.projections]
+        super().__init__(name, module, settings, experts.projections, tensors[0].device)
+        self.experts = experts
+        self._weights = [[None if s is None else ExpertWeights(s, t) for t in tensors] for s in settings.weights]
+        self.counts: Any = None
+
+    def load(self, tokens: int) -> Load:
+        """Input and output stay; one setting's quantized weights and the routed tokens pass."""
+        (between, width), (features, inner) = self.experts.shapes
+        size = self._tensors()[0].element_size()
+        routed = tokens * min(self.experts.count, self._per_token())
+        passing = (
+            self.experts.weights * size + 4 * AT_ONCE + routed * (2 * width + between + inner + 2 * features) * size
+        )
+        return Load(width, width + features, 0, passing, passing_by_setting=False)
+
+    def watched(self, see: See) -> AbstractContextManager[None]:
+        """While it lasts, a forward shows what enters the two projections to ``see``."""
+        first, second = self.experts.projections
+
+        def show(site: str) -> Change:
+            def shown(x: Any) -> Any:
+                see(site, x)
+                return x
+
+            return shown
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._run(Routed.of(args, kwargs), self._tensors(), show(first), show(second))
+
+        return forwards({self.module: forward})
+
+    def calibrate_weights(self) -> None:
+        """Finds the ranges of all experts' weights."""
+        for position, tensor in enumerate(self._tensors()):
+            amax = largest_by_row(self.name, tensor)
+            for row in self._weights:
+                if (quantizer := row[position]) is not None:
+                    quantizer.calibrate(tensor, amax)
+
+    def keep_weights(self) -> None:
+        """Does nothing: the weights of experts are most of a model, copies of them would not fit."""
+
+    def drop_weights(self) -> None:
+        """Does nothing: they are always quantized on the fly."""
+
+    def hold(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> list[Any]:
+        """The routed tokens and the output."""
+        return [Routed.of(args, kwargs), output.detach()]
+
+    def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
+        """Candidates with the same weight setting share its quantized weights."""
+        routed, y = held
+        for setting in range(len(self._weights)):
+            mine: dict[int, list[int]] = {}
+            for candidate, (weight, inputs) in enumerate(self.pairs):
+                if weight == setting:
+                    mine.setdefault(inputs, []).append(candidate)
+            if not mine:
+                continue
+            tensors = tuple(self.weights(setting))
+            for inputs, candidates in mine.items():
+                output = self._run(routed, tensors, *self._changes(inputs))
+                yield candidates, token_scores(gradient, output, y, signed)
+
+    def quantized(self, pair: tuple[int, int]) -> Forward:
+        """The module with quantized experts and inputs; the weights are quantized on the fly."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._run(Routed.of(args, kwargs), tuple(self.weights(pair[0])), *self._changes(pair[1]))
+
+        return forward
+
+    def recomputed(self) -> Forward:
+        """Each half of a token's experts for itself."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            routed = Routed.of(args, kwargs)
+            first = routed.weights.clone()
+            first[:, routed.weights.shape[1] // 2 :] = 0
+            parts = (first, routed.weights - first)
+            low, high = (self._run(Routed(routed.hidden, routed.index, w), self._tensors()) for w in parts)
+            return low + high
+
+        return forward
+
+    def weights(self, setting: int | None) -> Iterator[Any]:
+        """The two projections' weights."""
+        for position, tensor in enumerate(self._tensors()):
+            quantizer = None if setting is None else self._weights[setting][position]
+            yield tensor if quantizer is None else quantizer(tensor)
+
+    def lighter(self) -> AbstractContextManager[None]:
+        """While it lasts, the activations inside the module are made again in the backward pass."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, index, weights = (*args, *kwargs.values())
+            return _recomputed().apply(hidden, weights, index, self._plain)
+
+        return forwards({self.module: forward})
+
+    def _per_token(self) -> int:
+        """Experts of a token, as many as the configuration says."""
+        config = getattr(self.module, "config", None)
+        return next((n for n in (getattr(config, a, None) for a in _PER_TOKEN) if isinstance(n, int)), 8)
+
+    def _plain(self, hidden: Any, index: Any, weights: Any) -> Any:
+        return self._run(Routed(hidden, index, weights), self._tensors())
+
+    def _tensors(self) -> tuple[Any, ...]:
+        return tuple(getattr(self.module, projection).detach() for projection in self.experts.projections)
+
+    def _changes(self, setting: int) -> tuple[Any, ...]:
+        return tuple(self.inputs[projection][setting] for projection in self.experts.projections)
+
+    def _run(self, routed: Routed, tensors: Sequence[Any], first: Any = None, second: Any = None) -> Any:
+        """The module's output with other weights, its inputs changed on the way.
+
+        Args:
+            routed: What enters.
+            tensors: The weights of the two projections.
+            first: Applied to what enters the first projection. second: The same of the second.
+        """
+        if routed.hidden.dim() != 2 or routed.index.dim() != 2:
+            raise Unsupported(
+                f"{self.name} gets {routed.hidden.dim()}-dimensional hidden states; use autoquant.engine=stock"
+            )
+        weights = dict(zip(self.experts.projections, tensors, strict=True))
+        grouped = _grouped(self.module)
+        if grouped is None or not (_by_token(first) and _by_token(second)):
+            return _one_by_one(self.module, weights, routed, first, second)
+        gate = "_apply_gate" if self.module.has_gate else "act_fn"
+        act = getattr(self.module, gate)
+        between = act if second is None else lambda x: second(act(x))
+        hidden = routed.hidden if first is None else first(routed.hidden)
+        return grouped(_With(self.module, {**weights, gate: between}), hidden, routed.index, routed.weights)
+
+
+class _With:
+    """A module with some attributes replaced, for its forward as a plain function."""
+
+    def __init__(self, module: Any, replaced: Mapping[str, Any]) -> None:
+        self.__dict__.update(replaced)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _grouped(module: Any) -> Any:
+    """Transformers' grouped forward, ``None`` for a class that was not written for it."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"] if hasattr(module, "has_gate") else None
+
+
+def _by_token(change: Any) -> bool:
+    """Whether a change treats every token by itself, so that it may be applied to the tokens of all experts at once."""
+    return change is None or not hasattr(change, "block_sizes") or quantizers.by_token(change)
+
+
+def _one_by_one(module: Any, weights: Mapping[str, Any], routed: Routed, first: Any, second: Any) -> Any:
+    """The module's own loop over its experts, ``torch.nn.functional.linear`` called twice for each.
+
+    ModelOpt's way: a range that is made on the fly is that of the tokens of one expert.
+    """
+    import torch
+
+    linear = torch.nn.functional.linear
+    second_next = False
+
+    def quantized(x: Any, weight: Any, bias: Any = None) -> Any:
+        nonlocal second_next
+        change = second if second_next else first
+        second_next = not second_next
+        return linear(x if change is None else change(x), weight, bias)
+
+    own = type(module).forward
+    forward = getattr(own, "__wrapped__", own)
+    with _linear_is(quantized):
+        return forward(_With(module, weights), routed.hidden, routed.index, routed.weights)
+
+
+@contextmanager
+def _linear_is(function: Any) -> Iterator[None]:
+    import torch
+
+    before = torch.nn.functional.linear
+    torch.nn.functional.linear = function
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = before
+
+
+@cache
+def _recomputed() -> Any:
+    import torch
+
+    class Recomputed(torch.autograd.Function):
+        """Keeps what enters, and makes the inside again when the gradient comes."""
+
+        @staticmethod
+        def forward(ctx: Any, hidden: Any, weights: Any, index: Any, run: Any) -> Any:
+            ctx.save_for_backward(hidden, weights, index)
+            ctx.run = run
+            return run(hidden, index, weights)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:  # type: ignore[override]
+            hidden, weights, index = ctx.saved_tensors
+            with torch.enable_grad():
+                leaves = [hidden.detach().requires_grad_(), weights.detach().requires_grad_()]
+                output = ctx.run(leaves[0], index, leaves[1])
+                wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed]
+                found = iter(torch.autograd.grad(output, wanted, gradient))
+            return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None)
+
+    return Recomputed

@@ -1,0 +1,239 @@
+"""One scored module under observation: its quantizers, its ranges, and scores from the gradient of its output."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from layerbits.errors import UserError
+from layerbits.scoring import quantizers
+from layerbits.scoring.memory import Load
+from layerbits.scoring.patches import Forward
+from layerbits.scoring.reduction import token_scores
+
+See = Callable[[str, Any], None]
+"""Takes the name of an input (``""`` where a module has one) and the tensor that came in."""
+
+
+class Tap(ABC):
+    """A scored module with the quantizers of every candidate; the module itself stays as it is.
+
+    Args:
+        name: Full name in the model.
+        module: The module.
+        settings: Distinct quantizer settings of ``C`` candidates.
+        inputs: Names of what is quantized on the way through the module.
+        device: Where its weights are.
+    """
+
+    def __init__(
+        self, name: str, module: Any, settings: quantizers.Settings, inputs: Sequence[str], device: Any
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.device = device
+        self.inputs = {site: [quantizers.make_quantizer(s, device) for s in settings.inputs] for site in inputs}
+        self.pairs = settings.pairs
+
+    @abstractmethod
+    def load(self, tokens: int) -> Load:
+        """What the module takes for a segment of some tokens."""
+
+    @abstractmethod
+    def watched(self, see: See) -> AbstractContextManager[None]:
+        """While it lasts, a forward shows what is quantized to ``see``."""
+
+    @abstractmethod
+    def calibrate_weights(self) -> None:
+        """Finds the ranges of the weights.
+
+        Raises:
+            UserError: A weight is not finite.
+        """
+
+    @abstractmethod
+    def keep_weights(self) -> None:
+        """Keeps the quantized weights from one batch to the next."""
+
+    @abstractmethod
+    def drop_weights(self) -> None:
+        """Quantizes the weights on the fly from now on."""
+
+    @abstractmethod
+    def hold(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> list[Any]:
+        """What the scores need of a forward, the output last."""
+
+    @abstractmethod
+    def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
+        """Candidates and their :func:`token_scores`, ``[n, tokens]``, until every candidate had its turn."""
+
+    @abstractmethod
+    def quantized(self, pair: tuple[int, int]) -> Forward:
+        """The forward under a pair of (weight, input) settings."""
+
+    @abstractmethod
+    def recomputed(self) -> Forward:
+        """The forward unquantized, summed in another order: what differs is rounding alone."""
+
+    @abstractmethod
+    def weights(self, setting: int | None) -> Iterator[Any]:
+        """The weight tensors, quantized by a setting or, with ``None``, as they are."""
+
+    def lighter(self) -> AbstractContextManager[None]:
+        """While it lasts, the module keeps less for its backward pass and computes the same."""
+        return nullcontext()
+
+    def range_names(self) -> Iterator[tuple[str, str, int, Any]]:
+        """Name of a static range, input, setting and quantizer."""
+        for site, row in self.inputs.items():
+            for i, quantizer in enumerate(row):
+                if quantizers.needs_range(quantizer):
+                    yield f"{self.name}.{site}.{i}" if site else f"{self.name}.{i}", site, i, quantizer
+
+    def set_ranges(self, running: Mapping[str, Mapping[Any, Any]]) -> None:
+        """Takes the largest magnitudes that calibration saw, by input and axis.
+
+        Raises:
+            UserError: The module was never called, or an input is not finite.
+        """
+        import torch
+
+        for _, site, _, quantizer in self.range_names():
+            known = running.get(site, {})
+            if quantizer.axis not in known:
+                raise UserError(f"{self.name} is never called in a forward pass; exclude it")
+            if not bool(torch.isfinite(known[quantizer.axis]).all()):
+                raise UserError(f"the input of {self.name} is not finite; try model.dtype=float32 or bfloat16")
+            quantizer.amax = known[quantizer.axis]
+
+
+class LinearTap(Tap):
+    """A linear."""
+
+    def __init__(self, name: str, module: Any, settings: quantizers.Settings) -> None:
+        super().__init__(name, module, settings, [""], module.weight.device)
+        self._runs = _runs(settings)
+        self._weights = [quantizers.make_quantizer(s, self.device) for s in settings.weights]
+        self._kept: Any = None
+
+    def load(self, tokens: int) -> Load:
+        """Input and output stay, and the weights of all settings are made side by side."""
+        weight = self.module.weight
+        passing = 2 * weight.numel() * weight.element_size()
+        return Load(weight.shape[1], sum(weight.shape), weight.numel(), passing, passing_by_setting=True)
+
+    def watched(self, see: See) -> AbstractContextManager[None]:
+        """While it lasts, a forward shows the input to ``see``."""
+        return hooked(self.module.register_forward_pre_hook(lambda _module, args: see("", args[0])))
+
+    def calibrate_weights(self) -> None:
+        """Finds the ranges of the weight."""
+        import torch
+
+        if not bool(torch.isfinite(self.module.weight).all()):
+            raise UserError(f"the weight of {self.name} is not finite; the checkpoint is damaged, fetch it again")
+        for quantizer in self._weights:
+            quantizers.calibrate_weight(quantizer, self.module.weight)
+
+    def keep_weights(self) -> None:
+        """Keeps the quantized weights."""
+        self._kept = self._all_weights()
+
+    def drop_weights(self) -> None:
+        """Quantizes the weight on the fly from now on."""
+        self._kept = None
+
+    def hold(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> list[Any]:
+        """Input and output."""
+        return [first_input(args, kwargs).detach(), output.detach()]
+
+    def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
+        """Neighbouring weight settings of one input setting share a product."""
+        import torch
+
+        x, y = held
+        features = self.module.out_features
+        weights = self._all_weights() if self._kept is None else self._kept
+        for setting, quantizer in enumerate(self.inputs[""]):
+            seen = x if quantizer is None else quantizer(x)
+            for first, last, candidates in self._runs[setting]:
+                bias = None if self.module.bias is None else self.module.bias.repeat(last - first)
+                outputs = torch.nn.functional.linear(seen, weights[first * features : last * features], bias)
+                yield candidates, token_scores(gradient, outputs, y, signed)
+
+    def quantized(self, pair: tuple[int, int]) -> Forward:
+        """The linear with quantized weight and input; the weight is quantized on the fly."""
+        import torch
+
+        module, quantize_weight, quantize_input = self.module, self._weights[pair[0]], self.inputs[""][pair[1]]
+
+        def forward(x: Any) -> Any:
+            weight = module.weight if quantize_weight is None else quantize_weight(module.weight)
+            x = x if quantize_input is None else quantize_input(x)
+            return torch.nn.functional.linear(x, weight, module.bias)
+
+        return forward
+
+    def recomputed(self) -> Forward:
+        """The linear in two halves of its input."""
+        import torch
+
+        module = self.module
+        half = module.in_features // 2
+
+        def forward(x: Any) -> Any:
+            low = torch.nn.functional.linear(x[..., :half], module.weight[:, :half], module.bias)
+            return low + torch.nn.functional.linear(x[..., half:], module.weight[:, half:])
+
+        return forward
+
+    def weights(self, setting: int | None) -> Iterator[Any]:
+        """The weight."""
+        quantizer = None if setting is None else self._weights[setting]
+        weight = self.module.weight.detach()
+        yield weight if quantizer is None else quantizer(weight)
+
+    def _all_weights(self) -> Any:
+        """The weights of all settings under each other, ``[W * out_features, in_features]``."""
+        import torch
+
+        return torch.cat(list(self._under_all()))
+
+    def _under_all(self) -> Iterator[Any]:
+        """The weight under every setting."""
+        return (weight for setting in range(len(self._weights)) for weight in self.weights(setting))
+
+
+@contextmanager
+def hooked(handle: Any) -> Iterator[None]:
+    """Keeps a hook until the end of a ``with`` block."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The first argument of a forward, however it is given."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _runs(settings: quantizers.Settings) -> list[list[tuple[int, int, list[int]]]]:
+    """Per input setting, runs of neighbouring weight settings: one matrix product serves all candidates of a run.
+
+    Returns:
+        (first weight setting, one past the last, positions of the candidates), lists of lists.
+    """
+    runs: list[list[tuple[int, int, list[int]]]] = []
+    for setting in range(len(settings.inputs)):
+        mine = sorted((w, c) for c, (w, i) in enumerate(settings.pairs) if i == setting)
+        found: list[tuple[int, int, list[int]]] = []
+        for w, c in mine:
+            if found and found[-1][1] == w:
+                found[-1] = (found[-1][0], w + 1, [*found[-1][2], c])
+            else:
+                found.append((w, w + 1, [c]))
+        runs.append(found)
+    return runs
