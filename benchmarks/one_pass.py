@@ -141,7 +141,7 @@ class Bench:
         tokens = batch.segments[0].input_ids.numel()
         inputs = {
             n: torch.randn(tokens, n, device=self.device, dtype=model.dtype)
-            for n in {self.loaded.linears[name][1] for name in self.scored}
+            for n in {self.loaded.linears[name][0][1] for name in self.scored}
         }
 
         def matmuls() -> None:

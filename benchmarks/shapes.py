@@ -58,7 +58,49 @@ def smollm2_135m() -> Any:
     )  # fmt: skip
 
 
+_A3B = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128, "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768, "decoder_sparse_step": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def qwen3_30b_a3b(**changes: Any) -> Any:
+    """Config of Qwen3-30B-A3B (48 blocks of 128 experts, 8 of them for a token)."""
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(**{**_A3B, **changes})
+
+
+def qwen3_30b_a3b_12() -> Any:
+    """The first 12 blocks of Qwen3-30B-A3B."""
+    return qwen3_30b_a3b(num_hidden_layers=12)
+
+
+def qwen3_vl_30b_a3b(**changes: Any) -> Any:
+    """Config of Qwen3-VL-30B-A3B-Instruct (the language model is Qwen3-30B-A3B)."""
+    from transformers import Qwen3VLMoeConfig
+
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 2048}
+    text = {**_A3B, "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}
+    return Qwen3VLMoeConfig(
+        text_config={**text, **changes}, vision_config={**vision, "deepstack_visual_indexes": [8, 16, 24]}
+    )
+
+
+def tiny_experts() -> Any:
+    """A mixture of two blocks, to try a benchmark on a CPU."""
+    return qwen3_30b_a3b(
+        hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        vocab_size=1024, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128,
+    )  # fmt: skip
+
+
 SHAPES = {
+    "qwen3-30b-a3b": qwen3_30b_a3b,
+    "qwen3-30b-a3b-12": qwen3_30b_a3b_12,
+    "qwen3-vl-30b-a3b": qwen3_vl_30b_a3b,
+    "tiny-experts": tiny_experts,
     "qwen3-vl-4b": qwen3_vl_4b,
     "qwen2.5-vl-3b": qwen2_5_vl_3b,
     "smollm2-135m": smollm2_135m,
@@ -69,7 +111,7 @@ SHAPES = {
 def class_name(config: Any) -> str:
     """Name of the ``transformers`` class of a config: whole vision-language model, or language model with its head."""
     kind = type(config).__name__
-    return kind.replace("Config", "ForCausalLM" if kind == "LlamaConfig" else "ForConditionalGeneration")
+    return kind.replace("Config", "ForConditionalGeneration" if "VL" in kind else "ForCausalLM")
 
 
 def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LoadedModel:

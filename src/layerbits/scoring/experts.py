@@ -184,7 +184,8 @@ class ExpertsTap(Tap):
         Args:
             routed: What enters.
             tensors: The weights of the two projections.
-            first: Applied to what enters the first projection. second: The same of the second.
+            first: Applied to what enters the first projection.
+            second: Applied to what enters the second.
         """
         if routed.hidden.dim() != 2 or routed.index.dim() != 2:
             raise Unsupported(

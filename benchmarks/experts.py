@@ -1,0 +1,254 @@
+"""One pass over a mixture of experts against stock ``mtq.auto_quantize``: seconds, peak memory, floor, equality.
+
+    python benchmarks/experts.py --shape qwen3-30b-a3b --parts floor,one,stock --out record.json
+    torchrun --nproc_per_node 2 benchmarks/experts.py --shape qwen3-30b-a3b-12 --parts one
+    python benchmarks/experts.py --shape qwen3-30b-a3b-12 --parts order
+    python benchmarks/experts.py --tiny
+
+All parts run in one process on one model of random weights; kernels are built and warmed before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from one_pass import BUDGETS, SIX, configs
+from shapes import SHAPES, random_model, random_rows
+
+from layerbits.inputs.experts import named_experts
+from layerbits.provenance import provenance
+from layerbits.scoring import distributed, onepass, quantizers, stock
+from layerbits.scoring.experts import ExpertsTap, Routed
+from layerbits.scoring.job import Scores, ScoringJob
+from layerbits.scoring.memory import checkpointed
+from layerbits.scoring.steps import calibration_forward, has_plain_head, loss_backward
+from layerbits.scoring.taps import _no_parameter_gradients, make_tap
+
+REPEATS = 5
+
+
+class Bench:
+    """One model and its rows; each part adds a row to the record."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.device = arguments.device
+        if self.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+        self.loaded = random_model(arguments.shape, distributed.device(self.device), dtype)
+        self.model = self.loaded.model
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        self.rows = random_rows(vocabulary, arguments.steps, arguments.rows, arguments.length)
+        head = self.model.get_output_embeddings()
+        self.scored = tuple(n for n in self.loaded.linears if self.model.get_submodule(n) is not head)
+        # one folder for all processes of a torchrun
+        self.folder = Path(tempfile.gettempdir()) / f"experts-{os.environ.get('MASTER_PORT', os.getpid())}"
+        self.memory = arguments.memory
+        self.jobs = 0
+        self.record: dict[str, Any] = {
+            "arguments": {k: v for k, v in vars(arguments).items() if k != "out"},
+            "provenance": provenance(Path(__file__).resolve().parent.parent),
+        }
+
+    def job(self, pairs: tuple[str, ...], steps: int | None = None) -> ScoringJob:
+        """A job in a fresh folder, so that nothing is resumed."""
+        rows = self.rows if steps is None else type(self.rows)(self.rows.calib[:steps], self.rows.score[:steps], 1, ())
+        self.jobs += 1
+        folder = self.folder / str(self.jobs)
+        wanted = configs(pairs, self.device)
+        return ScoringJob(self.loaded, self.scored, wanted, rows, "gradient", 12.0, folder, "benchmark", self.memory)
+
+    def timed(self, name: str, run: Any, repeats: int = 1) -> Any:
+        """Runs, and records the seconds of one run and the peak in GB."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = run()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        row = {"seconds": (time.perf_counter() - start) / repeats}
+        if self.device == "cuda":
+            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if isinstance(result, Scores):
+            row |= {f"seconds_{k}": v for k, v in result.seconds.items()} | dict(result.memory)
+            self.record[f"{name}_notes"] = [result.mode, *result.notes]
+        self.record[name] = row
+        if distributed.rank() == 0:
+            print(name, {k: round(v, 3) for k, v in row.items()}, flush=True)
+        return result
+
+    def floor(self) -> None:
+        """What the model alone takes: forward, forward + backward, the products of one candidate."""
+        model, batch = self.model, self.rows.score[0]
+        chunked = has_plain_head(model, batch)
+        tokens = batch.segments[0].input_ids.numel()
+        unquantized = quantizers.Settings((None,), (None,), ((0, 0),))
+        taps = [make_tap(name, model.get_submodule(name), unquantized) for name in self.scored]
+
+        def forward() -> None:
+            with torch.no_grad():
+                calibration_forward(model, batch, need_logits=False)
+
+        def backward() -> None:
+            hook = model.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_())
+            with _no_parameter_gradients(model):
+                loss_backward(model, batch, chunked=chunked)
+            hook.remove()
+
+        def checkpointed_backward() -> None:
+            with checkpointed(model):
+                backward()
+
+        def lighter_backward() -> None:
+            with ExitStack() as stack:
+                for tap in taps:
+                    stack.enter_context(tap.lighter())
+                backward()
+
+        inputs: dict[Any, Any] = {}
+
+        def entering(tap: Any) -> tuple[Any, ...]:
+            """Random hidden states and a routing of random, distinct experts."""
+            if isinstance(tap, ExpertsTap):
+                width, count, k = tap.experts.shapes[0][1], tap.experts.count, tap._per_token()
+                if (width, count, k) not in inputs:
+                    index = torch.rand(tokens, count, device=self.device).topk(k, dim=1).indices
+                    weights = torch.full((tokens, k), 1 / k, device=self.device, dtype=model.dtype)
+                    inputs[width, count, k] = (self._randn(tokens, width), index, weights)
+                return inputs[width, count, k]
+            width = tap.module.in_features
+            return inputs.setdefault(width, (self._randn(tokens, width),))
+
+        def products() -> None:
+            with torch.no_grad():
+                for tap in taps:
+                    if isinstance(tap, ExpertsTap):
+                        tap._run(Routed(*entering(tap)), tap._tensors())
+                    else:
+                        torch.nn.functional.linear(*entering(tap), tap.module.weight)
+
+        for name, part in {
+            "floor_forward": forward,
+            "floor_checkpointed": checkpointed_backward,
+            "floor_lighter": lighter_backward,
+            "floor_products": products,
+        }.items():
+            part()
+            self.timed(name, part, REPEATS)
+        row = self.record
+        backward_seconds = min(row["floor_checkpointed"]["seconds"], row["floor_lighter"]["seconds"])
+        step = backward_seconds + len(SIX) * row["floor_products"]["seconds"]
+        row["floor"] = {"scoring_seconds": step * len(self.rows.score)}
+        print("floor", row["floor"], flush=True)
+
+    def _randn(self, *shape: int) -> Any:
+        return torch.randn(*shape, device=self.device, dtype=self.model.dtype)
+
+    def order(self) -> None:
+        """How far stock's own scores move when the experts are summed in another order, beside one pass."""
+        name = SIX[0]
+        first = stock.score(self.job((name,))).raw[:, 0]
+        one = onepass.score(self.job((name,))).raw[:, 0]
+        self.reverse_experts()
+        second = stock.score(self.job((name,))).raw[:, 0]
+        self.reverse_experts()
+        self.record["order"] = {
+            "stock_reversed": float(np.abs(second / first - 1).max()),
+            "one_pass": float(np.abs(one / first - 1).max()),
+        }
+        print("order", self.record["order"], flush=True)
+
+    def reverse_experts(self) -> None:
+        """Gives the experts the numbers the other way round: the same model, its experts summed in another order."""
+        for name, experts in named_experts(self.model).items():
+            gate = self.model.get_submodule(name.rpartition(".")[0]).gate
+            tensors = [gate.weight, *(getattr(self.model.get_submodule(name), p) for p in experts.projections)]
+            for tensor in tensors:
+                tensor.data.copy_(tensor.data.flip(0))
+
+    def compare(self, one: Scores, reference: Scores, name: str) -> None:
+        """Largest relative difference of raw scores of one candidate, and whether the recipes agree."""
+        import modelopt.torch.quantization as mtq
+
+        column = list(one.states).index(name)
+        relative = np.abs(one.raw[:, column] / reference.raw[:, 0] - 1)
+        same = 0
+        for bits in BUDGETS:
+            made = [mtq.get_auto_quantize_config(s.states[name], {"effective_bits": bits}) for s in (one, reference)]
+            same += str(made[0]["quant_cfg"]) == str(made[1]["quant_cfg"])
+        self.record["equality"] = {
+            "max_relative": float(relative.max()),
+            "median_relative": float(np.median(relative)),
+            "same_recipes": f"{same}/{len(BUDGETS)}",
+        }
+        print("equality", name, self.record["equality"], flush=True)
+
+
+def main() -> None:
+    """Runs the parts that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=[*SHAPES], default="qwen3-30b-a3b")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--memory", default="auto")
+    parser.add_argument("--parts", default="floor,one,stock", help="of floor, one, stock, order, profile")
+    parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.tiny:
+        arguments.shape, arguments.device, arguments.rows, arguments.length = "tiny-experts", "cpu", 2, 64
+    parts = arguments.parts.split(",")
+    bench = Bench(arguments)
+    bench.timed("warm_up", lambda: onepass.score(bench.job(SIX, steps=1)))  # builds every kernel
+    if "floor" in parts:
+        bench.floor()
+    one = bench.timed("one_six", lambda: onepass.score(bench.job(SIX))) if "one" in parts else None
+    if one is not None:
+        bench.record["sums"] = one.raw.sum(axis=0).tolist()  # to compare runs with different numbers of processes
+        if "floor" in bench.record:
+            ratio = bench.record["one_six"]["seconds_score"] / bench.record["floor"]["scoring_seconds"]
+            bench.record["one_six"]["score_over_floor"] = ratio
+            print("score over floor", round(ratio, 2), flush=True)
+    if "profile" in parts:
+        profile(bench)
+    if "stock" in parts:
+        reference = bench.timed("stock_one_pair", lambda: stock.score(bench.job(SIX[:1])))
+        if one is not None:
+            bench.record["stock_over_one"] = (
+                bench.record["stock_one_pair"]["seconds"] / bench.record["one_six"]["seconds"]
+            )
+            print("one stock pair over six pairs of one pass", round(bench.record["stock_over_one"], 1), flush=True)
+            bench.compare(one, reference, SIX[0])
+    if "order" in parts:
+        bench.order()
+    if arguments.out and distributed.rank() == 0:
+        arguments.out.write_text(json.dumps(bench.record, indent=1) + "\n")
+
+
+def profile(bench: Bench) -> None:
+    """Prints where the time of one step goes on the GPU."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        onepass.score(bench.job(SIX, steps=1))
+    by = "cuda_time_total" if bench.device == "cuda" else "cpu_time_total"
+    print(found.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=70), flush=True)
+
+
+if __name__ == "__main__":
+    main()
