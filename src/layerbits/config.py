@@ -11,6 +11,7 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.errors import UserError
 from layerbits.inputs.models import ModelSpec
+from layerbits.results.result import COST_MODELS
 from layerbits.tracking.settings import TrackingSpec
 
 METHODS = ("gradient", "fisher", "kl_div")
@@ -38,6 +39,9 @@ class AutoQuantSpec:
     Attributes:
         num_score_samples: Captions to score on, a prefix of the calibration captions; ``None`` = all.
         draws: Passes of ``method=fisher``, each with predicted tokens drawn anew.
+        cost_model: What ``effective_bits`` counts: ``weight`` = all weights alike, ``active_moe`` = routed experts by
+            the share of them that a token uses.
+        active_expert_ratio: That share; ``None`` = from the model's config.
         memory: ``fast`` keeps activations and quantized weights, ``lean`` recomputes them, ``auto`` picks by estimate.
         checkpoint: Folder for the search checkpoint; ``None`` = one per set of parameters in the cache.
     """
@@ -51,6 +55,8 @@ class AutoQuantSpec:
     seq_len: int
     memory: str
     checkpoint: str | None
+    cost_model: str = "weight"
+    active_expert_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,15 @@ class Settings:
         if autoquant["method"] == "fisher" and autoquant["engine"] == "stock":
             raise UserError("ModelOpt has no method=fisher; use autoquant.engine=onepass, or method=gradient")
         autoquant["effective_bits"] = _float("autoquant.effective_bits", autoquant["effective_bits"])
+        ratio = autoquant.get("active_expert_ratio")
+        if ratio is not None:
+            autoquant["active_expert_ratio"] = _float("autoquant.active_expert_ratio", ratio)
+            if not 0 < autoquant["active_expert_ratio"] <= 1:
+                raise UserError(
+                    f"autoquant.active_expert_ratio={ratio} is not in (0, 1]; give the share of the experts that a "
+                    "token uses, or null to read it from the model's config"
+                )
+        _choice("autoquant.cost_model", autoquant.get("cost_model", "weight"), COST_MODELS)
         _choice("autoquant.method", autoquant["method"], METHODS)
         _choice("autoquant.engine", autoquant["engine"], ENGINES)
         _choice("autoquant.memory", autoquant["memory"], MEMORY)

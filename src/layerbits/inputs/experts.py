@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -50,6 +51,25 @@ def fused_experts(module: Any) -> Experts | None:
         projections=names,
         shapes=tuple((int(w.shape[1]), int(w.shape[2])) for w in weights),
     )
+
+
+def is_routed(name: str) -> bool:
+    """Whether a module's name is that of routed experts, by ModelOpt's rule for its cost model."""
+    from modelopt.torch.quantization._auto_quantize_cost import is_routed_moe_module_name
+
+    return bool(is_routed_moe_module_name(name))
+
+
+def active_ratio(config: Any) -> float | None:
+    """Share of the routed experts that a token uses, from a ``transformers`` config as ModelOpt reads it.
+
+    Returns:
+        In (0, 1]; ``None`` where the config does not say.
+    """
+    from modelopt.torch.quantization._auto_quantize_cost import infer_active_moe_expert_ratio
+
+    ratio = infer_active_moe_expert_ratio(SimpleNamespace(config=config))
+    return None if ratio is None else float(ratio)
 
 
 def named_experts(model: Any) -> dict[str, Experts]:

@@ -22,6 +22,7 @@ from layerbits.results.result import (
     Recipe,
     SensitivityResult,
 )
+from layerbits.results.routing import Routing
 
 SCHEMA_VERSION = 1
 
@@ -47,6 +48,7 @@ def to_manifest(result: SensitivityResult) -> dict[str, Any]:
         "provenance": dict(result.provenance),
         "seconds": dict(result.seconds),
         "memory": dict(result.memory),
+        "routing": [asdict(r) for r in result.routing],
         "tags": dict(result.tags),
         "warnings": list(result.warnings),
     }
@@ -81,7 +83,9 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
             predicted_kl[at] = np.nan if layer["predicted_kl"] is None else layer["predicted_kl"]
         calibration = _numbers(data["calibration"], "padding_share")
         calibration["batch_loss_tokens"] = tuple(calibration["batch_loss_tokens"])
-        recipe = _numbers(data["recipe"], "target_bits", "effective_bits", "effective_bits_modelopt", "score")
+        told = {"effective_bits_active": None, **data["recipe"]}
+        names = ("target_bits", "effective_bits", "effective_bits_modelopt", "effective_bits_active", "score")
+        recipe = _numbers(told, *names)
         recipe["chosen"] = tuple(recipe["chosen"])
         return SensitivityResult(
             model=ModelInfo(**data["model"]),
@@ -101,6 +105,10 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
             provenance=data["provenance"],
             seconds=data["seconds"],
             memory=data["memory"],
+            routing=tuple(
+                Routing(r["group"], r["block"], tuple(r["calibration"]), tuple(r["scoring"]))
+                for r in data.get("routing", ())
+            ),
             tags=data["tags"],
             warnings=tuple(data["warnings"]),
             created=data["created"],

@@ -16,10 +16,14 @@ import numpy.typing as npt
 
 from layerbits.errors import UserError
 from layerbits.results.intervals import Intervals
+from layerbits.results.routing import Routing
 
 SCHEMA_VERSION = 1
 KINDS = ("qkv", "o", "gate_up", "down", "lm_head", "other")
 """Kinds of linear in the order of a decoder block."""
+
+COST_MODELS = ("weight", "active_moe")
+"""Units of effective bits, ModelOpt's names: all weights alike, or routed experts by the share that a token uses."""
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -34,6 +38,7 @@ class Group:
         kind: One of :data:`KINDS`.
         modules: Full module names in the model.
         weights: Number of weights in all of its linears.
+        active: Share of them that a token uses; below 1 for routed experts.
     """
 
     key: str
@@ -41,6 +46,7 @@ class Group:
     kind: str
     modules: tuple[str, ...]
     weights: int
+    active: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,12 +129,15 @@ class Recipe:
     """What the solver chose for a budget.
 
     Attributes:
-        target_bits: The budget, weight storage bits per weight over the searched groups.
+        target_bits: The budget, bits per weight over the searched groups in the unit of ``cost_model``.
         chosen: Candidate name per group, ``None`` = left unquantized, in the order of the groups; empty where the
             choice is not known.
         effective_bits: Weight storage bits per weight that the choice takes.
         effective_bits_modelopt: ModelOpt's own figure for the same choice.
         score: Raw score summed over the quantized groups.
+        effective_bits_active: Weight storage bits per weight that a token uses (``cost_model=active_moe``); NaN where
+            an earlier version did not tell it.
+        cost_model: One of :data:`COST_MODELS`.
     """
 
     target_bits: float
@@ -136,6 +145,8 @@ class Recipe:
     effective_bits: float
     effective_bits_modelopt: float
     score: float
+    effective_bits_active: float = math.nan
+    cost_model: str = "weight"
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,7 @@ class SensitivityResult:
         settings: The composed configuration of the run.
         provenance: Versions, hardware, git commit.
         seconds: Wall time per phase. memory: peak GB per kind.
+        routing: Tokens per expert, a record per expert module.
         tags: Further facts for the tracking server (``fp4_numerics``, ``deployable``, …).
     """
 
@@ -186,6 +198,7 @@ class SensitivityResult:
     provenance: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, float] = field(default_factory=dict)
+    routing: tuple[Routing, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     created: str = ""
@@ -279,6 +292,28 @@ class SensitivityResult:
             nonfinite=tuple(n for n in self.nonfinite if n.candidate == name),
             recipe=recipe,
         )
+
+
+def costs(groups: Sequence[Group], cost_model: str) -> list[float]:
+    """What each group counts in effective bits: its weights, or those of them that a token uses.
+
+    Args:
+        groups: The groups.
+        cost_model: One of :data:`COST_MODELS`.
+    """
+    return [g.weights * (g.active if cost_model == "active_moe" else 1) for g in groups]
+
+
+def effective_bits(groups: Sequence[Group], bits: Sequence[float], cost_model: str) -> float:
+    """Weight storage bits per weight of all groups.
+
+    Args:
+        groups: The groups.
+        bits: Bits of each group's weights.
+        cost_model: One of :data:`COST_MODELS`.
+    """
+    counted = costs(groups, cost_model)
+    return sum(c * b for c, b in zip(counted, bits, strict=True)) / sum(counted)
 
 
 def by_kind(groups: Sequence[Group]) -> Iterator[tuple[str, list[int]]]:

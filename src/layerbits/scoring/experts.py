@@ -67,7 +67,22 @@ class ExpertsTap(Tap):
         super().__init__(name, module, settings, experts.projections, tensors[0].device)
         self.experts = experts
         self._weights = [[None if s is None else ExpertWeights(s, t) for t in tensors] for s in settings.weights]
-        self.counts: Any = None
+        self._routed = _zeros(experts.count + 1, self.device)
+
+    def count(self, index: Any) -> None:
+        """Counts the tokens of each expert.
+
+        Args:
+            index: ``[tokens, k]`` experts of each token; a number beyond the last stands for none.
+        """
+        flat = index.flatten().clamp(max=self.experts.count).to(self.device)
+        self._routed.index_add_(0, flat, self._routed.new_ones(()).expand(len(flat)))
+
+    def take_routed(self) -> Any:
+        """Tokens per expert that were counted since the last call, ``[experts]`` on the CPU."""
+        counted = self._routed[:-1].cpu().numpy()
+        self._routed = _zeros(self.experts.count + 1, self.device)
+        return counted
 
     def load(self, tokens: int) -> Load:
         """Input and output stay; one setting's quantized weights and the routed tokens pass."""
@@ -91,7 +106,9 @@ class ExpertsTap(Tap):
             return shown
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._run(Routed.of(args, kwargs), self._tensors(), show(first), show(second))
+            routed = Routed.of(args, kwargs)
+            self.count(routed.index)
+            return self._run(routed, self._tensors(), show(first), show(second))
 
         return forwards({self.module: forward})
 
@@ -111,7 +128,9 @@ class ExpertsTap(Tap):
 
     def hold(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> list[Any]:
         """The routed tokens and the output."""
-        return [Routed.of(args, kwargs), output.detach()]
+        routed = Routed.of(args, kwargs)
+        self.count(routed.index)
+        return [routed, output.detach()]
 
     def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
         """Candidates with the same weight setting share its quantized weights."""
@@ -211,6 +230,12 @@ class _With:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+def _zeros(count: int, device: Any) -> Any:
+    import torch
+
+    return torch.zeros(count, dtype=torch.int64, device=device)
 
 
 def _grouped(module: Any) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from layerbits.inputs.experts import fused_experts
+from layerbits.inputs.experts import fused_experts, is_routed
 from layerbits.results.result import Group
 
 _KIND_OF_LEAF = {
@@ -48,6 +49,17 @@ def named_groups(fused: Sequence[tuple[tuple[str, ...], int]], head: str | None)
             key = f"{key}.{taken[key]}"
         groups.append(Group(key, block, kind, tuple(modules), weights))
     return tuple(groups)
+
+
+def with_active(groups: Sequence[Group], ratio: float | None) -> tuple[Group, ...]:
+    """The groups with the share of their weights that a token uses.
+
+    Args:
+        groups: From :func:`named_groups`.
+        ratio: Share of the routed experts that a token uses; ``None`` where it is not known or there are none.
+    """
+    routed = [any(is_routed(name) for name in g.modules) for g in groups]
+    return tuple(replace(g, active=ratio) if r and ratio else g for g, r in zip(groups, routed, strict=True))
 
 
 def recipe_hparams(model: Any) -> list[tuple[str, Any]]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.models import LoadedModel
 from layerbits.results.result import FloatArray, Group, NonFinite
+from layerbits.results.routing import Routing
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,11 @@ class ScoringJob:
         scored: Names of the linears that the search may touch.
         configs: Candidate name → ModelOpt config with bare quantizer names, an algorithm and our effective bits.
         calibration: Batches for the ranges and for the scores.
-        target_bits: Budget in weight storage bits per weight over the scored linears.
+        target_bits: Budget in weight storage bits per weight over the scored linears, in the unit of the cost model.
         workdir: Folder for search checkpoints, shared by runs with the same fingerprint.
         fingerprint: Digest of everything that the scores depend on.
         memory: ``auto``, ``fast`` or ``lean``.
+        cost_model: One of ``results.COST_MODELS``. active_ratio: Share of the routed experts that a token uses.
         seed: Of what is drawn. draws: Passes of ``method=fisher``, each with tokens drawn anew.
     """
 
@@ -40,6 +42,8 @@ class ScoringJob:
     workdir: Path
     fingerprint: str
     memory: str = "auto"
+    cost_model: str = "weight"
+    active_ratio: float | None = None
     seed: int = 0
     draws: int = 1
 
@@ -57,6 +61,7 @@ class Scores:
         sample_kl: ``[S, G, C]`` or ``None``. sample_tokens: ``[S]`` or ``None``.
         memory: Estimates in GB. mode: Memory mode that ran.
         resumed: Whether a search checkpoint was used.
+        routing: Tokens per expert.
     """
 
     groups: tuple[Group, ...]
@@ -72,6 +77,7 @@ class Scores:
     memory: Mapping[str, float] = field(default_factory=dict)
     mode: str = ""
     resumed: bool = False
+    routing: tuple[Routing, ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -8,6 +8,9 @@ summed over the tokens that the loss counts.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +44,7 @@ def score(job: ScoringJob) -> Scores:
     clock = time.perf_counter
     start = clock()
     blocks = find_blocks(model, search.names, batches[0])
-    calibrate(linears, job, log, search.need_logits)
+    routed = calibrate(linears, job, log, search.need_logits)
     seconds = {"calibrate": clock() - start}
 
     start = clock()
@@ -50,9 +53,11 @@ def score(job: ScoringJob) -> Scores:
     with fused_norms(model):
         for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
             if log.read(index) is None:
-                runner = SuffixRunner(model, blocks, batches[index])
+                with linears.counted():
+                    runner = SuffixRunner(model, blocks, batches[index])
                 kept_gb = max(kept_gb, runner.kept_bytes / 1e9)
-                log.write(index, _step(runner, perturbations, batches[index], len(search.groups)))
+                step = _step(runner, perturbations, batches[index], len(search.groups))
+                log.write(index, replace(step, routed=_flat(linears.take_routed())))
     distributed.barrier()
     steps = [step for step in map(log.read, range(len(batches))) if step is not None]
     seconds["score"] = clock() - start
@@ -65,9 +70,14 @@ def score(job: ScoringJob) -> Scores:
         weights=np.full(len(batches), 1 / tokens),
         details=[(g, "KL divergence") for g in range(len(search.groups))],
         seconds=seconds,
+        routed=routed,
         resumed=resumed,
         memory={"suffix_kept_gb": kept_gb} if kept_gb else {},
     )
+
+
+def _flat(routed: Mapping[str, Any]) -> Any:
+    return np.concatenate([*routed.values(), np.zeros(0, dtype=np.int64)]).astype(np.int64)
 
 
 def _step(runner: SuffixRunner, perturbations: list[Perturbation], batch: Batch, groups: int) -> Step:

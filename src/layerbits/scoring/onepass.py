@@ -44,7 +44,7 @@ def score(job: ScoringJob) -> Scores:
 
     clock = time.perf_counter
     start = clock()
-    calibrate(taps, job, log, search.need_logits)
+    routed = calibrate(taps, job, log, search.need_logits)
     seconds = {"calibrate": clock() - start}
 
     start = clock()
@@ -66,6 +66,7 @@ def score(job: ScoringJob) -> Scores:
         weights=kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64)),
         details=_details(job, search),
         seconds=seconds,
+        routed=routed,
         resumed=resumed,
         memory={
             "estimate_gb": memory.estimate_gb,
@@ -82,14 +83,16 @@ def _step(taps: Taps, job: ScoringJob, search: Search, index: int, mode: str, ch
     batch, groups = job.calibration.score[index], len(search.groups)
     if job.method == "gradient":
         scores, owner, mode = _score_batch(taps, batch, mode, chunked)
-        return step_of(scores, owner, batch, search.group_of, groups), mode
+        return step_of(scores, owner, batch, search.group_of, groups, taps.take_routed()), mode
     device = job.loaded.model.get_input_embeddings().weight.device
     total, owner = 0, None
+    routed: dict[str, Any] = {}
     for draw in range(job.draws):
         labels = fisher.drawn_labels(device, job.seed, index, draw)
         signed, owner, mode = _score_batch(taps, batch, mode, chunked, labels)
+        routed = taps.take_routed()  # the same in every draw
         total = total + fisher.windowed(signed, owner, batch, search.group_of, groups) / job.draws
-    return step_of(total, owner, batch, np.arange(groups), groups), mode
+    return step_of(total, owner, batch, np.arange(groups), groups, routed), mode
 
 
 def _details(job: ScoringJob, search: Search) -> list[tuple[int, str]]:

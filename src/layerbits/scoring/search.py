@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.inputs.calibration import Batch
+from layerbits.inputs.experts import named_experts
 from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, Group, NonFinite
+from layerbits.results.routing import Routing
 from layerbits.scoring import distributed, quantizers
-from layerbits.scoring.groups import named_groups
+from layerbits.scoring.groups import named_groups, with_active
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.state import Decision, decisions, search_state
 from layerbits.scoring.steplog import Step, StepLog
@@ -32,6 +34,7 @@ class Search:
         unscored: Name patterns that stay unquantized.
         names: Linears of the groups (``M``). group_of: Their groups, ``[M]``.
         settings: Distinct quantizer settings of the candidates.
+        experts: Number of experts by name, of the expert modules among ``names``, in order.
         need_logits: Whether the output head is scored.
     """
 
@@ -42,6 +45,7 @@ class Search:
     names: tuple[str, ...]
     group_of: npt.NDArray[np.int64]
     settings: quantizers.Settings
+    experts: Mapping[str, int]
     need_logits: bool
 
     @classmethod
@@ -56,35 +60,50 @@ class Search:
         found = decisions(model, unscored)
         searched = [d for d in found if d.searched]
         head = output_head(model)
+        names = tuple(n for d in searched for n in d.modules)
+        groups = named_groups([(d.modules, d.weights) for d in searched], head)
+        experts = named_experts(model)
         return cls(
             found=tuple(found),
             searched=tuple(searched),
             unscored=tuple(unscored),
-            groups=named_groups([(d.modules, d.weights) for d in searched], head),
-            names=tuple(n for d in searched for n in d.modules),
+            groups=with_active(groups, job.active_ratio),
+            names=names,
             group_of=np.repeat(np.arange(len(searched)), [len(d.modules) for d in searched]),
             settings=quantizers.distinct_settings(list(job.configs.values())),
+            experts={name: experts[name].count for name in names if name in experts},
             need_logits=head in job.scored,
         )
 
 
-def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> None:
-    """Finds the ranges, or takes those of an earlier start of the same pass."""
+def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> dict[str, Any]:
+    """Finds the ranges, or takes those of an earlier start of the same pass.
+
+    Returns:
+        Tokens per expert in calibration, by expert module; all zero where no range had to be found.
+    """
     known = log.read_ranges()
     if known is None:
         batches = job.calibration.calib[distributed.rank() :: distributed.world()]
         taps.calibrate(batches, need_logits)
+        log.write_routed(taps.take_routed(), part=1 + distributed.rank())
         log.write_ranges(taps.ranges(), part=1 + distributed.rank())
         distributed.barrier()
         parts = [log.read_ranges(1 + r) or {} for r in range(distributed.world())]
         names = {name for part in parts for name in part}
         known = {name: np.maximum.reduce([p[name] for p in parts if name in p]) for name in names}
         if distributed.rank() == 0:
+            counted = [log.read_routed(1 + r) for r in range(distributed.world())]
+            log.write_routed({n: np.sum([c[n] for c in counted], axis=0) for n in counted[0]}, part=0)
             log.write_ranges(known)
+        distributed.barrier()
     taps.load_ranges(known)
+    return log.read_routed(0)
 
 
-def step_of(by_token: Any, owner: Any, batch: Batch, group_of: Any, groups: int) -> Step:
+def step_of(
+    by_token: Any, owner: Any, batch: Batch, group_of: Any, groups: int, routed: Mapping[str, Any] | None = None
+) -> Step:
     """Sums per-token scores to groups, in total and per sample.
 
     Args:
@@ -93,6 +112,7 @@ def step_of(by_token: Any, owner: Any, batch: Batch, group_of: Any, groups: int)
         batch: The rows that they come from.
         group_of: ``[M]`` group of each.
         groups: How many groups there are.
+        routed: Tokens per expert, by expert module.
     """
     import torch
 
@@ -112,6 +132,7 @@ def step_of(by_token: Any, owner: Any, batch: Batch, group_of: Any, groups: int)
         sample_raw=shares.permute(2, 0, 1).cpu().numpy(),
         sample_tokens=np.array([int((counted == s).sum()) for s in samples], dtype=np.int64),
         bad=bad,
+        routed=np.concatenate([*(routed or {}).values(), np.zeros(0, dtype=np.int64)]).astype(np.int64),
     )
 
 
@@ -134,6 +155,7 @@ def assemble(
     weights: FloatArray,
     details: Sequence[tuple[int, str]],
     seconds: Mapping[str, float],
+    routed: Mapping[str, Any],
     resumed: bool,
     memory: Mapping[str, float],
     mode: str = "",
@@ -148,6 +170,7 @@ def assemble(
         weights: ``[B]`` what a batch's raw score counts in the predicted KL.
         details: What the first column of :attr:`Step.bad` stands for: group and description.
         seconds: Time by phase, so far.
+        routed: From :func:`calibrate`.
         resumed: Whether a step was there before.
         memory: Figures in GB.
         mode: Memory mode that ran.
@@ -166,6 +189,7 @@ def assemble(
             config=config,
             raw=_solvable(raw[:, c]),
             target_bits=job.target_bits,
+            active_ratio=job.active_ratio if job.cost_model == "active_moe" else None,
         )
         for c, (name, config) in enumerate(job.configs.items())
     }
@@ -191,8 +215,22 @@ def assemble(
         memory=memory,
         mode=mode,
         resumed=resumed,
+        routing=_routing(search, steps, routed),
         notes=notes,
     )
+
+
+def _routing(search: Search, steps: Sequence[Step], calibrated: Mapping[str, Any]) -> tuple[Routing, ...]:
+    """Tokens per expert of each expert module."""
+    found, at = [], 0
+    scored = np.sum([s.routed for s in steps], axis=0) if all(len(s.routed) for s in steps) else np.zeros(0, int)
+    for name, count in search.experts.items():
+        group = search.groups[int(search.group_of[search.names.index(name)])]
+        seen = calibrated.get(name, np.zeros(0, int))
+        calibration = tuple(int(n) for n in seen) if np.any(seen) else ()
+        found.append(Routing(group.key, group.block, calibration, tuple(int(n) for n in scored[at : at + count])))
+        at += count
+    return tuple(found)
 
 
 def _solvable(raw: FloatArray) -> FloatArray:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerbits.inputs.experts import fused_experts
+from layerbits.inputs.experts import fused_experts, is_routed
 from layerbits.results.result import FloatArray
 
 _ATTRS: tuple[str, ...] = ("input_quantizer", "weight_quantizer", "output_quantizer")
@@ -79,6 +79,7 @@ def search_state(
     config: Mapping[str, Any],
     raw: FloatArray,
     target_bits: float,
+    active_ratio: float | None = None,
 ) -> dict[str, Any]:
     """The state that ``mtq.auto_quantize`` would have returned for one candidate.
 
@@ -90,6 +91,7 @@ def search_state(
         config: Its search config, with our effective bits.
         raw: Raw score of each searched decision, in order.
         target_bits: Budget to solve.
+        active_ratio: What routed experts count in ModelOpt's ``cost_model: active_moe``; ``None`` = ``weight``.
 
     Returns:
         A state that ``mtq.get_auto_quantize_config`` accepts, with the solver's recipe under ``best``.
@@ -101,14 +103,16 @@ def search_state(
     stats: dict[str, dict[str, Any]] = {}
     for decision in found:
         formats = [quantized, unquantized] if decision.searched else [unquantized]
-        cost = float(decision.weights if decision.searched else 0)
+        routed = active_ratio is not None and any(is_routed(n) for n in decision.modules)
+        counted = float(decision.searched) * (active_ratio if active_ratio is not None and routed else 1.0)
+        cost = decision.weights * counted
         stats[decision.name] = {
             "formats": formats,
             "scores": [next(scores), 0.0] if decision.searched else [0.0],
             "costs": [cost * f.compression for f in formats],
             "module_names": list(decision.modules),
             "quantizer_attrs": dict.fromkeys(decision.modules, decision.attrs),
-            "cost_weight": float(decision.searched),
+            "cost_weight": counted,
             "allow_no_quant": True,
             "is_fixed": False,
             "uncompressed_cost": cost,
@@ -116,9 +120,10 @@ def search_state(
     total = sum(s["uncompressed_cost"] for s in stats.values())
     state: dict[str, Any] = {
         "method": "kl_div" if method == "kl_div" else "gradient",
-        "cost_model": "weight",
-        "cost": {"excluded_module_name_patterns": list(unscored)},
-        "active_moe_expert_ratio": None,
+        "cost_model": "weight" if active_ratio is None else "active_moe",
+        "cost": {"excluded_module_name_patterns": list(unscored)}
+        | ({} if active_ratio is None else {"active_moe_expert_ratio": active_ratio}),
+        "active_moe_expert_ratio": active_ratio,
         "cost_denominator": total,
         "fixed_quantization_config": None,
         "disabled_layers": list(unscored),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Step:
         raw: ``[G, C]`` raw scores of the batch.
         samples: ``[s]`` samples that it holds. sample_raw: ``[s, G, C]`` their shares. sample_tokens: ``[s]``.
         bad: ``[n, 3]`` linear, candidate and sample of scores that are not finite.
+        routed: Tokens per expert, the expert modules one after the other.
     """
 
     raw: FloatArray
@@ -31,6 +32,7 @@ class Step:
     sample_raw: FloatArray
     sample_tokens: npt.NDArray[np.int64]
     bad: npt.NDArray[np.int64]
+    routed: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class StepLog:
@@ -62,11 +64,24 @@ class StepLog:
         if not path.exists():
             return None
         with np.load(path, allow_pickle=False) as data:
-            return Step(**{name: data[name] for name in Step.__dataclass_fields__})
+            return Step(**{name: data[name] for name in data.files})
 
     def write(self, index: int, step: Step) -> None:
         """Keeps a finished step."""
         self._write(f"step-{index:05d}.npz", vars(step))
+
+    def read_routed(self, part: int) -> dict[str, Any]:
+        """Tokens per expert that a process counted in calibration, by expert module; empty where it counted none."""
+        path = self._path(f"routed-{part}.npz")
+        if not path.exists():
+            return {}
+        with np.load(path, allow_pickle=False) as data:
+            return {name: data[name] for name in data.files}
+
+    def write_routed(self, routed: dict[str, Any], part: int) -> None:
+        """Keeps what a process counted in calibration; with nothing to keep there is no file."""
+        if routed:
+            self._write(f"routed-{part}.npz", routed)
 
     def read_ranges(self, part: int = 0) -> dict[str, Any] | None:
         """Calibrated ranges (arrays by name), ``None`` where calibration was not finished."""

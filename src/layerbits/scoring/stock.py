@@ -19,7 +19,7 @@ from layerbits.atomic import write_json
 from layerbits.errors import UserError
 from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, NonFinite
-from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of
+from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of, with_active
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits
 
@@ -64,7 +64,12 @@ def score(job: ScoringJob) -> Scores:
         clock.enter("calibrate")
         model, state = mtq.auto_quantize(
             model,
-            constraints={"effective_bits": job.target_bits, "cost": {"excluded_module_name_patterns": unscored}},
+            constraints={
+                "effective_bits": job.target_bits,
+                "cost_model": job.cost_model,
+                "cost": {"excluded_module_name_patterns": unscored}
+                | ({"active_moe_expert_ratio": job.active_ratio} if job.cost_model == "active_moe" else {}),
+            },
             quantization_formats=[config],
             data_loader=batches,
             forward_step=forward_step,
@@ -78,7 +83,8 @@ def score(job: ScoringJob) -> Scores:
         clock.stop()
         decisions = [(n, h) for n, h in recipe_hparams(model) if h.is_configurable]
         other = sum(weights_of(h) for _, h in recipe_hparams(model) if not h.is_configurable)
-    groups = named_groups([(tuple(h.quant_module_names), weights_of(h)) for _, h in decisions], head)
+    named = named_groups([(tuple(h.quant_module_names), weights_of(h)) for _, h in decisions], head)
+    groups = with_active(named, job.active_ratio)
     raw = np.array([_stat(state, n, "scores") for n, _ in decisions], dtype=np.float64)[:, None]
     tokens = np.array([b.loss_tokens for b in job.calibration.score], dtype=np.float64)
     if job.method == "gradient":

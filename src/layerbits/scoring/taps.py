@@ -11,10 +11,10 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import fused_experts
 from layerbits.scoring import quantizers
-from layerbits.scoring.experts import ExpertsTap
+from layerbits.scoring.experts import ExpertsTap, Routed
 from layerbits.scoring.memory import Load
 from layerbits.scoring.steps import Labels, calibration_forward, loss_backward
-from layerbits.scoring.tap import LinearTap, Tap
+from layerbits.scoring.tap import LinearTap, Tap, hooked
 
 
 def make_tap(name: str, module: Any, settings: quantizers.Settings) -> Tap:
@@ -98,6 +98,26 @@ class Taps:
         last.clear()
         for tap, known in zip(self.taps, running, strict=True):
             tap.set_ranges(known)
+
+    def take_routed(self) -> dict[str, Any]:
+        """Tokens per expert that were counted since the last call, by name of the expert module."""
+        return {tap.name: tap.take_routed() for tap in self.taps if isinstance(tap, ExpertsTap)}
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """While it lasts, forwards of the model count the tokens of each expert."""
+
+        def see(tap: ExpertsTap) -> Any:
+            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                tap.count(Routed.of(args, kwargs).index)
+
+            return hook
+
+        with ExitStack() as stack:
+            for tap in self.taps:
+                if isinstance(tap, ExpertsTap):
+                    stack.enter_context(hooked(tap.module.register_forward_pre_hook(see(tap), with_kwargs=True)))
+            yield
 
     def ranges(self) -> dict[str, Any]:
         """Static input ranges as float32 arrays by name."""

@@ -22,6 +22,7 @@ class Plan:
         candidates: What one pass scores together, each with what it needs of this machine.
         scored: Names of the linears that the search may touch.
         fingerprint: Digest of all that the scores depend on (not the budget: that is solved anew).
+        active_ratio: Share of the routed experts that a token uses; ``None`` where the model has none.
         cells: Candidate name → digest by which a sweep finds the finished run.
     """
 
@@ -34,6 +35,7 @@ class Plan:
     scored: tuple[str, ...]
     device: str
     fingerprint: str
+    active_ratio: float | None
     cells: Mapping[str, str]
 
     def warnings(self, capability: Capability) -> tuple[str, ...]:

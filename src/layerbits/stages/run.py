@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from layerbits.cache import cache_dir
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
+from layerbits.config import AutoQuantSpec
 from layerbits.inputs.models import LoadedModel, load
 from layerbits.provenance import peak_memory, provenance
 from layerbits.results.bootstrap import with_intervals
-from layerbits.results.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult
+from layerbits.results.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, effective_bits
+from layerbits.results.routing import coverage_warnings
 from layerbits.stages.plan import Plan
 from layerbits.stages.workbench import scored_together
 
@@ -74,6 +76,8 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     engine = stock if engine_name == "stock" else kl if spec.method == "kl_div" else onepass
     scores = engine.score(job)
     notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
+    captions = spec.num_score_samples or len(plan.captions.captions)
+    starved = coverage_warnings(scores.routing, captions)
     facts = provenance(root)
     return [
         Outcome(
@@ -89,7 +93,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     candidates=(candidate.info,),
                     scores=scores.raw[:, [c]],
                     predicted_kl=scores.predicted_kl[:, [c]],
-                    recipe=_recipe(scores, c, candidate.info, spec.effective_bits),
+                    recipe=_recipe(scores, c, candidate.info, spec),
                     sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, [c]],
                     sample_tokens=scores.sample_tokens,
                     nonfinite=tuple(n for n in scores.nonfinite if n.candidate == candidate.info.name),
@@ -97,8 +101,9 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     provenance=facts,
                     seconds={**seconds, **scores.seconds},
                     memory={**peak_memory(), **scores.memory},
+                    routing=scores.routing,
                     tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
-                    warnings=(*plan.warnings(capability), *scores.notes, *notes),
+                    warnings=(*plan.warnings(capability), *scores.notes, *notes, *starved),
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
                 )
             ),
@@ -131,22 +136,27 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
         memory=spec.memory,
         seed=plan.settings.seed,
         draws=spec.draws,
+        cost_model=spec.cost_model,
+        active_ratio=plan.active_ratio,
     )
 
 
-def _recipe(scores: Scores, column: int, info: CandidateInfo, target_bits: float) -> Recipe:
+def _recipe(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuantSpec) -> Recipe:
     """The solver's choice with its bits counted honestly, and as ModelOpt counts them."""
     flags = scores.chosen[info.name]
     weights = [g.weights for g in scores.groups]
     quantized = sum(w for w, flag in zip(weights, flags, strict=True) if flag)
     total = sum(weights)
     raw = scores.raw[:, column]
+    bits = [info.bits if flag else 16.0 for flag in flags]
     return Recipe(
-        target_bits=target_bits,
+        target_bits=spec.effective_bits,
         chosen=tuple(info.name if flag else None for flag in flags),
-        effective_bits=16 + (info.bits - 16) * quantized / total,
+        effective_bits=effective_bits(scores.groups, bits, "weight"),
         effective_bits_modelopt=16 + (info.bits_modelopt - 16) * quantized / (total + scores.other_weights),
         score=float(sum(s for s, flag in zip(raw, flags, strict=True) if flag and math.isfinite(s))),
+        effective_bits_active=effective_bits(scores.groups, bits, "active_moe"),
+        cost_model=spec.cost_model,
     )
 
 

@@ -16,6 +16,7 @@ from layerbits.config import AutoQuantSpec, Settings
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Calibration, build_calibration
 from layerbits.inputs.captions import CaptionSet, load_captions
+from layerbits.inputs.experts import active_ratio, is_routed
 from layerbits.inputs.models import ResolvedModel, Shapes, load_tokenizer, resolve, skeleton
 from layerbits.provenance import provenance
 from layerbits.stages.plan import Plan
@@ -33,6 +34,7 @@ class Workbench:
     tokenizer: Any
     calibration: Calibration
     linears: Mapping[str, Shapes]
+    active_ratio: float | None
     device: str
 
     def scored(self, candidate: Candidate) -> tuple[str, ...]:
@@ -65,7 +67,9 @@ class Workbench:
 
     def cell(self, candidate: Candidate, capability: Capability) -> str:
         """Digest of what a sweep goes by to find a finished run: parameters, configuration, revision and data."""
-        return _digest([*self._identity([(candidate, capability)]), self.settings.autoquant.effective_bits])
+        spec = self.settings.autoquant
+        unit = [] if spec.cost_model == "weight" else [[spec.cost_model, self.active_ratio]]
+        return _digest([*self._identity([(candidate, capability)]), spec.effective_bits, *unit])
 
     def plan(self, candidates: Sequence[tuple[Candidate, Capability]]) -> Plan:
         """A pass over candidates that cover the same linears."""
@@ -83,6 +87,7 @@ class Workbench:
             self.scored(candidates[0][0]),
             self.device,
             fingerprint,
+            self.active_ratio,
             {c.info.name: self.cell(c, capability) for c, capability in candidates},
         )
 
@@ -109,17 +114,38 @@ def workbench(settings: Settings) -> Workbench:
     device = _device(settings.device)
     resolved = resolve(settings.model)
     linears = skeleton(resolved)
+    ratio = _active_ratio(spec, resolved, linears)
     tokenizer = load_tokenizer(resolved)
     calibration = build_calibration(
         captions.captions, tokenizer, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
     )
-    return Workbench(settings, captions, resolved, tokenizer, calibration, linears, device)
+    return Workbench(settings, captions, resolved, tokenizer, calibration, linears, ratio, device)
 
 
 def scored_together(candidate: Candidate) -> bool:
     """Whether one pass can score a candidate: its calibration needs nothing but ranges (no AWQ, no SmoothQuant)."""
     algorithm = candidate.info.config.get("algorithm")
     return (algorithm.get("method") if isinstance(algorithm, dict) else algorithm) in (None, "max")
+
+
+def _active_ratio(spec: AutoQuantSpec, resolved: ResolvedModel, linears: Mapping[str, Shapes]) -> float | None:
+    """Share of the routed experts that a token uses.
+
+    Raises:
+        UserError: The cost model needs one that the model does not have, or does not tell.
+    """
+    wanted = spec.cost_model == "active_moe"
+    if not any(is_routed(name) for name in linears):
+        if wanted or spec.active_expert_ratio is not None:
+            raise UserError(f"{resolved.spec.name} has no routed experts; use autoquant.cost_model=weight")
+        return None
+    ratio = spec.active_expert_ratio or active_ratio(resolved.config)
+    if ratio is None and wanted:
+        raise UserError(
+            f"the config of {resolved.spec.name} does not tell how many experts a token uses; set "
+            "autoquant.active_expert_ratio"
+        )
+    return ratio
 
 
 def _by_weight(linears: Mapping[str, Shapes]) -> dict[str, tuple[int, int]]:
