@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +25,9 @@ from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.captions import load_captions
 from layerbits.tracking.settings import TrackingSpec
 
+from .entries import start
 from .export_support import FILES, planned, prepared, saved, spoil
 from .scoring_support import VOCABULARY, candidate
-from .tracking_support import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 FP8 = candidate("wfp8_afp8")
@@ -284,8 +282,9 @@ def test_a_failed_proof_fails_its_run_and_leaves_its_report(tmp_path, monkeypatc
 
 
 def run(script, *arguments):
-    command = [sys.executable, str(ROOT / "experiments" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
+    ended = start(script.removesuffix(".py"), *arguments)
+    assert ended.returncode == 0, ended.stderr
+    return ended
 
 
 def test_from_the_command_line_to_the_registry(tmp_path):

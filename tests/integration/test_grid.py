@@ -1,28 +1,17 @@
 """A grid from its command line: children, aliases, refusals, and what a second start does."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from .entries import start
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(store, out, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    return subprocess.run(
-        [sys.executable, "experiments/grid.py", f"tracking.uri={store}", f"output_root={out}", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+def run_grid(store, out, *arguments):
+    return start("grid", f"tracking.uri={store}", f"output_root={out}", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +24,9 @@ def grid(tmp_path_factory):
         "quant_granularities=default,a_per_token_dynamic,w_per_tensor",
         "autoquant.seq_len=64",
     ]
-    first = start(store, folder / "out", *arguments)
+    first = run_grid(store, folder / "out", *arguments)
     assert first.returncode == 0, first.stderr
-    second = start(store, folder / "out", *arguments)
+    second = run_grid(store, folder / "out", *arguments)
     return store, first, second
 
 
@@ -94,7 +83,7 @@ def test_the_summary_is_on_the_terminal_and_an_artifact_of_the_parent(grid):
     ],
 )
 def test_bad_grids_end_with_one_line(tmp_path, arguments, message):
-    ended = start(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, *arguments)
+    ended = run_grid(f"sqlite:///{tmp_path}/mlflow.db", tmp_path, *arguments)
     assert ended.returncode == 2
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr

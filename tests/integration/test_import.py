@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import mlflow
@@ -14,6 +11,8 @@ import pytest
 from layerbits import history, tracking
 from layerbits.results.result import ModelInfo
 from tests.integration.tracking_support import small_result, write_folder
+
+from .entries import start
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORES = {"self_attn.q_proj": 2e-4, "self_attn.o_proj": 1e-4, "mlp.gate_proj": 0.5, "mlp.down_proj": 0.25}
@@ -39,17 +38,9 @@ def report(scheme, form, factor=1.0):
     }
 
 
-def start(folder, path):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "LAYERBITS_"))}
-    arguments = [f"path={path}", f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}/out"]
-    return subprocess.run(
-        [sys.executable, "experiments/import_results.py", *arguments],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT / "src"), "MLFLOW_DISABLE_TELEMETRY": "true"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
+def run_import(folder, path):
+    return start(
+        "import_results", f"path={path}", f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}/out"
     )
 
 
@@ -65,7 +56,7 @@ def imported(tmp_path_factory):
         (source / name).mkdir(parents=True)
         (source / name / "per-layer-sensitivity.json").write_text(json.dumps(data))
     (source / "torn.json").write_text(json.dumps(data)[:80])
-    return folder, start(folder, source), start(folder, source)
+    return folder, run_import(folder, source), run_import(folder, source)
 
 
 @pytest.fixture
@@ -144,7 +135,7 @@ def test_recipes_of_imported_runs_are_in_no_pareto_front(store):
 )
 def test_a_file_that_cannot_be_imported_ends_with_one_line(tmp_path, content, message):
     (tmp_path / "file.json").write_text(content)
-    ended = start(tmp_path, tmp_path / "file.json")
+    ended = run_import(tmp_path, tmp_path / "file.json")
     assert ended.returncode == 2
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -1,9 +1,6 @@
 """The main job from its command line, on the default model, with a SQLite store."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +9,13 @@ from mlflow import MlflowClient
 
 from layerbits.results.manifest import load_manifest
 
+from .entries import start
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
-        environment.pop(name, None)
-    command = [sys.executable, "experiments/sensitivity.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+def sensitivity(*arguments):
+    return start("sensitivity", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +23,7 @@ def pairs(tmp_path_factory):
     """A multirun of two pairs."""
     folder = tmp_path_factory.mktemp("main")
     store = f"sqlite:///{folder}/mlflow.db"
-    done = start(
+    done = sensitivity(
         "-m", "quant_pair=wint8_afp16,wfp4_afp8", "output_layout=publish",
         f"tracking.uri={store}", f"output_root={folder}/out",
     )  # fmt: skip
@@ -63,7 +58,7 @@ def test_fp4_without_a_gpu_says_whose_numerics_ran(pairs):
 
 def test_the_same_parameters_give_the_same_scores(pairs, tmp_path):
     published = pairs[0] / "out/publish/weight-int8-act-fp16/default/smollm2_135m_wint8_afp16_everyday_small"
-    done = start(
+    done = sensitivity(
         "quant_pair=wint8_afp16", "tracking=none", f"output_root={tmp_path}", "output_layout=publish",
         f"autoquant.checkpoint={tmp_path}/search",
     )  # fmt: skip
@@ -74,7 +69,7 @@ def test_the_same_parameters_give_the_same_scores(pairs, tmp_path):
 
 def test_report_only_rebuilds_the_report_of_a_manifest(pairs, tmp_path):
     manifest = next((pairs[0] / "out/publish").rglob("manifest.json"))
-    done = start(f"report_only={manifest}", f"output_root={tmp_path}")
+    done = sensitivity(f"report_only={manifest}", f"output_root={tmp_path}")
     assert done.returncode == 0, done.stderr
     (rebuilt,) = tmp_path.rglob("layer-sensitivity-report.json")
     assert json.loads(rebuilt.read_text()) == json.loads(
@@ -95,7 +90,7 @@ def test_report_only_rebuilds_the_report_of_a_manifest(pairs, tmp_path):
     ],
 )
 def test_bad_input_ends_with_one_line_and_status_2(argument, message, tmp_path):
-    done = start(argument, f"output_root={tmp_path}", *([] if "uri" in argument else ["tracking=none"]))
+    done = sensitivity(argument, f"output_root={tmp_path}", *([] if "uri" in argument else ["tracking=none"]))
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
@@ -107,6 +102,6 @@ def test_bad_input_ends_with_one_line_and_status_2(argument, message, tmp_path):
 def test_a_folder_that_is_no_checkpoint_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    done = start("model=hf", f"model.path={tmp_path}", "tracking=none")
+    done = sensitivity("model=hf", f"model.path={tmp_path}", "tracking=none")
     assert done.returncode == 2
     assert "checkpoint" in done.stderr.splitlines()[-1]

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from layerbits.schemes import load_scheme
 from layerbits.schemes.source import load_scores
 from layerbits.scoring.steps import calibration_forward
 
+from .entries import start
 from .schemes_support import CALIBRATION, INFO, logits, probed, scheme_of
 from .scoring_support import candidate, random_segment, search_config, tiny_model
 
@@ -193,12 +191,8 @@ def test_rows_that_are_not_there_are_named(captions, rows, message):
         held_out_rows(captions, tokenizer, "packed", 16, 4, rows)
 
 
-def start(script, store, out, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
-        environment.pop(name, None)
-    command = [sys.executable, f"experiments/{script}.py", f"tracking.uri={store}", f"output_root={out}", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+def run_script(script, store, out, *arguments):
+    return start(script, f"tracking.uri={store}", f"output_root={out}", *arguments)
 
 
 def runs(store, **tags):
@@ -217,7 +211,7 @@ def scored(tmp_path_factory):
     for file in smollm2.checkpoint().glob("*token*"):
         (folder / "model" / file.name).write_bytes(file.read_bytes())
     store, out = f"sqlite:///{folder}/mlflow.db", folder / "out"
-    done = start(
+    done = run_script(
         "grid", store, out, "model=hf", f"model.path={folder}/model", "model.name=tiny", "model.dtype=float32",
         "quant_pairs=wfp8_afp8,wint4_afp16", "autoquant.seq_len=32", f"autoquant.checkpoint={folder}/search",
     )  # fmt: skip
@@ -231,11 +225,13 @@ def made(scored):
     """Schemes of a grid's two candidates, and their probe."""
     store, out, ids, _ = scored
     arguments = ("schemes=none", "effective_bits=6,9", "controls=random")
-    done = start("scheme", store, out, f"run_id={ids['grid']}", *arguments, "pareto=5")
+    done = run_script("scheme", store, out, f"run_id={ids['grid']}", *arguments, "pareto=5")
     assert done.returncode == 0, done.stderr
     (folder,) = (out / "tmp").glob("schemes_*")
     first = folder / "schemes" / "bits_6.json"
-    probed_ = start("probe", store, out, f"scheme_files={first},{folder}/schemes/bits_9.json", "rows=4", "batch_size=4")
+    probed_ = run_script(
+        "probe", store, out, f"scheme_files={first},{folder}/schemes/bits_9.json", "rows=4", "batch_size=4"
+    )
     assert probed_.returncode == 0, probed_.stderr
     return done, probed_, folder
 
@@ -300,7 +296,7 @@ def test_a_failed_run_is_named_with_its_reason(scored):
 
 def test_a_budget_below_the_floor_ends_in_one_line(scored):
     store, out, ids, _ = scored
-    done = start("probe", store, out, f"run_id={ids['wfp8_afp8']}", "schemes=none", "effective_bits=7")
+    done = run_script("probe", store, out, f"run_id={ids['wfp8_afp8']}", "schemes=none", "effective_bits=7")
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "effective_bits=7 cannot be reached: the feasible range is 8 to 16" in line

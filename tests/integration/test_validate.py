@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -14,16 +11,10 @@ from mlflow import MlflowClient
 
 from layerbits.inputs import smollm2
 
+from .entries import start
 from .scoring_support import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def start(script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    environment.pop("MLFLOW_TRACKING_URI", None)
-    command = [sys.executable, f"experiments/{script}.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,7 @@
 """Past runs repeated from their record, on a tiny checkpoint, with a SQLite store."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,19 +18,12 @@ from layerbits.results.manifest import load_manifest
 from layerbits.trust.again import load_run
 from layerbits.trust.verification import BOUNDS, check, compare, verify
 
+from .entries import start
 from .scoring_support import tiny_model
 from .tracking_support import small_result
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-
-
-def start(script, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
-        environment.pop(name, None)
-    command = [sys.executable, f"experiments/{script}.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,82 @@
+"""Entry scripts from their command line, in this process: its imports are made once and not per call.
+
+What only a process of its own can show (exit codes of ``mlflow run``, signals, a fresh store) starts one with
+:func:`start_process`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import runpy
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a script left: as ``subprocess.CompletedProcess`` names it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a script: this one without a store or a cache of its own, and the changes."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "LAYERBITS_"))}
+    always = {"PYTHONPATH": str(ROOT / "src"), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return {**kept, **always, **{k: str(v) for k, v in changes.items()}}
+
+
+def start(script: str, *arguments: object, **changes: str) -> Ended:
+    """Runs ``experiments/<script>.py`` to its end.
+
+    Args:
+        script: Its name.
+        arguments: Hydra's command line.
+        changes: Environment variables.
+    """
+    import mlflow
+    from hydra.core.global_hydra import GlobalHydra
+
+    path, status = ROOT / "experiments" / f"{script}.py", 0
+    out, errors = io.StringIO(), io.StringIO()
+    handlers, folder = list(logging.root.handlers), Path.cwd()
+    with (
+        mock.patch.dict(os.environ, environment(**changes), clear=True),
+        mock.patch.object(sys, "argv", [str(path), *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
+        os.chdir(ROOT)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as exit:
+            status = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+        except Exception:
+            traceback.print_exc()
+            status = 1
+        finally:
+            os.chdir(folder)
+            logging.root.handlers[:] = handlers
+            GlobalHydra.instance().clear()
+            mlflow.set_tracking_uri(None)
+    return Ended(status, out.getvalue(), errors.getvalue())
+
+
+def start_process(script: str, *arguments: object, **changes: str) -> Ended:
+    """As :func:`start`, in a process of its own."""
+    command = [sys.executable, f"experiments/{script}.py", *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, check=False, timeout=300
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
