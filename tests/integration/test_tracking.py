@@ -12,7 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 
-from layerbits import tracking
+from layerbits import progress, tracking
 from layerbits.errors import Unsupported, UserError
 from layerbits.tracking.contract import RESULT_ID, TABLE, milliseconds
 from tests.integration.tracking_support import environment, small_result, write_folder
@@ -387,3 +387,33 @@ def test_a_file_that_is_no_database_is_left_alone(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="not a database"):
         tracking.open_store(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
     assert (tmp_path / "mlflow.db").read_text().startswith("precious")
+
+
+def test_progress_is_in_the_store_while_the_run_goes_on(store, client, monkeypatch):
+    monkeypatch.setattr(progress, "REPORT_SECONDS", 0.0)
+    with tracking.start_run("long", system_metrics=False) as session:
+        for step in progress.progress(range(4), "scoring"):
+            if step == 3:
+                deadline = time.monotonic() + 20
+                while not (seen := client.get_run(session.run_id).data.metrics) and time.monotonic() < deadline:
+                    time.sleep(0.05)
+    assert 1 <= seen["progress/steps"] <= 3
+    assert seen["progress/percent"] == 25 * seen["progress/steps"]
+    assert seen["progress/eta_seconds"] >= 0
+
+
+def test_a_store_that_takes_no_progress_does_not_stop_the_run(store, client, monkeypatch):
+    monkeypatch.setattr(progress, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", _refuse_metrics(mlflow.MlflowClient.log_batch))
+    with tracking.start_run("long", system_metrics=False):
+        assert list(progress.progress(range(3), "scoring")) == [0, 1, 2]
+    assert only_run(client).info.status == "FINISHED"
+
+
+def _refuse_metrics(log_batch):
+    def refusing(self, run_id, metrics=(), **others):
+        if metrics:
+            raise mlflow.MlflowException("planted")
+        return log_batch(self, run_id, metrics=metrics, **others)
+
+    return refusing

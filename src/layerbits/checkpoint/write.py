@@ -155,8 +155,8 @@ def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str
     import modelopt.torch.quantization as mtq
     import torch
 
+    from layerbits.progress import progress
     from layerbits.scoring.steps import calibration_forward
-    from layerbits.scoring.taps import progress
 
     prefix = f"{language_model}." if language_model else ""
     found = {

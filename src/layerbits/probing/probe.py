@@ -112,7 +112,7 @@ def probe(
     """
     from layerbits.probing.apply import Made, apply_scheme, find_ranges
     from layerbits.probing.baseline import Baseline
-    from layerbits.scoring.taps import progress
+    from layerbits.progress import progress
 
     if not schemes:
         raise UserError("there is no scheme to probe; name at least one")

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from layerbits.inputs.calibration import Batch
-from layerbits.scoring import distributed
+from layerbits.progress import planned
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.norms import fused_norms
+from layerbits.scoring.passes import run_steps
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
 from layerbits.scoring.steplog import Step, StepLog
 from layerbits.scoring.suffix import Perturbation, SuffixRunner, find_blocks
-from layerbits.scoring.taps import progress
 
 
 def score(job: ScoringJob) -> Scores:
@@ -42,25 +42,27 @@ def score(job: ScoringJob) -> Scores:
     kept_gb = 0.0
 
     clock = time.perf_counter
-    start = clock()
-    blocks = find_blocks(model, search.names, batches[0])
-    routed = calibrate(linears, job, log, search.need_logits)
-    seconds = {"calibrate": clock() - start}
-
-    start = clock()
-    resumed = log.read(0) is not None
+    resumed = log.holds(0)
     perturbations = linears.perturbations(search)
-    with fused_norms(model):
-        for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
-            if log.read(index) is None:
-                with linears.counted():
-                    runner = SuffixRunner(model, blocks, batches[index])
-                kept_gb = max(kept_gb, runner.kept_bytes / 1e9)
-                step = _step(runner, perturbations, batches[index], len(search.groups))
-                log.write(index, replace(step, routed=_flat(linears.take_routed())))
-    distributed.barrier()
-    steps = [step for step in map(log.read, range(len(batches))) if step is not None]
-    seconds["score"] = clock() - start
+
+    def scored(index: int) -> Step:
+        nonlocal kept_gb
+        with linears.counted():
+            runner = SuffixRunner(model, blocks, batches[index])
+        kept_gb = max(kept_gb, runner.kept_bytes / 1e9)
+        step = _step(runner, perturbations, batches[index], len(search.groups))
+        return replace(step, routed=_flat(linears.take_routed()))
+
+    # half of the blocks lie behind a group on average
+    with planned(calibrating=(len(job.calibration.calib), 1.0), scoring=(len(batches), 1 + len(perturbations) / 2)):
+        start = clock()
+        blocks = find_blocks(model, search.names, batches[0])
+        routed = calibrate(linears, job, log, search.need_logits)
+        seconds = {"calibrate": clock() - start}
+        start = clock()
+        with fused_norms(model):
+            steps = run_steps(log, len(batches), scored)
+        seconds["score"] = clock() - start
 
     tokens = sum(b.loss_tokens for b in batches)
     return assemble(

@@ -16,13 +16,19 @@ from typing import Any
 import numpy as np
 
 from layerbits.inputs.calibration import Batch
-from layerbits.scoring import distributed, fisher
+from layerbits.progress import part_done, planned
+from layerbits.scoring import fisher
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.memory import checkpointed, plan_memory
+from layerbits.scoring.passes import run_steps
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
 from layerbits.scoring.steplog import Step, StepLog
 from layerbits.scoring.steps import Labels, has_plain_head
-from layerbits.scoring.taps import Taps, progress
+from layerbits.scoring.taps import Taps
+
+_STEP_COST = 5.0
+"""What scoring a batch takes in calibration forwards, roughly (six candidates, ``benchmarks/README.md``): the estimated
+end needs no more before the first step is scored."""
 
 
 def score(job: ScoringJob) -> Scores:
@@ -43,21 +49,23 @@ def score(job: ScoringJob) -> Scores:
     log = StepLog(job.workdir, job.fingerprint)
 
     clock = time.perf_counter
-    start = clock()
-    routed = calibrate(taps, job, log, search.need_logits)
-    seconds = {"calibrate": clock() - start}
-
-    start = clock()
-    resumed = log.read(0) is not None
+    resumed = log.holds(0)
     mode = memory.mode
     chunked = memory.pieces and not search.need_logits and has_plain_head(model, batches[0])
-    for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
-        if log.read(index) is None:
-            step, mode = _step(taps, job, search, index, mode, chunked)
-            log.write(index, step)
-    distributed.barrier()
-    steps = [step for step in map(log.read, range(len(batches))) if step is not None]
-    seconds["score"] = clock() - start
+
+    def scored(index: int) -> Step:
+        nonlocal mode
+        step, mode = _step(taps, job, search, index, mode, chunked)
+        return step
+
+    draws = job.draws if job.method == "fisher" else 1
+    with planned(calibrating=(len(job.calibration.calib), 1.0), scoring=(len(batches), _STEP_COST * draws)):
+        start = clock()
+        routed = calibrate(taps, job, log, search.need_logits)
+        seconds = {"calibrate": clock() - start}
+        start = clock()
+        steps = run_steps(log, len(batches), scored)
+        seconds["score"] = clock() - start
     fell_back = "the GPU ran out of memory in memory=fast; the pass went on in memory=lean"
     return assemble(
         job,
@@ -90,7 +98,7 @@ def _step(taps: Taps, job: ScoringJob, search: Search, index: int, mode: str, ch
     for draw in range(job.draws):
         labels = fisher.drawn_labels(device, job.seed, index, draw)
         signed, owner, mode = _score_batch(taps, batch, mode, chunked, labels)
-        routed = taps.take_routed()  # the same in every draw
+        part_done(draw / job.draws)
         total = total + fisher.windowed(signed, owner, batch, search.group_of, groups) / job.draws
     return step_of(total, owner, batch, np.arange(groups), groups, routed), mode
 

@@ -58,6 +58,10 @@ class StepLog:
         else:
             write_json(owner, fingerprint)
 
+    def holds(self, index: int) -> bool:
+        """Whether a step is finished."""
+        return self._path(f"step-{index:05d}.npz").exists()
+
     def read(self, index: int) -> Step | None:
         """A finished step, ``None`` where it is not finished."""
         path = self._path(f"step-{index:05d}.npz")

@@ -17,6 +17,7 @@ from typing import Any
 from layerbits.errors import Unsupported
 from layerbits.inputs.calibration import Batch, Segment
 from layerbits.inputs.models import output_head
+from layerbits.progress import part_done
 from layerbits.scoring.divergence import Reference
 from layerbits.scoring.patches import Forward, Span, by_tile, forwards
 from layerbits.scoring.steps import LOGITS_AT_ONCE, _inputs, _loss_positions, has_plain_head, predictions
@@ -163,7 +164,11 @@ class SuffixRunner:
         with torch.inference_mode():
             for kept, reference in zip(self._kept, self._references, strict=True):
                 most = max(1, self._tokens // kept.segment.input_ids.numel())
-                runs = [self._compare(kept, reference, tiles) for tiles in self._together(perturbations, most)]
+                runs, measured = [], 0
+                for tiles in self._together(perturbations, most):
+                    runs.append(self._compare(kept, reference, tiles))
+                    measured += len(tiles)
+                    part_done((len(parts) + measured / len(perturbations)) / len(self._kept))
                 parts.append([torch.cat(values) for values in zip(*runs, strict=True)])
         kl, change = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
         return kl, change

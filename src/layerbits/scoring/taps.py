@@ -10,6 +10,7 @@ from typing import Any
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import fused_experts
+from layerbits.progress import progress
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import ExpertsTap, Routed
 from layerbits.scoring.memory import Load
@@ -229,13 +230,6 @@ class Taps:
         with torch.no_grad():
             for candidates, scores in self.taps[index].scores(taken, gradient, self._signed):
                 self._tokens[index, candidates, span] = scores.to(self._tokens.device)
-
-
-def progress(items: Sequence[Any], what: str) -> Any:
-    """The items under a progress bar."""
-    from tqdm import tqdm
-
-    return tqdm(items, desc=what, unit="batch")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from layerbits.tracking.afterwards import keep_killed
 from layerbits.tracking.reap import process_tags
 from layerbits.tracking.store import answers, experiment_id, impatient, one_line, redact, run_link, ui_command
 from layerbits.tracking.view import print_view
+from layerbits.tracking.watched import watched
 
 PARENT_VARIABLE = "LAYERBITS_PARENT_RUN_ID"
 """Environment variable that makes the runs of this process and its children nested runs of one parent."""
@@ -103,7 +104,7 @@ def start_run(
     stop = _Stop(with_parent=session.resumed)
     ending = Ending("KILLED", "killed", "stopped twice")  # unless we get as far as to know better
     try:
-        with stop.watching():
+        with stop.watching(), watched(session.tracking_uri, session.run_id):
             yield session
         ending = _OK
     except BaseException as error:
@@ -131,7 +132,7 @@ def parent_run(name: str, experiment: str = "layerbits", tags: Mapping[str, str]
     os.environ[PARENT_VARIABLE] = session.run_id
     error: BaseException | None = None
     try:
-        with stop.watching():
+        with stop.watching(), watched(session.tracking_uri, session.run_id):
             yield session
     except BaseException as caught:
         error = caught

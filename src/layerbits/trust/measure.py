@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from layerbits.inputs.calibration import Batch
+from layerbits.progress import progress
 from layerbits.results.result import FloatArray
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search
 from layerbits.scoring.suffix import Perturbation, SuffixRunner, find_blocks
-from layerbits.scoring.taps import progress
 from layerbits.trust.agreement import Captions
 
 _FLOOR_GROUPS = 4

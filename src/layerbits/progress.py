@@ -1,0 +1,160 @@
+"""How far a run is: a bar with the estimated end on the terminal, and a report to whoever listens, now and then."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+REPORT_SECONDS = 10.0
+"""Listeners hear nothing more often than this."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far the work of a run is.
+
+    Attributes:
+        phase: What is being done.
+        steps: Steps done, of all phases.
+        percent: Of the estimated time.
+        eta_seconds: Estimated seconds to the end.
+    """
+
+    phase: str
+    steps: int
+    percent: float
+    eta_seconds: float
+
+
+Listener = Callable[[Report], None]
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Reports go to this listener meanwhile, and not to those outside."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@dataclass
+class _Phase:
+    steps: int
+    cost: float  # of a step, relative to those of other phases
+    done: float = 0.0
+
+
+class _Work:
+    """Phases, what is done of them, and how long it took."""
+
+    def __init__(self, phases: dict[str, _Phase]) -> None:
+        self._phases = phases
+        self._reported = time.monotonic()  # a run of a few seconds reports nothing
+        self._pace = 0.0  # seconds per unit of cost
+
+    def holds(self, name: str) -> bool:
+        return name in self._phases
+
+    def start(self, name: str, steps: int, done: int) -> None:
+        phase = self._phases[name]
+        phase.steps, phase.done = steps, float(done)
+        self._at, self._before, self._began, self._first = phase, float(done), time.monotonic(), 0.0
+        self._name = name
+
+    def reached(self, done: float) -> Report:
+        now = time.monotonic()
+        phase = self._at
+        phase.done = done
+        mine = done - self._before
+        if not self._first and mine >= 1:
+            self._first = now  # the first step warms up: from the second on it does not count
+        if mine >= 2:
+            self._pace = (now - self._first) / (mine - 1) / phase.cost
+        elif mine > 0:
+            self._pace = (now - self._began) / mine / phase.cost
+        left = sum(p.cost * max(0.0, p.steps - p.done) for p in self._phases.values())
+        whole = sum(p.cost * p.steps for p in self._phases.values())
+        report = Report(
+            self._name,
+            int(sum(p.done for p in self._phases.values())),
+            100 * (1 - left / whole) if whole else 100.0,
+            left * self._pace,
+        )
+        if _listeners and now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            _listeners[-1](report)
+        return report
+
+
+_works: list[_Work] = []
+_bars: list[Callable[[float], None]] = []
+
+
+@contextmanager
+def planned(**phases: tuple[int, float]) -> Iterator[None]:
+    """Says what :func:`progress` will be called for, so that percent and end are those of all of it.
+
+    Args:
+        phases: Name → steps, and what a step costs relative to one of another phase.
+    """
+    _works.append(_Work({name: _Phase(steps, cost) for name, (steps, cost) in phases.items()}))
+    try:
+        yield
+    finally:
+        _works.pop()
+
+
+def progress(items: Sequence[Any], what: str, done: int = 0) -> Iterator[Any]:
+    """The items under a progress bar.
+
+    Args:
+        items: What is left to do.
+        what: Name of the phase.
+        done: Steps of it that were done before.
+    """
+    from tqdm import tqdm
+
+    work = _works[-1] if _works and _works[-1].holds(what) else _Work({what: _Phase(len(items), 1.0)})
+    total = done + len(items)
+    work.start(what, total, done)
+    # a log file need not have a line for each step
+    seconds = 0.1 if sys.stderr.isatty() else REPORT_SECONDS
+    quiet = int(os.environ.get("RANK", "0")) > 0
+    with tqdm(
+        total=total, initial=done, desc=what, unit="batch", mininterval=seconds, miniters=0, disable=quiet
+    ) as bar:
+
+        def reached(count: float) -> None:
+            report = work.reached(count)
+            end = datetime.now() + timedelta(seconds=report.eta_seconds)
+            form = "%H:%M" if report.eta_seconds < 86400 / 2 else "%a %H:%M"
+            bar.set_postfix_str(f"{report.percent:.0f}% of all, ends {end.strftime(form)}", refresh=False)
+            bar.update(round(count, 2) - bar.n)
+
+        _bars.append(lambda share: reached(count + min(share, 1.0)))
+        try:
+            for index, item in enumerate(items):
+                count = done + index
+                yield item
+                reached(count + 1)
+        finally:
+            _bars.pop()
+
+
+def part_done(share: float) -> None:
+    """Tells how much of the current step is done, where steps are long.
+
+    Args:
+        share: From 0 to 1.
+    """
+    if _bars:
+        _bars[-1](share)
