@@ -38,6 +38,26 @@ def qwen2_5_vl_3b() -> Any:
     return Qwen2_5_VLConfig(text_config=text, tie_word_embeddings=True)
 
 
+def qwen3(blocks: int, hidden: int, intermediate: int, heads: int, head_dim: int = 128) -> Any:
+    """Config of a dense Qwen3 (8 key-value heads, untied embeddings)."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=head_dim, vocab_size=151936, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def qwen3_32b() -> Any:
+    """Config of Qwen3-32B (64 blocks, 31.2 billion weights in them)."""
+    return qwen3(64, 5120, 25600, 64)
+
+
+def qwen3_8b() -> Any:
+    """Config of Qwen3-8B (36 blocks, 6.9 billion weights in them)."""
+    return qwen3(36, 4096, 12288, 32)
+
+
 def tiny_llama() -> Any:
     """A model of two blocks, to try a benchmark on a CPU."""
     from transformers import LlamaConfig
@@ -103,6 +123,8 @@ SHAPES = {
     "tiny-experts": tiny_experts,
     "qwen3-vl-4b": qwen3_vl_4b,
     "qwen2.5-vl-3b": qwen2_5_vl_3b,
+    "qwen3-32b": qwen3_32b,
+    "qwen3-8b": qwen3_8b,
     "smollm2-135m": smollm2_135m,
     "tiny": tiny_llama,
 }
@@ -114,12 +136,16 @@ def class_name(config: Any) -> str:
     return kind.replace("Config", "ForConditionalGeneration" if "VL" in kind else "ForCausalLM")
 
 
-def random_model(shape: str, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> LoadedModel:
-    """A model of a shape with random weights."""
+def random_model(
+    shape: str, device: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0, blocks: int | None = None
+) -> LoadedModel:
+    """A model of a shape with random weights, or of its first blocks."""
     from layerbits.inputs.models import build
 
     torch.manual_seed(seed)
     config = SHAPES[shape]()
+    if blocks:
+        getattr(config, "text_config", config).num_hidden_layers = blocks
     name = class_name(config)
     config.architectures = [name]
     with torch.device(device):

@@ -17,7 +17,7 @@ from layerbits.tracking.settings import TrackingSpec
 METHODS = ("gradient", "fisher", "kl_div")
 ENGINES = ("onepass", "stock")
 LAYOUTS = ("tmp", "publish")
-MEMORY = ("auto", "fast", "lean")
+MEMORY = ("auto", "fast", "lean", "offload")
 DEVICES = ("auto", "cpu", "cuda")
 FP4 = ("mxfp4", "nvfp4")
 
@@ -42,7 +42,8 @@ class AutoQuantSpec:
         cost_model: What ``effective_bits`` counts: ``weight`` = all weights alike, ``active_moe`` = routed experts by
             the share of them that a token uses.
         active_expert_ratio: That share; ``None`` = from the model's config.
-        memory: ``fast`` keeps activations and quantized weights, ``lean`` recomputes them, ``auto`` picks by estimate.
+        memory: ``fast`` keeps activations and quantized weights, ``lean`` recomputes them, ``offload`` keeps
+            the weights in host memory besides, ``auto`` picks by estimate.
         checkpoint: Folder for the search checkpoint; ``None`` = one per set of parameters in the cache.
     """
 

@@ -119,11 +119,15 @@ def skeleton(resolved: ResolvedModel) -> dict[str, Shapes]:
     Returns:
         Full module name → shapes, lm_head included.
     """
+    return language_model_linears(empty(resolved))
+
+
+def empty(resolved: ResolvedModel) -> Any:
+    """A model on the meta device: shapes and dtypes, nothing allocated."""
     import torch
 
     with torch.device("meta"):
-        model = build(resolved.config)
-    return language_model_linears(model)
+        return build(resolved.config, _dtype(resolved.spec.dtype, resolved.config))
 
 
 def load_tokenizer(resolved: ResolvedModel) -> Any:
@@ -142,7 +146,9 @@ def load_tokenizer(resolved: ResolvedModel) -> Any:
         ) from None
 
 
-def load(resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0) -> LoadedModel:
+def load(
+    resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0, in_host_memory: bool = False
+) -> LoadedModel:
     """Loads the weights onto a device.
 
     Args:
@@ -150,14 +156,25 @@ def load(resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0) ->
         tokenizer: From :func:`load_tokenizer`.
         device: ``cpu`` or ``cuda``; with ``device_map`` the GPUs are chosen by accelerate.
         seed: For ``random_weights``.
+        in_host_memory: Leaves the weights of the decoder blocks in host memory (:mod:`layerbits.inputs.offload`); the
+            device never holds more than two blocks.
 
     Raises:
         UserError: The weights cannot be read.
+        Unsupported: Its blocks cannot be streamed.
     """
     import torch
     from safetensors import SafetensorError
 
+    from layerbits.inputs.offload import offload
+
     spec = resolved.spec
+    if in_host_memory and spec.device_map:
+        raise UserError(
+            f"memory=offload keeps the weights in host memory and model.device_map={spec.device_map} spreads them over "
+            "GPUs; leave one of them out"
+        )
+    target, device = device, "cpu" if in_host_memory else device
     dtype = _dtype(spec.dtype, resolved.config)
     if spec.random_weights:
         torch.manual_seed(seed)
@@ -181,6 +198,8 @@ def load(resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0) ->
             ) from None
     model.eval()
     model.config.use_cache = False
+    if in_host_memory:
+        offload(model, target)
     info = ModelInfo(
         name=spec.name,
         source=spec.path,

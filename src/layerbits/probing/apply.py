@@ -17,6 +17,7 @@ from layerbits.candidates.formats import Format, normalise, plain
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.models import output_head
+from layerbits.inputs.offload import device_of, offloaded, resident
 from layerbits.results.result import CandidateInfo
 from layerbits.scoring import quantizers
 from layerbits.scoring.taps import Taps
@@ -113,6 +114,7 @@ def apply_scheme(
         if _MARK in vars(module):
             raise UserError(f"{name} is under scheme {vars(module)[_MARK]} already; remove that one first")
     ranges = calibration if isinstance(calibration, Ranges) else find_ranges(model, [scheme], calibration)
+    keep_weights = keep_weights and offloaded(model) is None  # what stays in host memory does not fit twice
     forwards: Made = {} if made is None else made
     keys = {name: (name, info.config_hash) for name, info in scheme.modules.items()}
     with torch.no_grad():
@@ -139,18 +141,19 @@ def module_quantizers(module: Any, name: str, info: CandidateInfo, ranges: Range
     """
     import torch
 
-    settings = quantizers.distinct_settings([runtime_config(info, module.weight.device)])
-    weight_quantizer = quantizers.make_quantizer(settings.weights[0], module.weight.device)
-    input_quantizer = quantizers.make_quantizer(settings.inputs[0], module.weight.device)
+    device = device_of(module)
+    settings = quantizers.distinct_settings([runtime_config(info, device)])
+    weight_quantizer = quantizers.make_quantizer(settings.weights[0], device)
+    input_quantizer = quantizers.make_quantizer(settings.inputs[0], device)
     with torch.no_grad():
-        quantizers.calibrate_weight(weight_quantizer, module.weight)
+        quantizers.calibrate_weight(weight_quantizer, resident(module).weight)
     if quantizers.needs_range(input_quantizer):
         amax = ranges.amax.get(name, {}).get(_key(settings.inputs[0]))
         if amax is None:
             raise UserError(
                 f"no activation range of {name} under {info.name}; find the ranges with this scheme as well"
             )
-        input_quantizer.amax = torch.as_tensor(amax).to(module.weight)
+        input_quantizer.amax = torch.as_tensor(amax).to(device, module.weight.dtype)
     return weight_quantizer, input_quantizer
 
 
@@ -190,7 +193,7 @@ def _linear(model: Any, name: str) -> Any:
 
 
 def _device(linears: Mapping[str, Any]) -> Any:
-    return next(iter(linears.values())).weight.device
+    return device_of(next(iter(linears.values())))
 
 
 def _key(attributes: Any) -> str:

@@ -170,7 +170,7 @@ def _rows(segment: Segment) -> list[Segment]:
 
 
 def _fits(logits: Any) -> bool:
-    from layerbits.scoring.memory import _free_bytes
+    from layerbits.scoring.memory import free_bytes
 
     wanted = logits.numel() * logits.element_size()
-    return not logits.is_cuda or wanted < _MAY_KEEP * _free_bytes(logits.device)
+    return not logits.is_cuda or wanted < _MAY_KEEP * free_bytes(logits.device)

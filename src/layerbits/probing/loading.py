@@ -41,7 +41,8 @@ class Prepared:
         """
         import torch
 
-        from layerbits.inputs.models import load
+        from layerbits.inputs.models import load, skeleton
+        from layerbits.scoring.placement import in_host_memory
 
         if device not in ("auto", "cpu", "cuda"):
             raise UserError(f"device={device} is not known; use auto, cpu or cuda")
@@ -49,7 +50,14 @@ class Prepared:
             raise UserError("device=cuda, but PyTorch sees no GPU here; use device=cpu or a machine with one")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load(self.resolved, self.tokenizer, device, int(self.scheme.settings.get("seed", 0)))
+        streamed = in_host_memory(
+            self.resolved,
+            list(self.scheme.modules) or list(skeleton(self.resolved)),
+            tokens=max(s.input_ids.numel() for b in self.calibration for s in b.segments),
+            device=device,
+            wanted=self.scheme.settings.get("autoquant", {}).get("memory", "auto"),
+        )
+        return load(self.resolved, self.tokenizer, device, int(self.scheme.settings.get("seed", 0)), streamed)
 
 
 def prepare_together(schemes: Sequence[Scheme], purpose: str) -> Prepared:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -171,12 +171,15 @@ def probe(
 
 def _weights_fit(model: Any, schemes: Sequence[Scheme]) -> bool:
     """Whether the quantized weights of all schemes may stay in memory, each distinct one once."""
-    from layerbits.scoring.memory import _free_bytes
+    from layerbits.inputs.offload import offloaded
+    from layerbits.scoring.memory import free_bytes
 
+    if offloaded(model) is not None:
+        return False
     distinct = {(name, info.config_hash) for scheme in schemes for name, info in scheme.modules.items()}
     weights = [model.get_parameter(f"{name}.weight") for name, _ in distinct]
     wanted = sum(w.numel() * w.element_size() for w in weights)
-    return not weights or wanted < _MAY_KEEP * _free_bytes(weights[0].device)
+    return not weights or wanted < _MAY_KEEP * free_bytes(weights[0].device)
 
 
 def _noise_floor(model: Any, info: ModelInfo, baseline: Baseline) -> tuple[Difference, str]:
@@ -193,11 +196,17 @@ def _in_float32(model: Any) -> Iterator[None]:
     """The model in float32 and back: widening loses nothing, so the weights return bit for bit."""
     import torch
 
-    narrow = {p: p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32}
+    from layerbits.inputs.offload import offloaded
+
+    streaming = offloaded(model)
+    away = set() if streaming is None else {p for block in streaming.parts.streamed for p in block}
+    wide = [p for p in model.parameters() if p in away or not p.is_floating_point() or p.dtype == torch.float32]
+    narrow = {p: p.dtype for p in set(model.parameters()) - set(wide)}
     try:
         for parameter in narrow:
             parameter.data = parameter.data.float()
-        yield
+        with nullcontext() if streaming is None else streaming.widened(torch.float32):
+            yield
     finally:
         for parameter, dtype in narrow.items():
             parameter.data = parameter.data.to(dtype)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from layerbits.scoring.memory import _free_bytes
+from layerbits.scoring.memory import free_bytes
 from layerbits.scoring.steps import LOGITS_AT_ONCE
 
 _AT_ONCE = 1 << 21
@@ -45,7 +45,7 @@ class Reference:
         self.vocabulary = int(logits_of(values[:1]).shape[-1])
         size = max(1, LOGITS_AT_ONCE // self.vocabulary)
         wanted = len(values) * self.vocabulary * values.element_size()
-        keep = wanted < _MAY_KEEP * _free_bytes(values.device)
+        keep = wanted < _MAY_KEEP * free_bytes(values.device)
         self.kept_bytes = wanted if keep else 0
         pieces, partition = [], []
         for piece in values.split(size):

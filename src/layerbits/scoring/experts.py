@@ -17,6 +17,7 @@ from typing import Any
 
 from layerbits.errors import Unsupported
 from layerbits.inputs.experts import Experts
+from layerbits.inputs.offload import resident
 from layerbits.scoring import quantizers
 from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
 from layerbits.scoring.memory import Load
@@ -63,7 +64,7 @@ class ExpertsTap(Tap):
     """
 
     def __init__(self, name: str, module: Any, settings: quantizers.Settings, experts: Experts) -> None:
-        tensors = [getattr(module, projection) for projection in experts.projections]
+        tensors = [getattr(resident(module), projection) for projection in experts.projections]
         super().__init__(name, module, settings, experts.projections, tensors[0].device)
         self.experts = experts
         self._weights = [[None if s is None else ExpertWeights(s, t) for t in tensors] for s in settings.weights]
@@ -192,7 +193,7 @@ class ExpertsTap(Tap):
         return self._run(Routed(hidden, index, weights), self._tensors())
 
     def _tensors(self) -> tuple[Any, ...]:
-        return tuple(getattr(self.module, projection).detach() for projection in self.experts.projections)
+        return tuple(getattr(resident(self.module), projection).detach() for projection in self.experts.projections)
 
     def _changes(self, setting: int) -> tuple[Any, ...]:
         return tuple(self.inputs[projection][setting] for projection in self.experts.projections)

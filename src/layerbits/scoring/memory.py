@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.offload import SLOTS, offloaded, parts_of
 from layerbits.scoring.steps import LOGITS_AT_ONCE
 
-MODES = ("auto", "fast", "lean")
+MODES = ("auto", "fast", "lean", "offload")
 
 _AUTOGRAD = 0.8
 """Bytes that autograd keeps per byte of the scored linears' inputs and outputs (attention, norms, activations)."""
 _LOGIT = 18
 """Bytes per logit of the loss: logits, their float32 copy, log-probabilities and gradients."""
-_HEADROOM = 0.92  # of what is free: the allocator's fragments and the kernels' workspaces
+HEADROOM = 0.92
+"""Of what is free: the rest is the allocator's fragments and the kernels' workspaces."""
 
 
 @dataclass(frozen=True)
@@ -38,74 +42,174 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """Bytes that a pass takes, by what they are for; known from the shapes alone.
+
+    Attributes:
+        own: The model. resident: What of it is not streamed. block: Its largest block, 0 where it has none to stream.
+        kept: What autograd keeps of all blocks. blocks: How many there are. boundary: Their inputs.
+        copies: Quantized weights that may be kept. largest: What passes while a module is scored, weights included.
+        transient: The same where those weights are kept.
+        logits: The loss with whole logits. piece: The loss with logits in pieces.
+    """
+
+    own: int
+    resident: int
+    block: int
+    kept: float
+    blocks: int
+    boundary: int
+    copies: int
+    largest: float
+    transient: float
+    logits: int
+    piece: int
+
+    @classmethod
+    def of(cls, model: Any, loads: Sequence[Load], tokens: int, weight_settings: int) -> Needs:
+        """Of a model, which may be on the meta device.
+
+        Args:
+            model: The model.
+            loads: Of the scored modules.
+            tokens: Tokens of the largest segment.
+            weight_settings: Distinct weight quantizers.
+        """
+        own = sum(p.numel() * p.element_size() for p in model.parameters())
+        try:
+            parts = parts_of(model)
+            block, resident = parts.block_bytes, own - parts.total_bytes
+        except Unsupported:  # nothing to stream
+            block, resident = 0, own
+        blocks = max(1, getattr(getattr(model.config, "text_config", model.config), "num_hidden_layers", 1))
+        size, settings = model.get_input_embeddings().weight.element_size(), max(1, weight_settings)
+        logits = tokens * model.get_output_embeddings().weight.shape[0] * _LOGIT
+        return cls(
+            own=own,
+            resident=resident,
+            block=block,
+            kept=sum(load.kept for load in loads) * tokens * size * (1 + _AUTOGRAD),
+            blocks=blocks,
+            boundary=blocks * tokens * loads[0].width * size,
+            copies=weight_settings * sum(load.weights for load in loads) * size,
+            largest=max(load.passing * (settings if load.passing_by_setting else 1) for load in loads),
+            transient=max((load.passing for load in loads if not load.passing_by_setting), default=0),
+            logits=logits,
+            piece=min(logits, LOGITS_AT_ONCE * _LOGIT),
+        )
+
+    def device_bytes(self, mode: str, copies: bool = False) -> float:
+        """What a mode takes on the device at least, with logits in pieces.
+
+        Args:
+            mode: The mode.
+            copies: Whether ``fast`` keeps quantized weights.
+        """
+        # The logits are gone before the first block's gradient comes, so that they never meet what passes there.
+        if mode == "fast":
+            passing = self.copies + max(self.piece, self.transient) if copies else max(self.piece, self.largest)
+            return self.own + self.kept + passing
+        weights = self.own if mode == "lean" else self.on_device
+        return weights + self.kept / self.blocks + self.boundary + max(self.piece, self.largest)
+
+    @property
+    def on_device(self) -> int:
+        """What ``offload`` holds of the model there."""
+        return self.resident + SLOTS * self.block
+
+    @property
+    def host_bytes(self) -> int:
+        """What ``offload`` takes of host memory while it loads."""
+        return self.own + self.block
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """The mode of a pass and why.
 
     Attributes:
         mode: ``fast`` keeps activations and, where they fit, quantized weights; ``lean`` recomputes activations block
-            by block and quantizes weights on the fly.
+            by block and quantizes weights on the fly; ``offload`` is ``lean`` with the weights of the blocks in host
+            memory.
         keep_weights: Whether quantized weights are kept.
         pieces: Whether the loss must make its logits in pieces to fit.
+        boundary_in_host_memory: Whether the inputs of the blocks must wait there for their backward.
         estimate_gb: Estimated peak of the chosen mode.
-        fast_gb: The least that ``fast`` takes. lean_gb: The least that ``lean`` takes, both with logits in pieces.
+        fast_gb: The least that ``fast`` takes. lean_gb: The least that ``lean`` takes. offload_gb: The least that
+            ``offload`` takes on the device, all with logits in pieces.
         free_gb: Memory that is free for the pass, the loaded model counted as free.
     """
 
     mode: str
     keep_weights: bool
     pieces: bool
+    boundary_in_host_memory: bool
     estimate_gb: float
     fast_gb: float
     lean_gb: float
+    offload_gb: float
     free_gb: float
 
 
 def plan_memory(model: Any, loads: Sequence[Load], tokens: int, weight_settings: int, wanted: str) -> MemoryPlan:
-    """Estimates both modes and picks one.
+    """Estimates the modes and picks one.
 
     Args:
-        model: The loaded model.
+        model: The loaded model; where its weights are in host memory, the mode is ``offload``.
         loads: Of the scored modules.
         tokens: Tokens of the largest segment.
         weight_settings: Distinct weight quantizers whose weights ``fast`` may keep.
         wanted: One of :data:`MODES`; ``auto`` takes ``fast`` where it fits.
+
+    Raises:
+        UserError: ``offload`` is wanted of a model that was loaded onto its device.
     """
-    weight = model.get_input_embeddings().weight
-    own, size = sum(p.numel() * p.element_size() for p in model.parameters()), weight.element_size()
-    blocks = max(1, getattr(getattr(model.config, "text_config", model.config), "num_hidden_layers", 1))
-    kept = sum(load.kept for load in loads) * tokens * size * (1 + _AUTOGRAD)
-    copies = weight_settings * sum(load.weights for load in loads) * size
-    settings = max(1, weight_settings)
-    largest = max(load.passing * (settings if load.passing_by_setting else 1) for load in loads)
-    transient = max((load.passing for load in loads if not load.passing_by_setting), default=0)
-    boundary = blocks * tokens * loads[0].width * size
-    logits = tokens * model.get_output_embeddings().weight.shape[0] * _LOGIT
-    piece = min(logits, LOGITS_AT_ONCE * _LOGIT)
-    free = own + _free_bytes(weight.device)
-    room = _HEADROOM * free
-    # The logits are gone before the first block's gradient comes, so that they never meet what passes there.
-    with_copies = own + kept + copies + max(piece, transient)
-    keep = with_copies <= room
-    fast = with_copies if keep else own + kept + max(piece, largest)
-    lean = own + kept / blocks + boundary + max(piece, largest)
-    mode = wanted if wanted != "auto" else ("fast" if fast <= room else "lean")
-    least = fast if mode == "fast" else lean
-    pieces = least - piece + logits > room
-    estimate = least if pieces else least - piece + logits
-    return MemoryPlan(mode, keep and mode == "fast", pieces, estimate / 1e9, fast / 1e9, lean / 1e9, free / 1e9)
+    needs = Needs.of(model, loads, tokens, weight_settings)
+    streamed = offloaded(model) is not None
+    if wanted == "offload" and not streamed:
+        raise UserError("memory=offload needs a model that was loaded for it: its weights are on the device already")
+    free = (needs.on_device if streamed else needs.own) + free_bytes(model.get_input_embeddings().weight.device)
+    room = HEADROOM * free
+    keep = needs.device_bytes("fast", copies=True) <= room
+    fast, lean, offload = needs.device_bytes("fast", keep), needs.device_bytes("lean"), needs.device_bytes("offload")
+    fitting = "fast" if fast <= room else "lean"
+    mode = "offload" if streamed else fitting if wanted == "auto" else wanted
+    least = {"fast": fast, "lean": lean, "offload": offload}[mode]
+    crowded = mode == "offload" and least > room
+    if crowded:
+        least -= needs.boundary
+    whole = least - needs.piece + needs.logits
+    pieces = whole > room
+    return MemoryPlan(
+        mode=mode,
+        keep_weights=keep and mode == "fast",
+        pieces=pieces,
+        boundary_in_host_memory=crowded,
+        estimate_gb=(least if pieces else whole) / 1e9,
+        fast_gb=fast / 1e9,
+        lean_gb=lean / 1e9,
+        offload_gb=offload / 1e9,
+        free_gb=free / 1e9,
+    )
 
 
 @contextmanager
-def checkpointed(model: Any) -> Iterator[None]:
+def checkpointed(model: Any, boundary_in_host_memory: bool = False) -> Iterator[None]:
     """Gradient checkpointing for the body, and the model as it was afterwards.
 
     Reentrant, so that a linear's forward runs with gradients only when its block is recomputed.
+
+    Args:
+        model: The model.
+        boundary_in_host_memory: Whether the inputs of the blocks wait there for their backward.
     """
     layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     training = [m.training for m in layers]
     model.gradient_checkpointing_enable({"use_reentrant": True})
     for layer in layers:
         layer.training = True  # the layer alone: its children stay in eval mode, no dropout
+        if boundary_in_host_memory and hasattr(layer, "_gradient_checkpointing_func"):
+            layer._gradient_checkpointing_func = _on_host(layer._gradient_checkpointing_func)
     try:
         yield
     finally:
@@ -114,12 +218,45 @@ def checkpointed(model: Any) -> Iterator[None]:
             layer.training = was
 
 
-def _free_bytes(device: Any) -> int:
+def _on_host(checkpoint: Any) -> Any:
+    """A checkpoint whose saved inputs are in host memory."""
+    import torch
+
+    pinned = torch.cuda.is_available()
+
+    def saved(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
+            return checkpoint(*args, **kwargs)
+
+    return saved
+
+
+def free_bytes(device: Any) -> int:
+    """Memory that this process may still take on a device."""
     import torch
 
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        allocated = torch.cuda.memory_allocated(device)
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        return min(free + torch.cuda.memory_reserved(device), allowed) - allocated
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """Host memory that is free, within the limit of this process's control group."""
     import psutil
 
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    for limit, used in _CGROUPS:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return max(0, free)
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)

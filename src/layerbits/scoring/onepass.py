@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from layerbits.inputs.calibration import Batch
 from layerbits.progress import part_done, planned
 from layerbits.scoring import fisher
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
-from layerbits.scoring.memory import checkpointed, plan_memory
+from layerbits.scoring.memory import MemoryPlan, checkpointed, plan_memory
 from layerbits.scoring.passes import run_steps
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
 from layerbits.scoring.steplog import Step, StepLog
@@ -50,12 +51,12 @@ def score(job: ScoringJob) -> Scores:
 
     clock = time.perf_counter
     resumed = log.holds(0)
-    mode = memory.mode
     chunked = memory.pieces and not search.need_logits and has_plain_head(model, batches[0])
+    way = _Way(memory.mode, chunked, memory.boundary_in_host_memory)
 
     def scored(index: int) -> Step:
-        nonlocal mode
-        step, mode = _step(taps, job, search, index, mode, chunked)
+        nonlocal way
+        step, way = _step(taps, job, search, index, way)
         return step
 
     draws = job.draws if job.method == "fisher" else 1
@@ -66,7 +67,6 @@ def score(job: ScoringJob) -> Scores:
         start = clock()
         steps = run_steps(log, len(batches), scored)
         seconds["score"] = clock() - start
-    fell_back = "the GPU ran out of memory in memory=fast; the pass went on in memory=lean"
     return assemble(
         job,
         search,
@@ -80,27 +80,55 @@ def score(job: ScoringJob) -> Scores:
             "estimate_gb": memory.estimate_gb,
             "fast_estimate_gb": memory.fast_gb,
             "lean_estimate_gb": memory.lean_gb,
+            "offload_estimate_gb": memory.offload_gb,
             "free_gb": memory.free_gb,
         },
-        mode=mode,
-        notes=() if mode == memory.mode else (fell_back,),
+        mode=way.mode,
+        notes=_notes(job, memory, way.mode),
     )
 
 
-def _step(taps: Taps, job: ScoringJob, search: Search, index: int, mode: str, chunked: bool) -> tuple[Step, str]:
+@dataclass(frozen=True)
+class _Way:
+    """How batches are scored.
+
+    Attributes:
+        mode: Memory mode. chunked: Whether logits are made in pieces.
+        boundary_in_host_memory: Whether the inputs of the blocks wait there for their backward.
+    """
+
+    mode: str
+    chunked: bool
+    boundary_in_host_memory: bool
+
+
+def _notes(job: ScoringJob, memory: MemoryPlan, mode: str) -> tuple[str, ...]:
+    notes = []
+    if mode != memory.mode:
+        notes.append("the GPU ran out of memory in memory=fast; the pass went on in memory=lean")
+    if mode == "offload" and job.memory == "auto":
+        notes.append(
+            f"memory=lean takes {memory.lean_gb:.1f} GB and {memory.free_gb:.1f} GB are free on the device: the "
+            "weights stayed in host memory (memory=offload)"
+        )
+    return tuple(notes)
+
+
+def _step(taps: Taps, job: ScoringJob, search: Search, index: int, way: _Way) -> tuple[Step, _Way]:
     batch, groups = job.calibration.score[index], len(search.groups)
     if job.method == "gradient":
-        scores, owner, mode = _score_batch(taps, batch, mode, chunked)
-        return step_of(scores, owner, batch, search.group_of, groups, taps.take_routed()), mode
+        scores, owner, way = _score_batch(taps, batch, way)
+        return step_of(scores, owner, batch, search.group_of, groups, taps.take_routed()), way
     device = job.loaded.model.get_input_embeddings().weight.device
     total, owner = 0, None
     routed: dict[str, Any] = {}
     for draw in range(job.draws):
         labels = fisher.drawn_labels(device, job.seed, index, draw)
-        signed, owner, mode = _score_batch(taps, batch, mode, chunked, labels)
-        part_done(draw / job.draws)
+        signed, owner, way = _score_batch(taps, batch, way, labels)
+        routed = taps.take_routed()  # the same in every draw
+        part_done((draw + 1) / job.draws)
         total = total + fisher.windowed(signed, owner, batch, search.group_of, groups) / job.draws
-    return step_of(total, owner, batch, np.arange(groups), groups, routed), mode
+    return step_of(total, owner, batch, np.arange(groups), groups, routed), way
 
 
 def _details(job: ScoringJob, search: Search) -> list[tuple[int, str]]:
@@ -109,18 +137,17 @@ def _details(job: ScoringJob, search: Search) -> list[tuple[int, str]]:
     return [(g, "signed sum") for g in range(len(search.groups))]
 
 
-def _score_batch(
-    taps: Taps, batch: Batch, mode: str, chunked: bool, labels: Labels | None = None
-) -> tuple[Any, Any, str]:
+def _score_batch(taps: Taps, batch: Batch, way: _Way, labels: Labels | None = None) -> tuple[Any, Any, _Way]:
     """Scores a batch; falls back to ``lean`` once where ``fast`` runs out of GPU memory."""
     import torch
 
-    if mode == "fast":
+    if way.mode == "fast":
         try:
-            return (*taps.score(batch, chunked, labels), mode)
+            return (*taps.score(batch, way.chunked, labels), way)
         except torch.OutOfMemoryError:
             print("out of GPU memory in memory=fast; going on in memory=lean", file=sys.stderr, flush=True)
         taps.drop_weights()
         torch.cuda.empty_cache()
-    with checkpointed(taps.model):
-        return (*taps.score(batch, chunked, labels), "lean")
+        way = replace(way, mode="lean")
+    with checkpointed(taps.model, way.boundary_in_host_memory):
+        return (*taps.score(batch, way.chunked, labels), way)

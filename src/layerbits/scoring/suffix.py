@@ -160,7 +160,7 @@ class SuffixRunner:
         """
         import torch
 
-        parts = []
+        parts: list[list[Any]] = []
         with torch.inference_mode():
             for kept, reference in zip(self._kept, self._references, strict=True):
                 most = max(1, self._tokens // kept.segment.input_ids.numel())

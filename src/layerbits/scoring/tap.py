@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.inputs.offload import device_of, resident
 from layerbits.scoring import quantizers
 from layerbits.scoring.memory import Load
 from layerbits.scoring.patches import Forward
@@ -25,7 +26,7 @@ class Tap(ABC):
         module: The module.
         settings: Distinct quantizer settings of ``C`` candidates.
         inputs: Names of what is quantized on the way through the module.
-        device: Where its weights are.
+        device: Where it computes.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class LinearTap(Tap):
     """A linear."""
 
     def __init__(self, name: str, module: Any, settings: quantizers.Settings) -> None:
-        super().__init__(name, module, settings, [""], module.weight.device)
+        super().__init__(name, module, settings, [""], device_of(module))
         self._runs = _runs(settings)
         self._weights = [quantizers.make_quantizer(s, self.device) for s in settings.weights]
         self._kept: Any = None
@@ -132,10 +133,11 @@ class LinearTap(Tap):
         """Finds the ranges of the weight."""
         import torch
 
-        if not bool(torch.isfinite(self.module.weight).all()):
+        weight = resident(self.module).weight
+        if not bool(torch.isfinite(weight).all()):
             raise UserError(f"the weight of {self.name} is not finite; the checkpoint is damaged, fetch it again")
         for quantizer in self._weights:
-            quantizers.calibrate_weight(quantizer, self.module.weight)
+            quantizers.calibrate_weight(quantizer, weight)
 
     def keep_weights(self) -> None:
         """Keeps the quantized weights."""
@@ -192,7 +194,7 @@ class LinearTap(Tap):
     def weights(self, setting: int | None) -> Iterator[Any]:
         """The weight."""
         quantizer = None if setting is None else self._weights[setting]
-        weight = self.module.weight.detach()
+        weight = resident(self.module).weight.detach()
         yield weight if quantizer is None else quantizer(weight)
 
     def _all_weights(self) -> Any:

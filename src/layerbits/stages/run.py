@@ -14,7 +14,9 @@ from layerbits.cache import cache_dir
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
 from layerbits.config import AutoQuantSpec
+from layerbits.errors import Unsupported
 from layerbits.inputs.models import LoadedModel, load
+from layerbits.inputs.offload import offloaded
 from layerbits.provenance import peak_memory, provenance
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, effective_bits
@@ -24,6 +26,11 @@ from layerbits.stages.workbench import scored_together
 
 if TYPE_CHECKING:
     from layerbits.scoring.job import Scores, ScoringJob
+
+_STOCK_OFFLOAD = (
+    "ModelOpt's own search needs all weights on the device, which memory=offload keeps in host memory; use "
+    "autoquant.engine=onepass, or model.device_map=auto"
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,22 @@ def load_model(plan: Plan) -> LoadedModel:
     device = distributed.device(plan.device)
     if plan.device == "cuda":
         torch.cuda.set_device(device if ":" in device else 0)
-    return load(plan.resolved, plan.tokenizer, device, plan.settings.seed)
+    return load(plan.resolved, plan.tokenizer, device, plan.settings.seed, _in_host_memory(plan, device))
+
+
+def _in_host_memory(plan: Plan, device: str) -> bool:
+    from layerbits.scoring.placement import in_host_memory
+    from layerbits.scoring.quantizers import distinct_settings
+
+    together = [_runtime_config(c, capability) for c, capability in plan.candidates if scored_together(c)]
+    spec = plan.settings.autoquant
+    if spec.engine == "stock" or not together:
+        if spec.memory == "offload":
+            raise Unsupported(_STOCK_OFFLOAD)
+        return False
+    rows = (*plan.calibration.calib, *plan.calibration.score)
+    tokens = max(s.input_ids.numel() for b in rows for s in b.segments)
+    return in_host_memory(plan.resolved, plan.scored, tokens, device, spec.memory, distinct_settings(together))
 
 
 def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outcome]:
@@ -73,6 +95,8 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     alone = [c.info.name for c, _ in plan.candidates if not scored_together(c)]
     fell_back = spec.engine != "stock" and bool(alone)
     engine_name = "stock" if fell_back else spec.engine
+    if engine_name == "stock" and offloaded(loaded.model) is not None:
+        raise Unsupported(_STOCK_OFFLOAD)
     engine = stock if engine_name == "stock" else kl if spec.method == "kl_div" else onepass
     scores = engine.score(job)
     notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from layerbits.errors import UserError
+from layerbits.inputs.offload import offloaded
 from layerbits.results.result import FloatArray
 from layerbits.scoring import fisher, kl, onepass
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
+from layerbits.scoring.memory import checkpointed
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search, step_of
 from layerbits.scoring.steps import calibration_forward
@@ -84,8 +87,10 @@ def _gradient_token(job: ScoringJob, linears: ReplacedLinears, search: Search) -
     weights = kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64))
     samples = 1 + max(int(s.sample.max()) for b in batches for s in b.segments)
     shares, tokens = np.zeros((samples, groups)), np.zeros(samples)
+    model = job.loaded.model
     for batch, weight in zip(batches, weights, strict=True):
-        signed, owner = linears.score(batch, chunked=False, labels=lambda _logits, targets: targets)
+        with nullcontext() if offloaded(model) is None else checkpointed(model):
+            signed, owner = linears.score(batch, chunked=False, labels=lambda _logits, targets: targets)
         squares = fisher.windowed(signed, owner, batch, search.group_of, groups, window=1)
         step = step_of(squares, owner, batch, np.arange(groups), groups)
         shares[step.samples] += step.sample_raw[:, :, 0] * weight

@@ -1,0 +1,162 @@
+"""Weights in host memory: every engine finds on a streamed model what it finds on an ordinary one."""
+
+import numpy as np
+import pytest
+import torch
+
+from layerbits.errors import Unsupported, UserError
+from layerbits.inputs import offload as module
+from layerbits.inputs.offload import device_of, offload, offloaded, parts_of, resident
+from layerbits.scoring import kl, memory, onepass
+from layerbits.scoring.steps import calibration_forward
+from tests.integration.scoring_support import configs, job, loaded, tiny_model, usual_rows
+
+BLOCKS = 4
+PAIRS = ("wfp8_afp8", "wint8_afp16")
+
+
+def model(kind="llama", **changes):
+    return loaded(tiny_model(kind, num_hidden_layers=BLOCKS, **changes))
+
+
+@pytest.fixture
+def strict(monkeypatch):
+    """A weight that is used while its block is away is not a number."""
+    enter, leave = module._Block.enter, module._Block.leave
+    home = {}
+
+    def left(self):
+        leave(self)
+        for parameter in self.parameters:
+            parameter.data = home.setdefault(id(parameter), torch.full_like(parameter, torch.nan))
+
+    def made(self, *arguments):
+        original(self, *arguments)
+        left(self)
+
+    original = module._Block.__init__
+    monkeypatch.setattr(module._Block, "__init__", made)
+    monkeypatch.setattr(module._Block, "leave", left)
+    return enter
+
+
+def scored(subject, folder, method="gradient", wanted=PAIRS, **changes):
+    engine = kl if method == "kl_div" else onepass
+    return engine.score(job(subject, folder, configs(*wanted), method=method, draws=2, **changes))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_vl"])
+@pytest.mark.parametrize("method", ["gradient", "fisher", "kl_div"])
+def test_scores_are_those_of_lean(kind, method, tmp_path, strict):
+    lean = scored(model(kind), tmp_path / "lean", method, memory="lean")
+    subject = model(kind)
+    offload(subject.model, "cpu")
+    streamed = scored(subject, tmp_path / "offload", method, memory="offload")
+    np.testing.assert_allclose(streamed.raw, lean.raw, rtol=1e-6)
+    if method != "kl_div":
+        assert streamed.mode == "offload"
+
+
+def test_a_scored_head_and_tied_embeddings_stay_on_the_device(tmp_path, strict):
+    found = []
+    for streamed in (False, True):
+        subject = model(tie_word_embeddings=True)
+        if streamed:
+            offload(subject.model, "cpu")
+        names = tuple(subject.linears)
+        found.append(
+            onepass.score(job(subject, tmp_path / str(streamed), configs(*PAIRS), scored=names, memory="auto"))
+        )
+    np.testing.assert_allclose(found[1].raw, found[0].raw, rtol=1e-6)
+
+
+def test_block_inputs_that_wait_in_host_memory_change_nothing(tmp_path, strict, monkeypatch):
+    lean = scored(model(), tmp_path / "lean", memory="lean")
+    saved = []
+    on_cpu = torch.autograd.graph.save_on_cpu
+    monkeypatch.setattr(
+        torch.autograd.graph, "save_on_cpu", lambda **options: saved.append(options) or on_cpu(**options)
+    )
+    monkeypatch.setattr(memory, "free_bytes", lambda _device: 0)
+    subject = model()
+    offload(subject.model, "cpu")
+    streamed = scored(subject, tmp_path / "offload")
+    np.testing.assert_allclose(streamed.raw, lean.raw, rtol=1e-6)
+    assert len(saved) == 3 * BLOCKS, "one for each block and segment"
+
+
+def test_a_pass_copies_each_block_once_a_forward_and_once_a_backward(tmp_path):
+    subject = model()
+    streaming = offload(subject.model, "cpu")
+    batch = usual_rows().calib[0]
+    with torch.no_grad():
+        calibration_forward(subject.model, batch, need_logits=False)
+        calibration_forward(subject.model, batch, need_logits=False)
+    before = streaming.copied_bytes
+    with torch.no_grad():
+        for _ in range(3):
+            calibration_forward(subject.model, batch, need_logits=False)
+    assert streaming.copied_bytes - before == 3 * streaming.parts.total_bytes
+
+
+def test_the_next_block_is_there_before_it_is_wanted():
+    order = module._Order(4)
+    up_and_down = [0, 1, 2, 3, 3, 2, 1, 0]
+    missed = 0
+    for block in up_and_down * 3:
+        expected = order.upcoming(1)
+        missed += block != order.current and expected != [block]
+        order.visit(block)
+    assert missed == 1, "only the very first block is a surprise"
+
+
+def test_the_order_of_suffix_runs_is_learned():
+    order = module._Order(5)
+    missed = 0
+    for block in [2, 3, 4] * 5:
+        missed += order.upcoming(1) != [block]
+        order.visit(block)
+    assert missed <= 4
+
+
+def test_a_weight_can_be_had_outside_a_forward(strict):
+    subject = model()
+    expected = {n: subject.model.get_submodule(n).weight.clone() for n in subject.linears}
+    offload(subject.model, "cpu")
+    for name, weight in expected.items():
+        linear = subject.model.get_submodule(name)
+        assert device_of(linear).type == "cpu"
+        torch.testing.assert_close(resident(linear).weight, weight, rtol=0, atol=0)
+
+
+def test_closing_gives_an_ordinary_model_back():
+    subject = model()
+    expected = {n: p.clone() for n, p in subject.model.named_parameters()}
+    streaming = offload(subject.model, "cpu")
+    calibration_forward(subject.model, usual_rows().calib[0], need_logits=False)
+    streaming.close()
+    assert offloaded(subject.model) is None
+    for name, parameter in subject.model.named_parameters():
+        torch.testing.assert_close(parameter.data, expected[name].data, rtol=0, atol=0)
+    calibration_forward(subject.model, usual_rows().calib[0], need_logits=False)
+
+
+def test_experts_are_streamed_with_their_block(tmp_path, strict):
+    lean = scored(model("qwen3_moe"), tmp_path / "lean", memory="lean")
+    subject = model("qwen3_moe")
+    offload(subject.model, "cpu")
+    streamed = scored(subject, tmp_path / "offload", memory="offload")
+    np.testing.assert_allclose(streamed.raw, lean.raw, rtol=1e-6)
+
+
+def test_a_model_without_blocks_is_refused():
+    layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    subject = model()
+    subject.model.model.other = layers
+    with pytest.raises(Unsupported, match=r"decoder blocks in .*layers and .*other; .*memory=lean"):
+        parts_of(subject.model)
+
+
+def test_offload_is_not_taken_from_a_model_on_its_device(tmp_path):
+    with pytest.raises(UserError, match="memory=offload needs a model that was loaded for it"):
+        scored(model(), tmp_path, memory="offload")
