@@ -65,6 +65,8 @@ class _Work:
         return name in self._phases
 
     def start(self, name: str, steps: int, done: int) -> None:
+        for before in list(self._phases.values())[: list(self._phases).index(name)]:
+            before.steps = int(before.done)  # it was not needed, or is over
         phase = self._phases[name]
         phase.steps, phase.done = steps, float(done)
         self._at, self._before, self._began, self._first = phase, float(done), time.monotonic(), 0.0

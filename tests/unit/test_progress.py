@@ -89,3 +89,10 @@ def test_the_terminal_shows_percent_and_end(clock, capsys):
     work(clock, range(2), "scoring", 30)
     shown = capsys.readouterr().err
     assert "100% of all, ends " in shown
+
+
+def test_a_phase_that_was_not_needed_does_not_count(clock):
+    heard = []
+    with listening(heard.append), planned(calibrating=(4, 1.0), scoring=(2, 5.0)):
+        work(clock, range(2), "scoring", 50)
+    assert [(r.steps, r.percent) for r in heard] == [(1, 50.0), (2, 100.0)]
