@@ -51,7 +51,7 @@ def configs(pairs: tuple[str, ...], device: str) -> dict[str, dict[str, Any]]:
     found = {}
     for name in pairs:
         pair = QuantPair.from_mapping(yaml.safe_load((CONFIGS / "quant_pair" / f"{name}.yaml").read_text()))
-        config = resolve_candidate(pair, Overlay("default", {})).search_config()
+        config = resolve_candidate(pair, Overlay("default", {}), experimental=True).search_config()
         if device == "cpu":
             fp4.register_backends()
             config = fp4.with_reference_backend(config)

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +26,7 @@ _RUN_COLUMNS = (
 )
 _SCORE_COLUMNS = ("run_id", "quant_pair", "granularity", "layer", "score", "predicted_kl", "bits", "chosen", "rank")
 _MOVERS = 10
+_PROJECT = Path(__file__).resolve().parents[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -101,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
 
     view = command("view", _view, "print the link of each experiment's comparison view in the UI")
     view.add_argument("--port", type=int, default=5000, help="of the UI on a database; a server has its own (5000)")
+
+    planned = command("plan", _plan, "what a run would take: memory by mode, seconds, what fits; loads no weights")
+    planned.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="configuration, as for experiments/grid.py")
+    planned.add_argument("--configs", type=Path, help="folder of the config groups (configs of this project)")
+    planned.add_argument("--format", choices=("table", "json"), default="table")
 
     command("reap", _reap, "end the runs of this machine whose process is gone")
     command("doctor", _doctor, "check store, artifacts, clock, disk, GPU and kernels; status 1 where one fails")
@@ -183,6 +190,24 @@ def _view(options: argparse.Namespace) -> int:
 
     print_links(f"http://127.0.0.1:{options.port}", options.tracking_uri)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from layerbits.planning.plan import forecast, in_words
+
+    places = [options.configs] if options.configs else [Path.cwd() / "configs", _PROJECT / "configs"]
+    configs = next((p.absolute() for p in places if (p / "grid.yaml").is_file()), None)
+    if configs is None:
+        raise UserError(f"there is no grid.yaml in {places[0]}; run it in the project's folder, or give --configs")
+    found = forecast(options.overrides, configs)
+    print(in_words(found) if options.format == "table" else _strict_json(asdict(found)))
+    return 0 if found.best or any(row.fits == "?" for row in found.rows) else 1
+
+
+def _strict_json(found: dict[str, Any]) -> str:
+    for row in found["rows"]:
+        row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(found, indent=2, allow_nan=False)
 
 
 def _reap(options: argparse.Namespace) -> int:

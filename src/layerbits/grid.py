@@ -178,7 +178,7 @@ def _passes(
     firsts: dict[tuple[str, tuple[str, ...]], tuple[Cell, Candidate, Capability]] = {}
     for cell in wanted:
         try:
-            candidate = _candidate(cell, settings, configs)
+            candidate = candidate_of(cell, settings, configs)
             check_target(candidate, settings.autoquant.effective_bits)
             capability = bench.check(candidate)
         except UserError as error:
@@ -258,7 +258,12 @@ def _settle_aliases(
         done(CellOutcome(alias, "alias", reason, log.cell(alias, "skipped", reason, run_id)))
 
 
-def _candidate(cell: Cell, settings: Settings, configs: Path) -> Candidate:
+def candidate_of(cell: Cell, settings: Settings, configs: Path) -> Candidate:
+    """The candidate of a cell.
+
+    Raises:
+        UserError: Its pair or granularity is none, or they do not go together.
+    """
     return resolve_candidate(
         QuantPair.from_mapping(_read(configs, "quant_pair", cell.quant_pair)),
         Overlay.from_mapping(_read(configs, "quant_granularity", cell.granularity)),

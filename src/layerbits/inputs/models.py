@@ -127,7 +127,7 @@ def empty(resolved: ResolvedModel) -> Any:
     import torch
 
     with torch.device("meta"):
-        return build(resolved.config, _dtype(resolved.spec.dtype, resolved.config))
+        return build(resolved.config, dtype_of(resolved))
 
 
 def load_tokenizer(resolved: ResolvedModel) -> Any:
@@ -175,7 +175,7 @@ def load(
             "GPUs; leave one of them out"
         )
     target, device = device, "cpu" if in_host_memory else device
-    dtype = _dtype(spec.dtype, resolved.config)
+    dtype = dtype_of(resolved)
     if spec.random_weights:
         torch.manual_seed(seed)
         with torch.device(device):
@@ -295,11 +295,13 @@ def build(config: Any, dtype: Any = None) -> Any:
     return build(config, **({} if dtype is None else {"dtype": dtype}))
 
 
-def _dtype(name: str, config: Any) -> Any:
+def dtype_of(resolved: ResolvedModel) -> Any:
+    """The torch dtype of a model's weights: as the configuration says, or the checkpoint's own."""
     import torch
 
-    if name != "auto":
-        return getattr(torch, name)
+    if resolved.spec.dtype != "auto":
+        return getattr(torch, resolved.spec.dtype)
+    config = resolved.config
     text = getattr(config, "text_config", config)
     return getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
 

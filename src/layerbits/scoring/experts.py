@@ -93,7 +93,7 @@ class ExpertsTap(Tap):
         passing = (
             self.experts.weights * size + 4 * AT_ONCE + routed * (2 * width + between + inner + 2 * features) * size
         )
-        return Load(width, width + features, 0, passing, passing_by_setting=False)
+        return Load(width, width + features, self.experts.weights, 0, passing, passing_by_setting=False)
 
     def watched(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows what enters the two projections to ``see``."""

@@ -29,6 +29,7 @@ class Load:
     Attributes:
         width: Features of its input.
         kept: Features per token that are kept until the gradient comes.
+        scored: Weights of the module.
         weights: Weights of which ``fast`` may keep quantized copies; 0 where it never does.
         passing: Bytes of quantized weights and activations while the module is scored, per candidate or setting.
         passing_by_setting: Whether that is for each weight setting at once.
@@ -36,6 +37,7 @@ class Load:
 
     width: int
     kept: int
+    scored: int
     weights: int
     passing: float
     passing_by_setting: bool
@@ -46,13 +48,15 @@ class Needs:
     """Bytes that a pass takes, by what they are for; known from the shapes alone.
 
     Attributes:
-        own: The model. resident: What of it is not streamed. block: Its largest block, 0 where it has none to stream.
+        weights: Scored weights. own: The model.
+        resident: What of it is not streamed. block: Its largest block, 0 where it has none to stream.
         kept: What autograd keeps of all blocks. blocks: How many there are. boundary: Their inputs.
         copies: Quantized weights that may be kept. largest: What passes while a module is scored, weights included.
         transient: The same where those weights are kept.
         logits: The loss with whole logits. piece: The loss with logits in pieces.
     """
 
+    weights: int
     own: int
     resident: int
     block: int
@@ -85,6 +89,7 @@ class Needs:
         size, settings = model.get_input_embeddings().weight.element_size(), max(1, weight_settings)
         logits = tokens * model.get_output_embeddings().weight.shape[0] * _LOGIT
         return cls(
+            weights=sum(load.scored for load in loads),
             own=own,
             resident=resident,
             block=block,
@@ -169,11 +174,21 @@ def plan_memory(model: Any, loads: Sequence[Load], tokens: int, weight_settings:
     if wanted == "offload" and not streamed:
         raise UserError("memory=offload needs a model that was loaded for it: its weights are on the device already")
     free = (needs.on_device if streamed else needs.own) + free_bytes(model.get_input_embeddings().weight.device)
+    return choose(needs, free, "offload" if streamed else wanted)
+
+
+def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
+    """Picks a mode and its details by the estimates.
+
+    Args:
+        needs: What a pass takes.
+        free: Bytes that it may take, the model's own included.
+        wanted: One of :data:`MODES`; ``auto`` takes ``fast`` where it fits, else ``lean``.
+    """
     room = HEADROOM * free
     keep = needs.device_bytes("fast", copies=True) <= room
     fast, lean, offload = needs.device_bytes("fast", keep), needs.device_bytes("lean"), needs.device_bytes("offload")
-    fitting = "fast" if fast <= room else "lean"
-    mode = "offload" if streamed else fitting if wanted == "auto" else wanted
+    mode = wanted if wanted != "auto" else ("fast" if fast <= room else "lean")
     least = {"fast": fast, "lean": lean, "offload": offload}[mode]
     crowded = mode == "offload" and least > room
     if crowded:

@@ -32,10 +32,14 @@ _STEP_COST = 5.0
 end needs no more before the first step is scored."""
 
 
-def score(job: ScoringJob) -> Scores:
+def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
     """Scores all candidates of a job in one pass; the model itself is never changed.
 
     Under ``torchrun`` the batches are shared out to the processes and every process returns the same scores.
+
+    Args:
+        job: The job.
+        memory: How to run it, instead of what :func:`plan_memory` makes of ``job.memory``.
 
     Raises:
         Unsupported: A candidate or the model needs ModelOpt's own search (``engine=stock``).
@@ -45,7 +49,8 @@ def score(job: ScoringJob) -> Scores:
     search = Search.of(job)
     taps = Taps(model, search.names, search.settings)
     largest = max(s.input_ids.numel() for b in batches for s in b.segments)
-    memory = plan_memory(model, taps.loads(largest), largest, len(search.settings.weights), job.memory)
+    if memory is None:
+        memory = plan_memory(model, taps.loads(largest), largest, len(search.settings.weights), job.memory)
     taps.keep_weights = memory.keep_weights
     log = StepLog(job.workdir, job.fingerprint)
 

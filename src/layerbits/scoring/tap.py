@@ -123,7 +123,9 @@ class LinearTap(Tap):
         """Input and output stay, and the weights of all settings are made side by side."""
         weight = self.module.weight
         passing = 2 * weight.numel() * weight.element_size()
-        return Load(weight.shape[1], sum(weight.shape), weight.numel(), passing, passing_by_setting=True)
+        return Load(
+            weight.shape[1], sum(weight.shape), weight.numel(), weight.numel(), passing, passing_by_setting=True
+        )
 
     def watched(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows the input to ``see``."""

@@ -151,7 +151,7 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
     return ScoringJob(
         loaded=loaded,
         scored=plan.scored,
-        configs={c.info.name: _runtime_config(c, capability) for c, capability in plan.candidates},
+        configs=runtime_configs(plan),
         calibration=plan.calibration,
         method=spec.method,
         target_bits=spec.effective_bits,
@@ -163,6 +163,11 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
         cost_model=spec.cost_model,
         active_ratio=plan.active_ratio,
     )
+
+
+def runtime_configs(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Search configs of a plan's candidates by name, as they run on this machine."""
+    return {c.info.name: _runtime_config(c, capability) for c, capability in plan.candidates}
 
 
 def _recipe(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuantSpec) -> Recipe:

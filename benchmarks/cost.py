@@ -1,0 +1,152 @@
+"""Seconds and peak memory against blocks, candidates and tokens; a fitted line; and what ``layerbits plan`` foretells.
+
+    python benchmarks/cost.py --out cost.json --figure cost.png
+    python benchmarks/cost.py --tiny --device cpu
+
+Every point is a pass over random rows on a model of random weights (Qwen3-4B widths), three steps after one that warms
+up. The forecast of a point comes from 2 and 4 blocks, as ``layerbits plan`` makes it, never from the point itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from one_pass import CONFIGS, TWELVE, configs
+from shapes import qwen3, tiny_llama
+
+from layerbits.inputs.models import ModelSpec, ResolvedModel, skeleton
+from layerbits.planning.sample import Work, estimate, measure
+from layerbits.provenance import provenance
+from layerbits.scoring.memory import choose, free_bytes
+from layerbits.scoring.placement import needs_of
+from layerbits.scoring.quantizers import distinct_settings
+
+EXPERIMENTAL = ("wfp4_aint4", "wfp8_aint4", "wint8_aint4", "wint4_aint4")
+
+
+class Bench:
+    """Points on one card."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.points: list[dict[str, Any]] = []
+
+    def resolved(self, blocks: int) -> ResolvedModel:
+        """A model of some blocks."""
+        if self.arguments.tiny:
+            config = tiny_llama()
+            config.num_hidden_layers, dtype = blocks, "float32"
+        else:
+            config, dtype = qwen3(blocks, 2560, 9728, 32), "bfloat16"
+        name = type(config).__name__.replace("Config", "ForCausalLM")
+        config.architectures = [name]
+        return ResolvedModel(ModelSpec("sample", "sample", dtype=dtype), "sample", "0", config)
+
+    def point(self, mode: str, blocks: int, candidates: int, rows: int, length: int) -> None:
+        """Measures a point and forecasts it; a point that does not fit is left out."""
+        resolved = self.resolved(blocks)
+        found = configs((*TWELVE, *EXPERIMENTAL)[:candidates], self.arguments.device)
+        scored = tuple(n for n in skeleton(resolved) if n != "lm_head")
+        work = Work(resolved, scored, found, [(rows, length)], "gradient", 1, self.arguments.device)
+        needs = needs_of(resolved, scored, rows * length, distinct_settings(list(found.values())))
+        memory = choose(needs, free_bytes(torch.device(self.arguments.device)), mode)
+        row = {"mode": mode, "blocks": blocks, "candidates": candidates, "tokens": rows * length}
+        row |= {"weights": needs.weights, "formula_gb": memory.estimate_gb, "keep_weights": memory.keep_weights}
+        if memory.estimate_gb * 1e9 > free_bytes(torch.device(self.arguments.device)):
+            print("left out, does not fit:", row, flush=True)
+            return
+        real, told = measure(work, memory, blocks), estimate(work, memory)
+        row |= {"seconds": real.seconds, "told_seconds": told.seconds, "calibrate_seconds": real.calibrate_seconds}
+        row |= {"gb": real.device_gb, "told_gb": told.device_gb}
+        row |= {"seconds_off": told.seconds / real.seconds - 1, "gb_off": told.device_gb / real.device_gb - 1}
+        self.points.append(row)
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+    def fits(self) -> dict[str, Any]:
+        """Least squares per mode: seconds = start + weights × tokens × (step + candidates × candidate)."""
+        fitted = {}
+        for mode in dict.fromkeys(p["mode"] for p in self.points):
+            mine = [p for p in self.points if p["mode"] == mode]
+            work = np.array([p["weights"] * p["tokens"] for p in mine], dtype=float)
+            many = np.array([p["candidates"] for p in mine], dtype=float)
+            seconds = np.array([p["seconds"] for p in mine])
+            columns = np.stack([np.ones_like(work), work * 1e-13, work * many * 1e-13], axis=1)
+            weighted = columns / seconds[:, None]  # relative errors count
+            (start, step, candidate), *_ = np.linalg.lstsq(weighted, np.ones_like(seconds), rcond=None)
+            off = columns @ [start, step, candidate] / seconds - 1
+            fitted[mode] = {
+                "start": start, "step": step * 1e-13, "candidate": candidate * 1e-13,
+                "calibrate": float(np.median([p["calibrate_seconds"] / w for p, w in zip(mine, work, strict=True)])),
+                "largest_off": float(np.abs(off).max()),
+            }  # fmt: skip
+        return fitted
+
+    def draw(self, path: Path, fitted: dict[str, Any]) -> None:
+        """Seconds and peak against each of the three, one line a mode."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 6), layout="constrained")
+        axes = figure.subplots(2, 3)
+        base = self.base()
+        for column, key in enumerate(("blocks", "candidates", "tokens")):
+            others = [k for k in ("blocks", "candidates", "tokens") if k != key]
+            for mode, line in fitted.items():
+                mine = [p for p in self.points if p["mode"] == mode and all(p[k] == base[k] for k in others)]
+                mine.sort(key=lambda p: p[key])
+                at = [p[key] for p in mine]
+                work = [p["weights"] * p["tokens"] * (line["step"] + p["candidates"] * line["candidate"]) for p in mine]
+                (drawn,) = axes[0, column].plot(at, [line["start"] + w for w in work], label=f"{mode}, fitted")
+                axes[0, column].plot(at, [p["seconds"] for p in mine], "o", color=drawn.get_color(), label=mode)
+                axes[1, column].plot(at, [p["told_gb"] for p in mine], "-", color=drawn.get_color())
+                axes[1, column].plot(at, [p["gb"] for p in mine], "o", color=drawn.get_color())
+            axes[0, column].set(xlabel=key, ylabel="seconds a step")
+            axes[1, column].set(xlabel=key, ylabel="peak GB (line: forecast)")
+        axes[0, 0].legend()
+        figure.savefig(path, dpi=120)
+
+    def base(self) -> dict[str, int]:
+        """The point that the others differ from in one thing."""
+        return {"blocks": 16 if not self.arguments.tiny else 5, "candidates": 4, "tokens": 8 * self.length()}
+
+    def length(self) -> int:
+        """Tokens of a row."""
+        return 16 if self.arguments.tiny else 512
+
+
+def main() -> None:
+    """Measures, fits, draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--modes", default="fast,lean")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--figure", type=Path)
+    arguments = parser.parse_args()
+    bench = Bench(arguments)
+    base, length = bench.base(), bench.length()
+    blocks, many, rows = (8, 16, 32, 64), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)
+    if arguments.tiny:
+        blocks, many, rows = (5, 6), (1, 2), (1, 2)
+    for mode in arguments.modes.split(","):
+        shapes = [(b, base["candidates"], 8) for b in blocks]
+        shapes += [(base["blocks"], c, 8) for c in many] + [(base["blocks"], base["candidates"], r) for r in rows]
+        for b, c, r in dict.fromkeys(shapes):
+            bench.point(mode, b, c, r, length)
+    fitted = bench.fits()
+    print(json.dumps(fitted, indent=1))
+    worst = {k: max(abs(p[k]) for p in bench.points) for k in ("seconds_off", "gb_off")}
+    print("the forecast is off by at most", worst)
+    if arguments.figure:
+        bench.draw(arguments.figure, fitted)
+    if arguments.out:
+        record = {"provenance": provenance(CONFIGS.parent), "points": bench.points, "fits": fitted, "worst": worst}
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""What each memory mode would take of a run, and the command that runs it; no weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerbits.errors import Unsupported, UserError
+
+if TYPE_CHECKING:
+    from layerbits.planning.sample import Work
+    from layerbits.scoring.memory import Needs
+    from layerbits.stages.plan import Plan
+
+MODES = ("fast", "lean", "offload")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One memory mode.
+
+    Attributes:
+        mode: The mode.
+        device_gb: Peak memory of the device. host_gb: Host memory for the weights.
+        step_seconds: Seconds to score a batch. total_seconds: Of the pass: calibration and every batch.
+        fits: Whether this machine has both, with a word why not; ``?`` where it has no GPU to ask.
+    """
+
+    mode: str
+    device_gb: float
+    host_gb: float
+    step_seconds: float
+    total_seconds: float
+    fits: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What ``layerbits plan`` prints.
+
+    Attributes:
+        model: Its name. model_gb: Its weights.
+        candidates: How many are scored together. steps: Batches. tokens: Of the largest batch.
+        how: Where the seconds come from, in words.
+        rows: One a mode.
+        best: The mode that ``memory=auto`` would take, ``""`` where none fits.
+        command: The command that runs it.
+        refused: Candidates that cannot run here, with the reason.
+    """
+
+    model: str
+    model_gb: float
+    candidates: int
+    steps: int
+    tokens: int
+    how: str
+    rows: tuple[Row, ...]
+    best: str
+    command: str
+    refused: tuple[str, ...]
+
+
+def forecast(overrides: Sequence[str], configs: Path) -> Forecast:
+    """Plans a grid from a command line of configuration keys.
+
+    Args:
+        overrides: As ``experiments/grid.py`` takes them; ``quant_pair=…`` means this pair alone.
+        configs: Folder of the config groups.
+
+    Raises:
+        UserError: Whatever can be known to fail before a model is loaded.
+    """
+    planned, refused = _planned(overrides, configs)
+    spec = planned.settings.autoquant
+    if spec.engine == "stock" or spec.method == "kl_div":
+        raise Unsupported("plan knows one pass with method=gradient or fisher, not autoquant.engine=stock or kl_div")
+    work, needs = _work(planned)
+    free, host = _free(planned.device)
+    costs, how = _costs(work, needs, free, planned)
+    calibration = planned.calibration
+    rows = []
+    for mode in MODES:
+        if mode not in costs:
+            continue
+        step, calibrate, device_gb = costs[mode]
+        host_gb = needs.host_bytes / 1e9 if mode == "offload" else 0.0
+        total = step * len(calibration.score) + calibrate * len(calibration.calib)
+        rows.append(Row(mode, device_gb, host_gb, step, total, _fits(device_gb, host_gb, free, host)))
+    best = next((r.mode for r in rows if r.fits == "yes"), "")
+    return Forecast(
+        model=planned.settings.model.name,
+        model_gb=needs.own / 1e9,
+        candidates=len(planned.candidates),
+        steps=len(calibration.score),
+        tokens=sum(rows * length for rows, length in work.shapes),
+        how=how,
+        rows=tuple(rows),
+        best=best,
+        command=_command(overrides, best),
+        refused=tuple(refused),
+    )
+
+
+def in_words(found: Forecast) -> str:
+    """A table with what is around it."""
+    lines = [
+        f"{found.model}: {found.model_gb:.1f} GB of weights, {found.candidates} candidates in one pass, "
+        f"{found.steps} steps of up to {found.tokens} tokens",
+        f"seconds: {found.how}",
+        "",
+        f"{'memory':8}  {'GPU GB':>8}  {'host GB':>8}  {'s a step':>9}  {'the pass':>10}  fits here",
+    ]
+    for row in found.rows:
+        lines.append(
+            f"{row.mode:8}  {_number(row.device_gb):>8}  {row.host_gb:8.1f}  {_number(row.step_seconds):>9}  "
+            f"{_duration(row.total_seconds):>10}  {row.fits}"
+        )
+    lines += ["", f"run it with: {found.command}"]
+    lines += [f"refused: {line}" for line in found.refused]
+    return "\n".join(lines)
+
+
+def _planned(overrides: Sequence[str], configs: Path) -> tuple[Plan, list[str]]:
+    from layerbits.candidates.candidate import check_target
+    from layerbits.config import Settings
+    from layerbits.grid import axis, candidate_of, cells
+    from layerbits.stages.workbench import scored_together, workbench
+
+    composed = _composed(overrides, configs)
+    axes = {key: composed.pop(key) for key in ("quant_pairs", "quant_granularities", "dataset_sizes", "force")}
+    settings = Settings.from_config(composed)
+    sizes = axis(axes["dataset_sizes"], configs, known_sizes=True)
+    wanted = cells(
+        axis(axes["quant_pairs"], configs / "quant_pair"),
+        axis(axes["quant_granularities"], configs / "quant_granularity"),
+        sizes[-1:],  # passes over the sizes run one after the other
+    )
+    settings = replace(settings, dataset=replace(settings.dataset, size=sizes[-1]))
+    bench = workbench(settings)
+    found: dict[str, Any] = {}
+    refused = []
+    for cell in wanted:
+        try:
+            candidate = candidate_of(cell, settings, configs)
+            check_target(candidate, settings.autoquant.effective_bits)
+            if not scored_together(candidate):
+                raise Unsupported("it needs ModelOpt's own calibration, one candidate a pass")
+            found.setdefault(candidate.info.config_hash, (candidate, bench.check(candidate)))
+        except UserError as error:
+            refused.append(f"{cell.candidate}: {error}")
+    if not found:
+        raise UserError(f"no candidate can be planned ({refused[0]})")
+    first = bench.scored(next(iter(found.values()))[0])
+    together = [pair for pair in found.values() if bench.scored(pair[0]) == first]
+    return bench.plan(together), refused
+
+
+def _composed(overrides: Sequence[str], configs: Path) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    from layerbits.entry import check_choices
+
+    keys = [o.partition("=")[0] for o in overrides]
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override} is no setting; give key=value, for instance model=qwen3_vl_4b_instruct")
+    pairs = [(_SINGLE.get(key, key), value) for key, _, value in (o.partition("=") for o in overrides)]
+    check_choices([f"{key}={value}" for key, value in pairs if key not in _LISTS], configs)
+    given = [f"{k}='{v}'" if k in _LISTS and v[:1] not in ("'", '"', "[") else f"{k}={v}" for k, v in pairs]
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            config = compose("grid", overrides=given)
+            composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+            return composed
+    except HydraException as error:
+        raise UserError(f"{', '.join(keys)}: {str(error).splitlines()[0]}") from None
+
+
+_LISTS = ("quant_pairs", "quant_granularities", "dataset_sizes")
+_SINGLE = {"quant_pair": "quant_pairs", "quant_granularity": "quant_granularities", "dataset.size": "dataset_sizes"}
+
+
+def _work(planned: Plan) -> tuple[Work, Needs]:
+    from layerbits.planning.sample import Work
+    from layerbits.scoring.placement import needs_of
+    from layerbits.scoring.quantizers import distinct_settings
+    from layerbits.stages.run import runtime_configs
+
+    configs = runtime_configs(planned)
+    largest = max(planned.calibration.score, key=lambda b: sum(s.input_ids.numel() for s in b.segments))
+    shapes = [(int(s.input_ids.shape[0]), int(s.input_ids.shape[1])) for s in largest.segments]
+    spec = planned.settings.autoquant
+    work = Work(planned.resolved, planned.scored, configs, shapes, spec.method, spec.draws, planned.device)
+    tokens = max(rows * length for rows, length in shapes)
+    return work, needs_of(planned.resolved, planned.scored, tokens, distinct_settings(list(configs.values())))
+
+
+def _free(device: str) -> tuple[float, float]:
+    """Free memory of the largest GPU (NaN without one) and of the host, in bytes."""
+    import torch
+
+    from layerbits.scoring.memory import free_bytes, free_host_bytes
+
+    cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if device == "cuda" else []
+    return max((float(free_bytes(card)) for card in cards), default=math.nan), float(free_host_bytes())
+
+
+def _costs(work: Work, needs: Needs, free: float, planned: Plan) -> tuple[dict[str, tuple[float, float, float]], str]:
+    """Mode → seconds a step, seconds a calibration batch, GB of the device; and how they were found."""
+    from layerbits.planning.sample import estimate
+    from layerbits.scoring.memory import choose
+
+    modes = [m for m in MODES if m != "offload" or needs.block]
+    if work.device == "cuda" or planned.settings.device == "cpu":
+        found = {}
+        for mode in modes:
+            room = free if math.isfinite(free) else needs.device_bytes("fast") * 2
+            try:
+                cost = estimate(work, choose(needs, room, mode))
+            except UserError:
+                found[mode] = (math.nan, math.nan, needs.device_bytes(mode) / 1e9)
+                continue
+            peak = cost.device_gb if math.isfinite(cost.device_gb) else needs.device_bytes(mode) / 1e9
+            found[mode] = (cost.seconds, cost.calibrate_seconds, peak)
+        where = "GPU" if work.device == "cuda" else "CPU"
+        return found, f"measured on this {where} with a few blocks of the same shape and random weights"
+    card = _cards()[0]
+    return {mode: _from_table(mode, work, needs, card) for mode in modes}, (
+        f"from a table, for {card['card']} (no GPU here; device=cpu measures this CPU)"
+    )
+
+
+def _cards() -> list[dict[str, Any]]:
+    text = resources.files("layerbits").joinpath("data/step_costs.json").read_text()
+    cards: list[dict[str, Any]] = json.loads(text)
+    return cards
+
+
+def _from_table(mode: str, work: Work, needs: Needs, card: Mapping[str, Any]) -> tuple[float, float, float]:
+    cost = card["seconds_per_weight_and_token"]
+    way = cost["fast" if mode == "fast" else "lean"]
+    many = work.draws if work.method == "fisher" else 1
+    scale = needs.weights * sum(rows * length for rows, length in work.shapes)
+    step = many * scale * (way["step"] + len(work.configs) * way["candidate"])
+    calibrate = scale * cost["calibrate"]
+    if mode == "offload":  # every block is copied once a forward and once a backward, beside the computing
+        copy = (needs.own - needs.resident) / 1e9 / card["copy_gb_per_second"]
+        step, calibrate = max(step, many * 2 * copy), max(calibrate, copy)
+    return step, calibrate, needs.device_bytes(mode) / 1e9
+
+
+def _fits(device_gb: float, host_gb: float, free: float, host: float) -> str:
+    from layerbits.scoring.memory import HEADROOM
+
+    if host_gb * 1e9 > host:
+        return f"no: {host / 1e9:.0f} GB of host memory are free"
+    if math.isnan(free):
+        return "?"
+    if device_gb * 1e9 > HEADROOM * free:
+        return f"no: {free / 1e9:.0f} GB of GPU memory are free"
+    return "yes"
+
+
+def _command(overrides: Sequence[str], best: str) -> str:
+    own = ("model", "quant_pairs", "quant_granularities", "dataset", "dataset_sizes", "seed", "fp4", "force")
+    parts, rest = ["mlflow run . -e grid"], []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = _SINGLE.get(key, key)
+        if key in own:
+            parts.append(f"-P {key}={shlex.quote(value)}")
+        else:
+            rest.append(override)
+    if best and not any(r.startswith("autoquant.memory=") for r in rest):
+        rest.append(f"autoquant.memory={best}")
+    if rest:
+        parts.append(f"-P overrides={shlex.quote(' '.join(rest))}")
+    return " ".join(parts)
+
+
+def _number(value: float) -> str:
+    return "?" if math.isnan(value) else f"{value:.3g}" if value < 10 else f"{value:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "?"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
