@@ -10,19 +10,30 @@ from layerbits.scoring.steplog import Step, StepLog
 
 
 def run_steps(log: StepLog, count: int, score: Callable[[int], Step]) -> list[Step]:
-    """Scores the steps that the log does not hold, this process's share of them.
+    """Scores the steps that no process's log holds, this process's share of them.
 
     Args:
-        log: Of the pass.
+        log: Of the pass, on this host.
         count: Steps of the whole pass.
         score: Position of a batch → its step.
 
     Returns:
-        All steps, in order.
+        All steps, in order; the log holds them too.
     """
-    mine = range(distributed.rank(), count, distributed.world())
-    missing = [index for index in mine if not log.holds(index)]
-    for index in progress(missing, "scoring", done=len(mine) - len(missing)):
+    mine = distributed.share(count, log.finished(count))
+    before = -(-count // distributed.world()) - len(mine)  # of this process's part, were all of it to do
+    for index in progress(mine, "scoring", done=max(0, before)):
         log.write(index, score(index))
-    distributed.barrier()
+    _exchange(log, count)
     return [step for step in map(log.read, range(count)) if step is not None]
+
+
+def _exchange(log: StepLog, count: int) -> None:
+    """Every step goes from the process that has it to the hosts that do not."""
+    held = [set(done) for done in distributed.gather(log.finished(count))]
+    for index in range(count):
+        owners = [rank for rank, done in enumerate(held) if index in done]
+        if len(owners) < len(held):
+            step = distributed.told(log.read(index) if distributed.rank() == owners[0] else None, owners[0])
+            if index not in held[distributed.rank()]:
+                log.write(index, step)

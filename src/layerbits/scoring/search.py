@@ -19,7 +19,7 @@ from layerbits.scoring import distributed, quantizers
 from layerbits.scoring.groups import named_groups, with_active
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.state import Decision, decisions, search_state
-from layerbits.scoring.steplog import Step, StepLog
+from layerbits.scoring.steplog import Calibrated, Step, StepLog
 from layerbits.scoring.taps import Taps
 
 _NAMED = 100  # scores that are not finite are named up to this many a step
@@ -82,23 +82,18 @@ def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> d
     Returns:
         Tokens per expert in calibration, by expert module; all zero where no range had to be found.
     """
-    known = log.read_ranges()
+    known = next((found for found in distributed.gather(log.read_calibration()) if found is not None), None)
     if known is None:
-        batches = job.calibration.calib[distributed.rank() :: distributed.world()]
-        taps.calibrate(batches, need_logits)
-        log.write_routed(taps.take_routed(), part=1 + distributed.rank())
-        log.write_ranges(taps.ranges(), part=1 + distributed.rank())
-        distributed.barrier()
-        parts = [log.read_ranges(1 + r) or {} for r in range(distributed.world())]
-        names = {name for part in parts for name in part}
-        known = {name: np.maximum.reduce([p[name] for p in parts if name in p]) for name in names}
-        if distributed.rank() == 0:
-            counted = [log.read_routed(1 + r) for r in range(distributed.world())]
-            log.write_routed({n: np.sum([c[n] for c in counted], axis=0) for n in counted[0]}, part=0)
-            log.write_ranges(known)
-        distributed.barrier()
-    taps.load_ranges(known)
-    return log.read_routed(0)
+        taps.calibrate(job.calibration.calib[distributed.rank() :: distributed.world()], need_logits)
+        parts = distributed.gather((taps.ranges(), taps.take_routed()))
+        ranges, routed = ([part[i] for part in parts] for i in range(2))
+        known = Calibrated(
+            {n: np.maximum.reduce([r[n] for r in ranges if n in r]) for n in {n for r in ranges for n in r}},
+            {n: np.sum([r[n] for r in routed if n in r], axis=0) for n in {n for r in routed for n in r}},
+        )
+    log.write_calibration(known)
+    taps.load_ranges(known.ranges)
+    return known.routed
 
 
 def step_of(

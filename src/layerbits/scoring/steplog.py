@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,22 @@ class Step:
     sample_tokens: npt.NDArray[np.int64]
     bad: npt.NDArray[np.int64]
     routed: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration found.
+
+    Attributes:
+        ranges: Static input ranges by name.
+        routed: Tokens per expert, by expert module.
+    """
+
+    ranges: dict[str, Any]
+    routed: dict[str, Any]
+
+
+_RANGES, _ROUTED = "ranges/", "routed/"
 
 
 class StepLog:
@@ -74,36 +91,31 @@ class StepLog:
         """Keeps a finished step."""
         self._write(f"step-{index:05d}.npz", vars(step))
 
-    def read_routed(self, part: int) -> dict[str, Any]:
-        """Tokens per expert that a process counted in calibration, by expert module; empty where it counted none."""
-        path = self._path(f"routed-{part}.npz")
-        if not path.exists():
-            return {}
-        with np.load(path, allow_pickle=False) as data:
-            return {name: data[name] for name in data.files}
+    def finished(self, count: int) -> list[int]:
+        """Positions of the finished steps among the first ``count``."""
+        return [index for index in range(count) if self.holds(index)]
 
-    def write_routed(self, routed: dict[str, Any], part: int) -> None:
-        """Keeps what a process counted in calibration; with nothing to keep there is no file."""
-        if routed:
-            self._write(f"routed-{part}.npz", routed)
-
-    def read_ranges(self, part: int = 0) -> dict[str, Any] | None:
-        """Calibrated ranges (arrays by name), ``None`` where calibration was not finished."""
-        path = self._path(f"ranges-{part}.npz")
+    def read_calibration(self) -> Calibrated | None:
+        """What calibration found, ``None`` where it was not finished."""
+        path = self._path("calibrated.npz")
         if not path.exists():
             return None
         with np.load(path, allow_pickle=False) as data:
-            return {name: data[name] for name in data.files}
+            parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+            for name in data.files:
+                parts[name.startswith(_ROUTED)][name.partition("/")[2]] = data[name]
+        return Calibrated(*parts)
 
-    def write_ranges(self, ranges: dict[str, Any], part: int = 0) -> None:
-        """Keeps calibrated ranges."""
-        self._write(f"ranges-{part}.npz", ranges)
+    def write_calibration(self, found: Calibrated) -> None:
+        """Keeps what calibration found."""
+        arrays = {f"{_RANGES}{name}": value for name, value in found.ranges.items()}
+        self._write("calibrated.npz", arrays | {f"{_ROUTED}{name}": value for name, value in found.routed.items()})
 
     def _path(self, name: str) -> Path:
         return self._folder / name
 
     def _write(self, name: str, arrays: dict[str, Any]) -> None:
-        partial = self._path(f".{name}.{os.getpid()}.npz")
+        partial = self._path(f".{name}.{socket.gethostname()}.{os.getpid()}.npz")
         try:
             np.savez(partial, **arrays)
             partial.replace(self._path(name))

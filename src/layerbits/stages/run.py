@@ -81,9 +81,17 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     """
     import torch
 
-    from layerbits.scoring import kl, onepass, stock
+    from layerbits.scoring import distributed, kl, onepass, stock
 
     settings, spec = plan.settings, plan.settings.autoquant
+    distributed.agree(
+        {
+            "model files": plan.resolved.revision,
+            "captions": plan.captions.digest,
+            "memory mode": spec.memory,
+            "configuration": plan.fingerprint,
+        }
+    )
     seconds: dict[str, float] = {}
     if loaded is None:
         start = time.perf_counter()
