@@ -19,11 +19,10 @@ from layerbits.errors import UserError
 from layerbits.results.result import SensitivityResult
 
 ROOT = Path(__file__).resolve().parent.parent
-_failed: list[str] = []
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="sensitivity")
-def main(config: DictConfig) -> None:
+def main(config: DictConfig) -> str | None:
     """Composes the configuration and runs it; a failed job of a multirun leaves the others running."""
     multirun = hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN"
     try:
@@ -32,7 +31,9 @@ def main(config: DictConfig) -> None:
         if not multirun:
             entry.fail(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _failed.append(str(error))
+        entry.failed.append(str(error))
+        return str(error)  # a job of a queue has a process of its own: this tells the one that waits
+    return None
 
 
 def sensitivity(settings: Settings) -> None:
@@ -74,4 +75,4 @@ def _score(settings: Settings) -> tuple[Path, SensitivityResult]:
 
 if __name__ == "__main__":
     entry.run(main, ROOT / "configs")
-    sys.exit(entry.USER_ERROR_STATUS if _failed else 0)
+    sys.exit(entry.USER_ERROR_STATUS if entry.failed else 0)

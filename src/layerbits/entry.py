@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from layerbits.tracking.settings import TrackingSpec
 
 USER_ERROR_STATUS = 2
+
+failed: list[str] = []
+"""Why jobs of this process's multirun failed, one line each."""
 _TAG_SIZE = 8000  # MLflow's limit, in characters
 
 
@@ -69,7 +74,7 @@ def check_choices(arguments: Sequence[str], configs: Path) -> None:
         return
     for argument in arguments:
         group, _, values = argument.lstrip("+").partition("=")
-        if not values or not (configs / group).is_dir() or values in ("null", "~"):
+        if not values or not (configs / group).is_dir() or values in ("null", "~") or group == _LAUNCHER:
             continue
         known = sorted(p.stem for p in (configs / group).glob("*.yaml"))
         for value in values.split(","):
@@ -77,6 +82,44 @@ def check_choices(arguments: Sequence[str], configs: Path) -> None:
                 close = get_close_matches(value, known)
                 hint = f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)},"
                 raise UserError(f"{group}={value} is not known; {hint} or add configs/{group}/{value}.yaml")
+
+
+_LAUNCHER = "hydra/launcher"
+_LAUNCHERS = {
+    "basic": "hydra._internal.core_plugins.basic_launcher",
+    "joblib": "hydra_plugins.hydra_joblib_launcher",
+    "ray": "hydra_plugins.hydra_ray_launcher",
+    "submitit_local": "hydra_plugins.hydra_submitit_launcher",
+    "submitit_slurm": "hydra_plugins.hydra_submitit_launcher",
+}
+"""Launchers that Hydra's own project publishes, and the module that each comes with."""
+_WATCHED = "hydra/launcher=watched_slurm"
+"""The same launcher, but it waits for every job (``hydra_plugins/layerbits_launcher``)."""
+
+
+def check_launcher(arguments: Sequence[str]) -> None:
+    """Checks that a launcher is installed before Hydra does, for an error in one line.
+
+    Args:
+        arguments: Hydra's command line.
+
+    Raises:
+        UserError: It is not.
+    """
+    for argument in arguments:
+        group, _, name = argument.lstrip("+").partition("=")
+        if group != _LAUNCHER or name not in _LAUNCHERS:
+            continue
+        module = _LAUNCHERS[name]
+        try:
+            found = find_spec(module)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            package = module.rpartition(".")[2].replace("_", "-")
+            raise UserError(f"{argument} needs a package that is not installed; pip install {package}")
+        if name == "submitit_slurm" and shutil.which("sbatch") is None:
+            raise UserError(f"{argument}, but there is no sbatch here; start it on a machine that submits to Slurm")
 
 
 def run(main: Callable[[], object], configs: Path, lists: Sequence[str] = ()) -> None:
@@ -90,6 +133,8 @@ def run(main: Callable[[], object], configs: Path, lists: Sequence[str] = ()) ->
     arguments = hydra_arguments(sys.argv[1:])
     sys.argv[1:] = [_quoted(a) if a.partition("=")[0] in lists else a for a in arguments]
     try:
+        check_launcher(sys.argv[1:])
+        sys.argv[1:] = [_WATCHED if a == "hydra/launcher=submitit_slurm" else a for a in sys.argv[1:]]
         check_choices(sys.argv[1:], configs)
         main()
     except UserError as error:

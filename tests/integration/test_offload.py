@@ -1,22 +1,30 @@
 """Weights in host memory: every engine finds on a streamed model what it finds on an ordinary one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from layerbits.errors import Unsupported, UserError
+from layerbits.export.scheme import export_scheme
 from layerbits.inputs import offload as module
+from layerbits.inputs.models import ModelSpec, resolve
 from layerbits.inputs.offload import device_of, offload, offloaded, parts_of, resident
-from layerbits.scoring import kl, memory, onepass
+from layerbits.probing.measured import Rows
+from layerbits.probing.probe import probe
+from layerbits.scoring import kl, memory, onepass, placement
 from layerbits.scoring.steps import calibration_forward
-from tests.integration.scoring_support import configs, job, loaded, tiny_model, usual_rows
+from tests.integration.export_support import planned, saved
+from tests.integration.schemes_support import scheme_of
+from tests.integration.scoring_support import candidate, configs, job, loaded, tiny_model, usual_rows
 
 BLOCKS = 4
 PAIRS = ("wfp8_afp8", "wint8_afp16")
 
 
-def model(kind="llama", **changes):
-    return loaded(tiny_model(kind, num_hidden_layers=BLOCKS, **changes))
+def model(kind="llama", dtype=torch.float32, **changes):
+    return loaded(tiny_model(kind, num_hidden_layers=BLOCKS, **changes).to(dtype))
 
 
 @pytest.fixture
@@ -160,3 +168,44 @@ def test_a_model_without_blocks_is_refused():
 def test_offload_is_not_taken_from_a_model_on_its_device(tmp_path):
     with pytest.raises(UserError, match="memory=offload needs a model that was loaded for it"):
         scored(model(), tmp_path, memory="offload")
+
+
+def test_an_export_of_a_streamed_model_is_proven(tmp_path):
+    plan = planned("qwen3_vl", tmp_path, **dict.fromkeys(("qkv", "o", "gate_up", "down"), candidate("wfp8_afp8")))
+    scheme = replace(plan.scheme, settings={**plan.scheme.settings, "autoquant": {"memory": "offload"}})
+    plan = replace(plan, prepared=replace(plan.prepared, scheme=scheme))
+    assert offloaded(plan.prepared.load("cpu").model) is not None
+    made = export_scheme(plan, "cpu")
+    assert made.proof.passed
+    assert made.proof.logits.deviation == 0.0
+
+
+def test_a_probe_of_a_streamed_model_finds_the_same(strict):
+    found = []
+    for streamed in (False, True):
+        subject = model(dtype=torch.bfloat16)
+        if streamed:
+            offload(subject.model, "cpu")
+        scheme = scheme_of(subject.model, "mine", qkv=candidate("wfp8_afp8"), down=candidate("wint8_afp16"))
+        rows = usual_rows()
+        result = probe(subject.model, scheme.model, [scheme], rows.calib, rows.score, Rows("d", "packed", 20, 4, 0))
+        found.append((result.schemes[0].difference, result.floor))
+    assert found[0] == found[1]
+
+
+def test_too_little_host_memory_is_said_before_loading(tmp_path, monkeypatch):
+    saved("llama", tmp_path)
+    resolved = resolve(ModelSpec("tiny", str(tmp_path)))
+    monkeypatch.setattr(placement, "free_host_bytes", lambda: 1000)
+    with pytest.raises(UserError, match=r"memory=offload needs 0\.0 GB of host memory and 0\.0 GB are free"):
+        placement.in_host_memory(resolved, ["model.layers.0.mlp.down_proj"], 64, "cpu", "offload")
+
+
+def test_auto_streams_where_lean_does_not_fit_the_gpu(tmp_path, monkeypatch):
+    saved("llama", tmp_path)
+    resolved = resolve(ModelSpec("tiny", str(tmp_path)))
+    where = (resolved, ["model.layers.0.mlp.down_proj"], 64, "cuda", "auto")
+    lean = placement.needs_of(*where[:3]).device_bytes("lean")
+    for free, expected in ((lean * 1.2, False), (lean * 0.9, True)):
+        monkeypatch.setattr(placement, "free_bytes", lambda _device, free=free: free)
+        assert placement.in_host_memory(*where) is expected

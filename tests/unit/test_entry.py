@@ -63,3 +63,15 @@ def test_a_note_has_whole_lines_that_fit_a_tag():
     assert short == "a\nb"
     assert 7900 <= len(long) <= 8000
     assert set(long.split("\n")) == {"x" * 99}
+
+
+def test_a_launcher_that_is_not_installed_is_one_line_with_the_package(monkeypatch):
+    monkeypatch.setattr(entry, "find_spec", lambda _name: None)
+    with pytest.raises(UserError, match="hydra/launcher=submitit_slurm needs .* pip install hydra-submitit-launcher"):
+        entry.check_launcher(["-m", "hydra/launcher=submitit_slurm"])
+
+
+def test_slurm_is_not_asked_for_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(entry.shutil, "which", lambda _name: None)
+    with pytest.raises(UserError, match="there is no sbatch here"):
+        entry.check_launcher(["-m", "hydra/launcher=submitit_slurm"])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from layerbits.atomic import write_json
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.offload import offloaded
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +196,10 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
         unquantized = logits_of(model, rows)
         with apply_scheme(model, scheme, ranges, keep_weights=False):
             applied = logits_of(model, rows)
+    streaming = offloaded(model)
+    if streaming is not None:  # ModelOpt exports whole models: this one fits into host memory alone
+        streaming.close()
+        model.to("cpu")
     layers = scored_layers(model, scheme, plan.labels, ranges, on_disk)
     where = next(model.parameters()).device.type
     with _timed(seconds, "export"):
@@ -238,7 +243,7 @@ def _prove(
             restored = logits_of(model, scored.rows)
             del model
         with _timed(seconds, "reference"):
-            source = plan.prepared.load(scored.device).model
+            source = plan.prepared.load(scored.device, whole=True).model
             stored = logits_of(at_stored_numbers(source, exported, quantization, scored.layers), scored.rows)
             del source
         logits = compare_logits(scored.unquantized, scored.applied, stored, restored)

@@ -30,11 +30,12 @@ class Prepared:
     captions: CaptionSet
     calibration: tuple[Batch, ...]
 
-    def load(self, device: str = "auto") -> LoadedModel:
+    def load(self, device: str = "auto", whole: bool = False) -> LoadedModel:
         """Loads the weights.
 
         Args:
             device: ``auto``, ``cpu`` or ``cuda``.
+            whole: Keeps them all on the device, whatever the memory mode of the scheme's scores.
 
         Raises:
             UserError: They cannot be read, or there is no such device.
@@ -50,7 +51,7 @@ class Prepared:
             raise UserError("device=cuda, but PyTorch sees no GPU here; use device=cpu or a machine with one")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        streamed = in_host_memory(
+        streamed = not whole and in_host_memory(
             self.resolved,
             list(self.scheme.modules) or list(skeleton(self.resolved)),
             tokens=max(s.input_ids.numel() for b in self.calibration for s in b.segments),

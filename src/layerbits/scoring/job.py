@@ -28,7 +28,7 @@ class ScoringJob:
         target_bits: Budget in weight storage bits per weight over the scored linears, in the unit of the cost model.
         workdir: Folder for search checkpoints, shared by runs with the same fingerprint.
         fingerprint: Digest of everything that the scores depend on.
-        memory: ``auto``, ``fast`` or ``lean``.
+        memory: One of ``memory.MODES``.
         cost_model: One of ``results.COST_MODELS``. active_ratio: Share of the routed experts that a token uses.
         seed: Of what is drawn. draws: Passes of ``method=fisher``, each with tokens drawn anew.
     """

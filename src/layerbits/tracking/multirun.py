@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+_parents: list[ExitStack] = []
+
+
+def end_parent(error: UserError) -> None:
+    """Ends the parent run of this process's multirun before any job ran, with the reason."""
+    for parent in _parents:
+        parent.__exit__(type(error), error, None)
+
+
 class MultirunParent(Callback):  # type: ignore[misc]  # Hydra's class, untyped here
     """Opens the parent run before the jobs of ``-m`` and closes it after them.
 
@@ -27,6 +36,11 @@ class MultirunParent(Callback):  # type: ignore[misc]  # Hydra's class, untyped 
 
     def __init__(self) -> None:
         self._open = ExitStack()
+        _parents.append(self._open)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A job of a queue gets one that has opened nothing."""
+        return (MultirunParent, ())
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Opens it; ends the process where the store cannot be used (Hydra only warns of an exception)."""

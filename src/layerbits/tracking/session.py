@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from layerbits.errors import Skipped, Unsupported, UserError
+from layerbits.tracking import queue
 from layerbits.tracking.afterwards import keep_killed
 from layerbits.tracking.reap import process_tags
 from layerbits.tracking.store import answers, experiment_id, impatient, one_line, redact, run_link, ui_command
@@ -179,6 +180,9 @@ def _open(
         mlflow.set_system_metrics_sampling_interval(_SYSTEM_METRICS_SECONDS)
     tags = {**process_tags(), **(tags or {})}
     resumed = os.environ.get("MLFLOW_RUN_ID")
+    job = None if mlflow.active_run() else queue.own_job()
+    if job:
+        tags[queue.JOB_TAG] = job
     client = mlflow.MlflowClient()
     try:
         if resumed:
@@ -191,14 +195,19 @@ def _open(
             del os.environ["MLFLOW_RUN_ID"]  # a second run of this process is not the one that `mlflow run` made
         else:
             where = client.get_run(parent_run_id).info.experiment_id if parent_run_id else experiment_id(experiment)
-            run = mlflow.start_run(
-                experiment_id=where,
-                run_name=name,
-                nested=True,
-                parent_run_id=parent_run_id,
-                tags=tags,
-                log_system_metrics=system_metrics,
-            )
+            requeued = queue.earlier_run(client, where) if job else None
+            if requeued:
+                _forget_ending(client, requeued)
+                run = mlflow.start_run(run_id=requeued, nested=True, tags=tags, log_system_metrics=system_metrics)
+            else:
+                run = mlflow.start_run(
+                    experiment_id=where,
+                    run_name=name,
+                    nested=True,
+                    parent_run_id=parent_run_id,
+                    tags=tags,
+                    log_system_metrics=system_metrics,
+                )
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise UserError(
@@ -207,6 +216,13 @@ def _open(
             ) from error
         raise UserError(f"cannot start a run in {redact(uri)}: {one_line(error)}") from error
     return RunSession(run.info.run_id, run.info.experiment_id, uri, resumed is not None, bool(parent_run_id))
+
+
+def _forget_ending(client: Any, run_id: str) -> None:
+    """Takes back how a run ended that now goes on."""
+    for tag in ("outcome", "reason"):
+        if tag in client.get_run(run_id).data.tags:
+            client.delete_tag(run_id, tag)
 
 
 def _named_by_user(name: str | None) -> bool:

@@ -1,0 +1,1 @@
+"""LayerBits' launcher, where Hydra looks for plugins."""
