@@ -67,7 +67,7 @@ def test_a_note_has_whole_lines_that_fit_a_tag():
 
 def test_a_launcher_that_is_not_installed_is_one_line_with_the_package(monkeypatch):
     monkeypatch.setattr(entry, "find_spec", lambda _name: None)
-    with pytest.raises(UserError, match="hydra/launcher=submitit_slurm needs .* pip install hydra-submitit-launcher"):
+    with pytest.raises(UserError, match=r"hydra/launcher=submitit_slurm needs .* pip install hydra-submitit-launcher"):
         entry.check_launcher(["-m", "hydra/launcher=submitit_slurm"])
 
 
