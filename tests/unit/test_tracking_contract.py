@@ -48,6 +48,7 @@ def test_parameters_are_those_of_the_contract(result):
         "eff.method": "gradient",
         "eff.engine": "stock",
         "eff.target_effective_bits": "12.0",
+        "eff.cost_model": "weight",
         "eff.seed": "0",
         "eff.dtype": "float32",
         "eff.device": "cpu",

@@ -12,6 +12,7 @@ import numpy as np
 from layerbits.report.wording import config_words, stability_words
 from layerbits.results.frames import groups_for_share, listed
 from layerbits.results.result import NonFinite, SensitivityResult, by_kind
+from layerbits.results.routing import FLOOR, coverage, coverage_words
 
 SCHEMA_VERSION = 1
 MOST = 0.9
@@ -46,10 +47,16 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
             "target_bits": _number(recipe.target_bits),
             "effective_bits": _number(recipe.effective_bits),
             "effective_bits_modelopt": _number(recipe.effective_bits_modelopt),
+            "effective_bits_active": _number(recipe.effective_bits_active),
+            "cost_model": recipe.cost_model,
             "score": _number(recipe.score),
             "groups": len(result.groups),
             "quantized_groups": None if kept is None else len(result.groups) - len(kept),
             "unquantized_modules": None if kept is None else [m for g in kept for m in g.modules],
+        },
+        "experts": {
+            "floor": FLOOR,
+            "phases": [{**asdict(c), "words": coverage_words(c)} for c in coverage(result.routing)],
         },
         "intervals": _intervals(result),
         "candidates": [_candidate(result, c) for c in range(len(result.candidates))],

@@ -12,6 +12,8 @@ from layerbits.report.wording import modules_words
 from layerbits.results.frames import listed
 from layerbits.results.result import SensitivityResult
 
+ROUTING = "routing"
+"""The figure of runs with experts."""
 FIGURES = {
     "heatmap": "by block and kind",
     "by_layer": "along the blocks",
@@ -32,9 +34,10 @@ def markdown_report(result: SensitivityResult) -> str:
         [f"# Layer sensitivity: {data['run_name']}"],
         _attention(data["attention"]),
         _headline(data),
-        _figures(),
+        _figures(data["experts"]),
         *(_ranking(data, c) for c in data["candidates"]),
         _recipe(data["recipe"], several=len(data["candidates"]) > 1, layers=data["candidates"][0]["layers"]),
+        _experts(data["experts"]),
         _run(data),
         _reading(data["method"], data["intervals"], data["engine"]),
         _cost(data),
@@ -55,9 +58,11 @@ def note(result: SensitivityResult) -> str:
         f"{_k(calibration['dataset'])} {calibration['size']}: {_k(calibration['score_samples'])} captions, "
         f"{_k(calibration['score_rows'])} rows, {_k(calibration['loss_tokens'], ',')} loss tokens",
         f"Effective bits {_k(recipe['effective_bits'], '.3f')} (ModelOpt counts "
-        f"{_k(recipe['effective_bits_modelopt'], '.3f')}), target {_k(recipe['target_bits'], 'g')}: "
+        f"{_k(recipe['effective_bits_modelopt'], '.3f')}{_active(recipe)}), target "
+        f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
         f"{_quantized(recipe)} groups quantized",
     ]
+    lines += [f"experts in {p['words']}" for p in data["experts"]["phases"][-1:]]
     for c in data["candidates"]:
         kl, name = c["predicted_kl_sum"], _kl_name(data["method"])
         total = f"{name} not known" if kl is None else f"{name} {_n(kl)} nats/token over all groups"
@@ -71,6 +76,16 @@ def note(result: SensitivityResult) -> str:
         lines.append(f"{_shares(c)}; {c['groups_for_most'] or '–'} of {recipe['groups']} groups make {MOST:.0%}{sure}")
         lines += [f"**{x['rank']}** `{x['layer']}` {_n(_value(x))} ({_p(x['share'])})" for x in c["layers"][:5]]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _active(recipe: Mapping[str, Any]) -> str:
+    """Bits of the weights that a token uses, where they are others."""
+    active, bits = recipe["effective_bits_active"], recipe["effective_bits"]
+    return "" if active is None or bits is None or abs(active - bits) < 1e-9 else f", {active:.3f} of active weights"
+
+
+def _unit(recipe: Mapping[str, Any]) -> str:
+    return " of active weights" if recipe["cost_model"] == "active_moe" else ""
 
 
 def _attention(sentences: Sequence[str]) -> list[str]:
@@ -99,7 +114,8 @@ def _headline(data: Mapping[str, Any]) -> Iterator[str]:
         f"{c['name']} {_k(c['bits'], 'g')} (ModelOpt {_k(c['bits_modelopt'], 'g')})" for c in data["candidates"]
     )
     yield (
-        f"**Effective bits {_k(recipe['effective_bits'], '.3f')}** for a target of {_k(recipe['target_bits'], 'g')}: "
+        f"**Effective bits {_k(recipe['effective_bits'], '.3f')}**{_active(recipe)} for a target of "
+        f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
         f"the solver quantized {_quantized(recipe)} groups. ModelOpt counts "
         f"{_k(recipe['effective_bits_modelopt'], '.3f')} for the same choice. Ours is weight storage per weight, block "
         "scales included, over the groups of this search. ModelOpt's takes the smaller of weight and activation bits, "
@@ -108,9 +124,10 @@ def _headline(data: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _figures() -> Iterator[str]:
+def _figures(experts: Mapping[str, Any]) -> Iterator[str]:
     # Links, not images: MLflow's viewer cannot resolve a relative image, which would show as broken.
-    yield "Figures: " + ", ".join(f"[{caption}](../figures/{name}.png)" for name, caption in FIGURES.items())
+    drawn = {**FIGURES, **({ROUTING: "tokens per expert"} if experts["phases"] else {})}
+    yield "Figures: " + ", ".join(f"[{caption}](../figures/{name}.png)" for name, caption in drawn.items())
 
 
 def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
@@ -175,6 +192,25 @@ def _recipe(recipe: Mapping[str, Any], several: bool, layers: Sequence[Mapping[s
         "head or a vision tower that was not asked for) are not listed and stay unquantized too."
     )
     yield f"```json\n{json.dumps(names, indent=0)}\n```"
+
+
+def _experts(experts: Mapping[str, Any]) -> Iterator[str]:
+    if not experts["phases"]:
+        return
+    yield "## Experts"
+    yield _table(
+        ["phase", "experts", "saw no token", f"fewer than {experts['floor']}", "least tokens", "median"],
+        [
+            [p["phase"], *(f"{p[name]:,}" for name in ("experts", "unseen", "starved", "least")), f"{p['median']:,.0f}"]
+            for p in experts["phases"]
+        ],
+    )
+    yield (
+        "All experts of a block are one group. A token counts once for each expert that it is routed to, by the "
+        f"unquantized model. Below {experts['floor']} tokens what an expert adds to a score is uncertain: a mean of "
+        f"{experts['floor']} squares has a relative standard error of a quarter. Activation ranges are shared by all "
+        "experts of a module, so that an expert without a token has the range of the others."
+    )
 
 
 def _run(data: Mapping[str, Any]) -> Iterator[str]:

@@ -26,6 +26,7 @@ class Source:
         method: ``gradient`` or ``kl_div``.
         scores: ``[G, C]`` raw scores; NaN = not finite, or the candidate does not cover the group.
         predicted_kl: ``[G, C]`` nats per token, NaN as above.
+        cost_model: What budgets count, one of ``COST_MODELS``: that of the first run.
         all_weights: Weights in ModelOpt's denominator of effective bits; ``None`` where no run tells it.
         settings: The parts of the first run's configuration that load model and data.
     """
@@ -38,6 +39,7 @@ class Source:
     candidates: tuple[CandidateInfo, ...]
     scores: FloatArray
     predicted_kl: FloatArray
+    cost_model: str
     all_weights: int | None
     settings: Mapping[str, Any]
 
@@ -124,6 +126,7 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
         candidates=tuple(candidate for _, candidate in columns.values()),
         scores=scores,
         predicted_kl=predicted_kl,
+        cost_model=first.recipe.cost_model,
         all_weights=next((n for n in map(_all_weights, results.values()) if n is not None), None),
         settings={key: first.settings[key] for key in _SETTINGS if key in first.settings},
     )

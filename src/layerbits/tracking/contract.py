@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from layerbits.results.result import SensitivityResult, by_kind
+from layerbits.results.routing import coverage
 
 Number = TypeVar("Number", int, float)
 
@@ -95,6 +96,7 @@ def parameters(result: SensitivityResult) -> dict[str, str]:
         "draws": _draws(result),
         "engine": result.engine,
         "target_effective_bits": result.recipe.target_bits,
+        "cost_model": result.recipe.cost_model,
         "seed": result.seed,
         "dtype": result.model.dtype,
         "device": result.device,
@@ -260,6 +262,10 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
     recipe = result.recipe
     yield "summary/effective_bits", recipe.effective_bits
     yield "summary/effective_bits_modelopt", recipe.effective_bits_modelopt
+    yield "summary/effective_bits_active", recipe.effective_bits_active
+    for seen in coverage(result.routing):
+        for name in ("unseen", "starved", "least", "median"):
+            yield f"experts/{seen.phase}/{name}", float(getattr(seen, name))
     yield "summary/score_sum", result.total("scores")
     if known := not np.isnan(result.predicted_kl).all():
         yield "summary/predicted_kl_sum", result.total("predicted_kl")
