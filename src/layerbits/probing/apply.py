@@ -16,9 +16,11 @@ from layerbits.candidates import fp4
 from layerbits.candidates.formats import Format, normalise, plain
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
 from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.models import output_head
 from layerbits.results.result import CandidateInfo
 from layerbits.scoring import quantizers
+from layerbits.scoring.experts import ExpertsTap
 from layerbits.scoring.taps import Taps
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ class Ranges:
     """Static activation ranges of an unquantized model, for any number of schemes.
 
     Attributes:
-        amax: Full module name → settings of an input quantizer (JSON) → largest magnitude.
+        amax: Full module name → settings of an input quantizer (JSON), for an expert module after the name of the
+            projection, → largest magnitude.
     """
 
     amax: Mapping[str, Mapping[str, Any]]
@@ -54,12 +57,19 @@ def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch])
     linears = {name: _linear(model, name) for name in names}
     if not linears:
         return Ranges({})
-    settings = quantizers.distinct_settings([runtime_config(c, _device(linears)) for c in infos.values()])
+    device = model.get_input_embeddings().weight.device
+    settings = quantizers.distinct_settings([runtime_config(c, device) for c in infos.values()])
     taps = Taps(model, names, settings)
     taps.calibrate(batches, need_logits=output_head(model) in linears)
-    keys = [_key(attributes) for attributes in settings.inputs]
     found = taps.ranges()
-    return Ranges({n: {key: found[f"{n}.{i}"] for i, key in enumerate(keys) if f"{n}.{i}" in found} for n in names})
+    return Ranges(
+        {
+            tap.name: {
+                _key(settings.inputs[i], site): found[name] for name, site, i, _ in tap.range_names() if name in found
+            }
+            for tap in taps.taps
+        }
+    )
 
 
 class AppliedScheme:
@@ -117,7 +127,11 @@ def apply_scheme(
     keys = {name: (name, info.config_hash) for name, info in scheme.modules.items()}
     with torch.no_grad():
         for name, info in scheme.modules.items():
-            if keys[name] not in forwards:
+            if keys[name] in forwards:
+                continue
+            if fused_experts(linears[name]) is not None:
+                forwards[keys[name]] = experts_tap(linears[name], name, info, ranges).quantized((0, 0), keep_weights)
+            else:
                 pair = module_quantizers(linears[name], name, info, ranges)
                 forwards[keys[name]] = _quantized_forward(linears[name], *pair, keep_weights)
     for name, module in linears.items():
@@ -145,13 +159,35 @@ def module_quantizers(module: Any, name: str, info: CandidateInfo, ranges: Range
     with torch.no_grad():
         quantizers.calibrate_weight(weight_quantizer, module.weight)
     if quantizers.needs_range(input_quantizer):
-        amax = ranges.amax.get(name, {}).get(_key(settings.inputs[0]))
-        if amax is None:
-            raise UserError(
-                f"no activation range of {name} under {info.name}; find the ranges with this scheme as well"
-            )
+        amax = _range_of(ranges, name, info, _key(settings.inputs[0]))
         input_quantizer.amax = torch.as_tensor(amax).to(module.weight)
     return weight_quantizer, input_quantizer
+
+
+def experts_tap(module: Any, name: str, info: CandidateInfo, ranges: Ranges) -> ExpertsTap:
+    """An expert module under a candidate, calibrated; the candidate's is its only pair of settings.
+
+    Args:
+        module: The expert module, with its original weights.
+        name: Its full name in the model.
+        info: The candidate.
+        ranges: Ranges that cover it.
+
+    Raises:
+        UserError: There is no range for it.
+    """
+    import torch
+
+    experts = fused_experts(module)
+    assert experts is not None
+    weight = getattr(module, experts.projections[0])
+    settings = quantizers.distinct_settings([runtime_config(info, weight.device)])
+    tap = ExpertsTap(name, module, settings, experts)
+    with torch.no_grad():
+        tap.calibrate_weights()
+        for _, site, _, quantizer in tap.range_names():
+            quantizer.amax = torch.as_tensor(_range_of(ranges, name, info, _key(settings.inputs[0], site))).to(weight)
+    return tap
 
 
 def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
@@ -175,6 +211,13 @@ def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
 _MARK = "_layerbits_scheme"
 
 
+def _range_of(ranges: Ranges, name: str, info: CandidateInfo, key: str) -> Any:
+    amax = ranges.amax.get(name, {}).get(key)
+    if amax is None:
+        raise UserError(f"no activation range of {name} under {info.name}; find the ranges with this scheme as well")
+    return amax
+
+
 def _linear(model: Any, name: str) -> Any:
     import torch
 
@@ -184,17 +227,13 @@ def _linear(model: Any, name: str) -> Any:
         raise UserError(
             f"the model has no linear {name}; apply the scheme to the model that it was made from"
         ) from None
-    if not isinstance(module, torch.nn.Linear):
-        raise Unsupported(f"{name} is a {type(module).__name__}; schemes are applied to plain linears")
+    if not isinstance(module, torch.nn.Linear) and fused_experts(module) is None:
+        raise Unsupported(f"{name} is a {type(module).__name__}; schemes are applied to linears and expert modules")
     return module
 
 
-def _device(linears: Mapping[str, Any]) -> Any:
-    return next(iter(linears.values())).weight.device
-
-
-def _key(attributes: Any) -> str:
-    return "none" if attributes is None else str(attributes.model_dump_json())
+def _key(attributes: Any, site: str = "") -> str:
+    return f"{site}{'none' if attributes is None else attributes.model_dump_json()}"
 
 
 def _quantized_forward(module: Any, weight_quantizer: Any, input_quantizer: Any, keep_weights: bool) -> Any:

@@ -147,11 +147,18 @@ class ExpertsTap(Tap):
                 output = self._run(routed, tensors, *self._changes(inputs))
                 yield candidates, token_scores(gradient, output, y, signed)
 
-    def quantized(self, pair: tuple[int, int]) -> Forward:
-        """The module with quantized experts and inputs; the weights are quantized on the fly."""
+    def quantized(self, pair: tuple[int, int], keep: bool = False) -> Forward:
+        """The module with quantized experts and inputs.
+
+        Args:
+            pair: Weight and input setting.
+            keep: Whether to keep the quantized weights; otherwise they are made in every forward.
+        """
+        kept = tuple(self.weights(pair[0])) if keep else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._run(Routed.of(args, kwargs), tuple(self.weights(pair[0])), *self._changes(pair[1]))
+            weights = tuple(self.weights(pair[0])) if kept is None else kept
+            return self._run(Routed.of(args, kwargs), weights, *self._changes(pair[1]))
 
         return forward
 
