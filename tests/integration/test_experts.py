@@ -8,12 +8,28 @@ import pytest
 import torch
 
 from layerbits.inputs.experts import named_experts
+from layerbits.probing.apply import apply_scheme
+from layerbits.results.result import Group
+from layerbits.schemes import Scheme
 from layerbits.scoring import kl, onepass, stock
 from layerbits.scoring.experts import ExpertsTap
 from layerbits.scoring.steplog import StepLog
+from layerbits.scoring.steps import calibration_forward
 from layerbits.scoring.taps import Taps
 
-from .scoring_support import configs, job, loaded, random_segment, recipe, rows, tiny_model, usual_rows
+from .schemes_support import CALIBRATION, DATA, INFO, logits
+from .scoring_support import (
+    candidate,
+    configs,
+    job,
+    loaded,
+    random_segment,
+    recipe,
+    rows,
+    search_config,
+    tiny_model,
+    usual_rows,
+)
 
 PAIRS = ("wfp8_afp8", "wint4_aint8")
 BUDGETS = (13.0, 11.0, 9.0)
@@ -178,6 +194,30 @@ def test_experts_without_a_gate_score_as_in_stock(tmp_path):
     made = onepass.score(job(subject, tmp_path / "one", configs("wfp8_afp8")))
     reference = stock.score(job(subject, tmp_path / "stock", configs("wfp8_afp8")))
     np.testing.assert_allclose(made.raw, reference.raw, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_a_scheme_computes_what_modelopt_computes_with_its_config(variant, keep_weights, mixture):
+    import modelopt.torch.quantization as mtq
+
+    made = candidate("wfp4_afp8", variant=variant)
+    name = "model.layers.1.mlp.experts"
+    groups = (Group("B01.experts", 1, "other", (name,), 1000),)
+    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), (made.info.name,), 9.0, None, 0.01, 1e-6, {})
+
+    def forward_loop(model):
+        for batch in CALIBRATION:
+            calibration_forward(model, batch, need_logits=False)
+
+    changed = mtq.quantize(copy.deepcopy(mixture.model), search_config(made), forward_loop)
+    mtq.disable_quantizer(changed, lambda quantizer: not quantizer.startswith(name))
+    before = logits(mixture.model)
+    with apply_scheme(mixture.model, scheme, CALIBRATION, keep_weights=keep_weights):
+        ours = logits(mixture.model)
+    torch.testing.assert_close(ours, logits(changed), rtol=1e-4, atol=1e-5)
+    assert (ours - before).abs().max() > 1e-3
+    assert torch.equal(logits(mixture.model), before)
 
 
 def _settings(pair):
