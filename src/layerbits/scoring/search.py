@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.inputs.calibration import Batch
-from layerbits.inputs.experts import named_experts
+from layerbits.inputs.experts import expert_notes, named_experts
 from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, Group, NonFinite
 from layerbits.results.routing import Routing
@@ -36,6 +36,7 @@ class Search:
         settings: Distinct quantizer settings of the candidates.
         experts: Number of experts by name, of the expert modules among ``names``, in order.
         need_logits: Whether the output head is scored.
+        notes: What the user should know.
     """
 
     found: tuple[Decision, ...]
@@ -47,6 +48,7 @@ class Search:
     settings: quantizers.Settings
     experts: Mapping[str, int]
     need_logits: bool
+    notes: tuple[str, ...]
 
     @classmethod
     def of(cls, job: ScoringJob) -> Search:
@@ -73,6 +75,7 @@ class Search:
             settings=quantizers.distinct_settings(list(job.configs.values())),
             experts={name: experts[name].count for name in names if name in experts},
             need_logits=head in job.scored,
+            notes=expert_notes(model),
         )
 
 
@@ -216,7 +219,7 @@ def assemble(
         mode=mode,
         resumed=resumed,
         routing=_routing(search, steps, routed),
-        notes=notes,
+        notes=(*search.notes, *notes),
     )
 
 

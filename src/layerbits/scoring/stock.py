@@ -17,6 +17,7 @@ import numpy as np
 
 from layerbits.atomic import write_json
 from layerbits.errors import UserError
+from layerbits.inputs.experts import expert_notes
 from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, NonFinite
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of, with_active
@@ -103,6 +104,7 @@ def score(job: ScoringJob) -> Scores:
         nonfinite=tuple(NonFinite(groups[g].key, name, detail="raw score") for g in np.flatnonzero(bad[:, 0])),
         seconds=clock.seconds,
         resumed=resumed,
+        notes=expert_notes(model, engine=False),
     )
 
 
