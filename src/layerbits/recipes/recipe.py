@@ -13,8 +13,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from layerbits.candidates.bits import Config
 from layerbits.candidates.formats import plain
+from layerbits.candidates.linear import Config
 from layerbits.errors import UserError
 
 KINDS = ("auto_quantize", "ptq")

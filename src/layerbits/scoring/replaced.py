@@ -23,6 +23,10 @@ class ReplacedLinears(Taps):
         """The modules of a group, quantized by a candidate."""
         return {tap.name: tap.quantized(self._pairs[candidate]) for tap in self._members(search, group)}
 
+    def quantized_linear(self, name: str, candidate: int) -> Forward:
+        """A linear, quantized by a candidate."""
+        return self._quantized(list(self._names).index(name), *self._pairs[candidate])
+
     def recomputed(self, search: Search, group: int) -> Perturbation:
         """The modules of a group unquantized, summed in another order: what differs is rounding alone."""
         return {tap.name: tap.recomputed() for tap in self._members(search, group)}
