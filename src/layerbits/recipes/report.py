@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from layerbits.recipes.job import RecipeOutcome
-from layerbits.recipes.solve import Answer
+from layerbits.recipes.solve import Answer, clamped_scores
 from layerbits.schemes.report import markdown as scheme_table
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.solver import UNQUANTIZED
@@ -85,9 +85,7 @@ def _check(outcome: RecipeOutcome, stock: Answer) -> list[str]:
     if not differ:
         return ["ModelOpt's own solver chooses the same formats.", ""]
     lines = [
-        f"ModelOpt's own solver chooses otherwise for {len(differ)} groups: {_counted(outcome, stock)}; it clamps each "
-        "score to that of the format before it"
-        + (" and minimises the largest score of kl_div, not their sum." if outcome.plan.space.recipe.method == "kl_div" else "."),
+        f"ModelOpt's own solver chooses otherwise for {len(differ)} groups: {_counted(outcome, stock)}. {_why(outcome)}",
         "",
         "| group | on raw scores | ModelOpt's |",
         "|---|---|---|",
@@ -95,6 +93,14 @@ def _check(outcome: RecipeOutcome, stock: Answer) -> list[str]:
     ]
     more = [f"| {len(differ) - _SHOWN} more | | |"] if len(differ) > _SHOWN else []
     return [*lines, *more, ""]
+
+
+def _why(outcome: RecipeOutcome) -> str:
+    if outcome.plan.space.recipe.method == "kl_div":
+        return "For kl_div it minimises the largest score, not their sum."
+    if clamped := clamped_scores(outcome.plan.space, outcome.raw):
+        return f"It lowers {clamped} scores to those of formats with fewer bits, so that it takes both for alike."
+    return "No score was clamped: its solver stops at tolerances that raw scores this small do not reach."
 
 
 def _counted(outcome: RecipeOutcome, answer: Answer) -> str:

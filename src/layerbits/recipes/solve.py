@@ -56,6 +56,15 @@ def modelopt_answer(space: RecipeSpace, raw: FloatArray) -> Answer:
     return _told(space, raw, choice)
 
 
+def clamped_scores(space: RecipeSpace, raw: FloatArray) -> int:
+    """How many raw scores ModelOpt lowers to the score of a format with fewer bits."""
+    changed, named = 0, _recipes(space)
+    for slot, row in zip(space.searched, raw, strict=True):
+        ordered = [float(row[c]) for c in sorted(slot.choices, key=lambda c: named[c])]
+        changed += sum(score > min(ordered[:i]) for i, score in enumerate(ordered) if i)
+    return changed
+
+
 def search_state(space: RecipeSpace, raw: FloatArray) -> dict[str, Any]:
     """The state that ``mtq.auto_quantize`` returns for a recipe, solved for its budget.
 
@@ -119,7 +128,7 @@ def _stat(slot: Slot, scores: Any, named: Mapping[int, Any], unquantized: Any) -
         "quantizer_attrs": dict.fromkeys(slot.modules, _ATTRS),
         "cost_weight": slot.cost_weight,
         "allow_no_quant": slot.allow_no_quant,
-        "is_fixed": slot.fixed and slot.allow_no_quant is False,
+        "is_fixed": slot.baseline,
         "uncompressed_cost": cost,
     }
 

@@ -31,6 +31,7 @@ class Slot:
         choices: Positions of the candidates that it may become.
         allow_no_quant: Whether it may stay as it is.
         fixed: Whether the recipe has decided already; it keeps its format while others are scored.
+        baseline: Whether it did so in its ``quantize`` section.
         cost_weight: What its weights count in the budget.
     """
 
@@ -40,6 +41,7 @@ class Slot:
     choices: tuple[int, ...] = ()
     allow_no_quant: bool = True
     fixed: bool = False
+    baseline: bool = False
     cost_weight: float = 1.0
 
     @property
@@ -184,7 +186,7 @@ class _Maker:
                 "they are decided together; put them into one entry of module_search_spaces"
             )
         (at,) = settings
-        return Slot(**slot, choices=() if at is None else (at,), allow_no_quant=at is None, fixed=True)
+        return Slot(**slot, choices=() if at is None else (at,), allow_no_quant=False, fixed=True, baseline=True)
 
     def ptq(self, found: Sequence[Any]) -> list[Slot]:
         """What a PTQ recipe does with each decision; one whose linears differ comes apart."""
