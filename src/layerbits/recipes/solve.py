@@ -13,8 +13,6 @@ from layerbits.recipes.space import RecipeSpace, Slot
 from layerbits.results.result import FloatArray
 from layerbits.schemes.solver import UNQUANTIZED, UNQUANTIZED_BITS, solve_problem
 
-_ATTRS = ("input_quantizer", "weight_quantizer", "output_quantizer")
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -125,7 +123,7 @@ def _stat(slot: Slot, scores: Any, named: Mapping[int, Any], unquantized: Any) -
         "scores": told,
         "costs": [cost * form.compression for form in formats],
         "module_names": list(slot.modules),
-        "quantizer_attrs": dict.fromkeys(slot.modules, _ATTRS),
+        "quantizer_attrs": dict.fromkeys(slot.modules, slot.attrs),
         "cost_weight": slot.cost_weight,
         "allow_no_quant": slot.allow_no_quant,
         "is_fixed": slot.baseline,

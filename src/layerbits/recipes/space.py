@@ -14,6 +14,7 @@ from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.formats import plain
 from layerbits.candidates.linear import QUANTIZERS, WEIGHT, Config
 from layerbits.errors import UserError
+from layerbits.inputs.models import Shapes
 from layerbits.recipes.formats import candidates_of, modelopt_cost, settings_key
 from layerbits.recipes.recipe import LoadedRecipe, SearchSpace
 from layerbits.results.result import FloatArray
@@ -27,7 +28,7 @@ class Slot:
 
     Attributes:
         name: Its key in ModelOpt's ``candidate_stats``.
-        modules: Its linears. weights: Number of their weights.
+        modules: Its linears, or an expert module. weights: Number of their weights. attrs: Names of their quantizers.
         choices: Positions of the candidates that it may become.
         allow_no_quant: Whether it may stay as it is.
         fixed: Whether the recipe has decided already; it keeps its format while others are scored.
@@ -38,6 +39,7 @@ class Slot:
     name: str
     modules: tuple[str, ...]
     weights: int
+    attrs: tuple[str, ...] = ()
     choices: tuple[int, ...] = ()
     allow_no_quant: bool = True
     fixed: bool = False
@@ -117,13 +119,13 @@ class RecipeSpace:
         return float(np.where(np.isfinite(stated.scores), stated.bits, -np.inf).max(axis=1).sum())
 
 
-def lay_out(recipe: LoadedRecipe, model: Any, linears: Mapping[str, tuple[int, int]]) -> RecipeSpace:
+def lay_out(recipe: LoadedRecipe, model: Any, linears: Mapping[str, Shapes]) -> RecipeSpace:
     """Finds what a recipe says of each group of a model.
 
     Args:
         recipe: The recipe.
         model: Any model, its parameters may be on the meta device.
-        linears: Linears of its language model, the only ones that are scored → (out_features, in_features).
+        linears: Linears and expert modules of its language model, the only ones that are scored.
 
     Raises:
         UserError: No linear is left to quantize, a group is matched in part or twice, or the budget is infeasible.
@@ -154,7 +156,7 @@ def lay_out(recipe: LoadedRecipe, model: Any, linears: Mapping[str, tuple[int, i
 class _Maker:
     """Collects the candidates of a recipe while its slots are made."""
 
-    def __init__(self, recipe: LoadedRecipe, linears: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(self, recipe: LoadedRecipe, linears: Mapping[str, Shapes]) -> None:
         self.recipe = recipe
         self.candidates = candidates_of(recipe.formats, recipe.short_name)
         self.configs = list(recipe.formats)
@@ -167,7 +169,7 @@ class _Maker:
     def searched(self, decision: Any) -> Slot:
         """What a search may do with a decision."""
         modules = decision.modules
-        slot = {"name": decision.name, "modules": modules, "weights": decision.weights}
+        slot = {"name": decision.name, "modules": modules, "weights": decision.weights, "attrs": decision.attrs}
         space = self._space_of(modules)
         if not decision.searched:
             return Slot(**slot)
@@ -179,7 +181,7 @@ class _Maker:
             return Slot(**slot, choices=space.formats, allow_no_quant=space.allow_no_quant, fixed=fixed)
         if self.recipe.fixed is None:
             return Slot(**slot, choices=self.recipe.default)
-        settings = {self._setting(module) for module in modules}
+        settings = {self._setting(module, decision.attrs) for module in modules}
         if len(settings) > 1:
             raise UserError(
                 f"recipe {self.recipe.name}: its quantize section gives {', '.join(modules)} different formats, and "
@@ -194,15 +196,16 @@ class _Maker:
         for decision in found:
             parts: dict[int | None, list[str]] = {}
             for module in decision.modules:
-                at = self._setting(module)
+                at = self._setting(module, decision.attrs)
                 if at is not None and module not in self._linears:
                     self._outside.append(module)
                     at = None
                 parts.setdefault(at, []).append(module)
             for at, modules in parts.items():
                 sizes = [self._linears[m] for m in modules] if len(parts) > 1 else []
-                share = sum(out * inputs for out, inputs in sizes) or decision.weights
-                slots.append(Slot(decision.name, tuple(modules), share, () if at is None else (at,)))
+                share = sum(rows * width for shapes in sizes for rows, width in shapes) or decision.weights
+                slot = Slot(decision.name, tuple(modules), share, decision.attrs, () if at is None else (at,))
+                slots.append(slot)
         return slots
 
     def notes(self) -> list[str]:
@@ -238,10 +241,10 @@ class _Maker:
             )
         return found[0] if found else None
 
-    def _setting(self, module: str) -> int | None:
+    def _setting(self, module: str, attrs: Sequence[str]) -> int | None:
         """Position of the candidate that the fixed configuration gives a linear; ``None`` = unquantized."""
         assert self.recipe.fixed is not None
-        config = linear_config(self.recipe.fixed, module)
+        config = module_config(self.recipe.fixed, module, attrs)
         if config is None:
             return None
         key = json.dumps(plain(config), sort_keys=True)
@@ -262,27 +265,41 @@ class _Maker:
         return len(self.configs) - 1
 
 
-def linear_config(config: Config, module: str) -> Config | None:
-    """What ``mtq.quantize`` would give one linear, as a configuration with bare names; ``None`` = not its weight.
+def module_config(config: Config, module: str, attrs: Sequence[str]) -> Config | None:
+    """What ``mtq.quantize`` would give one module, as a configuration with bare names; ``None`` = not its weight.
 
     Args:
         config: A ModelOpt configuration; entries may name modules, the last that matches wins.
-        module: Full name of the linear.
+        module: Full name of the linear, or of the expert module.
+        attrs: Names of its quantizers.
+
+    Raises:
+        UserError: An expert module's projections would get different settings.
     """
     entries: list[Config] = [{"quantizer_name": "*", "enable": False}]
     for quantizer in QUANTIZERS:
-        cfg, enabled = None, True
-        for entry in config["quant_cfg"]:
-            if entry.get("parent_class") in (None, "nn.Linear") and fnmatch.fnmatch(
-                f"{module}.{quantizer}", entry["quantizer_name"]
-            ):
-                enabled = entry.get("enable", True)
-                cfg = entry.get("cfg", cfg)
-        if enabled and cfg is not None:
-            entries.append({"quantizer_name": f"*{quantizer}", "cfg": cfg})
+        found: list[Any] = []
+        for attr in (a for a in attrs if a.endswith(quantizer)):
+            setting = _setting_of(config, f"{module}.{attr}")
+            if setting not in found:
+                found.append(setting)
+        if len(found) > 1:
+            raise UserError(f"the projections of {module} get different formats, and they are decided together")
+        if found[0] is not None:
+            entries.append({"quantizer_name": f"*{quantizer}", "cfg": found[0]})
         elif quantizer == WEIGHT:
             return None
     return {"quant_cfg": entries, "algorithm": config["algorithm"]}
+
+
+def _setting_of(config: Config, quantizer: str) -> Any:
+    """Settings of a quantizer by its full name, ``None`` = disabled; the last entry that matches wins."""
+    cfg, enabled = None, True
+    for entry in config["quant_cfg"]:
+        if entry.get("parent_class") in (None, "nn.Linear") and fnmatch.fnmatch(quantizer, entry["quantizer_name"]):
+            enabled = entry.get("enable", True)
+            cfg = entry.get("cfg", cfg)
+    return cfg if enabled else None
 
 
 def _cost_weights(recipe: LoadedRecipe, model: Any) -> Any:

@@ -33,9 +33,9 @@ def held(model: Any, configs: Mapping[str, Mapping[str, Any]], batches: Sequence
     by_key = {json.dumps(plain(config), sort_keys=True): config for config in configs.values()}
     keys, names = list(by_key), list(configs)
     settings = quantizers.distinct_settings(list(by_key.values()))
-    linears = ReplacedLinears(model, names, settings, keep_weights=False)
+    linears = ReplacedLinears(model, names, settings)
     linears.calibrate(batches, need_logits=output_head(model) in configs)
     linears.load_ranges(linears.ranges())
     candidates = {name: keys.index(json.dumps(plain(configs[name]), sort_keys=True)) for name in names}
-    with forwards({model.get_submodule(n): linears.quantized_linear(n, c) for n, c in candidates.items()}):
+    with forwards(linears.each_quantized(candidates)):
         yield
