@@ -75,7 +75,10 @@ def stock_search(recipe, model, rows=None):
     rows = rows or usual_rows()
     arguments = copy.deepcopy(recipe.stock_arguments())
     head = model.get_output_embeddings()
-    for formats in (arguments["quantization_formats"] or [], *(s["quantization_formats"] for s in arguments.get("module_search_spaces", []))):
+    for formats in (
+        arguments["quantization_formats"] or [],
+        *(s["quantization_formats"] for s in arguments.get("module_search_spaces", [])),
+    ):
         formats[:] = [on_cpu(config) for config in formats]
     if "fixed_quantization_config" in arguments:
         arguments["fixed_quantization_config"] = on_cpu(arguments["fixed_quantization_config"])

@@ -10,6 +10,7 @@ from .recipes_support import made_recipe, raw_scores, stock_search
 from .scoring_support import tiny_model
 
 GENERAL = "general/auto_quantize/"
+BOTH = [{"$import": "a"}, {"$import": "b"}]
 FAMILY = {
     "nvfp4_fp8_at_5p4bits": "llama",
     "w4a16_nvfp4_fp8_at_6p0bits-active_moe": "qwen3_vl",
@@ -47,9 +48,9 @@ def test_shipped_recipe_comes_to_what_modelopt_finds(name, tmp_path):
 
 def test_search_spaces_fixed_part_and_forced_quantization(tmp_path):
     spaces = [
-        {"module_name_patterns": ["*self_attn*"], "candidate_formats": [{"$import": "a"}, {"$import": "b"}], "allow_no_quant": False},
+        {"module_name_patterns": ["*self_attn*"], "candidate_formats": BOTH, "allow_no_quant": False},
         {"module_name_patterns": ["*layers.1.mlp.down_proj"], "candidate_formats": [{"$import": "b"}]},
-    ]  # fmt: skip
+    ]
     fixed = {"algorithm": "max", "quant_cfg": [
         {"$import": "none"},
         {"quantizer_name": "*mlp*weight_quantizer", "cfg": {"num_bits": "e4m3"}},
@@ -57,15 +58,26 @@ def test_search_spaces_fixed_part_and_forced_quantization(tmp_path):
         {"quantizer_name": "*lm_head*", "enable": False},
     ]}  # fmt: skip
     recipe = made_recipe(tmp_path, quantize=fixed, module_search_spaces=spaces, cost_excluded_layers=["*lm_head*"])
-    space, raw = check_against_stock(recipe, "llama", tmp_path)
+    space, _ = check_against_stock(recipe, "llama", tmp_path)
     assert len(space.held) == 2 + 3
     assert space.ceiling < 16
 
 
 def test_scores_are_not_clamped_where_modelopt_clamps(tmp_path):
-    recipe = made_recipe(tmp_path, candidate_formats=[{"$import": "a"}, {"$import": "b"}])
+    recipe = made_recipe(tmp_path, candidate_formats=BOTH)
     space, raw = check_against_stock(recipe, "llama", tmp_path)
     stats = search_state(space, raw)["candidate_stats"]
     clamped = [s["scores"][0] == s["scores"][1] for s in stats.values()]
     assert any(clamped)
     assert not np.any(raw[:, 0] == raw[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (f"{GENERAL}nvfp4_mse_fp8_at_6p0bits", "llama"),
+        ("models/meta-models/Muse-Glimmer-30B/auto_quantize/w4a16_nvfp4_4o6_mixed", "qwen3_vl"),
+    ],
+)
+def test_recipes_with_searched_weight_ranges(name, kind, tmp_path):
+    check_against_stock(load_recipe(name), kind, tmp_path)

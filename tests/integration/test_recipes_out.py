@@ -26,9 +26,10 @@ def quantized_by_modelopt(model, recipe):
     return mtq.quantize(model, on_cpu(copy.deepcopy(recipe.fixed)), forward_loop)
 
 
+NVFP4 = ("wfp4_afp4", "default", "nvfp4")
 SCHEMES = {
     "fp8": {"qkv": ("wfp8_afp8",), "down": ("wfp8_afp8",)},
-    "nvfp4_and_fp8": {"qkv": ("wfp8_afp8",), "gate_up": ("wfp4_afp4", "default", "nvfp4"), "down1": ("wfp4_afp4", "default", "nvfp4")},
+    "nvfp4_and_fp8": {"qkv": ("wfp8_afp8",), "gate_up": NVFP4, "down1": NVFP4},
     "int8": {"o": ("wint8_aint8",), "gate_up": ("wint8_afp16", "w_group32")},
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from layerbits.candidates.fp4 import (
     register_backends,
     with_reference_backend,
 )
-from layerbits.errors import Unsupported, UserError
+from layerbits.errors import UserError
 from tests.golden.make_fp4 import DTYPES, cases, digest, from_bits, mismatches, ours, to_bits
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "fp4.npz"
@@ -246,10 +246,10 @@ def test_enabled_fp4_quantizers_get_the_backend_and_nothing_else_changes():
     assert changed == expected
 
 
-def test_static_block_scales_are_refused():
+def test_stored_block_ranges_name_no_backend():
     static = {**NV_BLOCK, "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
-    with pytest.raises(Unsupported, match="type to dynamic"):
-        with_reference_backend({"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": static}]})
+    config = {"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": static}]}
+    assert with_reference_backend(config) == config
 
 
 def test_registering_twice_overwrites_nothing():

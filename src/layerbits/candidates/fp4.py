@@ -23,12 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerbits.errors import Unsupported, UserError
+from layerbits.errors import UserError
 
 MXFP4_BACKEND = "layerbits_mxfp4"
 NVFP4_BACKEND = "layerbits_nvfp4"
-_BACKENDS: dict[tuple[int, ...], str] = {(8, 0): MXFP4_BACKEND, (4, 3): NVFP4_BACKEND}
-"""Backend by exponent and mantissa bits of the block scale."""
+_BACKENDS: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
+    ((2, 1), (8, 0)): MXFP4_BACKEND,
+    ((2, 1), (4, 3)): NVFP4_BACKEND,
+    ((4, 3), (8, 0)): "layerbits_mxfp8",
+}
+"""Backend by exponent and mantissa bits of the values and of the block scale."""
 
 _E2M1_MAX = 6.0
 _E4M3_MAX = 448.0
@@ -48,28 +52,34 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def register_backends() -> None:
-    """Registers :data:`MXFP4_BACKEND` and :data:`NVFP4_BACKEND` with ModelOpt; a second call changes nothing."""
+    """Makes ModelOpt's quantizers compute block formats without CUDA; a second call changes nothing."""
     from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
         is_registered_quant_backend,
         register_quant_backend,
     )
 
-    for name, entrypoint in ((MXFP4_BACKEND, _mxfp4_entrypoint), (NVFP4_BACKEND, _nvfp4_entrypoint)):
+    from layerbits.candidates import mxfp8, nvfp4_static
+
+    for name, entrypoint in (
+        (MXFP4_BACKEND, _mxfp4_entrypoint),
+        (NVFP4_BACKEND, _nvfp4_entrypoint),
+        (mxfp8.MXFP8_BACKEND, mxfp8.entrypoint),
+    ):
         if not is_registered_quant_backend(name):
             register_quant_backend(name, entrypoint)
+    nvfp4_static.install()
 
 
 def with_reference_backend(config: dict[str, Any]) -> dict[str, Any]:
-    """Copies a ModelOpt quantization config with its FP4 quantizers set to the backends of this module.
+    """Copies a ModelOpt quantization config with its FP4 and MXFP8 quantizers set to our backends.
+
+    NVFP4 with stored block ranges names no backend: :func:`register_backends` sees to it.
 
     Args:
         config: ModelOpt config with an ordered ``quant_cfg`` list; left as it is.
 
     Returns:
-        Deep copy in which every enabled FP4 quantizer has ``backend``; the rest is equal.
-
-    Raises:
-        Unsupported: An FP4 quantizer with static block scales, which this module does not compute.
+        Deep copy in which every enabled quantizer of these has ``backend``; the rest is equal.
     """
     config = copy.deepcopy(config)
     for entry in config["quant_cfg"]:
@@ -309,14 +319,11 @@ def _check(x: Tensor) -> None:
 
 
 def _backend_of(attributes: dict[str, Any]) -> str | None:
-    """Backend for one quantizer's attributes, ``None`` if it is no enabled FP4 block quantizer."""
-    block_sizes = attributes.get("block_sizes")
-    if not attributes.get("enable", True) or not block_sizes or _bits(attributes.get("num_bits")) != (2, 1):
+    """Backend for one quantizer's attributes, ``None`` if it is no enabled block quantizer of ours."""
+    blocks = attributes.get("block_sizes")
+    if not attributes.get("enable", True) or not blocks or blocks.get("type") != "dynamic":
         return None
-    backend = _BACKENDS.get(_bits(block_sizes.get("scale_bits")))
-    if backend is not None and block_sizes.get("type") != "dynamic":
-        raise Unsupported("FP4 with static block scales needs ModelOpt's CUDA kernels: set block_sizes type to dynamic")
-    return backend
+    return _BACKENDS.get((_bits(attributes.get("num_bits")), _bits(blocks.get("scale_bits"))))
 
 
 def _bits(value: Any) -> tuple[Any, ...]:
@@ -324,6 +331,11 @@ def _bits(value: Any) -> tuple[Any, ...]:
 
 
 def block_size_of(inputs: Tensor, quantizer: Any) -> int:
+    """Values in a block of the last dimension, by a quantizer's settings.
+
+    Raises:
+        UserError: Its blocks lie along another dimension.
+    """
     size = quantizer.block_sizes.get(-1) or quantizer.block_sizes.get(inputs.dim() - 1)
     if size is None:
         raise UserError("FP4 quantizes blocks of the last dimension: give block_sizes the key -1")

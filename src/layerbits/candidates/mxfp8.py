@@ -1,8 +1,9 @@
 """MXFP8 fake quantization in plain PyTorch, bit for bit what ModelOpt's CUDA kernel computes.
 
-E4M3 values, one power-of-two scale per block. The arithmetic follows ``tensor_quant_mx.cu`` (``compute_scale_e8m0_NV``),
-built with ``--use_fast_math`` as for MXFP4: subnormal FP32 numbers count as zero, and ``amax / 448`` is ``amax`` times
-the hardware's reciprocal of 448. A NaN makes its whole block NaN here, so that it is seen.
+E4M3 values, one power-of-two scale per block. The arithmetic follows ``tensor_quant_mx.cu``
+(``compute_scale_e8m0_NV``), built with ``--use_fast_math`` as for MXFP4: subnormal FP32 numbers count as zero, and
+``amax / 448`` is ``amax`` times the hardware's reciprocal of 448. A NaN makes its whole block NaN here, so that it is
+seen.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """NVFP4 with stored block ranges in plain PyTorch, as ModelOpt's CUDA kernels compute it, and the search for them.
 
-A weight's blocks have ranges that calibration chose (``max``, the ``mse`` sweep over FP8 scales, four-over-six), and its
-scales are those ranges over 6, rounded to E4M3 under one scale per group of fused linears. The arithmetic follows
+A weight's blocks have ranges that calibration chose (``max``, the ``mse`` sweep over FP8 scales, four-over-six), and
+its scales are those ranges over 6, rounded to E4M3 under one scale per group of fused linears. The arithmetic follows
 ``fp4_kernel.py`` (``compute_fp4_scales``, ``static_blockwise_fp4_fake_quant``), ``tensor_quant_gpu_fp8.cu`` and
 ``nvfp4_fp8_sweep.py``; on CUDA, PyTorch divides by a Python number by multiplying with its reciprocal, and Triton's
 ``/`` is a product with the hardware's reciprocal.
@@ -126,7 +126,7 @@ def install() -> None:
         if x.is_cuda:
             return stock(x, amax, global_amax, *rest)
         quantize_scales, fp8_max, dtype, pass_through = rest
-        assert quantize_scales and pass_through is not None
+        assert quantize_scales
         whole = amax.amax() if global_amax is None else global_amax
         out = nvfp4_static(x.detach(), amax, whole, fp8_max).to(dtype or x.dtype)
         return x + (out - x).detach() if x.requires_grad and pass_through else out

@@ -85,7 +85,8 @@ def _check(outcome: RecipeOutcome, stock: Answer) -> list[str]:
     if not differ:
         return ["ModelOpt's own solver chooses the same formats.", ""]
     lines = [
-        f"ModelOpt's own solver chooses otherwise for {len(differ)} groups: {_counted(outcome, stock)}. {_why(outcome)}",
+        f"ModelOpt's own solver chooses otherwise for {len(differ)} groups: {_counted(outcome, stock)}. "
+        f"{_why(outcome)}",
         "",
         "| group | on raw scores | ModelOpt's |",
         "|---|---|---|",

@@ -71,7 +71,7 @@ def _scheme(outcome: RecipeOutcome, answer: Answer, name: str, run_ids: Sequence
 
 
 def _groups(outcome: RecipeOutcome, answer: Answer) -> list[tuple[Group, int]]:
-    """Every group that the recipe may quantize, with what it becomes; those with a score under the name of the score."""
+    """Every group that the recipe may quantize, with what it becomes; one with a score under the name it has there."""
     known = {group.modules: group for result in outcome.results.values() for group in result.groups}
     slots = [(slot, at) for slot, at in zip(outcome.plan.space.slots, answer.choice, strict=True) if slot.choices]
     named = named_groups([(slot.modules, slot.weights) for slot, _ in slots], None)

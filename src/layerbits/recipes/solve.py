@@ -48,9 +48,7 @@ def answer(space: RecipeSpace, raw: FloatArray) -> Answer:
 def modelopt_answer(space: RecipeSpace, raw: FloatArray) -> Answer:
     """What ``mtq.auto_quantize`` chooses given these scores: clamped as it clamps them, by its own solver."""
     chosen, named = search_state(space, raw)["best"]["recipe"], _recipes(space)
-    choice = [
-        next((c for c in slot.choices if named[c] == chosen[slot.name]), UNQUANTIZED) for slot in space.slots
-    ]
+    choice = [next((c for c in slot.choices if named[c] == chosen[slot.name]), UNQUANTIZED) for slot in space.slots]
     return _told(space, raw, choice)
 
 

@@ -83,7 +83,9 @@ class RecipeSpace:
     @property
     def held(self) -> dict[str, int]:
         """Linears that stay quantized while others are scored, with their candidates."""
-        return {module: slot.choices[0] for slot in self.slots if slot.fixed and slot.choices for module in slot.modules}
+        return {
+            module: slot.choices[0] for slot in self.slots if slot.fixed and slot.choices for module in slot.modules
+        }
 
     def problem(self, raw: FloatArray) -> Problem:
         """The knapsack of a search.

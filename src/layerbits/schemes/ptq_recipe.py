@@ -74,8 +74,8 @@ def ptq_recipe_yaml(scheme: Scheme, kv_cache: str = "none") -> str:
 def calibration(candidates: Sequence[CandidateInfo], name: str) -> Any:
     """The one calibration algorithm that gives every candidate its own.
 
-    ``max`` finds what formats without an algorithm need not, and an ``mse`` sweep over FP8 scales touches none but static
-    NVFP4 weights; other algorithms would calibrate the candidates beside them too.
+    ``max`` finds what formats without an algorithm need not, and an ``mse`` sweep over FP8 scales touches none but
+    static NVFP4 weights; other algorithms would calibrate the candidates beside them too.
 
     Raises:
         Unsupported: There is none.
@@ -96,7 +96,9 @@ def calibration(candidates: Sequence[CandidateInfo], name: str) -> Any:
 
 
 def _sweeps(algorithm: Any) -> bool:
-    return isinstance(algorithm, Mapping) and algorithm.get("method") == "mse" and bool(algorithm.get("fp8_scale_sweep"))
+    return (
+        isinstance(algorithm, Mapping) and algorithm.get("method") == "mse" and bool(algorithm.get("fp8_scale_sweep"))
+    )
 
 
 def _cfgs(info: CandidateInfo, name: str) -> dict[str, Any]:

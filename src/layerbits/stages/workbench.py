@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerbits.candidates.algorithms import ranges_of
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability, check
 from layerbits.config import AutoQuantSpec, Settings
@@ -155,8 +156,9 @@ def workbench(settings: Settings) -> Workbench:
 
 def scored_together(candidate: Candidate) -> bool:
     """Whether one pass can score a candidate: its calibration needs nothing but ranges (no AWQ, no SmoothQuant)."""
-    algorithm = candidate.info.config.get("algorithm")
-    return (algorithm.get("method") if isinstance(algorithm, dict) else algorithm) in (None, "max")
+    return ranges_of(candidate.info.config.get("algorithm")) is not None and not any(
+        isinstance(cfg, list) for cfg in candidate.format.linear.cfgs.values()
+    )
 
 
 def _active_ratio(spec: AutoQuantSpec, resolved: ResolvedModel, linears: Mapping[str, Shapes]) -> float | None:
