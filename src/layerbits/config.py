@@ -74,6 +74,8 @@ class Settings:
     strict: bool
     seed: int
     device: str
+    recipe: str | None
+    recipe_overrides: tuple[str, ...]
     output_layout: str
     output_root: Path
     report_only: str | None
@@ -130,11 +132,18 @@ class Settings:
             strict=bool(config["strict"]),
             seed=_int("seed", config["seed"]),
             device=config["device"],
+            recipe=_recipe(config),
+            recipe_overrides=tuple(str(config.get("recipe_overrides") or "").split()),
             output_layout=config["output_layout"],
             output_root=Path(config["output_root"]).expanduser().absolute(),
             report_only=config["report_only"],
             composed=config,
         )
+
+
+def _recipe(config: Mapping[str, Any]) -> str | None:
+    name = config.get("recipe")  # a record of an earlier version has none
+    return None if name in (None, "", "none") else str(name)
 
 
 def _choice(key: str, value: object, choices: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ class Capability:
     """What running a candidate here means.
 
     Attributes:
-        fp4_numerics: Who computes FP4: ModelOpt's CUDA kernels, our plain PyTorch, or no FP4 in it.
+        fp4_numerics: Who computes FP4 and MXFP8: ModelOpt's CUDA kernels, our plain PyTorch, or none of them in it.
         deployable: Whether the layout of its scales is one that a runtime can serve.
         notes: What to know, a line each.
     """
@@ -58,7 +58,7 @@ def check(candidate: Candidate, linears: Linears, cuda: bool, strict: bool = Fal
     for quantizer, cfg in candidate.format.linear.stages():
         if reason := _impossible(quantizer, cfg, cuda):
             raise Unsupported(f"{name}: {reason}")
-        fp4 = fp4 or cfg.get("num_bits") == FP4
+        fp4 = fp4 or cfg.get("num_bits") == FP4 or is_mx(cfg)
         hindrances += _hindrances(quantizer, cfg, linears)
     if strict and hindrances:
         raise Unsupported(f"{name}: {hindrances[0]}; strict=false scores it all the same")
@@ -86,8 +86,8 @@ def _impossible(quantizer: str, cfg: Cfg, cuda: bool) -> str | None:
             )
         if isinstance(bits, int) and bits != 8:
             return f"MX {what} hold floats or 8-bit integers, not INT{bits}; use a group overlay instead of scale_bits"
-        if bits != FP4 and not cuda:
-            return f"MX {what} other than FP4 need ModelOpt's CUDA kernels; use a GPU, or an FP8 or INT8 pair"
+        if bits not in (FP4, FP8) and not cuda:
+            return f"MX {what} other than FP4 and FP8 need ModelOpt's CUDA kernels; use a GPU, or an FP8 or INT8 pair"
         return None
     if scale == E4M3 and bits == FP4:
         if lengths != {-1: NVFP4_BLOCK}:
@@ -95,10 +95,8 @@ def _impossible(quantizer: str, cfg: Cfg, cuda: bool) -> str | None:
                 f"NVFP4 has one E4M3 scale per {NVFP4_BLOCK} values and ModelOpt's kernel computes that whatever the "
                 f"format says, so {lengths} would be mislabelled; use {{-1: {NVFP4_BLOCK}}} or fp4=mxfp4"
             )
-        if not dynamic and not cuda:
-            return (
-                "NVFP4 with static block scales needs ModelOpt's Triton kernel; use a GPU, or the dynamic NVFP4 formats"
-            )
+        if not dynamic and quantizer == INPUT:
+            return "NVFP4 activations with stored block ranges fit one shape of batch; use the dynamic NVFP4 formats"
         return None
     if scale is not None:
         return (

@@ -75,7 +75,9 @@ def describe(cfg: Any) -> str:
     word = precision(cfg).upper()
     if blocks.get("scale_bits") is not None:
         prefix = "MX" if blocks["scale_bits"] == E8M0 else "NV" if cfg["num_bits"] == FP4 else ""
-        return f"{prefix}{word} per {lengths[-1]}" if lengths.get(-1) else f"{prefix}{word} {blocks}"
+        stored = "" if blocks.get("type") == "dynamic" else ", ranges stored"
+        stored += ", four-over-six" if blocks.get("four_over_six") else ""
+        return f"{prefix}{word} per {lengths[-1]}{stored}" if lengths.get(-1) else f"{prefix}{word} {blocks}"
     dynamic = ", dynamic" if "dynamic" in (cfg.get("type"), blocks.get("type")) else ""
     return f"{word} {_grain(cfg.get('axis'), lengths)}{dynamic}"
 

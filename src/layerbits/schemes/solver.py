@@ -102,6 +102,16 @@ def solve(scores: FloatArray, bits: Sequence[float], weights: Sequence[float], b
     return pareto(scores, bits, weights, [budget])[0]
 
 
+def solve_problem(stated: Problem, budget: float) -> Solution:
+    """Least score sum of a stated problem under a budget of effective bits.
+
+    Raises:
+        UserError: The budget is below the feasible range.
+    """
+    _check(stated, min(budget, UNQUANTIZED_BITS))
+    return _solve(stated, _slopes(stated), budget)
+
+
 def pareto(
     scores: FloatArray, bits: Sequence[float], weights: Sequence[float], budgets: Sequence[float]
 ) -> list[Solution]:

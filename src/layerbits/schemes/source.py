@@ -14,7 +14,8 @@ from layerbits.errors import UserError
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
 
-_SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
+SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
+"""Parts of a run's configuration that load its model and data again."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
         predicted_kl=predicted_kl,
         cost_model=first.recipe.cost_model,
         all_weights=next((n for n in map(_all_weights, results.values()) if n is not None), None),
-        settings={key: first.settings[key] for key in _SETTINGS if key in first.settings},
+        settings={key: first.settings[key] for key in SETTINGS if key in first.settings},
     )
 
 

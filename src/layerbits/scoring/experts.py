@@ -63,6 +63,10 @@ class ExpertsTap(Tap):
     """
 
     def __init__(self, name: str, module: Any, settings: quantizers.Settings, experts: Experts) -> None:
+        if any(settings.searches):
+            raise Unsupported(
+                f"{name}: weight ranges of experts are not searched here (mse); use autoquant.engine=stock"
+            )
         tensors = [getattr(module, projection) for projection in experts.projections]
         super().__init__(name, module, settings, experts.projections, tensors[0].device)
         self.experts = experts
@@ -112,7 +116,7 @@ class ExpertsTap(Tap):
 
         return forwards({self.module: forward})
 
-    def calibrate_weights(self) -> None:
+    def calibrate_weights(self, shared: Any = None) -> None:
         """Finds the ranges of all experts' weights."""
         for position, tensor in enumerate(self._tensors()):
             amax = largest_by_row(self.name, tensor)

@@ -30,6 +30,7 @@ class ScoringJob:
         fingerprint: Digest of everything that the scores depend on.
         memory: ``auto``, ``fast`` or ``lean``.
         cost_model: One of ``results.COST_MODELS``. active_ratio: Share of the routed experts that a token uses.
+        held: Linears that stay quantized while the others are scored → search config.
         seed: Of what is drawn. draws: Passes of ``method=fisher``, each with tokens drawn anew.
     """
 
@@ -44,6 +45,7 @@ class ScoringJob:
     memory: str = "auto"
     cost_model: str = "weight"
     active_ratio: float | None = None
+    held: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     seed: int = 0
     draws: int = 1
 

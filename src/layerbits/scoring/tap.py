@@ -9,6 +9,7 @@ from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.scoring import quantizers
+from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import Load
 from layerbits.scoring.patches import Forward
 from layerbits.scoring.reduction import token_scores
@@ -36,6 +37,7 @@ class Tap(ABC):
         self.device = device
         self.inputs = {site: [quantizers.make_quantizer(s, device) for s in settings.inputs] for site in inputs}
         self.pairs = settings.pairs
+        self._headrooms = settings.headrooms
 
     @abstractmethod
     def load(self, tokens: int) -> Load:
@@ -46,8 +48,11 @@ class Tap(ABC):
         """While it lasts, a forward shows what is quantized to ``see``."""
 
     @abstractmethod
-    def calibrate_weights(self) -> None:
+    def calibrate_weights(self, shared: Any = None) -> None:
         """Finds the ranges of the weights.
+
+        Args:
+            shared: Largest magnitude of the weights that the module is fused with; its own by default.
 
         Raises:
             UserError: A weight is not finite.
@@ -92,21 +97,26 @@ class Tap(ABC):
                 if quantizers.needs_range(quantizer):
                     yield f"{self.name}.{site}.{i}" if site else f"{self.name}.{i}", site, i, quantizer
 
-    def set_ranges(self, running: Mapping[str, Mapping[Any, Any]]) -> None:
-        """Takes the largest magnitudes that calibration saw, by input and axis.
+    def range_kind(self, setting: int, quantizer: Any) -> RangeKind:
+        """What the range of an input setting is."""
+        return RangeKind.of(quantizer, self._headrooms[setting])
+
+    def set_ranges(self, running: Mapping[str, Mapping[RangeKind, InputRange]]) -> None:
+        """Takes the ranges that calibration found, by input and kind.
 
         Raises:
             UserError: The module was never called, or an input is not finite.
         """
         import torch
 
-        for _, site, _, quantizer in self.range_names():
-            known = running.get(site, {})
-            if quantizer.axis not in known:
+        for _, site, i, quantizer in self.range_names():
+            found = running.get(site, {}).get(self.range_kind(i, quantizer))
+            if found is None:
                 raise UserError(f"{self.name} is never called in a forward pass; exclude it")
-            if not bool(torch.isfinite(known[quantizer.axis]).all()):
+            amax = found.amax
+            if not bool(torch.isfinite(amax).all()):
                 raise UserError(f"the input of {self.name} is not finite; try model.dtype=float32 or bfloat16")
-            quantizer.amax = known[quantizer.axis]
+            quantizer.amax = amax
 
 
 class LinearTap(Tap):
@@ -116,6 +126,7 @@ class LinearTap(Tap):
         super().__init__(name, module, settings, [""], module.weight.device)
         self._runs = _runs(settings)
         self._weights = [quantizers.make_quantizer(s, self.device) for s in settings.weights]
+        self._searches = settings.searches
         self._kept: Any = None
 
     def load(self, tokens: int) -> Load:
@@ -128,14 +139,14 @@ class LinearTap(Tap):
         """While it lasts, a forward shows the input to ``see``."""
         return hooked(self.module.register_forward_pre_hook(lambda _module, args: see("", args[0])))
 
-    def calibrate_weights(self) -> None:
+    def calibrate_weights(self, shared: Any = None) -> None:
         """Finds the ranges of the weight."""
         import torch
 
         if not bool(torch.isfinite(self.module.weight).all()):
             raise UserError(f"the weight of {self.name} is not finite; the checkpoint is damaged, fetch it again")
-        for quantizer in self._weights:
-            quantizers.calibrate_weight(quantizer, self.module.weight)
+        for quantizer, search in zip(self._weights, self._searches, strict=True):
+            quantizers.calibrate_weight(quantizer, self.module.weight, search, shared)
 
     def keep_weights(self) -> None:
         """Keeps the quantized weights."""

@@ -12,6 +12,7 @@ from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import fused_experts
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import ExpertsTap, Routed
+from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import Load
 from layerbits.scoring.steps import Labels, calibration_forward, loss_backward
 from layerbits.scoring.tap import LinearTap, Tap, hooked
@@ -58,6 +59,7 @@ class Taps:
         self.model = model
         self.taps = [make_tap(name, model.get_submodule(name), settings) for name in names]
         self._pairs = settings.pairs
+        self._share_ranges = settings.share_ranges
         self.keep_weights = False
         self._calls = [0] * len(names)
         self._tokens: Any = None
@@ -77,18 +79,18 @@ class Taps:
         """
         import torch
 
-        axes = {quantizer.axis for tap in self.taps for _, _, _, quantizer in tap.range_names()}
-        if not axes or not batches:  # a process of a torchrun may have none
+        kinds = {tap.range_kind(i, quantizer) for tap in self.taps for _, _, i, quantizer in tap.range_names()}
+        if not kinds or not batches:  # a process of a torchrun may have none
             return
-        running: list[dict[str, dict[Any, Any]]] = [{} for _ in self.taps]
+        running: list[dict[str, dict[RangeKind, InputRange]]] = [{} for _ in self.taps]
         last: list[Any] = [None, {}]  # fused linears share one input tensor; its ranges are found once
 
         def see(index: int, site: str, x: Any) -> None:
             if last[0] is not x:
-                last[:] = [x, {axis: quantizers.largest(x, axis) for axis in axes}]
+                last[:] = [x, {kind: InputRange(kind, x) for kind in kinds}]
             known = running[index].setdefault(site, {})
-            for axis, amax in last[1].items():
-                known[axis] = torch.maximum(known[axis], amax) if axis in known else amax
+            for kind, found in last[1].items():
+                known[kind] = known[kind].join(found) if kind in known else found
 
         with ExitStack() as stack, torch.no_grad():
             for index, tap in enumerate(self.taps):
@@ -137,9 +139,11 @@ class Taps:
         import torch
 
         with torch.no_grad():
+            plain = {tap.name: next(tap.weights(None)) for tap in self.taps}
+            shared = quantizers.shared_largest(plain) if self._share_ranges else {}
             for tap in self.taps:
-                dtype = next(tap.weights(None)).dtype
-                tap.calibrate_weights()
+                dtype = plain[tap.name].dtype
+                tap.calibrate_weights(shared.get(tap.name))
                 for name, _, _, quantizer in tap.range_names():
                     quantizer.amax = torch.as_tensor(ranges[name]).to(device=tap.device, dtype=dtype)
                 if self.keep_weights:

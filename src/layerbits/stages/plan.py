@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from layerbits.candidates.candidate import Candidate
@@ -23,6 +23,7 @@ class Plan:
         scored: Names of the linears that the search may touch.
         fingerprint: Digest of all that the scores depend on (not the budget: that is solved anew).
         active_ratio: Share of the routed experts that a token uses; ``None`` where the model has none.
+        held: Linears that stay quantized while the others are scored → their candidate.
         cells: Candidate name → digest by which a sweep finds the finished run.
     """
 
@@ -37,6 +38,7 @@ class Plan:
     fingerprint: str
     active_ratio: float | None
     cells: Mapping[str, str]
+    held: Mapping[str, tuple[Candidate, Capability]] = field(default_factory=dict)
 
     def warnings(self, capability: Capability) -> tuple[str, ...]:
         """What the user should know before a candidate is scored."""

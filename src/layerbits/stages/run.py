@@ -134,6 +134,7 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
         workdir=workdir,
         fingerprint=plan.fingerprint,
         memory=spec.memory,
+        held=_held_configs(plan),
         seed=plan.settings.seed,
         draws=spec.draws,
         cost_model=spec.cost_model,
@@ -169,6 +170,11 @@ def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, A
         return config
     fp4.register_backends()
     return fp4.with_reference_backend(config)
+
+
+def _held_configs(plan: Plan) -> dict[str, dict[str, Any]]:
+    made = {c.info.name: _runtime_config(c, capability) for c, capability in plan.held.values()}
+    return {module: made[c.info.name] for module, (c, _) in plan.held.items()}
 
 
 def _shown(composed: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerbits.candidates.algorithms import ranges_of
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability, check
 from layerbits.config import AutoQuantSpec, Settings
@@ -51,13 +52,17 @@ class Workbench:
             )
         return names
 
-    def check(self, candidate: Candidate) -> Capability:
+    def check(self, candidate: Candidate, scored: Sequence[str] | None = None) -> Capability:
         """What a candidate needs of this machine.
+
+        Args:
+            candidate: The candidate.
+            scored: Linears that it is for; those that it covers by default.
 
         Raises:
             Unsupported: It cannot run here.
         """
-        linears = _by_weight({n: self.linears[n] for n in self.scored(candidate)})
+        linears = _by_weight({n: self.linears[n] for n in (scored or self.scored(candidate))})
         if self.settings.autoquant.method == "fisher" and not scored_together(candidate):
             raise Unsupported(
                 f"{candidate.info.name} needs ModelOpt's own calibration, which has no method=fisher; "
@@ -67,15 +72,25 @@ class Workbench:
 
     def cell(self, candidate: Candidate, capability: Capability) -> str:
         """Digest of what a sweep goes by to find a finished run: parameters, configuration, revision and data."""
-        spec = self.settings.autoquant
-        unit = [] if spec.cost_model == "weight" else [[spec.cost_model, self.active_ratio]]
-        return _digest([*self._identity([(candidate, capability)]), spec.effective_bits, *unit])
+        return self._cell((candidate, capability), self.scored(candidate), {})
 
-    def plan(self, candidates: Sequence[tuple[Candidate, Capability]]) -> Plan:
-        """A pass over candidates that cover the same linears."""
+    def plan(
+        self,
+        candidates: Sequence[tuple[Candidate, Capability]],
+        scored: tuple[str, ...] | None = None,
+        held: Mapping[str, tuple[Candidate, Capability]] | None = None,
+    ) -> Plan:
+        """A pass over candidates that cover the same linears.
+
+        Args:
+            candidates: What is scored.
+            scored: Names of the linears, where another than the candidates themselves says which.
+            held: Linears that stay quantized while the others are scored → their candidate.
+        """
+        scored, held = scored or self.scored(candidates[0][0]), held or {}
         versions = provenance(Path.cwd())
         fingerprint = _digest(
-            [*self._identity(candidates), versions["version.modelopt"], versions["version.torch"]],
+            [*self._identity(candidates, scored, held), versions["version.modelopt"], versions["version.torch"]],
         )
         return Plan(
             self.settings,
@@ -84,21 +99,38 @@ class Workbench:
             self.resolved,
             self.tokenizer,
             self.calibration,
-            self.scored(candidates[0][0]),
+            scored,
             self.device,
             fingerprint,
             self.active_ratio,
-            {c.info.name: self.cell(c, capability) for c, capability in candidates},
+            {c.info.name: self._cell((c, capability), scored, held) for c, capability in candidates},
+            held,
         )
 
-    def _identity(self, candidates: Sequence[tuple[Candidate, Capability]]) -> list[Any]:
+    def _cell(
+        self,
+        candidate: tuple[Candidate, Capability],
+        scored: tuple[str, ...],
+        held: Mapping[str, tuple[Candidate, Capability]],
+    ) -> str:
+        spec = self.settings.autoquant
+        unit = [] if spec.cost_model == "weight" else [[spec.cost_model, self.active_ratio]]
+        return _digest([*self._identity([candidate], scored, held), spec.effective_bits, *unit])
+
+    def _identity(
+        self,
+        candidates: Sequence[tuple[Candidate, Capability]],
+        scored: tuple[str, ...],
+        held: Mapping[str, tuple[Candidate, Capability]],
+    ) -> list[Any]:
         spec, data, model = self.settings.autoquant, self.settings.dataset, self.settings.model
         return [
             [self.resolved.source, self.resolved.revision, model.dtype, model.random_weights],
-            self.scored(candidates[0][0]),
+            scored,
             [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
             [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
             [_method(spec), spec.engine, self.settings.seed, self.device],
+            *([sorted([m, c.info.config_hash, p.fp4_numerics] for m, (c, p) in held.items())] if held else []),
         ]
 
 
@@ -124,8 +156,9 @@ def workbench(settings: Settings) -> Workbench:
 
 def scored_together(candidate: Candidate) -> bool:
     """Whether one pass can score a candidate: its calibration needs nothing but ranges (no AWQ, no SmoothQuant)."""
-    algorithm = candidate.info.config.get("algorithm")
-    return (algorithm.get("method") if isinstance(algorithm, dict) else algorithm) in (None, "max")
+    return ranges_of(candidate.info.config.get("algorithm")) is not None and not any(
+        isinstance(cfg, list) for cfg in candidate.format.linear.cfgs.values()
+    )
 
 
 def _active_ratio(spec: AutoQuantSpec, resolved: ResolvedModel, linears: Mapping[str, Shapes]) -> float | None:

@@ -1,0 +1,54 @@
+"""Schemes as recipes of others: ModelOpt computes what we computed."""
+
+import copy
+
+import pytest
+import torch
+
+from layerbits.probing.apply import apply_scheme
+from layerbits.recipes.recipe import load_recipe
+from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
+from layerbits.scoring.steps import calibration_forward
+
+from .recipes_support import on_cpu
+from .schemes_support import CALIBRATION, logits, scheme_of
+from .scoring_support import candidate, tiny_model
+
+
+def quantized_by_modelopt(model, recipe):
+    """``mtq.quantize`` with a PTQ recipe; the model is changed."""
+    import modelopt.torch.quantization as mtq
+
+    def forward_loop(m):
+        for batch in CALIBRATION:
+            calibration_forward(m, batch, need_logits=True)
+
+    return mtq.quantize(model, on_cpu(copy.deepcopy(recipe.fixed)), forward_loop)
+
+
+NVFP4 = ("wfp4_afp4", "default", "nvfp4")
+SCHEMES = {
+    "fp8": {"qkv": ("wfp8_afp8",), "down": ("wfp8_afp8",)},
+    "nvfp4_and_fp8": {"qkv": ("wfp8_afp8",), "gate_up": NVFP4, "down1": NVFP4},
+    "int8": {"o": ("wint8_aint8",), "gate_up": ("wint8_afp16", "w_group32")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_vl"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_ptq_recipe_gives_the_same_quantizers_and_logits(name, kind, tmp_path):
+    model = tiny_model(kind)
+    assigned = {where: candidate(*which) for where, which in SCHEMES[name].items()}
+    scheme = scheme_of(model, **assigned)
+    with apply_scheme(model, scheme, CALIBRATION):
+        mine = logits(model)
+    path = tmp_path / "scheme.yaml"
+    path.write_text(ptq_recipe_yaml(scheme))
+    quantized = quantized_by_modelopt(model, load_recipe(str(path)))
+    enabled = {
+        name.removesuffix(".weight_quantizer")
+        for name, module in quantized.named_modules()
+        if name.endswith("weight_quantizer") and module.is_enabled
+    }
+    assert enabled == set(scheme.modules)
+    assert torch.equal(logits(quantized), mine)
