@@ -98,7 +98,7 @@ class _Inputs:
     scale: Scale | None = None
 
 
-_WEIGHTS = {
+WEIGHTS = {
     "INT8 per output channel": _Weights("INT8_CHANNEL", Args(8, "int", "channel")),
     "INT8 per tensor": _Weights("INT8_TENSOR", Args(8, "int", "tensor")),
     "INT4 per output channel": _Weights("INT4_CHANNEL", Args(4, "int", "channel")),
@@ -107,6 +107,7 @@ _WEIGHTS = {
     "NVFP4 per 16": _Weights("NVFP4", Args(4, "float", "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")),
     "MXFP4 per 32": _Weights("MXFP4", Args(4, "float", "group", 32, scale_dtype="torch.uint8")),
 }
+"""Weights by what they are, in the words of :func:`layerbits.candidates.table.describe`; integers in groups besides."""
 
 
 def _static(divisor: float) -> Scale:
@@ -117,7 +118,7 @@ def _global(part: str) -> Scale:
     return Scale(part, NVFP4_DIVISOR, inverse=True, keepdim=True)
 
 
-_INPUTS = {
+INPUTS = {
     "INT8 per token, dynamic": _Inputs("INT8_TOKEN", Args(8, "int", "token", dynamic=True), INPUT_INT8_TOKEN),
     "INT8 per tensor": _Inputs("INT8_TENSOR", Args(8, "int", "tensor"), INPUT_INT8, _static(127.0)),
     "FP8 per token, dynamic": _Inputs("FP8_TOKEN", Args(8, "float", "token", dynamic=True), INPUT_FP8_TOKEN),
@@ -140,7 +141,7 @@ def find(weights: str, inputs: str) -> Label | None:
         return None
     if inputs == "-":
         return _label(found, weights, None)
-    return _label(found, weights, inputs) if inputs in _INPUTS else None
+    return _label(found, weights, inputs) if inputs in INPUTS else None
 
 
 def why_not(_info: CandidateInfo, weights: str, inputs: str) -> str:
@@ -156,7 +157,7 @@ def _misread(weights: str, inputs: str) -> str:
     """
     if inputs == "-":
         return ""
-    if inputs not in _INPUTS:
+    if inputs not in INPUTS:
         return "it has no layout for these activations"
     if weights.startswith("MXFP4") and inputs not in ("MXFP4 per 32", "FP8 per token, dynamic"):
         return "vLLM would take MXFP4 weights with such activations for MXFP4 activations, or leave them untouched"
@@ -184,7 +185,7 @@ def storage(label: Label) -> str:
 
 def scheme_of(label: Label) -> dict[str, Any]:
     """A label as the fields of the library's ``QuantizationScheme``, without targets."""
-    weights, inputs = _weights(label.weights), _INPUTS.get(label.inputs)
+    weights, inputs = _weights(label.weights), INPUTS.get(label.inputs)
     assert weights is not None
     return {
         "weights": _fields(weights.args),
@@ -220,10 +221,10 @@ def label_of_group(group: Mapping[str, Any]) -> Label:
     """
     weights = Args.read(group.get("weights") or {})
     inputs = None if group.get("input_activations") is None else Args.read(group["input_activations"])
-    words = [w for w, known in _WEIGHTS.items() if known.args.same(weights)]
+    words = [w for w, known in WEIGHTS.items() if known.args.same(weights)]
     if weights.strategy == "group" and weights.type == "int":
         words = [f"INT{weights.num_bits} per group of {weights.group_size}"]
-    others = ["-"] if inputs is None else [w for w, known in _INPUTS.items() if known.args.same(inputs)]
+    others = ["-"] if inputs is None else [w for w, known in INPUTS.items() if known.args.same(inputs)]
     label = find(words[0], others[0]) if words and others else None
     if label is None:
         raise Unsupported(f"a config group with weights {weights} and activations {inputs} is not read by LayerBits")
@@ -254,11 +255,11 @@ def _weights(words: str) -> _Weights | None:
     if match := _GROUP.fullmatch(words):
         bits, size = int(match[1].removeprefix("INT")), int(match[2])
         return _Weights(f"{match[1]}_GROUP{size}", Args(bits, "int", "group", size))
-    return _WEIGHTS.get(words)
+    return WEIGHTS.get(words)
 
 
 def _label(weights: _Weights, words: str, inputs: str | None) -> Label:
-    found = None if inputs is None else _INPUTS[inputs]
+    found = None if inputs is None else INPUTS[inputs]
     static_fp8 = words == "FP8 per tensor" and inputs is not None
     return Label(
         format=COMPRESSED,
