@@ -35,11 +35,11 @@ def prepared(model, folder, name="mine", **assigned):
     return Prepared(scheme, resolved, None, None, CALIBRATION)
 
 
-def planned(kind, folder, target=None, kv_cache="none", dtype=torch.bfloat16, **assigned):
+def planned(kind, folder, target=None, kv_cache="none", format="auto", dtype=torch.bfloat16, **assigned):
     """The plan of a tiny model's export."""
     source = folder / "source"
     model = saved(kind, source, dtype)
-    return plan_export(prepared(model, source, **assigned), target or folder / "exports" / "mine", kv_cache)
+    return plan_export(prepared(model, source, **assigned), target or folder / "exports" / "mine", kv_cache, format)
 
 
 def spoil(monkeypatch, change):

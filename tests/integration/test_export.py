@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from layerbits import tracking
-from layerbits.checkpoint import table, write
+from layerbits.checkpoint import table, write_modelopt
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.structure import check_structure
 from layerbits.errors import Unsupported, UserError
@@ -54,7 +54,7 @@ def everywhere(made):
     ],
 )
 def test_an_export_is_what_was_scored(tmp_path, kind, pair, overlay, variant, label):
-    plan = planned(kind, tmp_path, **everywhere(candidate(pair, overlay, variant)))
+    plan = planned(kind, tmp_path, format="modelopt", **everywhere(candidate(pair, overlay, variant)))
     made = export_scheme(plan, "cpu")
     assert made.proof.passed
     assert made.proof.record.labels == {label: 14}
@@ -225,7 +225,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     def full(_source, _folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write, "_copy_files", full)
+    monkeypatch.setattr(write_modelopt, "copy_files", full)
     with pytest.raises(UserError, match=r"No space left on device\); free space"):
         export_scheme(plan, "cpu")
     assert list((tmp_path / "exports").iterdir()) == []

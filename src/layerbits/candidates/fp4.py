@@ -179,6 +179,33 @@ def nvfp4_each(x: Tensor, global_amax: Tensor) -> Tensor:
     return _apply(x, lambda blocks: _nvfp4_blocks(blocks, each), _NVFP4_BLOCK_SIZE, None)
 
 
+def mxfp4_exponents(x: Tensor, block_size: int = 32) -> Tensor:
+    """The scales of :func:`mxfp4` as exponents with bias 127, uint8 ``[rows, blocks]``; of zeros the smallest.
+
+    Args:
+        x: ``[rows, n]``, whole blocks.
+        block_size: As there.
+    """
+    return _mxfp4_exponent(_block_magnitudes(x, block_size)).to(torch.uint8)
+
+
+def nvfp4_scales(x: Tensor, global_amax: Tensor, block_size: int = 16) -> Tensor:
+    """The block scales of :func:`nvfp4`, E4M3 ``[rows, blocks]``; of zeros the smallest.
+
+    Args:
+        x: ``[rows, n]``, whole blocks.
+        global_amax: As there.
+        block_size: 16.
+    """
+    whole = global_amax.detach().to(x.device).float().amax().reshape(1)
+    codes = _nvfp4_code(_block_magnitudes(x, block_size)[None], _nvfp4_grid(whole)[1])[0]
+    return codes.clamp(min=1).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def _block_magnitudes(x: Tensor, block_size: int) -> Tensor:
+    return x.detach().float().reshape(len(x), -1, block_size).abs().amax(-1)
+
+
 class _FakeQuant(torch.autograd.Function):
     """Straight-through estimator, with ModelOpt's clipping of the gradient if ``clip_amax`` is given."""
 
@@ -229,15 +256,19 @@ def _mxfp4_blocks(blocks: Tensor) -> Tensor:
     """Quantizes ``[rows, blocks, size]`` FP32, a scale per block."""
     magnitude = torch.threshold_(blocks.abs(), FP32_LARGEST_SUBNORMAL, 0.0)
     amax = magnitude.amax(-1, keepdim=True)
-    # ceil(log2(amax / 6)) from the bits: 6 = 1.5 * 2**2, so a mantissa above 1.5 carries into the exponent.
-    exponent = ((amax.clamp(max=FP32_MAX).view(torch.int32) + 0x3FFFFF) >> 23) - 2
-    exponent.clamp_(1, 253)
+    exponent = _mxfp4_exponent(amax)
     scale = ((254 - exponent) << 23).view(torch.float32)
     unscale = (exponent << 23).view(torch.float32)
     # amax / 6 is subnormal, hence zero, and so is the scale made from it.
     unscale.masked_fill_(amax < _E2M1_MAX * _FP32_TINY, 0.0)
     unscale.masked_fill_(amax.isnan(), torch.nan)
     return round_e2m1_(magnitude.mul_(scale)).mul_(unscale).copysign_(blocks)
+
+
+def _mxfp4_exponent(amax: Tensor) -> Tensor:
+    """``ceil(log2(amax / 6))`` with bias 127, int32."""
+    # From the bits: 6 = 1.5 * 2**2, so a mantissa above 1.5 carries into the exponent.
+    return (((amax.clamp(max=FP32_MAX).view(torch.int32) + 0x3FFFFF) >> 23) - 2).clamp_(1, 253)
 
 
 def _nvfp4_blocks(blocks: Tensor, global_amax: Tensor) -> Tensor:
@@ -251,21 +282,31 @@ def _nvfp4_blocks(blocks: Tensor, global_amax: Tensor) -> Tensor:
     blocks = blocks.reshape(parts, -1, shape[-1])
     magnitude = blocks.abs()
     amax = magnitude.amax(-1, keepdim=True)
-    # Not a division: on CUDA, PyTorch divides by a Python number by multiplying with its reciprocal.
-    global_scale = (global_amax.float() * (1.0 / (_E2M1_MAX * _E4M3_MAX))).clamp(max=FP32_MAX)
-    global_scale = torch.where(global_scale <= 0.0, _NVFP4_MIN_GLOBAL_SCALE, global_scale)
-    # An E4M3 code has few values: every scale and its reciprocal are made once, then taken by the blocks' codes.
-    codes = torch.arange(256, dtype=torch.uint8, device=blocks.device)
-    scales = codes.view(torch.float8_e4m3fn).float() * global_scale[:, None]
-    reciprocals = device_reciprocal(scales)
-    # Neither 0 nor infinite: so the product is NaN only if the block or the global amax is, and that is kept.
-    to_e4m3 = reciprocals[:, _E4M3_CODE_OF_6].clamp(_FP32_SMALLEST, FP32_MAX)[:, None, None]
-    code = (amax * to_e4m3).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).long()
+    scales, reciprocals = _nvfp4_grid(global_amax)
+    code = _nvfp4_code(amax, reciprocals)
     code += 256 * torch.arange(parts, device=blocks.device)[:, None, None]
     too_small = scales < _NVFP4_MIN_SCALE
     scale = scales.masked_fill_(too_small, 1.0).take(code)
     reciprocal = reciprocals.masked_fill_(too_small, 1.0).take(code)
     return round_e2m1_(magnitude.mul_(reciprocal)).mul_(scale).copysign_(blocks).reshape(shape)
+
+
+def _nvfp4_grid(global_amax: Tensor) -> tuple[Tensor, Tensor]:
+    """All block scales that there can be, by their E4M3 codes, and their reciprocals: ``[n, 256]`` for ``n`` ranges."""
+    # Not a division: on CUDA, PyTorch divides by a Python number by multiplying with its reciprocal.
+    global_scale = (global_amax.float() * (1.0 / (_E2M1_MAX * _E4M3_MAX))).clamp(max=FP32_MAX)
+    global_scale = torch.where(global_scale <= 0.0, _NVFP4_MIN_GLOBAL_SCALE, global_scale)
+    # An E4M3 code has few values: every scale and its reciprocal are made once, then taken by the blocks' codes.
+    codes = torch.arange(256, dtype=torch.uint8, device=global_amax.device)
+    scales = codes.view(torch.float8_e4m3fn).float() * global_scale[:, None]
+    return scales, device_reciprocal(scales)
+
+
+def _nvfp4_code(amax: Tensor, reciprocals: Tensor) -> Tensor:
+    """E4M3 codes of blocks ``[n, ...]`` with these ranges under ``n`` grids, int64."""
+    # Neither 0 nor infinite: so the product is NaN only if the block or the global amax is, and that is kept.
+    to_e4m3 = reciprocals[:, _E4M3_CODE_OF_6].clamp(_FP32_SMALLEST, FP32_MAX)[:, None, None]
+    return (amax * to_e4m3).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).long()
 
 
 def round_e2m1_(magnitude: Tensor) -> Tensor:

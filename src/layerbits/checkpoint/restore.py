@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layerbits.checkpoint.compare import ScoredLayer
 from layerbits.checkpoint.dequantize import dequantize, logical_shape, quantize_input
 from layerbits.checkpoint.labels import Label
 from layerbits.checkpoint.names import names_on_disk
+from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint
-from layerbits.checkpoint.structure import Quantization
+from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 from layerbits.scoring import quantizers
 
-_NOT_LOADED = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale")
+_NOT_LOADED = ("pre_quant_scale", "k_scale", "v_scale")
 
 
 def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> Any:
@@ -24,7 +24,7 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
 
     Args:
         checkpoint: The export.
-        quantization: What :func:`layerbits.checkpoint.structure.read_quantization` read from it.
+        quantization: What :func:`layerbits.checkpoint.quantization.read_quantization` read from it.
         device: ``cpu`` or ``cuda``.
 
     Raises:
@@ -81,17 +81,16 @@ def at_stored_numbers(
     for layer in layers:
         module, label = model.get_submodule(layer.module), quantization.layers[layer.stored]
         with torch.no_grad():
-            for start, stop in _even_pieces(checkpoint, f"{layer.stored}.weight", label):
+            for start, stop in _even_pieces(checkpoint, layer.stored, label):
                 module.weight[start:stop] = dequantize(
                     checkpoint, layer.stored, label, start, stop, module.weight.device
                 )
         quantizer = quantizers.make_quantizer(layer.inputs, module.weight.device)
         if quantizer is None:
             continue
-        if label.input_divisor is not None:
-            quantizer.amax = (
-                checkpoint.rows(f"{layer.stored}.input_scale").to(module.weight.device) * label.input_divisor
-            )
+        if (scale := label.input_scale) is not None:
+            stored = checkpoint.rows(f"{layer.stored}.{scale.part}").to(module.weight.device)
+            quantizer.amax = scale.range(stored).reshape(())
         module.register_forward_pre_hook(lambda _, args, quantizer=quantizer: (quantizer(args[0]), *args[1:]))
     return model
 
@@ -103,22 +102,22 @@ def _fill(model: Any, checkpoint: Checkpoint, quantization: Quantization, names:
     used, filled, missing = set(), set(), []
     for name, tensor in tensors.items():
         stored = names.get(name, name)
-        if stored not in checkpoint:
+        module = stored.removesuffix(".weight")
+        label = quantization.layers.get(module) if stored.endswith(".weight") else None
+        if label is None and stored not in checkpoint:
             missing.append(name)
             continue
-        module = stored.removesuffix(".weight")
-        label = quantization.layers.get(module)
         with torch.no_grad():
-            if label is not None and stored.endswith(".weight"):
+            if label is not None:
                 _check_shape(checkpoint, stored, logical_shape(checkpoint, module, label), tensor)
-                for start, stop in _even_pieces(checkpoint, stored, label):
+                for start, stop in _even_pieces(checkpoint, module, label):
                     tensor[start:stop] = dequantize(checkpoint, module, label, start, stop, tensor.device)
             else:
                 _check_shape(checkpoint, stored, checkpoint.entry(stored).shape, tensor)
                 for start, stop in checkpoint.pieces(stored):
                     part = checkpoint.rows(stored, start, stop)
                     (tensor[start:stop] if tensor.dim() else tensor).copy_(part)
-        used.add(stored)
+        used |= {stored} if label is None else {f"{module}.{part}" for part in label.parts}
         filled.add(tensor.data_ptr())
     if lost := [name for name in missing if tensors[name].data_ptr() not in filled]:  # the others are tied
         raise UserError(f"{checkpoint.folder} lacks {lost[0]}, which its config.json asks for; export it again")
@@ -134,11 +133,12 @@ def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], tens
         )
 
 
-def _even_pieces(checkpoint: Checkpoint, name: str, label: Label) -> list[tuple[int, int]]:
-    factor = label.packed[0]
-    return [(start * factor, stop * factor) for start, stop in checkpoint.pieces(name)]
+def _even_pieces(checkpoint: Checkpoint, module: str, label: Label) -> list[tuple[int, int]]:
+    factor = label.layout.packed[0]
+    pieces = checkpoint.pieces(f"{module}.{label.layout.tensor}")
+    return [(start * factor, stop * factor) for start, stop in pieces]
 
 
 def _round_inputs(module: Any, checkpoint: Checkpoint, layer: str, label: Label) -> None:
-    scale = checkpoint.rows(f"{layer}.input_scale") if label.input_divisor is not None else None
+    scale = None if label.input_scale is None else checkpoint.rows(f"{layer}.{label.input_scale.part}")
     module.register_forward_pre_hook(lambda _module, args: (quantize_input(args[0], label, scale), *args[1:]))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from layerbits.checkpoint.labels import Label, check_shape, label_of
+from layerbits.checkpoint.formats import choose_format
+from layerbits.checkpoint.labels import AUTO, COMPRESSED, FORMATS, MODELOPT, Label, check_shape
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import UserError
 
@@ -30,6 +31,7 @@ class ExportPlan:
     Attributes:
         prepared: The scheme with its model and calibration rows.
         source: The checkpoint that was scored.
+        format: ``modelopt`` or ``compressed-tensors``.
         labels: Candidate name → its label.
         target: Folder of the export; does not exist, or is empty.
         kv_cache: ``none`` or ``fp8``.
@@ -38,6 +40,7 @@ class ExportPlan:
 
     prepared: Prepared
     source: Checkpoint
+    format: str
     labels: Mapping[str, Label]
     target: Path
     kv_cache: str
@@ -49,7 +52,7 @@ class ExportPlan:
         return self.prepared.scheme
 
 
-def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none") -> list[ExportPlan]:
+def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none", format: str = AUTO) -> list[ExportPlan]:
     """Checks the exports of some schemes of one model, each into a folder of its name below ``root``.
 
     Raises:
@@ -59,18 +62,19 @@ def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none") 
     from layerbits.probing.loading import prepare_together
 
     prepared = prepare_together(schemes, "export")
-    plans = [plan_export(replace(prepared, scheme=s), root / s.name, kv_cache) for s in schemes]
+    plans = [plan_export(replace(prepared, scheme=s), root / s.name, kv_cache, format) for s in schemes]
     _check_space(plans[0].target, sum(plan.bytes for plan in plans), f"{len(plans)} schemes")
     return plans
 
 
-def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none") -> ExportPlan:
+def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none", format: str = AUTO) -> ExportPlan:
     """Checks an export before anything heavy is loaded.
 
     Args:
         prepared: The scheme with its model and calibration rows.
         target: Folder of the export.
         kv_cache: ``fp8`` calibrates and stores scales of an FP8 KV cache as well.
+        format: ``modelopt``, ``compressed-tensors``, or ``auto``: the first that vLLM reads.
 
     Raises:
         UserError: The folder is not empty, the disk too small, or the source checkpoint cannot be read.
@@ -79,15 +83,21 @@ def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none") -> Exp
     scheme = prepared.scheme
     if kv_cache not in KV_CACHES:
         raise UserError(f"kv_cache={kv_cache} is not known; use {' or '.join(KV_CACHES)}")
+    if format not in (*FORMATS, AUTO):
+        raise UserError(f"format={format} is not known; use {', '.join(FORMATS)} or {AUTO}")
+    if kv_cache != "none":
+        if format == COMPRESSED:
+            raise UserError("kv_cache=fp8 is written by ModelOpt alone; use format=modelopt, or kv_cache=none")
+        format = MODELOPT
     if not scheme.modules:
         raise UserError(f"scheme {scheme.name} quantizes nothing; give it fewer bits")
     target = target.expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty; name another folder, or delete it")
-    labels = {info.name: label_of(info) for info in scheme.candidates}
+    format, labels = choose_format(scheme.candidates, format)
     _check_shapes(prepared, labels)
     source = open_checkpoint(source_folder(prepared.resolved))
-    plan = ExportPlan(prepared, source, labels, target, kv_cache, _estimate(scheme, source))
+    plan = ExportPlan(prepared, source, format, labels, target, kv_cache, _estimate(scheme, source))
     _check_space(target, plan.bytes, scheme.name)
     return plan
 

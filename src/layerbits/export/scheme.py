@@ -1,4 +1,4 @@
-"""A scheme as a checkpoint that runtimes load: written by ModelOpt, proven by reading it back."""
+"""A scheme as a checkpoint that runtimes load: written by ModelOpt or compressed-tensors, proven by reading it back."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from layerbits.errors import Unsupported, UserError
 if TYPE_CHECKING:
     import torch
 
-    from layerbits.checkpoint.compare import ScoredLayer
     from layerbits.checkpoint.logits import Logits
     from layerbits.checkpoint.proof import Proof, Record
+    from layerbits.checkpoint.scored import ScoredLayer
     from layerbits.export.plan import ExportPlan
     from layerbits.inputs.calibration import Batch
+    from layerbits.inputs.models import LoadedModel
     from layerbits.probing.apply import Ranges
     from layerbits.schemes import Scheme
 
@@ -73,6 +74,7 @@ class Export:
             "eff.model_revision": model.revision,
             "eff.scheme": self.scheme.name,
             "eff.scheme_digest": self.scheme.digest,
+            "eff.format": record.format,
             "eff.kv_cache": record.kv_cache,
             "eff.dtype": record.dtype,
             "eff.device": record.device,
@@ -178,7 +180,7 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
     from layerbits.checkpoint.compare import loaded_names
     from layerbits.checkpoint.logits import logits_of, some_rows
     from layerbits.checkpoint.names import names_on_disk
-    from layerbits.checkpoint.write import scored_layers, write_checkpoint
+    from layerbits.checkpoint.scored import scored_layers
     from layerbits.probing.apply import apply_scheme, find_ranges
 
     scheme, batches = plan.scheme, plan.prepared.calibration
@@ -198,11 +200,8 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
     layers = scored_layers(model, scheme, plan.labels, ranges, on_disk)
     where = next(model.parameters()).device.type
     with _timed(seconds, "export"):
-        kv_batches = batches if plan.kv_cache == "fp8" else ()
         try:
-            kv_ranges = write_checkpoint(
-                model, scheme, layers, folder, plan.source.folder, kv_batches, loaded.info.language_model
-            )
+            kv_ranges = _write_format(plan, loaded, layers, folder, on_disk)
         except OSError as error:
             raise UserError(
                 f"cannot write the export to {plan.target} ({error.strerror or error}); free space"
@@ -211,14 +210,34 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
     return _Scored(layers, loaded_from, kv_on_disk, unquantized, applied, rows, loaded.info.dtype, where)
 
 
+def _write_format(
+    plan: ExportPlan, loaded: LoadedModel, layers: list[ScoredLayer], folder: Path, on_disk: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Writes the files in the plan's format; ranges of the KV cache by the names of their scales in memory."""
+    from layerbits.checkpoint.labels import COMPRESSED
+
+    if plan.format == COMPRESSED:
+        from layerbits.checkpoint.write_compressed import write_compressed
+
+        write_compressed(loaded.model, layers, folder, plan.source, on_disk)
+        return {}
+    from layerbits.checkpoint.write_modelopt import write_checkpoint
+
+    kv_batches = plan.prepared.calibration if plan.kv_cache == "fp8" else ()
+    return write_checkpoint(
+        loaded.model, plan.scheme, layers, folder, plan.source.folder, kv_batches, loaded.info.language_model
+    )
+
+
 def _prove(
     plan: ExportPlan, folder: Path, scored: _Scored, known: Mapping[str, tuple[str, str]], seconds: dict[str, float]
 ) -> Proof:
     from layerbits.checkpoint.compare import compare_excluded, compare_layer, kv_problems
     from layerbits.checkpoint.logits import compare_logits, logits_of
     from layerbits.checkpoint.proof import Proof, other_schemes_with
+    from layerbits.checkpoint.quantization import read_quantization
     from layerbits.checkpoint.restore import at_stored_numbers, restore
-    from layerbits.checkpoint.structure import check_structure, read_quantization
+    from layerbits.checkpoint.structure import check_structure
 
     with _timed(seconds, "compare"):
         exported = open_checkpoint(folder)
@@ -258,14 +277,15 @@ def _record(plan: ExportPlan, exported: Checkpoint, scored: _Scored) -> Record:
     from layerbits.checkpoint.proof import Record
 
     scheme = plan.scheme
-    static = plan.kv_cache != "none" or any(layer.label.input_divisor for layer in scored.layers)
-    recipe = [scheme.digest, scored.dtype, plan.kv_cache, asdict(scheme.calibration) if static else None]
+    static = plan.kv_cache != "none" or any(layer.label.input_scale for layer in scored.layers)
+    recipe = [scheme.digest, plan.format, scored.dtype, plan.kv_cache, asdict(scheme.calibration) if static else None]
     return Record(
         scheme=scheme.name,
         scheme_digest=scheme.digest,
         source_run_id=scheme.source_run_id,
         recipe=hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
         weights=exported.digest(),
+        format=plan.format,
         labels=dict(Counter(layer.label.algo for layer in scored.layers)),
         effective_bits=scheme.effective_bits,
         kv_cache=plan.kv_cache,

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from layerbits.checkpoint.labels import COMPRESSED
+from layerbits.checkpoint.quantization import Quantization, read_quantization
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
-from layerbits.checkpoint.structure import Check, Quantization, check_structure, read_quantization
+from layerbits.checkpoint.structure import Check, check_structure
 from layerbits.errors import Skipped, UserError
 
 LOADS, REFUSED, DIVERGES = "loads", "refused", "diverges"
@@ -199,6 +201,8 @@ def quantization_name(quantization: Quantization) -> str:
 
     https://docs.vllm.ai/en/latest/features/quantization/modelopt/ (read 2026-11-21).
     """
+    if quantization.format == COMPRESSED:
+        return COMPRESSED
     if quantization.mixed:
         return "modelopt_mixed"
     algos = {label.algo for label in quantization.layers.values()}

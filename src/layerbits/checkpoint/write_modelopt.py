@@ -3,85 +3,27 @@
 ModelOpt 0.47 quantizes once more when it writes, with arithmetic of its own: it divides bf16 weights by their scale in
 bf16 (2.5 % of the FP8 values of a random tensor came out a step off) and rounds ties to MXFP4 down where its kernels
 round to even. So weights are written from their fake-quantized values, which a second rounding leaves where they are.
-Linears that runtimes fuse share ``weight_scale_2`` (NVFP4): they are fake-quantized at the range that they share.
+Linears that runtimes fuse are fake-quantized at the range that they share, where those have one scale for them.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerbits.checkpoint.compare import ScoredLayer
-from layerbits.checkpoint.labels import Label
+from layerbits.checkpoint.files import copy_files
+from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from layerbits.inputs.calibration import Batch
-    from layerbits.probing.apply import Ranges
     from layerbits.schemes import Scheme
-
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.index.json")
-_OWN_FILES = ("config.json", "hf_quant_config.json")
-
-
-def scored_layers(
-    model: Any, scheme: Scheme, labels: Mapping[str, Label], ranges: Ranges, on_disk: Mapping[str, str]
-) -> list[ScoredLayer]:
-    """The quantized linears of a scheme with their calibrated settings.
-
-    Args:
-        model: As loaded.
-        scheme: What is exported.
-        labels: Candidate name → its label.
-        ranges: Static activation ranges.
-        on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
-    """
-    from layerbits.probing.apply import module_quantizers, runtime_config
-    from layerbits.scoring import quantizers
-
-    layers = []
-    for name, info in scheme.modules.items():
-        module = model.get_submodule(name)
-        weight, inputs = module_quantizers(module, name, info, ranges)
-        settings = quantizers.distinct_settings([runtime_config(info, module.weight.device)])
-        layers.append(
-            ScoredLayer(
-                module=name,
-                stored=on_disk[f"{name}.weight"].removesuffix(".weight"),
-                candidate=info.name,
-                label=labels[info.name],
-                dtype=module.weight.dtype,
-                weight=settings.weights[0],
-                inputs=settings.inputs[0],
-                weight_range=_range(weight),
-                stored_range=_range(weight),
-                input_range=_range(inputs),
-            )
-        )
-    return _with_shared_ranges(layers, scheme)
-
-
-def _with_shared_ranges(layers: Sequence[ScoredLayer], scheme: Scheme) -> list[ScoredLayer]:
-    """Linears of one group with the largest of their ranges, where their label has one scale for the whole weight."""
-    group = {module: g.key for g in scheme.groups for module in g.modules}
-    shared: dict[str, torch.Tensor] = {}
-    for layer in layers:
-        if layer.label.second_divisor and layer.weight_range is not None:
-            key = group[layer.module]
-            shared[key] = max(shared.get(key, layer.weight_range), layer.weight_range)
-    return [
-        replace(layer, stored_range=shared[group[layer.module]]) if layer.label.second_divisor else layer
-        for layer in layers
-    ]
 
 
 def write_checkpoint(
@@ -98,7 +40,7 @@ def write_checkpoint(
     Args:
         model: The whole model, unquantized.
         scheme: What is exported.
-        layers: Its linears, from :func:`scored_layers`.
+        layers: Its linears, from :func:`layerbits.checkpoint.scored.scored_layers`.
         folder: Where to; exists.
         source: Folder of the checkpoint that was scored, for tokenizer, processor and licence files.
         kv_batches: Batches to calibrate an FP8 KV cache on; none = the cache stays in the model's dtype.
@@ -115,7 +57,7 @@ def write_checkpoint(
         _quantize(model, scheme, layers)
         kv_ranges = _quantize_kv_cache(model, kv_batches, language_model) if kv_batches else {}
         export_hf_checkpoint(model, export_dir=folder)
-    _copy_files(source, folder)
+    copy_files(source, folder)
     _mend_config(source, folder)
     return kv_ranges
 
@@ -184,14 +126,6 @@ def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str
     return ranges
 
 
-def _copy_files(source: Path, folder: Path) -> None:
-    """Everything of the source but weights and the configuration: tokenizer, processor, templates, licence."""
-    for file in sorted(source.iterdir()):
-        known = file.name in _OWN_FILES or any(fnmatch(file.name, pattern) for pattern in _WEIGHT_FILES)
-        if file.is_file() and not known and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
-
-
 def _mend_config(source: Path, folder: Path) -> None:
     """``use_cache`` as the source has it: scoring switches it off."""
     original = json.loads((source / "config.json").read_text())
@@ -201,8 +135,3 @@ def _mend_config(source: Path, folder: Path) -> None:
     if "use_cache" in original:
         config["use_cache"] = original["use_cache"]
     file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _range(quantizer: Any) -> Any:
-    amax = None if quantizer is None else quantizer.amax
-    return None if amax is None else amax.detach().clone()
