@@ -53,7 +53,7 @@ class Client:
         return True
 
     def version(self) -> str:
-        """vLLM's version."""
+        """The version of vLLM there."""
         return str(self._get("/version").get("version", "unknown"))
 
     def models(self) -> list[Served]:

@@ -79,9 +79,7 @@ class Events:
         """
         p, q = np.exp(ours), np.exp(theirs)
         told = np.bincount(self.position, p * (ours - theirs), self.positions)
-        rest_p, rest_q = (
-            np.maximum(1.0 - np.bincount(self.position, mass, self.positions), _LEAST) for mass in (p, q)
-        )
+        rest_p, rest_q = (np.maximum(1.0 - np.bincount(self.position, mass, self.positions), _LEAST) for mass in (p, q))
         return np.asarray(told + rest_p * np.log(rest_p / rest_q))
 
     def mass(self, ours: FloatArray) -> float:

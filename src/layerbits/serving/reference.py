@@ -44,17 +44,18 @@ class Whole:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Four models in PyTorch on the same texts.
+    """Five models in PyTorch, in float32, on the same texts.
 
     Attributes:
         unquantized: The source's model.
+        rounded_unquantized: The same, what its modules return rounded to the runtime's dtype.
         scored: With the scheme, as it was scored.
-        rounded: The same, what its modules return rounded to the runtime's dtype: another computation of the same
-            scheme, which tells how much rounding alone changes.
+        rounded: The same, rounded too: another computation of the same scheme, which tells what rounding alone does.
         restored: The model made of the checkpoint alone.
     """
 
     unquantized: Whole
+    rounded_unquantized: Whole
     scored: Whole
     rounded: Whole
     restored: Whole
@@ -63,7 +64,7 @@ class Reference:
 def reference(
     prepared: Prepared, checkpoint: Checkpoint, batches: Sequence[Batch], dtype: str, device: str
 ) -> Reference:
-    """Computes all four, the models one after the other.
+    """Computes all of them, the checkpoint after the source.
 
     Args:
         prepared: The scheme with its source.
@@ -80,15 +81,18 @@ def reference(
     from layerbits.probing.apply import apply_scheme, find_ranges
 
     model = prepared.load(device).model
-    ranges = find_ranges(model, [prepared.scheme], prepared.calibration)
+    ranges = find_ranges(model, [prepared.scheme], prepared.calibration)  # as they were found when it was scored
+    model.float()
     unquantized = _logprobs(model, batches)
+    with _rounding(model, dtype):
+        rounded_unquantized = _logprobs(model, batches)
     with apply_scheme(model, prepared.scheme, ranges):
         scored = _logprobs(model, batches)
         with _rounding(model, dtype):
             rounded = _logprobs(model, batches)
     del model
-    restored = _logprobs(restore(checkpoint, read_quantization(checkpoint), device), batches)
-    return Reference(unquantized, scored, rounded, restored)
+    restored = _logprobs(restore(checkpoint, read_quantization(checkpoint), device).float(), batches)
+    return Reference(unquantized, rounded_unquantized, scored, rounded, restored)
 
 
 def _logprobs(model: Any, batches: Sequence[Batch]) -> Whole:

@@ -26,7 +26,14 @@ NAME = "checkpoint"
 
 _PREFIX = re.compile(r"^\(\w+ pid=\d+\) (?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^]]*\] ?)?")
 _ERROR = re.compile(r"^\s*((?:[A-Za-z_]\w*\.)*\w*(?:Error|Exception|Interrupt)\b:?.*|Value error, .*)$")
-_ABOUT_OTHERS = ("Engine core init", "WorkerProc init", "See root cause", "Engine process failed", "EngineDead", "SystemExit")
+_ABOUT_OTHERS = (
+    "Engine core init",
+    "WorkerProc init",
+    "See root cause",
+    "Engine process failed",
+    "EngineDead",
+    "SystemExit",
+)
 _LOADING = 0.25  # seconds between two looks
 
 
@@ -113,13 +120,18 @@ def serving(launch: Launch, folder: Path, what: str, log: Path) -> Iterator[Clie
             _end(process)
 
 
-def last_error(log: Path) -> str:
-    """The last error that a log tells, without those that only say that another process had one."""
+def last_error(log: Path, otherwise: str = "") -> str:
+    """The last error that a log tells, but for those that only say that another process had one.
+
+    Args:
+        log: What a server said.
+        otherwise: The answer where it tells none; empty = its last line.
+    """
     lines = [_PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines()]
     errors = [m.group(1).strip() for line in lines if (m := _ERROR.match(line))]
     telling = [e for e in errors if not any(words in e for words in _ABOUT_OTHERS)]
-    found = (telling or errors or [line for line in lines if line.strip()] or [""])[-1]
-    return found.strip()[:600]
+    found = telling or ([otherwise] if otherwise else errors or [line for line in lines if line.strip()] or [""])
+    return found[-1].strip()[:600]
 
 
 def _port(wanted: int | None) -> int:
@@ -152,7 +164,11 @@ def _wait(client: Client, process: subprocess.Popen[bytes], what: str, log: Path
             shown = int(waited)
             print(f"\rvLLM loads {what}: {shown} s", end="", file=sys.stderr, flush=True)
         time.sleep(_LOADING)
-    print(f"{chr(13) if live else ''}vLLM serves {what} after {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    print(
+        f"{chr(13) if live else ''}vLLM serves {what} after {time.monotonic() - start:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
