@@ -206,9 +206,7 @@ class Checker:
         digest = checkpoint.digest()
         if target.digest is not None and digest != target.digest:
             run = target.tags.get("export_run_id")
-            raise UserError(
-                f"{target.folder} is not what run {run} exported (its digest differs); export the scheme again"
-            )
+            raise UserError(f"{target.folder} is not what run {run} exported (its digest differs); export it again")
         out = dated(self.settings.output_root, f"serve_check_{target.folder.name}")
         out.mkdir(parents=True)
         done = self._checked(checkpoint, structure, digest, out)

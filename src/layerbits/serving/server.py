@@ -32,7 +32,6 @@ _ABOUT_OTHERS = (
     "See root cause",
     "Engine process failed",
     "EngineDead",
-    "SystemExit",
 )
 _LOADING = 0.25  # seconds between two looks
 
@@ -176,10 +175,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     assert process.stdin is not None
     with suppress(OSError):
         process.stdin.close()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(3 * keeper.GRACE)
-    except subprocess.TimeoutExpired:
-        pass
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -83,8 +83,7 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """KL between the served scheme and the scored one / what is explained; at most :data:`BOUND` where it is served
-        as scored."""
+        """KL between the served scheme and the scored one / what is explained; at most :data:`BOUND` where it is sound."""
         return self.from_scored.kl / self.explained if self.explained > 0 else math.inf
 
     @property
@@ -96,8 +95,8 @@ class Measured:
     def sentence(self) -> str:
         """The verdict, in one line."""
         text = (
-            f"over {self.tokens} tokens the served scheme is {self.from_scored.kl:.3g} nats per token from the scheme as "
-            f"scored, {self.ratio:.2f} times what rounding explains ({self.explained:.3g}); {BOUND:g} times are allowed"
+            f"over {self.tokens} tokens the served scheme is {self.from_scored.kl:.3g} nats per token from the scheme "
+            f"as scored, {self.ratio:.2f} times what rounding explains ({self.explained:.3g}); {BOUND:g} times are allowed"
         )
         if not self.diverges:
             return text
@@ -134,4 +133,5 @@ def divergence(per_token: FloatArray, caption: object) -> Divergence:
     import numpy as np
 
     numbers = np.asarray(caption)
-    return Divergence(*standard_error(np.bincount(numbers, per_token), np.bincount(numbers).tolist()))
+    sums = np.bincount(numbers, per_token).astype(np.float64)
+    return Divergence(*standard_error(sums, np.bincount(numbers).tolist()))
