@@ -24,12 +24,13 @@ def main(command: list[str]) -> int:
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     threading.Thread(target=_end_with_starter, args=(child,), daemon=True).start()
     status = child.wait()
-    _end_group(child)
+    _end_group()
     return status if status >= 0 else 128 - status
 
 
 def _end_with_starter(child: subprocess.Popen[bytes]) -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 64):  # not through sys.stdin, whose lock a thread would hold while Python ends
+        pass
     child.terminate()
     deadline = time.monotonic() + GRACE
     while child.poll() is None and time.monotonic() < deadline:
@@ -38,19 +39,20 @@ def _end_with_starter(child: subprocess.Popen[bytes]) -> None:
         child.kill()
 
 
-def _end_group(child: subprocess.Popen[bytes]) -> None:
+def _end_group() -> None:
     """Ends what the command left behind; this process, too, where it had to be killed."""
-    os.killpg(0, signal.SIGTERM)
+    group = os.getpgrp()
+    os.killpg(group, signal.SIGTERM)
     deadline = time.monotonic() + GRACE
-    while _others() and time.monotonic() < deadline:
+    while members(group) not in ([os.getpid()], []) and time.monotonic() < deadline:
         time.sleep(0.05)
-    if _others():
-        os.killpg(0, signal.SIGKILL)
+    if members(group) not in ([os.getpid()], []):
+        os.killpg(group, signal.SIGKILL)
 
 
-def _others() -> list[int]:
-    """Other processes of this group that have not ended (Linux; elsewhere none is known)."""
-    own, group, found = os.getpid(), os.getpgrp(), []
+def members(group: int) -> list[int]:
+    """Processes of a group that have not ended (Linux; elsewhere none is known)."""
+    found = []
     try:
         entries = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
@@ -58,10 +60,10 @@ def _others() -> list[int]:
     for pid in entries:
         try:
             with open(f"/proc/{pid}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
+                state, _, of = file.read().rpartition(")")[2].split()[:3]
         except OSError:
             continue
-        if pid != own and int(fields[2]) == group and fields[0] != "Z":
+        if int(of) == group and state != "Z":
             found.append(pid)
     return found
 

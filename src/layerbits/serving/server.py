@@ -180,6 +180,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + keeper.GRACE
+    while keeper.members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @contextmanager

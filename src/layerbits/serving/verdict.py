@@ -83,7 +83,7 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """KL between the served scheme and the scored one / what is explained; at most :data:`BOUND` where it is sound."""
+        """KL of the served scheme from the scored one / :attr:`explained`; at most :data:`BOUND` where it is sound."""
         return self.from_scored.kl / self.explained if self.explained > 0 else math.inf
 
     @property
@@ -96,7 +96,7 @@ class Measured:
         """The verdict, in one line."""
         text = (
             f"over {self.tokens} tokens the served scheme is {self.from_scored.kl:.3g} nats per token from the scheme "
-            f"as scored, {self.ratio:.2f} times what rounding explains ({self.explained:.3g}); {BOUND:g} times are allowed"
+            f"as scored, {self.ratio:.2f} times what rounding explains ({self.explained:.3g}); {BOUND:g} is allowed"
         )
         if not self.diverges:
             return text

@@ -1,7 +1,7 @@
-"""Operators that vLLM's CPU build (0.32) lacks or only declares, for FP8 activations with a static scale, in plain PyTorch.
+"""Operators for FP8 activations that vLLM's CPU build (0.32) lacks or only declares, in plain PyTorch.
 
-A plugin of vLLM (``vllm.general_plugins``) for the tests alone: ``vllm.plugin=tests/serving/vllm_plugin`` puts this folder
-on the server's path, where vLLM finds it. An operator that a build has is left alone.
+A plugin of vLLM (``vllm.general_plugins``) for the tests alone: ``vllm.plugin=tests/serving/vllm_plugin`` puts this
+folder on the server's path, where vLLM finds it. An operator that a build has is left alone.
 """
 
 import torch
