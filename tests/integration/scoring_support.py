@@ -36,7 +36,7 @@ def tiny_model(kind, **changes):
     """A random model of two blocks in float32; widths are multiples of 128 (the largest block of any format).
 
     Args:
-        kind: ``llama``, ``qwen3_vl``, ``qwen2_5_vl``, ``qwen3_moe`` or ``mixtral``.
+        kind: ``llama``, ``qwen3_vl``, ``qwen2_5_vl``, ``qwen3_moe``, ``qwen3_vl_moe`` or ``mixtral``.
         changes: Further values of its (text) config.
     """
     import transformers as hf
@@ -57,6 +57,14 @@ def tiny_model(kind, **changes):
         vision = {**_VISION, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": text["hidden_size"]}
         config = hf.Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]}, **tied)
         model = hf.Qwen2_5_VLForConditionalGeneration(config)
+    elif kind == "qwen3_vl_moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
+        text |= {"rope_parameters": {**rope, "mrope_section": [8, 4, 4]}}
+        vision = {**_VISION, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": text["hidden_size"]}
+        vision |= {"deepstack_visual_indexes": [0]}
+        model = hf.Qwen3VLMoeForConditionalGeneration(
+            hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tied)
+        )
     elif kind == "qwen3_moe":
         moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
         model = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**text, **moe))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from layerbits.checkpoint.dequantize import block_scales, check_parts, dequantize
+from layerbits.checkpoint.experts import ExpertLinear
 from layerbits.checkpoint.layouts.base import Scale
 from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint
@@ -280,18 +281,20 @@ def _failed(layer: ScoredLayer, elements: int, problem: str) -> LayerProof:
     return LayerProof(layer.module, layer.candidate, layer.label.algo, elements, 0, nan, nan, problem)
 
 
-def loaded_names(model: Any, on_disk: Mapping[str, str]) -> dict[str, str]:
+def loaded_names(model: Any, on_disk: Mapping[str, str], experts: Sequence[ExpertLinear] = ()) -> dict[str, str]:
     """Names in the checkpoint of all that a model loads → the name of what it is tied to, or itself.
 
     Args:
         model: As loaded.
         on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
+        experts: From :func:`layerbits.checkpoint.experts.expert_linears`.
 
     Raises:
         UserError: Tied parameters have no name in the checkpoint.
     """
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     try:
-        return {stored: on_disk[ties.get(name, name)] for name, stored in on_disk.items()}
+        own = {f"{expert.name}.weight": f"{expert.name}.weight" for expert in experts}
+        return own | {stored: on_disk[ties.get(name, name)] for name, stored in on_disk.items()}
     except KeyError as error:
         raise UserError(f"{error} is tied to another parameter but not part of the model; untie it") from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from layerbits.checkpoint.dequantize import dequantize, logical_shape, quantize_input
+from layerbits.checkpoint.experts import ExpertLinear, expert_linears
 from layerbits.checkpoint.labels import Label
 from layerbits.checkpoint.names import names_on_disk
 from layerbits.checkpoint.quantization import Quantization
@@ -13,6 +15,7 @@ from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 from layerbits.scoring import quantizers
+from layerbits.scoring.experts import with_inputs
 
 _NOT_LOADED = ("pre_quant_scale", "k_scale", "v_scale")
 
@@ -53,12 +56,15 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
     model.eval()
     model.config.use_cache = False
     names = names_on_disk(model)
-    _fill(model, checkpoint, quantization, names)
+    experts = expert_linears(model)
+    _fill(model, checkpoint, quantization, names, experts)
     stored = {name.removesuffix(".weight"): on_disk for name, on_disk in names.items()}
     for name, module in model.named_modules():
         layer = stored.get(name, "").removesuffix(".weight")
         if layer in quantization.layers:
             _round_inputs(module, checkpoint, layer, quantization.layers[layer])
+    for name in dict.fromkeys(e.module for e in experts if e.name in quantization.layers):
+        _round_expert_inputs(model, name, checkpoint, quantization, experts)
     return model
 
 
@@ -78,7 +84,10 @@ def at_stored_numbers(
     """
     import torch
 
+    _experts_at_stored_numbers(model, checkpoint, quantization, [layer for layer in layers if layer.expert])
     for layer in layers:
+        if layer.expert is not None:
+            continue
         module, label = model.get_submodule(layer.module), quantization.layers[layer.stored]
         with torch.no_grad():
             for start, stop in _even_pieces(checkpoint, layer.stored, label):
@@ -95,11 +104,60 @@ def at_stored_numbers(
     return model
 
 
-def _fill(model: Any, checkpoint: Checkpoint, quantization: Quantization, names: Mapping[str, str]) -> None:
+def _experts_at_stored_numbers(
+    model: Any, checkpoint: Checkpoint, quantization: Quantization, layers: Sequence[ScoredLayer]
+) -> None:
+    """The same of the experts."""
+    import torch
+
+    changes: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        expert, label = layer.expert, quantization.layers[layer.stored]
+        assert expert is not None
+        weight = expert.rows(getattr(model.get_submodule(expert.module), expert.projection))
+        with torch.no_grad():
+            for start, stop in _even_pieces(checkpoint, layer.stored, label):
+                weight[start:stop] = dequantize(checkpoint, layer.stored, label, start, stop, weight.device)
+        if expert.projection in changes.setdefault(expert.module, {}):
+            continue
+        quantizer = quantizers.make_quantizer(layer.inputs, weight.device)
+        if quantizer is not None and (scale := label.input_scale) is not None:
+            stored = checkpoint.rows(f"{layer.stored}.{scale.part}").to(weight.device)
+            quantizer.amax = scale.range(stored).reshape(())
+        changes[expert.module][expert.projection] = quantizer
+    for name, change in changes.items():
+        with_inputs(model.get_submodule(name), name, change)
+
+
+def _round_expert_inputs(
+    model: Any, name: str, checkpoint: Checkpoint, quantization: Quantization, experts: Sequence[ExpertLinear]
+) -> None:
+    """Rounds what enters the two projections of an expert module, whose experts share its scales."""
+    changes = {}
+    for expert in experts:
+        if expert.module == name and expert.projection not in changes:
+            label = quantization.layers[expert.name]
+            scale = None if label.input_scale is None else checkpoint.rows(f"{expert.name}.{label.input_scale.part}")
+            changes[expert.projection] = partial(quantize_input, label=label, input_scale=scale)
+    with_inputs(model.get_submodule(name), name, changes)
+
+
+def _fill(
+    model: Any,
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    names: Mapping[str, str],
+    experts: Sequence[ExpertLinear],
+) -> None:
     import torch
 
     tensors = model.state_dict()
     used, filled, missing = set(), set(), []
+    for expert in experts:
+        weight = expert.rows(tensors[f"{expert.module}.{expert.projection}"])
+        used |= _fill_linear(checkpoint, quantization, expert.name, weight)
+    for expert in experts:
+        tensors.pop(f"{expert.module}.{expert.projection}", None)
     for name, tensor in tensors.items():
         stored = names.get(name, name)
         module = stored.removesuffix(".weight")
@@ -124,6 +182,23 @@ def _fill(model: Any, checkpoint: Checkpoint, quantization: Quantization, names:
     left = (n for n in checkpoint.entries if n not in used and n.rpartition(".")[2] not in _NOT_LOADED)
     if extra := next(left, None):
         raise UserError(f"{checkpoint.folder} has {extra}, which its config.json has no place for; export it again")
+
+
+def _fill_linear(checkpoint: Checkpoint, quantization: Quantization, module: str, weight: Any) -> set[str]:
+    """Fills a weight from a linear of the checkpoint; returns the names of the tensors that were read."""
+    import torch
+
+    label, stored = quantization.layers.get(module), f"{module}.weight"
+    with torch.no_grad():
+        if label is None:
+            _check_shape(checkpoint, stored, checkpoint.entry(stored).shape, weight)
+            for start, stop in checkpoint.pieces(stored):
+                weight[start:stop].copy_(checkpoint.rows(stored, start, stop))
+            return {stored}
+        _check_shape(checkpoint, stored, logical_shape(checkpoint, module, label), weight)
+        for start, stop in _even_pieces(checkpoint, module, label):
+            weight[start:stop] = dequantize(checkpoint, module, label, start, stop, weight.device)
+    return {f"{module}.{part}" for part in label.parts}
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], tensor: Any) -> None:

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from layerbits.checkpoint.experts import ExpertLinear, expert_linears
 from layerbits.checkpoint.labels import Label
 
 if TYPE_CHECKING:
     import torch
 
     from layerbits.probing.apply import Ranges
+    from layerbits.results.result import CandidateInfo
     from layerbits.schemes import Scheme
+    from layerbits.scoring.experts import ExpertsTap
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ScoredLayer:
         scale_range: The range that its stored scale is made of: that, or the largest of the fused linears'.
         stored_range: The range that the stored scale stands for: that, rounded with the scale.
         input_range: Calibrated range of the input, ``None`` where there is none.
+        expert: Where its rows are in memory, for a linear of an expert.
     """
 
     module: str
@@ -42,6 +46,7 @@ class ScoredLayer:
     scale_range: torch.Tensor | None
     stored_range: torch.Tensor | None
     input_range: torch.Tensor | None
+    expert: ExpertLinear | None = None
 
     @property
     def as_scored(self) -> bool:
@@ -65,12 +70,17 @@ def scored_layers(
         ranges: Static activation ranges.
         on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
     """
-    from layerbits.probing.apply import module_quantizers, runtime_config
+    from layerbits.probing.apply import experts_tap, module_quantizers, runtime_config
     from layerbits.scoring import quantizers
 
     layers = []
+    experts = expert_linears(model)
     for name, info in scheme.modules.items():
         module = model.get_submodule(name)
+        if mine := [e for e in experts if e.module == name]:
+            tap = experts_tap(module, name, info, ranges)
+            layers += [_expert_layer(tap, expert, info, labels[info.name]) for expert in mine]
+            continue
         weight, inputs = module_quantizers(module, name, info, ranges)
         settings = quantizers.distinct_settings([runtime_config(info, module.weight.device)])
         layers.append(
@@ -91,16 +101,39 @@ def scored_layers(
     return [_with_stored_range(layer) for layer in _with_shared_ranges(layers, scheme)]
 
 
+def _expert_layer(tap: ExpertsTap, expert: ExpertLinear, info: CandidateInfo, label: Label) -> ScoredLayer:
+    weight, inputs = tap.setting
+    amax = tap.weight_range(expert.projection, expert.expert, expert.start, expert.stop)
+    return ScoredLayer(
+        module=f"{expert.module}.{expert.expert}.{expert.name.rpartition('.')[2]}",
+        stored=expert.name,
+        candidate=info.name,
+        label=label,
+        dtype=getattr(tap.module, expert.projection).dtype,
+        weight=weight,
+        inputs=inputs,
+        weight_range=amax,
+        scale_range=amax,
+        stored_range=None,
+        input_range=_range(tap.inputs[expert.projection][0]),
+        expert=expert,
+    )
+
+
 def _with_shared_ranges(layers: Sequence[ScoredLayer], scheme: Scheme) -> list[ScoredLayer]:
     """Linears of one group with the largest of their ranges, where runtimes have one scale for all of them."""
     group = {module: g.key for g in scheme.groups for module in g.modules}
     shared: dict[str, torch.Tensor] = {}
     for layer in layers:
-        if layer.label.one_scale and layer.weight_range is not None:
+        # One range for gate and up is what experts are scored with.
+        if layer.label.one_scale and layer.weight_range is not None and layer.expert is None:
             key = group[layer.module]
             shared[key] = max(shared.get(key, layer.weight_range), layer.weight_range)
     return [
-        replace(layer, scale_range=shared[group[layer.module]]) if layer.label.one_scale else layer for layer in layers
+        replace(layer, scale_range=shared[group[layer.module]])
+        if layer.label.one_scale and layer.expert is None
+        else layer
+        for layer in layers
     ]
 
 

@@ -12,9 +12,12 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerbits.checkpoint.compare import fake_quantized
+from layerbits.checkpoint.experts import ExpertLinear
 from layerbits.checkpoint.files import copy_files
 from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
@@ -69,15 +72,21 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
     from layerbits.probing.apply import runtime_config
 
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    experts = {layer.expert.module for layer in layers if layer.expert is not None}
     for name, info in scheme.modules.items():
-        config = runtime_config(info, model.get_submodule(name).weight.device)
+        config = runtime_config(info, next(model.get_submodule(name).parameters()).device)
+        # The quantizers of an expert module have the names of its projections before theirs.
+        between = "*" if name in experts else ""
         entries += [
-            {"quantizer_name": f"{name}.{entry['quantizer_name'].lstrip('*')}", "cfg": entry["cfg"]}
+            {"quantizer_name": f"{name}.{between}{entry['quantizer_name'].lstrip('*')}", "cfg": entry["cfg"]}
             for entry in config["quant_cfg"]
             if "cfg" in entry
         ]
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
+    _quantize_experts(model, layers)
     for layer in layers:
+        if layer.expert is not None:
+            continue
         module = model.get_submodule(layer.module)
         if layer.stored_range is not None:
             module.weight_quantizer.amax = layer.stored_range.float() * layer.label.kernel_factor
@@ -90,6 +99,34 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
         if layer.label.algo == "W4A16_AWQ":
             # The label promises a smoothing of the inputs, and runtimes read it; none was scored.
             module.input_quantizer.pre_quant_scale = torch.ones_like(module.weight[0])
+
+
+def _quantize_experts(model: Any, layers: Sequence[ScoredLayer]) -> None:
+    """Gives the experts' quantizers their ranges, and the experts their fake-quantized weights."""
+    import torch
+
+    for layer in layers:
+        if (expert := layer.expert) is None:
+            continue
+        module = model.get_submodule(expert.module)
+        quantizer = getattr(module, f"{expert.projection}_weight_quantizers")[expert.expert]
+        inputs = getattr(module, f"{expert.projection}_input_quantizer")
+        if layer.input_range is not None:
+            inputs.amax = layer.input_range
+        weight = expert.rows(getattr(module, expert.projection))
+        with torch.no_grad():
+            weight.copy_(fake_quantized(layer, weight, layer.stored_range, len(weight), 0, len(weight)))
+        if layer.stored_range is None:
+            continue
+        if layer.stored_range.numel() == 1:
+            quantizer.amax = layer.stored_range
+        elif expert.start == 0:  # ranges of rows: those of all rows of this tensor, in order
+            parts = [o.stored_range for o in layers if _same_tensor(o.expert, expert)]
+            quantizer.amax = torch.cat([part for part in parts if part is not None])
+
+
+def _same_tensor(one: ExpertLinear | None, other: ExpertLinear) -> bool:
+    return one is not None and replace(other, start=one.start, stop=one.stop, name=one.name, source=one.source) == one
 
 
 def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str) -> dict[str, torch.Tensor]:

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING
 from layerbits.checkpoint.formats import choose_format
 from layerbits.checkpoint.labels import AUTO, COMPRESSED, FORMATS, MODELOPT, Label, check_shape
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
-from layerbits.errors import UserError
+from layerbits.errors import Unsupported, UserError
 
 if TYPE_CHECKING:
-    from layerbits.inputs.models import ResolvedModel
+    from layerbits.inputs.models import ResolvedModel, Shapes
     from layerbits.probing.loading import Prepared
     from layerbits.schemes import Scheme
 
 KV_CACHES = ("none", "fp8")
+EXPERT_LABELS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4")
+"""Labels whose export is proven for experts."""
 
 _SLACK_BYTES = 64_000_000  # headers, tokenizer, scales of single rows
 _ITEMSIZE = {"float32": 4, "float64": 8}
@@ -80,6 +82,8 @@ def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none", format
         UserError: The folder is not empty, the disk too small, or the source checkpoint cannot be read.
         Unsupported: A candidate whose label would not say what was scored, or a weight that does not fit it.
     """
+    from layerbits.inputs.models import skeleton
+
     scheme = prepared.scheme
     if kv_cache not in KV_CACHES:
         raise UserError(f"kv_cache={kv_cache} is not known; use {' or '.join(KV_CACHES)}")
@@ -94,8 +98,19 @@ def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none", format
     target = target.expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty; name another folder, or delete it")
-    format, labels = choose_format(scheme.candidates, format)
-    _check_shapes(prepared, labels)
+    linears = skeleton(prepared.resolved)
+    experts = [module for module in scheme.modules if len(linears.get(module, ())) > 1]
+    if experts and format == COMPRESSED:
+        raise Unsupported(f"{experts[0]} holds experts, which ModelOpt's format alone has; use format=modelopt")
+    format, labels = choose_format(scheme.candidates, MODELOPT if experts else format)
+    _check_shapes(prepared, labels, linears)
+    for module in experts:
+        label = labels[scheme.modules[module].name]
+        if label.algo not in EXPERT_LABELS:
+            raise Unsupported(
+                f"{module} holds experts under {scheme.modules[module].name}, whose export as {label.algo} is not "
+                f"proven for experts ({', '.join(EXPERT_LABELS)} are); leave it unquantized"
+            )
     source = open_checkpoint(source_folder(prepared.resolved))
     plan = ExportPlan(prepared, source, format, labels, target, kv_cache, _estimate(scheme, source))
     _check_space(target, plan.bytes, scheme.name)
@@ -124,10 +139,7 @@ def source_folder(resolved: ResolvedModel) -> Path:
     )
 
 
-def _check_shapes(prepared: Prepared, labels: Mapping[str, Label]) -> None:
-    from layerbits.inputs.models import skeleton
-
-    linears = skeleton(prepared.resolved)
+def _check_shapes(prepared: Prepared, labels: Mapping[str, Label], linears: Mapping[str, Shapes]) -> None:
     for module, info in prepared.scheme.modules.items():
         if module not in linears:
             raise UserError(f"the model has no linear {module}; use the model that the scheme was made from")

@@ -98,11 +98,13 @@ class _Scored:
     """What the proof needs of the model, which the export uses up.
 
     Attributes:
+        source: The checkpoint that was scored, every expert with linears of its own.
         loaded: Name of every tensor that the model loads → the one that it is tied to, or itself.
         kv_ranges: Name of a scale of the KV cache → calibrated range.
         unquantized, applied: Logits on ``rows`` without and with the scheme.
     """
 
+    source: Checkpoint
     layers: list[ScoredLayer]
     loaded: Mapping[str, str]
     kv_ranges: Mapping[str, torch.Tensor]
@@ -178,6 +180,7 @@ def known_exports(root: Path) -> dict[str, tuple[str, str]]:
 def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, seconds: dict[str, float]) -> _Scored:
     """Loads the model, takes down what the proof needs of it, and exports it."""
     from layerbits.checkpoint.compare import loaded_names
+    from layerbits.checkpoint.experts import expert_linears, split_experts
     from layerbits.checkpoint.logits import logits_of, some_rows
     from layerbits.checkpoint.names import names_on_disk
     from layerbits.checkpoint.scored import scored_layers
@@ -188,7 +191,9 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
         loaded = plan.prepared.load(device)
     model = loaded.model
     on_disk = names_on_disk(model)
-    loaded_from = loaded_names(model, on_disk)
+    experts = expert_linears(model)
+    loaded_from = loaded_names(model, on_disk, experts)
+    source = split_experts(plan.source, experts)
     _check_untied(model, scheme)
     with _timed(seconds, "calibrate"):
         ranges = ranges or find_ranges(model, [scheme], batches)
@@ -207,7 +212,7 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
                 f"cannot write the export to {plan.target} ({error.strerror or error}); free space"
             ) from None
     kv_on_disk = {_scale_on_disk(name, on_disk): amax for name, amax in kv_ranges.items()}
-    return _Scored(layers, loaded_from, kv_on_disk, unquantized, applied, rows, loaded.info.dtype, where)
+    return _Scored(source, layers, loaded_from, kv_on_disk, unquantized, applied, rows, loaded.info.dtype, where)
 
 
 def _write_format(
@@ -244,9 +249,9 @@ def _prove(
         structure = check_structure(exported)
         quantization = read_quantization(exported)
         layers = tuple(
-            compare_layer(exported, plan.source, quantization, layer, scored.device) for layer in scored.layers
+            compare_layer(exported, scored.source, quantization, layer, scored.device) for layer in scored.layers
         )
-        excluded = compare_excluded(exported, plan.source, scored.layers, scored.loaded)
+        excluded = compare_excluded(exported, scored.source, scored.layers, scored.loaded)
         record = _record(plan, exported, scored)
     logits = None
     sound = all(check.passed for check in structure) and not excluded.problems

@@ -36,6 +36,7 @@ class ExpertWeights:
         self._parts = [slice(at, min(at + size, experts)) for at in range(0, experts, size)]
         self._own = self._layout == "nvfp4" and (attributes.backend == fp4.NVFP4_BACKEND or weight.is_cuda)
         self._quantizers = [quantizers.make_quantizer(adapted, weight.device) for _ in self._parts]
+        self._rows = rows
         self._amax: Any = None
 
     def calibrate(self, weight: Any, rows_amax: Any) -> None:
@@ -55,6 +56,24 @@ class ExpertWeights:
                 quantizer.amax = rows_amax[part].reshape(-1, 1)
             else:
                 quantizers.calibrate_weight(quantizer, self._seen(weight[part]))
+
+    def range_of(self, expert: int, start: int, stop: int) -> Any:
+        """Range of some rows of one expert: of the expert, of each row, or of each block of a row, ``[-1, 1]``.
+
+        Raises:
+            Unsupported: The ranges lie along another dimension.
+        """
+        if self._layout in ("nvfp4", "matrix"):
+            return self._amax[expert].clone()
+        part = next(i for i, p in enumerate(self._parts) if p.start <= expert < p.stop)
+        quantizer = self._quantizers[part]
+        if not quantizers.needs_range(quantizer):
+            return None
+        if self._layout not in ("row", "row blocks"):
+            raise Unsupported("a range per input channel of experts is not exported; use one per tensor, row or group")
+        count = self._parts[part].stop - self._parts[part].start
+        by_row = quantizer.amax.reshape(count, self._rows, -1)
+        return by_row[expert - self._parts[part].start, start:stop].reshape(-1, 1).clone()
 
     def __call__(self, weight: Any) -> Any:
         """The quantized weights, a new tensor."""

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from layerbits.errors import Unsupported
-from layerbits.inputs.experts import Experts
+from layerbits.inputs.experts import Experts, fused_experts
 from layerbits.scoring import quantizers
 from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
 from layerbits.scoring.memory import Load
@@ -70,6 +70,7 @@ class ExpertsTap(Tap):
         tensors = [getattr(module, projection) for projection in experts.projections]
         super().__init__(name, module, settings, experts.projections, tensors[0].device)
         self.experts = experts
+        self.setting = (settings.weights[0], settings.inputs[0])
         self._weights = [[None if s is None else ExpertWeights(s, t) for t in tensors] for s in settings.weights]
         self._routed = _zeros(experts.count + 1, self.device)
 
@@ -185,6 +186,11 @@ class ExpertsTap(Tap):
             quantizer = None if setting is None else self._weights[setting][position]
             yield tensor if quantizer is None else quantizer(tensor)
 
+    def weight_range(self, projection: str, expert: int, start: int, stop: int, setting: int = 0) -> Any:
+        """Range of some rows of an expert's weight as a setting has it, ``None`` where it needs none."""
+        quantizer = self._weights[setting][self.experts.projections.index(projection)]
+        return None if quantizer is None else quantizer.range_of(expert, start, stop)
+
     def lighter(self) -> AbstractContextManager[None]:
         """While it lasts, the activations inside the module are made again in the backward pass."""
 
@@ -230,6 +236,21 @@ class ExpertsTap(Tap):
         between = act if second is None else lambda x: second(act(x))
         hidden = routed.hidden if first is None else first(routed.hidden)
         return grouped(_With(self.module, {**weights, gate: between}), hidden, routed.index, routed.weights)
+
+
+def with_inputs(module: Any, name: str, changes: Mapping[str, Change | None]) -> None:
+    """Gives an expert module a forward that changes what enters its projections, for good.
+
+    Args:
+        module: The expert module.
+        name: Its full name in the model.
+        changes: Name of a projection → what is done to its input.
+    """
+    experts = fused_experts(module)
+    assert experts is not None
+    tap = ExpertsTap(name, module, quantizers.Settings((None,), (None,), ((0, 0),)), experts)
+    first, second = (changes.get(projection) for projection in experts.projections)
+    module.forward = lambda *args, **kwargs: tap._run(Routed.of(args, kwargs), tap._tensors(), first, second)
 
 
 class _With:
