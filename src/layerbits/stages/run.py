@@ -218,4 +218,6 @@ def _tags(plan: Plan, capability: Capability, scores: Scores) -> dict[str, str]:
         tags["memory_mode"] = scores.mode
     if plan.settings.model.random_weights:
         tags["weights"] = "random"
+    if plan.resolved.quantization:
+        tags["dequantized"] = plan.resolved.quantization.words
     return tags

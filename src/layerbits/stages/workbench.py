@@ -125,7 +125,10 @@ class Workbench:
     ) -> list[Any]:
         spec, data, model = self.settings.autoquant, self.settings.dataset, self.settings.model
         return [
-            [self.resolved.source, self.resolved.revision, model.dtype, model.random_weights],
+            [
+                *(self.resolved.source, self.resolved.revision, model.dtype, model.random_weights),
+                *(["code of its own"] if model.trust_remote_code else []),
+            ],
             scored,
             [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
             [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
