@@ -147,6 +147,11 @@ class SuffixRunner:
         feeds = sum(f.numel() * f.element_size() for kept in self._kept for f in kept.feeds)
         return feeds + sum(r.kept_bytes for r in self._references)
 
+    @property
+    def loss(self) -> float:
+        """Loss of the model without a background on the batch, nats, summed over its loss tokens."""
+        return sum(r.loss for r in self._references)
+
     def measure(self, perturbations: Sequence[Perturbation]) -> tuple[Any, Any]:
         """Measures each perturbation alone.
 

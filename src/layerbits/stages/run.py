@@ -16,6 +16,7 @@ from layerbits.candidates.capability import Capability
 from layerbits.config import AutoQuantSpec
 from layerbits.inputs.models import LoadedModel, load
 from layerbits.provenance import peak_memory, provenance
+from layerbits.results.baseline import Baseline, check_first_batch
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, effective_bits
 from layerbits.results.routing import coverage_warnings
@@ -56,6 +57,9 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
 
     Returns:
         One outcome per candidate, in the plan's order.
+
+    Raises:
+        UserError: The unquantized model predicts the captions no better than guessing.
     """
     import torch
 
@@ -75,6 +79,8 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     engine_name = "stock" if fell_back else spec.engine
     engine = stock if engine_name == "stock" else kl if spec.method == "kl_div" else onepass
     scores = engine.score(job)
+    baseline = Baseline(scores.loss_per_token, _vocabulary(loaded.model))
+    doubts = () if settings.model.random_weights else baseline.check(_opening(plan))
     notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
     captions = spec.num_score_samples or len(plan.captions.captions)
     starved = coverage_warnings(scores.routing, captions)
@@ -96,6 +102,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     recipe=_recipe(scores, c, candidate.info, spec),
                     sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, [c]],
                     sample_tokens=scores.sample_tokens,
+                    baseline=baseline,
                     nonfinite=tuple(n for n in scores.nonfinite if n.candidate == candidate.info.name),
                     settings=_shown(settings.composed),
                     provenance=facts,
@@ -103,7 +110,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     memory={**peak_memory(), **scores.memory},
                     routing=scores.routing,
                     tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
-                    warnings=(*plan.warnings(capability), *scores.notes, *notes, *starved),
+                    warnings=(*doubts, *plan.warnings(capability), *scores.notes, *notes, *starved),
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
                 )
             ),
@@ -124,6 +131,11 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
     from layerbits.scoring.job import ScoringJob
 
     spec = plan.settings.autoquant
+
+    def watch(loss: float, tokens: int) -> None:
+        if not plan.settings.model.random_weights:
+            check_first_batch(loss, tokens, _vocabulary(loaded.model), _opening(plan))
+
     return ScoringJob(
         loaded=loaded,
         scored=plan.scored,
@@ -139,7 +151,22 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
         draws=spec.draws,
         cost_model=spec.cost_model,
         active_ratio=plan.active_ratio,
+        watch=watch,
     )
+
+
+def _vocabulary(model: Any) -> int:
+    """Tokens that a model chooses among."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _opening(plan: Plan) -> str:
+    """That rows lack the token which their tokenizer has for the beginning of a text, where they do."""
+    token = plan.tokenizer.bos_token_id
+    first = int(plan.calibration.score[0].segments[0].input_ids[0, 0])
+    if token is None or token in (first, plan.tokenizer.eos_token_id):
+        return ""
+    return f"its tokenizer has {plan.tokenizer.bos_token} to begin a text, but puts none"
 
 
 def _recipe(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuantSpec) -> Recipe:
