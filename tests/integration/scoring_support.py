@@ -73,12 +73,12 @@ def knowing(model, tokens):
     All token embeddings get one direction, which the last hidden state then has too, and the output head looks for it.
     """
     with torch.no_grad():
-        model.get_input_embeddings().weight += 0.5
+        model.get_input_embeddings().weight += 2
         model.get_output_embeddings().weight[sorted(tokens)] += 10 / model.config.hidden_size
     return model
 
 
-def everyday_tokens(size="512"):
+def everyday_tokens(size="32"):
     """Tokens of the shipped captions under the default model's tokenizer."""
     from transformers import AutoTokenizer
 

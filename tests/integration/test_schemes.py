@@ -24,7 +24,7 @@ from layerbits.scoring.steps import calibration_forward
 
 from .entries import start
 from .schemes_support import CALIBRATION, INFO, logits, probed, scheme_of
-from .scoring_support import candidate, random_segment, search_config, tiny_model
+from .scoring_support import candidate, everyday_tokens, knowing, random_segment, search_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 

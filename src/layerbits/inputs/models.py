@@ -14,6 +14,7 @@ from layerbits.inputs import smollm2
 from layerbits.inputs.architecture import check_causal, check_code, check_tokenizer_code, is_remote, model_class
 from layerbits.inputs.experts import fused_experts, named_experts
 from layerbits.inputs.folder import check_folder, weight_files
+from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
 from layerbits.inputs.quantized import Quantization, check_dequantized, check_quantization, dequantizing
 from layerbits.inputs.tensors import check_tensors
 from layerbits.results.result import ModelInfo
@@ -39,6 +40,7 @@ class ModelSpec:
         device_map: ``auto`` spreads a model that is too big for one GPU over all of them.
         dequantize: Whether to score the numbers of a quantized checkpoint in 16 bits.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        exclude: Patterns of linears, or of modules around them, that stay out of the search.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ModelSpec:
     device_map: str | None = None
     dequantize: bool = False
     trust_remote_code: bool = False
+    exclude: tuple[str, ...] = ()
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -60,7 +63,10 @@ class ModelSpec:
         """
         if not values["path"]:
             raise UserError("this model needs model.path: a Hugging Face id or a local checkpoint folder")
-        spec = cls(**{**values, "name": values["name"] or Path(str(values["path"])).name})
+        exclude = values.get("exclude") or ()
+        patterns = [p.strip() for p in exclude.split(",")] if isinstance(exclude, str) else [str(p) for p in exclude]
+        name = values["name"] or Path(str(values["path"])).name
+        spec = cls(**{**values, "name": name, "exclude": tuple(filter(None, patterns))})
         if spec.dtype not in DTYPES:
             raise UserError(f"model.dtype is {spec.dtype!r}; use one of {', '.join(DTYPES)}")
         return spec
@@ -147,7 +153,18 @@ def skeleton(resolved: ResolvedModel) -> dict[str, Shapes]:
     Raises:
         UserError: The tensors of the checkpoint are not those of the model.
     """
-    return language_model_linears(empty_model(resolved))
+    return scored_linears(empty_model(resolved), resolved.spec)
+
+
+def scored_linears(model: Any, spec: ModelSpec) -> dict[str, Shapes]:
+    """Those of :func:`language_model_linears` that are not excluded.
+
+    Raises:
+        UserError: A pattern of ``model.exclude`` names none, or none is left.
+    """
+    linears = language_model_linears(model)
+    kept = without_excluded(list(linears), spec.exclude, spec.name)
+    return {name: linears[name] for name in kept}
 
 
 def empty_model(resolved: ResolvedModel) -> Any:
@@ -222,23 +239,26 @@ def load(resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0) ->
         revision=resolved.revision,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
-        language_model=_language_model(model)[0],
+        language_model=find_language_model(model)[0],
     )
-    return LoadedModel(model, tokenizer, info, language_model_linears(model))
+    return LoadedModel(model, tokenizer, info, scored_linears(model, spec))
 
 
 def language_model_linears(model: Any) -> dict[str, Shapes]:
-    """Linears and expert modules of the language model, and its head, by ModelOpt's lineage of a vision-language model.
+    """Linears and expert modules of the language model, and its head.
 
     Returns:
         Full module name → shapes of the weights, in model order.
     """
     import torch
 
-    prefix, language_model = _language_model(model)
+    prefix, language_model = find_language_model(model)
+    foreign = tuple(f"{name}." for name in foreign_parts(model))
     linears: dict[str, Shapes] = {}
     for name, module in language_model.named_modules():
         full = f"{prefix}.{name}" if prefix else name
+        if f"{full}.".startswith(foreign):
+            continue
         if isinstance(module, torch.nn.Linear):
             linears[full] = ((module.out_features, module.in_features),)
         elif (experts := fused_experts(module)) is not None:
@@ -284,15 +304,6 @@ def unscored_patterns(model: Any, scored: set[str]) -> list[str]:
 
     visit("", model)
     return patterns
-
-
-def _language_model(model: Any) -> tuple[str, Any]:
-    from modelopt.torch.export.model_utils import get_language_model_from_vl
-
-    lineage = get_language_model_from_vl(model)
-    if not lineage:
-        return "", model
-    return next(name for name, module in model.named_modules() if module is lineage[-1]), lineage[-1]
 
 
 def _from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:

@@ -19,6 +19,7 @@ from layerbits.atomic import write_json
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import expert_notes
+from layerbits.inputs.limits import stock_fails
 from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, NonFinite
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of, with_active
@@ -74,24 +75,29 @@ def score(job: ScoringJob) -> Scores:
 
     with _quiet(), _restored_after(model):
         clock.enter("calibrate")
-        model, state = mtq.auto_quantize(
-            model,
-            constraints={
-                "effective_bits": job.target_bits,
-                "cost_model": job.cost_model,
-                "cost": {"excluded_module_name_patterns": unscored}
-                | ({"active_moe_expert_ratio": job.active_ratio} if job.cost_model == "active_moe" else {}),
-            },
-            quantization_formats=[config],
-            data_loader=batches,
-            forward_step=forward_step,
-            forward_backward_step=forward_backward_step if job.method == "gradient" else None,
-            num_calib_steps=len(job.calibration.calib),
-            num_score_steps=len(job.calibration.score),
-            disabled_layers=unscored,
-            method=job.method,
-            checkpoint=str(checkpoint),
-        )
+        try:
+            model, state = mtq.auto_quantize(
+                model,
+                constraints={
+                    "effective_bits": job.target_bits,
+                    "cost_model": job.cost_model,
+                    "cost": {"excluded_module_name_patterns": unscored}
+                    | ({"active_moe_expert_ratio": job.active_ratio} if job.cost_model == "active_moe" else {}),
+                },
+                quantization_formats=[config],
+                data_loader=batches,
+                forward_step=forward_step,
+                forward_backward_step=forward_backward_step if job.method == "gradient" else None,
+                num_calib_steps=len(job.calibration.calib),
+                num_score_steps=len(job.calibration.score),
+                disabled_layers=unscored,
+                method=job.method,
+                checkpoint=str(checkpoint),
+            )
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever its conversion and its hooks make of an architecture
+            raise stock_fails(model, error) from error
         clock.stop()
         decisions = [(n, h) for n, h in recipe_hparams(model) if h.is_configurable]
         other = sum(weights_of(h) for _, h in recipe_hparams(model) if not h.is_configurable)
@@ -137,7 +143,8 @@ def _importances(model: Any) -> list[float]:
         recipe = hparam.choices[0]
         parts = [hparam._importance_dict[recipe][module] for module in hparam.score_modules]
         if any(part is None for part in parts):
-            raise UserError(f"{name.removesuffix('.quant_recipe')} was never called in a forward pass; exclude it")
+            module = name.removesuffix(".quant_recipe")
+            raise UserError(f"{module} was never called in a forward pass; leave it out with model.exclude=[{module}]")
         totals.append(torch.stack(parts).sum())
     return torch.stack(totals).double().tolist()
 

@@ -266,7 +266,7 @@ class SuffixRunner:
             times = sum(n == name for n, _ in called)
             if name != blocks.head and (times != 1 or calls[name] != tokens):
                 why = f"called {times} times" if times != 1 else f"called with {calls[name]} of {tokens} tokens"
-                raise Unsupported(f"{name} is {why} in a forward pass; exclude it or use autoquant.engine=stock")
+                raise Unsupported(f"{name} is {why} in a forward pass; leave it out with model.exclude=[{name}]")
         order = {name: at for at, (name, _) in enumerate(called)}
         if blocks.head is not None:
             order[blocks.head] = len(order)

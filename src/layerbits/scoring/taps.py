@@ -195,7 +195,9 @@ class Taps:
         for tap, calls in zip(self.taps, self._calls, strict=True):
             if calls != 1:
                 times = "never called" if calls == 0 else f"called {calls} times"
-                raise UserError(f"{tap.name} is {times} in a forward pass; exclude it or use autoquant.engine=stock")
+                raise UserError(
+                    f"{tap.name} is {times} in a forward pass; leave it out with model.exclude=[{tap.name}]"
+                )
         self._calls = [0] * len(self.taps)
         self._at += self._sizes.pop(0)
 
@@ -220,7 +222,7 @@ class Taps:
             if tokens != self._sizes[0]:  # an expert of its own, say: which tokens these are cannot be known here
                 raise UserError(
                     f"{tap.name} is called on {tokens} of {self._sizes[0]} tokens in a forward pass; "
-                    "exclude it or use autoquant.engine=stock"
+                    f"leave it out with model.exclude=[{tap.name}]"
                 )
             if output.requires_grad:
                 held = tap.hold(args, kwargs, output)

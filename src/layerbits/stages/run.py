@@ -14,6 +14,7 @@ from layerbits.cache import cache_dir
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
 from layerbits.config import AutoQuantSpec
+from layerbits.inputs.limits import dropout_of
 from layerbits.inputs.models import LoadedModel, load
 from layerbits.provenance import peak_memory, provenance
 from layerbits.results.baseline import Baseline, check_first_batch
@@ -25,6 +26,12 @@ from layerbits.stages.workbench import scored_together
 
 if TYPE_CHECKING:
     from layerbits.scoring.job import Scores, ScoringJob
+
+
+_DROPOUT_ON = (
+    "ModelOpt's search scores in train mode, so the model's dropout of {:g} was on: the scores are of a noisier model than "
+    "the one that is served; autoquant.engine=onepass scores without"
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,13 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     scores = engine.score(job)
     baseline = Baseline(scores.loss_per_token, _vocabulary(loaded.model))
     doubts = () if settings.model.random_weights else baseline.check(_opening(plan))
+    noisy = dropout_of(loaded.model, loaded.model.config.get_text_config())
+    on = noisy > 0 and engine is stock and spec.method == "gradient"
     notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
     captions = spec.num_score_samples or len(plan.captions.captions)
     starved = coverage_warnings(scores.routing, captions)
+    dropout = (_DROPOUT_ON.format(noisy),) if on else ()
+    switched = {"dropout": f"{noisy:g}, {'on' if on else 'off'} while scoring"} if noisy > 0 else {}
     facts = provenance(root)
     return [
         Outcome(
@@ -109,8 +120,8 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     seconds={**seconds, **scores.seconds},
                     memory={**peak_memory(), **scores.memory},
                     routing=scores.routing,
-                    tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
-                    warnings=(*doubts, *plan.warnings(capability), *scores.notes, *notes, *starved),
+                    tags={**_tags(plan, capability, scores), **switched, "cell": plan.cells[candidate.info.name]},
+                    warnings=(*doubts, *dropout, *plan.warnings(capability), *scores.notes, *notes, *starved),
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
                 )
             ),
