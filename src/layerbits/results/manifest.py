@@ -101,7 +101,7 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
             scores=scores,
             predicted_kl=predicted_kl,
             recipe=Recipe(**recipe),
-            baseline=Baseline(**_numbers(told, "loss_per_token")) if (told := data.get("baseline")) else None,
+            baseline=Baseline(**_numbers(measured, "loss_per_token")) if (measured := data.get("baseline")) else None,
             intervals=Intervals.from_told(data.get("intervals"), data["layers"], row_of, column_of),
             nonfinite=tuple(NonFinite(**n) for n in data["nonfinite"]),
             settings=data["settings"],

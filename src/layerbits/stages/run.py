@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 _DROPOUT_ON = (
-    "ModelOpt's search scores in train mode, so the model's dropout of {:g} was on: the scores are of a noisier model than "
-    "the one that is served; autoquant.engine=onepass scores without"
+    "ModelOpt's search scores in train mode, so the model's dropout of {:g} was on: the scores are of a noisier model "
+    "than the one that is served; autoquant.engine=onepass scores without"
 )
 
 
