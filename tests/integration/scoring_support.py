@@ -13,7 +13,9 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.errors import Unsupported
+from layerbits.inputs import smollm2
 from layerbits.inputs.calibration import Batch, Calibration, Segment
+from layerbits.inputs.captions import load_captions
 from layerbits.inputs.models import LoadedModel, language_model_linears
 from layerbits.results.result import ModelInfo
 from layerbits.scoring.job import ScoringJob
@@ -71,6 +73,26 @@ def tiny_model(kind, **changes):
     else:
         model = hf.MixtralForCausalLM(hf.MixtralConfig(**text, num_local_experts=4, num_experts_per_tok=2))
     return model.float().eval()
+
+
+def knowing(model, tokens):
+    """The random model with a liking for some tokens, so that it predicts them better than guessing.
+
+    All token embeddings get one direction, which the last hidden state then has too, and the output head looks for it.
+    """
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 2
+        model.get_output_embeddings().weight[sorted(tokens)] += 10 / model.config.hidden_size
+    return model
+
+
+def everyday_tokens(size="32"):
+    """Tokens of the shipped captions under the default model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.checkpoint())
+    captions = load_captions("everyday", size).captions
+    return {t for ids in tokenizer(list(captions))["input_ids"] for t in ids} | {tokenizer.eos_token_id}
 
 
 def loaded(model):

@@ -43,10 +43,12 @@ from layerbits.results.frames import (
     Grid,
     by_candidate,
     descending,
+    drawable,
     grids,
     groups_for_share,
     knows_choice,
-    listed,
+    left_out,
+    not_believable,
     numeric,
     tidy,
 )
@@ -88,7 +90,9 @@ def heatmap(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | No
         handles.append(Patch(facecolor=_ZERO, edgecolor=GREY, label="zero or below"))
     unusable = list(dict.fromkeys(layer for g in drawn.values() for layer in g.unusable))
     if unusable:
-        handles.append(Patch(facecolor="white", edgecolor=BLACK, hatch=HATCH, label=f"not finite: {listed(unusable)}"))
+        beyond = list(dict.fromkeys(layer for g in drawn.values() for layer in g.beyond))
+        label = left_out(unusable, beyond)
+        handles.append(Patch(facecolor="white", edgecolor=BLACK, hatch=HATCH, label=label))
     legend_below(figure, handles)
     headline(figure, title)
     return figure
@@ -138,10 +142,12 @@ def ranked_bars(
     shown = min(top, max(len(part) for part in parts.values()))
     figure, axes = panels(len(parts), columns, width=(7.5, 10, 12)[columns - 1], height=0.6 + 0.2 * shown)
     unusable: dict[str, None] = {}
+    beyond: dict[str, None] = {}
     kinds: set[str] = set()
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
-        amounts = numeric(part[value])
+        amounts = drawable(part, value)
         unusable.update(dict.fromkeys(part["layer"][~np.isfinite(amounts)]))
+        beyond.update(dict.fromkeys(not_believable(part, value)))
         part = part.iloc[descending(amounts)[:top]]
         kinds |= set(part["kind"])
         _draw_bars(ax, part, value)
@@ -156,7 +162,7 @@ def ranked_bars(
     if any(ax.collections for ax in axes):
         handles.append(key("interval, from captions drawn again", color=BLACK, linewidth=1.1, marker="|"))
     if unusable:
-        handles.append(key(f"not finite: {listed(list(unusable))}", marker="x", linestyle="", color=GREY))
+        handles.append(key(left_out(list(unusable), list(beyond)), marker="x", linestyle="", color=GREY))
     legend_below(figure, handles)
     headline(figure, title)
     return figure
@@ -174,7 +180,7 @@ def cumulative_share(frame: pd.DataFrame, value: str = "score", share: float = 0
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     ax = figure.subplots()
     for i, (name, part) in enumerate(by_candidate(frame, value).items()):
-        amounts = numeric(part[value])
+        amounts = drawable(part, value)
         needed = groups_for_share(amounts, share)
         if needed == 0:
             continue
@@ -251,7 +257,7 @@ def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
         Paths of ``heatmap.png``, ``by_layer.png``, ``ranked.png`` and ``cumulative.png``; with experts also
         ``routing.png``.
     """
-    known = bool(np.isfinite(result.predicted_kl).any())
+    known = bool((np.isfinite(result.predicted_kl) & ~result.beyond).any())
     value = "predicted_kl" if known else "score"
     frame = tidy(result)
     measured = known and result.method == "kl_div"

@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from layerbits.atomic import atomic
-from layerbits.results.frames import Grid, listed
+from layerbits.results.frames import Grid, left_out
 from layerbits.results.result import FloatArray
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): apart for every colour vision; without its yellow, which
@@ -191,7 +191,8 @@ def odd_keys(grids: Sequence[Grid]) -> list[Line2D]:
     keys = []
     unusable = list(dict.fromkeys(layer for g in grids for layer in g.unusable))
     if unusable:
-        keys.append(key(f"not finite: {listed(unusable)}", marker="x", linestyle="", color=GREY))
+        beyond = list(dict.fromkeys(layer for g in grids for layer in g.beyond))
+        keys.append(key(left_out(unusable, beyond), marker="x", linestyle="", color=GREY))
     if any((g.present & (g.values <= 0)).any() for g in grids):
         keys.append(key("zero or below", marker=_ZERO, linestyle="", color=GREY))
     return keys

@@ -56,7 +56,7 @@ def note(result: SensitivityResult) -> str:
         f"**{data['run_name']}** ({formats}): {data['method']}, {_k(data['engine'])}, {_k(data['device'])}, "
         f"seed {_k(data['seed'])}.{warned}",
         f"{_k(calibration['dataset'])} {calibration['size']}: {_k(calibration['score_samples'])} captions, "
-        f"{_k(calibration['score_rows'])} rows, {_k(calibration['loss_tokens'], ',')} loss tokens",
+        f"{_k(calibration['score_rows'])} rows, {_k(calibration['loss_tokens'], ',')} loss tokens{_loss(data)}",
         f"Effective bits {_k(recipe['effective_bits'], '.3f')} (ModelOpt counts "
         f"{_k(recipe['effective_bits_modelopt'], '.3f')}{_active(recipe)}), target "
         f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
@@ -74,7 +74,11 @@ def note(result: SensitivityResult) -> str:
         stable = ends and ends["top_overlap"][c["name"]]
         sure = f"; other captions would share {stable:.1f} of the top {ends['top']}" if stable else ""
         lines.append(f"{_shares(c)}; {c['groups_for_most'] or '–'} of {recipe['groups']} groups make {MOST:.0%}{sure}")
-        lines += [f"**{x['rank']}** `{x['layer']}` {_n(_value(x))} ({_p(x['share'])})" for x in c["layers"][:5]]
+        lines += [
+            f"**{x['rank']}** `{x['layer']}` {_n(_value(x))} ({_p(x['share'])})"
+            f"{'' if x.get('believable', True) else ', not believable'}"
+            for x in c["layers"][:5]
+        ]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -143,7 +147,8 @@ def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
     titles += ["tied with"] if sure else []
 
     def row(x: Mapping[str, Any]) -> list[str]:
-        values = [_n(x["predicted_kl"]), *(_n(x[e]) for e in ends), _n(x["score"]), _p(x["share"])]
+        doubt = " (not believable)" if not x.get("believable", True) else ""
+        values = [_n(x["predicted_kl"]) + doubt, *(_n(x[e]) for e in ends), _n(x["score"]), _p(x["share"])]
         status = [_status(x["chosen"], several)] if known else []
         rank = [str(x["rank"]), *([_range(x["rank_low"], x["rank_high"])] if sure else [])]
         others = [_tied(x["tied"])] if sure else []
@@ -238,6 +243,7 @@ def _run(data: Mapping[str, Any]) -> Iterator[str]:
                 f"{_k(cal['calib_rows'])} to calibrate, {_k(cal['score_rows'])} to score",
             ],
             ["loss tokens", f"{tokens}; {padding}"],
+            *([["loss per token, unquantized", _loss(data).removeprefix("; ")]] if data["baseline"] else []),
             *([name, value] for name, value in data["tags"].items()),
             ["made", _k(data["created"])],
         ],
@@ -316,6 +322,17 @@ def _cost(data: Mapping[str, Any]) -> Iterator[str]:
     rows += [[name, f"{value:.2f}"] for name, value in data["memory"].items()]
     rows += [[name.removeprefix("version."), str(value)] for name, value in data["provenance"].items()]
     yield _facts(rows)
+
+
+def _loss(data: Mapping[str, Any]) -> str:
+    """How well the unquantized model predicts, beside guessing; empty where it is not known."""
+    found = data["baseline"]
+    if not found:
+        return ""
+    return (
+        f"; the unquantized model loses {_k(found['loss_per_token'], '.2f')} nats per token, guessing "
+        f"ln({found['vocabulary']:,}) = {found['guessing']:.2f}"
+    )
 
 
 def _kl_name(method: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class ScoringJob:
         cost_model: One of ``results.COST_MODELS``. active_ratio: Share of the routed experts that a token uses.
         held: Linears that stay quantized while the others are scored → search config.
         seed: Of what is drawn. draws: Passes of ``method=fisher``, each with tokens drawn anew.
+        watch: Told the unquantized model's mean loss on the first batch, nats, and its loss tokens, to stop the pass
+            there where the loss is out of all reason.
     """
 
     loaded: LoadedModel
@@ -48,6 +50,7 @@ class ScoringJob:
     held: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     seed: int = 0
     draws: int = 1
+    watch: Callable[[float, int], None] = lambda _loss, _tokens: None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Scores:
         chosen: Candidate name → per group whether the solver quantized it at the job's target.
         states: Candidate name → ModelOpt's search state, accepted by ``mtq.get_auto_quantize_config``.
         other_weights: Weights of quantizable modules outside the search (ModelOpt's denominator has them too).
+        loss_per_token: Mean loss of the unquantized model on the scored rows, nats.
         sample_kl: ``[S, G, C]`` or ``None``. sample_tokens: ``[S]`` or ``None``.
         memory: Estimates in GB. mode: Memory mode that ran.
         resumed: Whether a search checkpoint was used.
@@ -72,6 +76,7 @@ class Scores:
     chosen: Mapping[str, tuple[bool, ...]]
     states: Mapping[str, dict[str, Any]]
     other_weights: int
+    loss_per_token: float
     sample_kl: FloatArray | None = None
     sample_tokens: npt.NDArray[np.int64] | None = None
     nonfinite: tuple[NonFinite, ...] = ()

@@ -57,6 +57,8 @@ def score(job: ScoringJob) -> Scores:
                 with linears.counted():
                     runner = SuffixRunner(model, blocks, batches[index])
                 kept_gb = max(kept_gb, runner.kept_bytes / 1e9)
+                if index == distributed.rank():
+                    job.watch(runner.loss / batches[index].loss_tokens, batches[index].loss_tokens)
                 step = _step(runner, perturbations, batches[index], len(search.groups))
                 log.write(index, replace(step, routed=_flat(linears.take_routed())))
     distributed.barrier()
@@ -86,4 +88,4 @@ def _step(runner: SuffixRunner, perturbations: list[Perturbation], batch: Batch,
 
     kl, _ = runner.measure(perturbations)
     owner = torch.cat([s.sample[s.loss_mask] for s in batch.segments])
-    return step_of(kl.unflatten(0, (groups, -1)), owner, batch, np.arange(groups), groups)
+    return step_of(kl.unflatten(0, (groups, -1)), owner, batch, np.arange(groups), groups, runner.loss)

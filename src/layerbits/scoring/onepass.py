@@ -56,6 +56,8 @@ def score(job: ScoringJob) -> Scores:
         for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
             if log.read(index) is None:
                 step, mode = _step(taps, job, search, index, mode, chunked)
+                if index == distributed.rank():
+                    job.watch(step.loss / batches[index].loss_tokens, batches[index].loss_tokens)
                 log.write(index, step)
     distributed.barrier()
     steps = [step for step in map(log.read, range(len(batches))) if step is not None]
@@ -85,7 +87,7 @@ def _step(taps: Taps, job: ScoringJob, search: Search, index: int, mode: str, ch
     batch, groups = job.calibration.score[index], len(search.groups)
     if job.method == "gradient":
         scores, owner, mode = _score_batch(taps, batch, mode, chunked)
-        return step_of(scores, owner, batch, search.group_of, groups, taps.take_routed()), mode
+        return step_of(scores, owner, batch, search.group_of, groups, taps.loss, taps.take_routed()), mode
     device = job.loaded.model.get_input_embeddings().weight.device
     total, owner = 0, None
     routed: dict[str, Any] = {}
@@ -94,7 +96,7 @@ def _step(taps: Taps, job: ScoringJob, search: Search, index: int, mode: str, ch
         signed, owner, mode = _score_batch(taps, batch, mode, chunked, labels)
         routed = taps.take_routed()  # the same in every draw
         total = total + fisher.windowed(signed, owner, batch, search.group_of, groups) / job.draws
-    return step_of(total, owner, batch, np.arange(groups), groups, routed), mode
+    return step_of(total, owner, batch, np.arange(groups), groups, taps.loss, routed), mode
 
 
 def _details(job: ScoringJob, search: Search) -> list[tuple[int, str]]:

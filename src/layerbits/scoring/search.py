@@ -105,7 +105,13 @@ def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> d
 
 
 def step_of(
-    by_token: Any, owner: Any, batch: Batch, group_of: Any, groups: int, routed: Mapping[str, Any] | None = None
+    by_token: Any,
+    owner: Any,
+    batch: Batch,
+    group_of: Any,
+    groups: int,
+    loss: float,
+    routed: Mapping[str, Any] | None = None,
 ) -> Step:
     """Sums per-token scores to groups, in total and per sample.
 
@@ -115,6 +121,7 @@ def step_of(
         batch: The rows that they come from.
         group_of: ``[M]`` group of each.
         groups: How many groups there are.
+        loss: Of the unquantized model on the batch, nats, summed.
         routed: Tokens per expert, by expert module.
     """
     import torch
@@ -135,6 +142,7 @@ def step_of(
         sample_raw=shares.permute(2, 0, 1).cpu().numpy(),
         sample_tokens=np.array([int((counted == s).sum()) for s in samples], dtype=np.int64),
         bad=bad,
+        loss=loss,
         routed=np.concatenate([*(routed or {}).values(), np.zeros(0, dtype=np.int64)]).astype(np.int64),
     )
 
@@ -209,6 +217,7 @@ def assemble(
         other_weights=sum(d.weights for d in search.found if not d.searched),
         sample_kl=sample_kl,
         sample_tokens=sample_tokens,
+        loss_per_token=sum(s.loss for s in steps) / sum(b.loss_tokens for b in job.calibration.score),
         nonfinite=tuple(
             NonFinite(search.groups[details[m][0]].key, candidates[c], sample=int(sample), detail=details[m][1])
             for step in steps

@@ -24,6 +24,7 @@ class Step:
         raw: ``[G, C]`` raw scores of the batch.
         samples: ``[s]`` samples that it holds. sample_raw: ``[s, G, C]`` their shares. sample_tokens: ``[s]``.
         bad: ``[n, 3]`` linear, candidate and sample of scores that are not finite.
+        loss: Loss of the unquantized model on the batch, nats, summed over its loss tokens.
         routed: Tokens per expert, the expert modules one after the other.
     """
 
@@ -32,6 +33,7 @@ class Step:
     sample_raw: FloatArray
     sample_tokens: npt.NDArray[np.int64]
     bad: npt.NDArray[np.int64]
+    loss: float
     routed: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
@@ -64,7 +66,9 @@ class StepLog:
         if not path.exists():
             return None
         with np.load(path, allow_pickle=False) as data:
-            return Step(**{name: data[name] for name in data.files})
+            if "loss" not in data.files:  # of an earlier version
+                return None
+            return Step(**{name: data[name] for name in data.files if name != "loss"}, loss=float(data["loss"]))
 
     def write(self, index: int, step: Step) -> None:
         """Keeps a finished step."""

@@ -17,12 +17,14 @@ import numpy as np
 
 from layerbits.atomic import write_json
 from layerbits.errors import UserError
+from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import expert_notes
+from layerbits.inputs.limits import stock_fails
 from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, NonFinite
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of, with_active
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
-from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits
+from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits, summed_loss
 
 
 def score(job: ScoringJob) -> Scores:
@@ -47,40 +49,55 @@ def score(job: ScoringJob) -> Scores:
     unscored = unscored_patterns(model, set(job.scored))
     batches = list(zip_longest(job.calibration.calib, job.calibration.score))
     clock = _Clock()
+    seen: list[Any] = [None]
+
+    def watched(loss: float, batch: Batch) -> float:
+        if batch is batches[0][1]:
+            job.watch(loss / batch.loss_tokens, batch.loss_tokens)
+        return loss
 
     def forward_step(_model: Any, pair: tuple[Any, Any]) -> Any:
         # ModelOpt calls one function in both phases; it scores kl_div in inference mode and calibrates outside.
         if torch.is_inference_mode_enabled():
             clock.enter("score")
-            return loss_logits(_model, pair[1])
+            logits = loss_logits(_model, pair[1])
+            if pair is not seen[-1]:  # of each batch the unquantized model comes first
+                seen.append(pair)
+                steps.append(None, watched(summed_loss(logits, pair[1]), pair[1]))
+            return logits
         clock.enter("calibrate")
         return calibration_forward(_model, pair[0], need_logits=head in job.scored)
 
     def forward_backward_step(_model: Any, pair: tuple[Any, Any]) -> None:
         clock.enter("score")
-        loss_backward(_model, pair[1])
-        steps.append(_importances(_model))
+        loss = watched(float(loss_backward(_model, pair[1])), pair[1])
+        steps.append(_importances(_model), loss)
 
     with _quiet(), _restored_after(model):
         clock.enter("calibrate")
-        model, state = mtq.auto_quantize(
-            model,
-            constraints={
-                "effective_bits": job.target_bits,
-                "cost_model": job.cost_model,
-                "cost": {"excluded_module_name_patterns": unscored}
-                | ({"active_moe_expert_ratio": job.active_ratio} if job.cost_model == "active_moe" else {}),
-            },
-            quantization_formats=[config],
-            data_loader=batches,
-            forward_step=forward_step,
-            forward_backward_step=forward_backward_step if job.method == "gradient" else None,
-            num_calib_steps=len(job.calibration.calib),
-            num_score_steps=len(job.calibration.score),
-            disabled_layers=unscored,
-            method=job.method,
-            checkpoint=str(checkpoint),
-        )
+        try:
+            model, state = mtq.auto_quantize(
+                model,
+                constraints={
+                    "effective_bits": job.target_bits,
+                    "cost_model": job.cost_model,
+                    "cost": {"excluded_module_name_patterns": unscored}
+                    | ({"active_moe_expert_ratio": job.active_ratio} if job.cost_model == "active_moe" else {}),
+                },
+                quantization_formats=[config],
+                data_loader=batches,
+                forward_step=forward_step,
+                forward_backward_step=forward_backward_step if job.method == "gradient" else None,
+                num_calib_steps=len(job.calibration.calib),
+                num_score_steps=len(job.calibration.score),
+                disabled_layers=unscored,
+                method=job.method,
+                checkpoint=str(checkpoint),
+            )
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever its conversion and its hooks make of an architecture
+            raise stock_fails(model, error) from error
         clock.stop()
         decisions = [(n, h) for n, h in recipe_hparams(model) if h.is_configurable]
         other = sum(weights_of(h) for _, h in recipe_hparams(model) if not h.is_configurable)
@@ -101,6 +118,7 @@ def score(job: ScoringJob) -> Scores:
         chosen={name: tuple(state["best"]["recipe"][n].num_bits < 16 for n, _ in decisions)},
         states={name: {k: v for k, v in state.items() if k != "quantizer_states"}},
         other_weights=other,
+        loss_per_token=steps.loss(len(tokens)) / float(tokens.sum()),
         nonfinite=tuple(NonFinite(groups[g].key, name, detail="raw score") for g in np.flatnonzero(bad[:, 0])),
         seconds=clock.seconds,
         resumed=resumed,
@@ -125,18 +143,20 @@ def _importances(model: Any) -> list[float]:
         recipe = hparam.choices[0]
         parts = [hparam._importance_dict[recipe][module] for module in hparam.score_modules]
         if any(part is None for part in parts):
-            raise UserError(f"{name.removesuffix('.quant_recipe')} was never called in a forward pass; exclude it")
+            module = name.removesuffix(".quant_recipe")
+            raise UserError(f"{module} was never called in a forward pass; leave it out with model.exclude=[{module}]")
         totals.append(torch.stack(parts).sum())
     return torch.stack(totals).double().tolist()
 
 
 class _StepLog:
-    """Running raw scores after every step, on disk beside ModelOpt's checkpoint."""
+    """Running raw scores and the loss of every step, on disk beside ModelOpt's checkpoint."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self._path = path
         self._fingerprint = fingerprint
         self._running: list[list[float]] = []
+        self._losses: list[float] = []
         self._from_disk = path.exists()
         if self._from_disk:
             data = json.loads(path.read_text())
@@ -146,24 +166,37 @@ class _StepLog:
                     "give another folder as autoquant.checkpoint or delete it"
                 )
             self._running = [[np.nan if v is None else v for v in step] for step in data["running"]]
+            self._losses = [np.nan if v is None else v for v in data.get("losses", [])]
         else:
             self._write()
 
-    def append(self, totals: list[float]) -> None:
+    def append(self, totals: list[float] | None, loss: float) -> None:
         if self._from_disk:  # ModelOpt scores from the start again: its own checkpoint holds no scores yet
-            self._running, self._from_disk = [], False
-        self._running.append(totals)
+            self._running, self._losses, self._from_disk = [], [], False
+        if totals is not None:
+            self._running.append(totals)
+        self._losses.append(loss)
         self._write()
+
+    def loss(self, batches: int) -> float:
+        """Loss of all batches, nats, summed."""
+        if len(self._losses) != batches:
+            raise self._incomplete()
+        return sum(self._losses)
 
     def per_batch(self, batches: int, groups: int) -> FloatArray:
         running = np.array(self._running, dtype=np.float64)
         if running.shape != (batches, groups):
-            raise UserError(f"the search checkpoint in {self._path.parent} is incomplete; delete it and run again")
+            raise self._incomplete()
         return np.diff(running, axis=0, prepend=0.0)
 
+    def _incomplete(self) -> UserError:
+        return UserError(f"the search checkpoint in {self._path.parent} is incomplete; delete it and run again")
+
     def _write(self) -> None:
-        finite = [[v if np.isfinite(v) else None for v in step] for step in self._running]
-        write_json(self._path, {"fingerprint": self._fingerprint, "running": finite})
+        finite = [[v if np.isfinite(v) else None for v in step] for step in [*self._running, self._losses]]
+        told = {"fingerprint": self._fingerprint, "running": finite[:-1], "losses": finite[-1]}
+        write_json(self._path, told)
 
 
 class _Clock:

@@ -147,6 +147,11 @@ class SuffixRunner:
         feeds = sum(f.numel() * f.element_size() for kept in self._kept for f in kept.feeds)
         return feeds + sum(r.kept_bytes for r in self._references)
 
+    @property
+    def loss(self) -> float:
+        """Loss of the model without a background on the batch, nats, summed over its loss tokens."""
+        return sum(r.loss for r in self._references)
+
     def measure(self, perturbations: Sequence[Perturbation]) -> tuple[Any, Any]:
         """Measures each perturbation alone.
 
@@ -261,7 +266,7 @@ class SuffixRunner:
             times = sum(n == name for n, _ in called)
             if name != blocks.head and (times != 1 or calls[name] != tokens):
                 why = f"called {times} times" if times != 1 else f"called with {calls[name]} of {tokens} tokens"
-                raise Unsupported(f"{name} is {why} in a forward pass; exclude it or use autoquant.engine=stock")
+                raise Unsupported(f"{name} is {why} in a forward pass; leave it out with model.exclude=[{name}]")
         order = {name: at for at, (name, _) in enumerate(called)}
         if blocks.head is not None:
             order[blocks.head] = len(order)

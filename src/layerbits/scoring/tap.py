@@ -112,7 +112,9 @@ class Tap(ABC):
         for _, site, i, quantizer in self.range_names():
             found = running.get(site, {}).get(self.range_kind(i, quantizer))
             if found is None:
-                raise UserError(f"{self.name} is never called in a forward pass; exclude it")
+                raise UserError(
+                    f"{self.name} is never called in a forward pass; leave it out with model.exclude=[{self.name}]"
+                )
             amax = found.amax
             if not bool(torch.isfinite(amax).all()):
                 raise UserError(f"the input of {self.name} is not finite; try model.dtype=float32 or bfloat16")

@@ -66,6 +66,7 @@ class Taps:
         self._sizes: list[int] = []
         self._signed = False
         self._at = 0
+        self._loss: Any = 0.0
 
     def loads(self, tokens: int) -> list[Load]:
         """What each module takes for a segment of some tokens."""
@@ -180,16 +181,23 @@ class Taps:
         self._sizes = [s.input_ids.numel() for s in batch.segments]
         with self._observed(), _no_parameter_gradients(self.model):
             if labels is None:
-                loss_backward(self.model, batch, self._next_segment, chunked)
+                self._loss = loss_backward(self.model, batch, self._next_segment, chunked)
             else:
-                loss_backward(self.model, batch, self._next_segment, chunked, labels)
+                self._loss = loss_backward(self.model, batch, self._next_segment, chunked, labels)
         return self._tokens, owner
+
+    @property
+    def loss(self) -> float:
+        """Loss of the unquantized model on the batch that was scored last, nats, summed over its loss tokens."""
+        return float(self._loss)
 
     def _next_segment(self) -> None:
         for tap, calls in zip(self.taps, self._calls, strict=True):
             if calls != 1:
                 times = "never called" if calls == 0 else f"called {calls} times"
-                raise UserError(f"{tap.name} is {times} in a forward pass; exclude it or use autoquant.engine=stock")
+                raise UserError(
+                    f"{tap.name} is {times} in a forward pass; leave it out with model.exclude=[{tap.name}]"
+                )
         self._calls = [0] * len(self.taps)
         self._at += self._sizes.pop(0)
 
@@ -214,7 +222,7 @@ class Taps:
             if tokens != self._sizes[0]:  # an expert of its own, say: which tokens these are cannot be known here
                 raise UserError(
                     f"{tap.name} is called on {tokens} of {self._sizes[0]} tokens in a forward pass; "
-                    "exclude it or use autoquant.engine=stock"
+                    f"leave it out with model.exclude=[{tap.name}]"
                 )
             if output.requires_grad:
                 held = tap.hold(args, kwargs, output)

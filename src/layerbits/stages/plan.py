@@ -42,4 +42,4 @@ class Plan:
 
     def warnings(self, capability: Capability) -> tuple[str, ...]:
         """What the user should know before a candidate is scored."""
-        return (*self.calibration.warnings, *capability.notes)
+        return (*self.resolved.warnings, *self.calibration.warnings, *capability.notes)

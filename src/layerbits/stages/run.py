@@ -14,8 +14,10 @@ from layerbits.cache import cache_dir
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
 from layerbits.config import AutoQuantSpec
+from layerbits.inputs.limits import dropout_of
 from layerbits.inputs.models import LoadedModel, load
 from layerbits.provenance import peak_memory, provenance
+from layerbits.results.baseline import Baseline, check_first_batch
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, effective_bits
 from layerbits.results.routing import coverage_warnings
@@ -24,6 +26,12 @@ from layerbits.stages.workbench import scored_together
 
 if TYPE_CHECKING:
     from layerbits.scoring.job import Scores, ScoringJob
+
+
+_DROPOUT_ON = (
+    "ModelOpt's search scores in train mode, so the model's dropout of {:g} was on: the scores are of a noisier model "
+    "than the one that is served; autoquant.engine=onepass scores without"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,9 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
 
     Returns:
         One outcome per candidate, in the plan's order.
+
+    Raises:
+        UserError: The unquantized model predicts the captions no better than guessing.
     """
     import torch
 
@@ -75,9 +86,15 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     engine_name = "stock" if fell_back else spec.engine
     engine = stock if engine_name == "stock" else kl if spec.method == "kl_div" else onepass
     scores = engine.score(job)
+    baseline = Baseline(scores.loss_per_token, _vocabulary(loaded.model))
+    doubts = () if settings.model.random_weights else baseline.check(_opening(plan))
+    noisy = dropout_of(loaded.model, loaded.model.config.get_text_config())
+    on = noisy > 0 and engine is stock and spec.method == "gradient"
     notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
     captions = spec.num_score_samples or len(plan.captions.captions)
     starved = coverage_warnings(scores.routing, captions)
+    dropout = (_DROPOUT_ON.format(noisy),) if on else ()
+    switched = {"dropout": f"{noisy:g}, {'on' if on else 'off'} while scoring"} if noisy > 0 else {}
     facts = provenance(root)
     return [
         Outcome(
@@ -96,14 +113,15 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     recipe=_recipe(scores, c, candidate.info, spec),
                     sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, [c]],
                     sample_tokens=scores.sample_tokens,
+                    baseline=baseline,
                     nonfinite=tuple(n for n in scores.nonfinite if n.candidate == candidate.info.name),
                     settings=_shown(settings.composed),
                     provenance=facts,
                     seconds={**seconds, **scores.seconds},
                     memory={**peak_memory(), **scores.memory},
                     routing=scores.routing,
-                    tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
-                    warnings=(*plan.warnings(capability), *scores.notes, *notes, *starved),
+                    tags={**_tags(plan, capability, scores), **switched, "cell": plan.cells[candidate.info.name]},
+                    warnings=(*doubts, *dropout, *plan.warnings(capability), *scores.notes, *notes, *starved),
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
                 )
             ),
@@ -124,6 +142,11 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
     from layerbits.scoring.job import ScoringJob
 
     spec = plan.settings.autoquant
+
+    def watch(loss: float, tokens: int) -> None:
+        if not plan.settings.model.random_weights:
+            check_first_batch(loss, tokens, _vocabulary(loaded.model), _opening(plan))
+
     return ScoringJob(
         loaded=loaded,
         scored=plan.scored,
@@ -139,7 +162,22 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
         draws=spec.draws,
         cost_model=spec.cost_model,
         active_ratio=plan.active_ratio,
+        watch=watch,
     )
+
+
+def _vocabulary(model: Any) -> int:
+    """Tokens that a model chooses among."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _opening(plan: Plan) -> str:
+    """That rows lack the token which their tokenizer has for the beginning of a text, where they do."""
+    token = plan.tokenizer.bos_token_id
+    first = int(plan.calibration.score[0].segments[0].input_ids[0, 0])
+    if token is None or token in (first, plan.tokenizer.eos_token_id):
+        return ""
+    return f"its tokenizer has {plan.tokenizer.bos_token} to begin a text, but puts none"
 
 
 def _recipe(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuantSpec) -> Recipe:
@@ -218,4 +256,6 @@ def _tags(plan: Plan, capability: Capability, scores: Scores) -> dict[str, str]:
         tags["memory_mode"] = scores.mode
     if plan.settings.model.random_weights:
         tags["weights"] = "random"
+    if plan.resolved.quantization:
+        tags["dequantized"] = plan.resolved.quantization.words
     return tags

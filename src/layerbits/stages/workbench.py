@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Calibration, build_calibration
 from layerbits.inputs.captions import CaptionSet, load_captions
 from layerbits.inputs.experts import active_ratio, is_routed
-from layerbits.inputs.models import ResolvedModel, Shapes, load_tokenizer, resolve, skeleton
+from layerbits.inputs.limits import check_stock, limits_of
+from layerbits.inputs.models import ResolvedModel, Shapes, empty_model, load_tokenizer, resolve, scored_linears
 from layerbits.provenance import provenance
 from layerbits.stages.plan import Plan
 
@@ -27,13 +28,18 @@ _FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B
 
 @dataclass(frozen=True)
 class Workbench:
-    """A model's shape, tokenizer and rows: what the candidates of one pass share."""
+    """A model's shape, tokenizer and rows: what the candidates of one pass share.
+
+    Attributes:
+        empty: The model on the meta device, without numbers.
+    """
 
     settings: Settings
     captions: CaptionSet
     resolved: ResolvedModel
     tokenizer: Any
     calibration: Calibration
+    empty: Any
     linears: Mapping[str, Shapes]
     active_ratio: float | None
     device: str
@@ -68,6 +74,8 @@ class Workbench:
                 f"{candidate.info.name} needs ModelOpt's own calibration, which has no method=fisher; "
                 "use autoquant.method=gradient"
             )
+        if self.settings.autoquant.engine == "stock" or not scored_together(candidate):
+            check_stock(self.empty)
         return check(candidate, linears, self.device == "cuda", self.settings.strict)
 
     def cell(self, candidate: Candidate, capability: Capability) -> str:
@@ -125,7 +133,10 @@ class Workbench:
     ) -> list[Any]:
         spec, data, model = self.settings.autoquant, self.settings.dataset, self.settings.model
         return [
-            [self.resolved.source, self.resolved.revision, model.dtype, model.random_weights],
+            [
+                *(self.resolved.source, self.resolved.revision, model.dtype, model.random_weights),
+                *(["code of its own"] if model.trust_remote_code else []),
+            ],
             scored,
             [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
             [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
@@ -145,13 +156,16 @@ def workbench(settings: Settings) -> Workbench:
     _check_disk(settings.output_root)
     device = _device(settings.device)
     resolved = resolve(settings.model)
-    linears = skeleton(resolved)
+    empty = empty_model(resolved)
+    linears = scored_linears(empty, settings.model)
     ratio = _active_ratio(spec, resolved, linears)
     tokenizer = load_tokenizer(resolved)
     calibration = build_calibration(
         captions.captions, tokenizer, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
     )
-    return Workbench(settings, captions, resolved, tokenizer, calibration, linears, ratio, device)
+    doubts = limits_of(empty, resolved.config, settings.model.name).check(calibration, tokenizer)
+    calibration = replace(calibration, warnings=(*doubts, *calibration.warnings))
+    return Workbench(settings, captions, resolved, tokenizer, calibration, empty, linears, ratio, device)
 
 
 def scored_together(candidate: Candidate) -> bool:

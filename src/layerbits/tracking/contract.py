@@ -98,6 +98,7 @@ def parameters(result: SensitivityResult) -> dict[str, str]:
         "target_effective_bits": result.recipe.target_bits,
         "cost_model": result.recipe.cost_model,
         "seed": result.seed,
+        "vocabulary": result.baseline.vocabulary if result.baseline else None,
         "dtype": result.model.dtype,
         "device": result.device,
     }
@@ -113,7 +114,8 @@ def _draws(result: SensitivityResult) -> object:
 def metrics(result: SensitivityResult) -> list[tuple[str, float, int]]:
     """All metrics as (key, value, step), non-finite values left out.
 
-    The step of a ``*_by_layer`` metric is the block; where a block has several groups of one kind, they are summed.
+    The step of a ``*_by_layer`` metric is the block; where a block has several groups of one kind, they are summed. A
+    predicted KL that is not believable is left out of ``predicted_kl_by_layer``, which is there to be drawn.
     """
     kinds = ("scores", "score_by_layer"), ("predicted_kl", "predicted_kl_by_layer")
     rows = [(key, value, 0) for key, value in _scalars(result)]
@@ -277,6 +279,9 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
     yield "summary/groups", float(len(result.groups))
     finite = np.isfinite(result.scores) & (np.isfinite(result.predicted_kl) if known else True)
     yield "summary/nonfinite", float((~finite).sum())
+    if result.baseline is not None:
+        yield "summary/loss_per_token", result.baseline.loss_per_token
+        yield "summary/not_believable", float(result.beyond.sum())
     if (ends := result.intervals) is not None:
         yield f"summary/rank_stability_top{ends.top}", float(ends.top_overlap[0]) / ends.top
         yield f"summary/captions_for_stable_top{ends.top}", float(ends.top_captions[0])
@@ -292,6 +297,8 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
 
 def _lines(result: SensitivityResult, values: str) -> Iterator[tuple[str, int, float]]:
     column = getattr(result, values)[:, 0]
+    if values == "predicted_kl":
+        column = np.where(result.beyond[:, 0], np.nan, column)
     for kind, positions in by_kind(result.groups):
         blocks: dict[int, float] = {}
         for position in positions:
