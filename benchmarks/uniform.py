@@ -90,6 +90,7 @@ def scheme_of(bench: Workbench, candidate: Candidate, name: str) -> Scheme:
         predicted_kl=float("nan"),
         score=0.0,
         how={"method": "uniform"},
+        settings={key: settings.composed[key] for key in ("model", "dataset", "autoquant", "seed")},
     )
 
 

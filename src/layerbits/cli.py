@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -99,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--run-id", help="the run that the job had opened")
     push.add_argument("--experiment", default="layerbits", help="experiment of a new run (layerbits)")
 
+    serve = command("serve", _serve, "serve an exported checkpoint with vLLM, until it is stopped")
+    serve.add_argument("checkpoint", metavar="RUN", help="run id of an export, or a checkpoint's folder")
+    serve.add_argument("--port", type=int, default=8000, help="on this machine (8000)")
+    serve.add_argument("--python", help="a Python that has vLLM; else that of .venv-vllm, which `make vllm` makes")
+    serve.add_argument("--plugin", type=Path, help="folder with a plugin of vLLM for its path")
+    serve.add_argument("--arguments", default="", help="further arguments of the server, in one text")
+
     view = command("view", _view, "print the link of each experiment's comparison view in the UI")
     view.add_argument("--port", type=int, default=5000, help="of the UI on a database; a server has its own (5000)")
 
@@ -175,6 +183,14 @@ def _push(options: argparse.Namespace) -> int:
     if command := ui_command(uri):
         print(f"open the UI with: {command}")
     print_view(client, uri, where)
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from layerbits.serving.foreground import serve
+
+    arguments = shlex.split(options.arguments)
+    serve(options.checkpoint, options.port, options.python, options.plugin, arguments, options.tracking_uri)
     return 0
 
 

@@ -46,8 +46,8 @@ class Launch:
 
     Attributes:
         environment: The Python with vLLM.
-        max_length: Tokens of a text and its continuation.
-        top_k: Tokens that it is to tell per position; -1 = all.
+        max_length: Tokens of a text and its continuation; ``None`` = as many as the model takes.
+        top_k: Tokens that it is to tell per position; -1 = all, ``None`` = vLLM's own limit.
         dtype: vLLM's ``--dtype``.
         port: ``None`` = any free one.
         plugin: Folder with a plugin of vLLM to put on its path.
@@ -56,22 +56,24 @@ class Launch:
     """
 
     environment: Environment
-    max_length: int
-    top_k: int
+    max_length: int | None = None
+    top_k: int | None = None
     dtype: str = "auto"
     port: int | None = None
     plugin: Path | None = None
     arguments: tuple[str, ...] = ()
     seconds: float = 1800.0
 
-    def command(self, folder: Path, port: int) -> list[str]:
-        """Command line of a server; what ``vllm serve`` runs, which needs a package of that name."""
-        # Eager: a few texts do not repay the capture of graphs.
+    def command(self, folder: Path, port: int, name: str = NAME) -> list[str]:
+        """Command line of a server: what ``vllm serve`` runs, which on CPUs misses a package of its own name."""
+        limits = [] if self.max_length is None else ["--max-model-len", str(self.max_length), "--max-num-seqs", "4"]
+        limits += [] if self.top_k is None else ["--max-logprobs", str(self.top_k)]
+        # A few texts do not repay the capture of graphs, nor CPUs the compilation.
+        eager = ["--enforce-eager"] if self.max_length is not None or self.environment.on_cpu else []
         return [
             *(str(self.environment.python), "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(folder), "--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port)),
-            *("--max-model-len", str(self.max_length), "--max-logprobs", str(self.top_k), "--dtype", self.dtype),
-            *("--max-num-seqs", "4", "--enforce-eager", *self.arguments),
+            *("--model", str(folder), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)),
+            *("--dtype", self.dtype, *limits, *eager, *self.arguments),
         ]
 
     def variables(self) -> Mapping[str, str]:
