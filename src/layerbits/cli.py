@@ -207,7 +207,7 @@ def _reap(options: argparse.Namespace) -> int:
 
     closed = reap(connect(options.tracking_uri))
     for run in closed:
-        print(f"killed: {run.run_id} {run.name} ({run.reason})")
+        print(f"{run.outcome}: {run.run_id} {run.name} ({run.reason})")
     print(f"{len(closed)} runs closed")
     return 0
 

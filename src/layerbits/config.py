@@ -11,6 +11,7 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.errors import UserError
 from layerbits.inputs.models import ModelSpec
+from layerbits.results.naming import run_name
 from layerbits.results.result import COST_MODELS
 from layerbits.tracking.settings import TrackingSpec
 
@@ -83,8 +84,8 @@ class Settings:
 
     @property
     def run_name(self) -> str:
-        """Name of the run: model, pair, granularity and dataset size."""
-        return f"{self.model.name} {self.quant_pair.name} {self.overlay.name} {self.dataset.size}"
+        """Name of the run: pair, dataset size, granularity and model."""
+        return run_name(self.model.name, self.quant_pair.name, self.overlay.name, self.dataset.size)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:

@@ -186,6 +186,18 @@ def test_reap_ends_the_run_of_a_killed_process_and_no_other(store, tmp_path, lay
         alive.wait()
 
 
+def test_reap_ends_a_run_that_had_told_its_outcome_as_that(store, tmp_path, layerbits):
+    killed, run_id = job(tmp_path, "almost")
+    killed.kill()
+    killed.wait()
+    client = mlflow.MlflowClient(store)
+    client.set_tag(run_id, "outcome", "ok")  # what a result's logging writes last
+    _, out, _ = layerbits("reap", "--tracking-uri", store)
+    assert out[0].startswith(f"ok: {run_id} almost ")
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["outcome"], "reason" in run.data.tags) == ("FINISHED", "ok", False)
+
+
 # The doctor
 
 

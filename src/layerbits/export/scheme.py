@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerbits.atomic import write_json
+from layerbits.atomic import scratch_folder, whole_folder, why_unwritable, write_json
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
 
@@ -32,6 +29,7 @@ if TYPE_CHECKING:
     from layerbits.schemes import Scheme
 
 MANIFEST = "layerbits.json"
+_MEND = "free space or name another folder"
 
 
 class NotProven(UserError):
@@ -145,30 +143,30 @@ def export_scheme(
     """
     seconds: dict[str, float] = {}
     report = plan.target.with_name(f"{plan.target.name}.report")
-    with _partial(plan.target) as folder:
+    with _told(plan.target), scratch_folder(plan.target) as folder:
         scored = _write(plan, folder, device, ranges, seconds)
         proof = _prove(plan, folder, scored, known or {}, seconds)
-        write_json(report / "proof.json", proof.to_json())
-        (report / "proof.md").write_text(proof.markdown())
-        plan.scheme.save(report / "scheme.json")
-        try:
-            proof.require()
-        except UserError as error:
-            raise NotProven(f"{error}; the report is {report}, the checkpoint was deleted", report) from None
-        record = {"record": asdict(proof.record), "scheme": plan.scheme.to_json()}
-        write_json(folder / MANIFEST, record)
-        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-        if plan.target.exists():
-            plan.target.rmdir()
-        folder.rename(plan.target)
-    write_json(report / "checkpoint.json", {"path": str(plan.target), "files": files, **record["record"]})
+        record = asdict(proof.record)
+        failure = _failure(proof)
+        if failure is None:
+            write_json(folder / MANIFEST, {"record": record, "scheme": plan.scheme.to_json()})
+        with whole_folder(report, _MEND) as files:
+            write_json(files / "proof.json", proof.to_json())
+            (files / "proof.md").write_text(proof.markdown())
+            plan.scheme.save(files / "scheme.json")
+            if failure is None:
+                sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+                write_json(files / "checkpoint.json", {"path": str(plan.target), "files": sizes, **record})
+        if failure is not None:
+            raise NotProven(f"{failure}; the report is {report}, the checkpoint was deleted", report)
+        folder.rename(plan.target)  # also over an empty folder
     return Export(plan.scheme, plan.target, report, proof)
 
 
 def known_exports(root: Path) -> dict[str, tuple[str, str]]:
     """Exports in the folders of a folder: name → weights digest, recipe digest."""
     known = {}
-    for file in sorted(root.glob(f"*/{MANIFEST}")):
+    for file in sorted(root.glob(f"[!.]*/{MANIFEST}")):  # not what is being written
         try:
             record = json.loads(file.read_text())["record"]
             known[file.parent.name] = (str(record["weights"]), str(record["recipe"]))
@@ -205,12 +203,7 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
     layers = scored_layers(model, scheme, plan.labels, ranges, on_disk)
     where = next(model.parameters()).device.type
     with _timed(seconds, "export"):
-        try:
-            kv_ranges = _write_format(plan, loaded, layers, folder, on_disk)
-        except OSError as error:
-            raise UserError(
-                f"cannot write the export to {plan.target} ({error.strerror or error}); free space"
-            ) from None
+        kv_ranges = _write_format(plan, loaded, layers, folder, on_disk)
     kv_on_disk = {_scale_on_disk(name, on_disk): amax for name, amax in kv_ranges.items()}
     return _Scored(source, layers, loaded_from, kv_on_disk, unquantized, applied, rows, loaded.info.dtype, where)
 
@@ -328,16 +321,21 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - start
 
 
+def _failure(proof: Proof) -> str | None:
+    """What is wrong with the checkpoint, ``None`` where nothing is."""
+    try:
+        proof.require()
+    except UserError as error:
+        return str(error)
+    return None
+
+
 @contextmanager
-def _partial(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, gone afterwards unless it was renamed."""
+def _told(target: Path) -> Iterator[None]:
+    """Tells in one line that an export cannot be written."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise UserError(f"cannot write to {target.parent} ({error.strerror}); name another folder") from None
-    try:
-        os.chmod(folder, 0o755)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except Exception as error:
+        if (reason := why_unwritable(error)) is None:
+            raise
+        raise UserError(f"cannot write the export to {target} ({reason}); {_MEND}") from None

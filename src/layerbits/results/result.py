@@ -17,6 +17,7 @@ import numpy.typing as npt
 from layerbits.errors import UserError
 from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
+from layerbits.results.naming import run_name
 from layerbits.results.routing import Routing
 
 SCHEMA_VERSION = 1
@@ -236,10 +237,10 @@ class SensitivityResult:
 
     @property
     def run_name(self) -> str:
-        """Name of the run: model, pair, granularity and dataset size, as far as they are known."""
+        """Name of the run: pair, dataset size, granularity and model, as far as they are known."""
         pairs = "+".join(dict.fromkeys(c.quant_pair for c in self.candidates))
         grains = "+".join(dict.fromkeys(c.granularity for c in self.candidates))
-        return " ".join(filter(None, (self.model.name, pairs, grains, self.calibration.size)))
+        return run_name(self.model.name, pairs, grains, self.calibration.size)
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain record per group and candidate, most sensitive first within a candidate.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layerbits.atomic import write_json
+from layerbits.atomic import atomic, why_unwritable, write_json
 from layerbits.errors import UserError
 from layerbits.results.result import FloatArray
 
@@ -51,65 +53,80 @@ class StepLog:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._folder = folder
         owner = folder / "fingerprint.json"
-        if owner.exists():
-            if json.loads(owner.read_text()) != fingerprint:
-                raise UserError(
-                    f"the search checkpoint in {folder} was made with other parameters; "
-                    "give another folder as autoquant.checkpoint or delete it"
-                )
-        else:
-            write_json(owner, fingerprint)
+        with writable(folder):
+            if not owner.exists():
+                write_json(owner, fingerprint)
+        if json.loads(owner.read_text()) != fingerprint:
+            raise UserError(
+                f"the search checkpoint in {folder} was made with other parameters; "
+                "give another folder as autoquant.checkpoint or delete it"
+            )
 
     def read(self, index: int) -> Step | None:
         """A finished step, ``None`` where it is not finished."""
-        path = self._path(f"step-{index:05d}.npz")
-        if not path.exists():
+        name = f"step-{index:05d}.npz"
+        found = self._read(name)
+        if found is None:
             return None
-        with np.load(path, allow_pickle=False) as data:
-            if "loss" not in data.files:  # of an earlier version
-                return None
-            return Step(**{name: data[name] for name in data.files if name != "loss"}, loss=float(data["loss"]))
+        if "loss" not in found:  # of an earlier version
+            (self._folder / name).unlink(missing_ok=True)
+            return None
+        return Step(**{**found, "loss": float(found["loss"])})
 
     def write(self, index: int, step: Step) -> None:
-        """Keeps a finished step."""
+        """Keeps a finished step; one that another process has kept in the meantime stays."""
         self._write(f"step-{index:05d}.npz", vars(step))
 
     def read_routed(self, part: int) -> dict[str, Any]:
         """Tokens per expert that a process counted in calibration, by expert module; empty where it counted none."""
-        path = self._path(f"routed-{part}.npz")
-        if not path.exists():
-            return {}
-        with np.load(path, allow_pickle=False) as data:
-            return {name: data[name] for name in data.files}
+        return self._read(f"routed-{part}.npz") or {}
 
     def write_routed(self, routed: dict[str, Any], part: int) -> None:
         """Keeps what a process counted in calibration; with nothing to keep there is no file."""
         if routed:
-            self._write(f"routed-{part}.npz", routed)
+            self._write(f"routed-{part}.npz", routed, replace=part > 0)
 
     def read_ranges(self, part: int = 0) -> dict[str, Any] | None:
         """Calibrated ranges (arrays by name), ``None`` where calibration was not finished."""
-        path = self._path(f"ranges-{part}.npz")
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as data:
-            return {name: data[name] for name in data.files}
+        return self._read(f"ranges-{part}.npz")
 
     def write_ranges(self, ranges: dict[str, Any], part: int = 0) -> None:
-        """Keeps calibrated ranges."""
-        self._write(f"ranges-{part}.npz", ranges)
+        """Keeps calibrated ranges; of the whole calibration (part 0), those stay that another process has kept.
 
-    def _path(self, name: str) -> Path:
-        return self._folder / name
+        A part is replaced: an earlier start may have had another number of processes.
+        """
+        self._write(f"ranges-{part}.npz", ranges, replace=part > 0)
 
-    def _write(self, name: str, arrays: dict[str, Any]) -> None:
-        partial = self._path(f".{name}.{os.getpid()}.npz")
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self._folder / name
         try:
-            np.savez(partial, **arrays)
-            partial.replace(self._path(name))
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(
-                f"cannot write the search checkpoint in {self._folder} ({error.strerror}); free space or set "
-                "autoquant.checkpoint to another folder"
-            ) from None
+            with np.load(path, allow_pickle=False) as data:
+                return {name: data[name] for name in data.files}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # the machine went down before it was on the disk
+            path.unlink(missing_ok=True)
+            return None
+
+    def _write(self, name: str, arrays: dict[str, Any], replace: bool = False) -> None:
+        # The first stays: of two processes with the same parameters, both go on with the same numbers.
+        with writable(self._folder), suppress(FileExistsError), atomic(self._folder / name, replace) as file:
+            np.savez(file, **arrays)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Tells in one line that a search checkpoint cannot be written.
+
+    Raises:
+        UserError: That line.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := why_unwritable(error)) is None:
+            raise
+        raise UserError(
+            f"cannot write the search checkpoint in {folder} ({reason}); free space or set autoquant.checkpoint to "
+            "another folder"
+        ) from None

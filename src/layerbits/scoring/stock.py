@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import pickle
+import sys
 import time
 import warnings
 import zipfile
@@ -15,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.atomic import write_json
+from layerbits.atomic import why_unwritable, write_json
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import expert_notes
@@ -24,6 +28,7 @@ from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, NonFinite
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of, with_active
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
+from layerbits.scoring.steplog import writable
 from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits, summed_loss
 
 
@@ -34,16 +39,22 @@ def score(job: ScoringJob) -> Scores:
     what was done. Afterwards the model computes what it did before, with all quantizers disabled.
 
     Raises:
-        UserError: The checkpoint belongs to other parameters, or the scores are not usable.
+        UserError: The checkpoint belongs to other parameters or cannot be written, or the scores are not usable.
     """
+    with writable(job.workdir), _alone(job.workdir):
+        return _score(job)
+
+
+def _score(job: ScoringJob) -> Scores:
     import modelopt.torch.quantization as mtq
     import torch
 
     ((name, config),) = job.configs.items()
     model = job.loaded.model
     steps = _StepLog(job.workdir / "steps.json", job.fingerprint)
-    checkpoint = job.workdir / "autoquant_checkpoint.pt"
-    _discard_damaged(checkpoint)
+    checkpoint = _checkpoint(job)
+    if _discard_damaged(checkpoint):
+        warnings.warn(f"{checkpoint} is damaged (a run ended while writing it); scoring again", stacklevel=2)
     resumed = checkpoint.exists()
     head = output_head(model)
     unscored = unscored_patterns(model, set(job.scored))
@@ -97,6 +108,10 @@ def score(job: ScoringJob) -> Scores:
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever its conversion and its hooks make of an architecture
+            if why_unwritable(error):
+                raise
+            if _discard_damaged(checkpoint):  # PyTorch's writer has many words for a full disk, and no cause
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise stock_fails(model, error) from error
         clock.stop()
         decisions = [(n, h) for n, h in recipe_hparams(model) if h.is_configurable]
@@ -124,6 +139,24 @@ def score(job: ScoringJob) -> Scores:
         resumed=resumed,
         notes=expert_notes(model, engine=False),
     )
+
+
+def _checkpoint(job: ScoringJob) -> Path:
+    """ModelOpt's own file."""
+    return job.workdir / "autoquant_checkpoint.pt"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the lock of a search checkpoint: ModelOpt writes its file in place, for one process only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another process scores the same; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _stat(state: dict[str, Any], name: str, what: str) -> float:
@@ -219,17 +252,18 @@ class _Clock:
             self._phase = ""
 
 
-def _discard_damaged(checkpoint: Path) -> None:
-    """A run killed while ModelOpt wrote its checkpoint leaves a torn file; it is no result."""
+def _discard_damaged(checkpoint: Path) -> bool:
+    """Removes a torn file, which is no result; returns whether it was one."""
     import torch
 
     if not checkpoint.exists():
-        return
+        return False
     try:
         torch.load(checkpoint, map_location="cpu")
-    except (EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError):
-        warnings.warn(f"{checkpoint} is damaged (a run was killed while writing it); scoring again", stacklevel=2)
+    except (EOFError, OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError):
         checkpoint.unlink()
+        return True
+    return False
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from layerbits.errors import UserError
-from layerbits.tracking.contract import PROCESS
+from layerbits.tracking.contract import PROCESS, STATUS
 from layerbits.tracking.store import one_line, open_store, redact
 
 _PREFIXES = (PROCESS, "process.")  # the second in runs of the first days
@@ -22,10 +22,11 @@ _PREFIXES = (PROCESS, "process.")  # the second in runs of the first days
 
 @dataclass(frozen=True)
 class Reaped:
-    """A run that was closed, and why."""
+    """A run that was closed, as what, and why."""
 
     run_id: str
     name: str
+    outcome: str
     reason: str
 
 
@@ -43,6 +44,8 @@ def process_tags() -> dict[str, str]:
 
 def reap(tracking_uri: str | None = None, root: Path | None = None) -> list[Reaped]:
     """Ends the RUNNING runs of this machine whose process is gone as KILLED, with ``outcome`` and ``reason``.
+
+    A run that was killed after it had told its outcome ends as that.
 
     Args:
         tracking_uri: The store, as :func:`~layerbits.tracking.store.open_store` takes it.
@@ -68,10 +71,13 @@ def reap(tracking_uri: str | None = None, root: Path | None = None) -> list[Reap
             # Asked again: a process ends its run before itself, and may have just done so.
             if reason is None or client.get_run(run.info.run_id).info.status != "RUNNING":
                 continue
-            tags = [RunTag("outcome", "killed"), RunTag("reason", reason)]
-            client.log_batch(run.info.run_id, tags=tags)
-            client.set_terminated(run.info.run_id, "KILLED", _last_sign(run))
-            reaped.append(Reaped(run.info.run_id, run.info.run_name, reason))
+            outcome = run.data.tags.get("outcome")
+            if outcome is None:
+                outcome = "killed"
+                client.log_batch(run.info.run_id, tags=[RunTag("outcome", outcome), RunTag("reason", reason)])
+            # Tags are written last: what told its outcome before it was killed has everything.
+            client.set_terminated(run.info.run_id, STATUS.get(outcome, "FAILED"), _last_sign(run))
+            reaped.append(Reaped(run.info.run_id, run.info.run_name, outcome, reason))
     except MlflowException as error:
         raise UserError(f"cannot close runs in {redact(uri)}: {one_line(error)}") from error
     return reaped

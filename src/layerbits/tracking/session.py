@@ -259,7 +259,7 @@ def _close(session: RunSession, ending: Ending) -> None:
         return
     if command := ui_command(session.tracking_uri):
         print(f"open the UI with: {command}", flush=True)
-    if ending is _OK:
+    if ending.outcome in ("ok", "partial"):
         print_view(client, session.tracking_uri, session.experiment_id)
 
 
