@@ -2,7 +2,8 @@
 
 ModelOpt gives every expert a ``TensorQuantizer`` of its own and calls them one after the other. A scale per tensor of
 an expert is a scale per slice of the whole projection, so that ModelOpt's quantizer with another ``axis`` computes the
-same numbers for all experts at once; blocks and rows do not know experts at all.
+same numbers for all experts at once; blocks and rows do not know experts at all. What is left (NVFP4 with stored block
+ranges, ranges that are searched) is quantized expert by expert.
 """
 
 from __future__ import annotations
@@ -24,15 +25,14 @@ class ExpertWeights:
     Args:
         attributes: ModelOpt's quantizer attributes for the weight of one expert.
         weight: ``[experts, out_features, in_features]``.
-
-    Raises:
-        Unsupported: Scales that are laid out in a way that is not known here.
+        search: How the ranges are searched (``mse``), ``None`` = largest magnitudes.
     """
 
-    def __init__(self, attributes: Any, weight: Any) -> None:
+    def __init__(self, attributes: Any, weight: Any, search: Any = None) -> None:
         experts, rows, width = weight.shape
-        self._layout, adapted = _layout(attributes)
-        size = max(1, AT_ONCE // (rows * width))
+        self._layout, adapted = ("each", attributes) if search is not None else _layout(attributes)
+        self._search = search
+        size = 1 if self._layout == "each" else max(1, AT_ONCE // (rows * width))
         self._parts = [slice(at, min(at + size, experts)) for at in range(0, experts, size)]
         self._own = self._layout == "nvfp4" and (attributes.backend == fp4.NVFP4_BACKEND or weight.is_cuda)
         self._quantizers = [quantizers.make_quantizer(adapted, weight.device) for _ in self._parts]
@@ -55,7 +55,7 @@ class ExpertWeights:
             elif self._layout == "row":
                 quantizer.amax = rows_amax[part].reshape(-1, 1)
             else:
-                quantizers.calibrate_weight(quantizer, self._seen(weight[part]))
+                quantizers.calibrate_weight(quantizer, self._seen(weight[part]), self._search)
 
     def range_of(self, expert: int, start: int, stop: int) -> Any:
         """Range of some rows of one expert: of the expert, of each row, or of each block of a row, ``[-1, 1]``.
@@ -94,6 +94,8 @@ class ExpertWeights:
 
     def _seen(self, weight: Any) -> Any:
         """The weights in the shape that the quantizer gets."""
+        if self._layout == "each":
+            return weight[0]
         if self._layout == "matrix":
             return weight.reshape(len(weight), -1)
         if self._layout in ("row", "row blocks"):
@@ -124,7 +126,7 @@ def _layout(attributes: Any) -> tuple[str, Any]:
     if lengths and len(whole) < len(lengths):
         if tuple(blocks.get("scale_bits") or ()) == (4, 3) and attributes.num_bits == (2, 1):
             if blocks.get("type") != "dynamic":
-                raise Unsupported("NVFP4 with static block scales of experts; use the dynamic NVFP4 formats")
+                return "each", attributes
             return "nvfp4", attributes
         return ("row blocks" if set(lengths) == {1} else "blocks"), attributes
     if lengths:  # whole dimensions share a scale: the others are what ModelOpt calls the axis

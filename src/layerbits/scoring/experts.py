@@ -57,21 +57,18 @@ class ExpertsTap(Tap):
         module: The module.
         settings: Distinct quantizer settings of the candidates.
         experts: What it consists of.
-
-    Raises:
-        Unsupported: A weight setting that is not known for experts.
     """
 
     def __init__(self, name: str, module: Any, settings: quantizers.Settings, experts: Experts) -> None:
-        if any(settings.searches):
-            raise Unsupported(
-                f"{name}: weight ranges of experts are not searched here (mse); use autoquant.engine=stock"
-            )
         tensors = [getattr(module, projection) for projection in experts.projections]
         super().__init__(name, module, settings, experts.projections, tensors[0].device)
         self.experts = experts
         self.setting = (settings.weights[0], settings.inputs[0])
-        self._weights = [[None if s is None else ExpertWeights(s, t) for t in tensors] for s in settings.weights]
+        searches = settings.searches or (None,) * len(settings.weights)
+        self._weights = [
+            [None if setting is None else ExpertWeights(setting, tensor, search) for tensor in tensors]
+            for setting, search in zip(settings.weights, searches, strict=True)
+        ]
         self._routed = _zeros(experts.count + 1, self.device)
 
     def count(self, index: Any) -> None:
