@@ -23,6 +23,7 @@ from layerbits.export.log import ExportLog
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.captions import load_captions
+from layerbits.results.experiment import made_by
 from layerbits.tracking.settings import TrackingSpec
 
 from .entries import start
@@ -328,7 +329,12 @@ def test_from_the_command_line_to_the_registry(tmp_path):
     assert version.tags["scheme"] == "good"
     assert float(version.tags["effective_bits"]) == scheme.effective_bits
 
+    made = made_by(Path(data.tags["checkpoint.path"]))
+    assert (made.run_id, made.experiment) == (runs[0].info.run_id, "layerbits")
+
+    if (ROOT / ".venv-vllm").exists():
+        return  # tests/serving has the check with it
     checked = run("serve_check.py", f"run_id={runs[0].info.run_id}", *wanted)
-    assert "skipped: vLLM" in checked.stdout
+    assert "skipped: there is no vLLM environment" in checked.stdout
     found = client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'")[0]
     assert (found.info.status, found.data.tags["outcome"], found.data.tags["serve"]) == ("FINISHED", *["skipped"] * 2)
