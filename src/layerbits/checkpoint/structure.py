@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from layerbits.candidates.fused import fused
 from layerbits.checkpoint import compressed, modelopt
 from layerbits.checkpoint.dequantize import check_parts
 from layerbits.checkpoint.files import read_json
@@ -17,14 +17,6 @@ from layerbits.checkpoint.labels import COMPRESSED
 from layerbits.checkpoint.quantization import Quantization, read_quantization
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.errors import UserError
-
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_a", "in_proj_b"),
-)
-"""Linears that runtimes run as one; the last two are of gated delta nets (Qwen3.5's hybrids)."""
 
 _PACKED = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn)
 _OF_WEIGHTS = ("weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale")
@@ -158,17 +150,6 @@ def _requantized(checkpoint: Checkpoint, quantization: Quantization) -> Iterator
                 f"{', '.join(modules)} have a {ranged.part} each: a runtime that fuses them brings them to the largest "
                 "and rounds again"
             )
-
-
-def fused(modules: Iterable[str]) -> list[list[str]]:
-    """Modules that runtimes run as one, by their names."""
-    families: dict[tuple[str, tuple[str, ...]], dict[str, None]] = defaultdict(dict)
-    for module in modules:
-        parent, _, last = module.rpartition(".")
-        for family in FUSED:
-            if last in family:
-                families[parent, family][module] = None
-    return [list(found) for found in families.values()]
 
 
 def _differ(checkpoint: Checkpoint, modules: Iterable[str], part: str) -> bool:
