@@ -83,8 +83,13 @@ def _real_modules(checkpoint: Checkpoint, quantization: Quantization) -> Iterato
     modules = {name.rpartition(".")[0] for name in checkpoint.entries}
     prefixes = {module[: match.start()] for module in modules for match in re.finditer(r"\.|$", module)}
     tied = {"lm_head"}  # has no tensor of its own where it is the embedding
+    tails = {compressed.tail(module) for module in modules} if quantization.format == COMPRESSED else set()
     for pattern in quantization.exclude:
-        if not any(quantization.matches(name, pattern) for name in prefixes | modules | tied):
+        # transformers may have another name for a module in memory; both are excluded, as readers go by either.
+        real = compressed.tail(pattern) in tails or any(
+            quantization.matches(n, pattern) for n in prefixes | modules | tied
+        )
+        if not real:
             yield f"the excluded {pattern} matches no module"
         if wrong := next((m for m in quantization.layers if quantization.matches(m, pattern)), None):
             yield f"the excluded {pattern} matches {wrong}, which is quantized"
