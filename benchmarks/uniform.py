@@ -53,7 +53,7 @@ def groups_of(bench: Workbench, candidate: Candidate) -> tuple[Group, ...]:
         parent, _, leaf = name.rpartition(".")
         family = next((f for f in FAMILIES if leaf in f), (leaf,))
         found.setdefault((parent, family), []).append(name)
-    sizes = {name: rows * columns for name, (rows, columns) in bench.linears.items()}
+    sizes = {name: sum(rows * columns for rows, columns in shapes) for name, shapes in bench.linears.items()}
     return named_groups([(tuple(names), sum(sizes[n] for n in names)) for names in found.values()], None)
 
 

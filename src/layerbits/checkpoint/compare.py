@@ -81,12 +81,12 @@ def compare_layer(
         device: Where the weights are quantized; kernels differ in rounding.
     """
     elements = source.entry(f"{layer.stored}.weight").elements
-    found = quantization.layers.get(layer.stored)
+    found = quantization.layers.get(layer.exported)
     if found != layer.label:
         what = "is not labelled" if found is None else f"is labelled {found.algo}"
         return _failed(layer, elements, f"{layer.stored} {what}, scored was {layer.label.algo}")
     try:
-        check_parts(exported, layer.stored, layer.label)
+        check_parts(exported, layer.exported, layer.label)
         return _compared(exported, source, layer, device)
     except UserError as error:
         return _failed(layer, elements, str(error))
@@ -102,7 +102,7 @@ def _compared(exported: Checkpoint, source: Checkpoint, layer: ScoredLayer, devi
     for start, stop in source.pieces(name):
         weight = source.rows(name, start, stop).to(device, layer.dtype)
         expected = fake_quantized(layer, weight, layer.stored_range, rows, start, stop)
-        stored = dequantize(exported, layer.stored, label, start, stop, device)
+        stored = dequantize(exported, layer.exported, label, start, stop, device)
         difference = (stored - expected.float()).abs()
         allowed = _allowed(exported, layer, stored, start, stop)
         beyond += int((~(difference <= allowed)).sum())
@@ -156,7 +156,7 @@ def compare_excluded(
         cast += entry.dtype != exported.entry(name).dtype
         if exported.entry(name).shape != entry.shape or not _equal(source, name, exported, name):
             problems.append(f"{name} is not the source's")
-    made = {f"{layer.stored}.{part}" for layer in layers for part in (*layer.label.parts, "pre_quant_scale")}
+    made = {f"{layer.exported}.{part}" for layer in layers for part in (*layer.label.parts, "pre_quant_scale")}
     known = set(source.entries) | made
     problems += [
         f"{name} is in the export alone"
@@ -223,8 +223,8 @@ def _allowed(exported: Checkpoint, layer: ScoredLayer, stored: torch.Tensor, sta
     second = layer.label.layout.second
     if second is None:
         return allowed
-    scale = block_scales(exported, layer.stored, layer.label, start, stop).to(stored.device)
-    whole = float(second.factor(exported.rows(f"{layer.stored}.{second.part}")))
+    scale = block_scales(exported, layer.exported, layer.label, start, stop).to(stored.device)
+    whole = float(second.factor(exported.rows(f"{layer.exported}.{second.part}")))
     coarse = (scale < 1.01 * _E4M3_NORMAL * whole).repeat_interleave(stored.shape[1] // scale.shape[1], 1)
     return torch.where(coarse, allowed + 2.0 * _E4M3_NORMAL * whole, allowed)
 
@@ -248,7 +248,7 @@ def _input_problem(exported: Checkpoint, layer: ScoredLayer) -> str:
 
 
 def _range_problem(exported: Checkpoint, layer: ScoredLayer, scale: Scale, amax: torch.Tensor) -> str:
-    name = f"{layer.stored}.{scale.part}"
+    name = f"{layer.exported}.{scale.part}"
     stored = exported.rows(name).float()
     amax = amax.float().cpu().reshape(stored.shape)
     divisor = torch.full_like(amax, scale.divisor or 1.0)

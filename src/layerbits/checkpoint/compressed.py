@@ -27,7 +27,7 @@ from layerbits.checkpoint.labels import (
     Label,
     meaning,
 )
-from layerbits.checkpoint.layouts.base import Layout, Scale
+from layerbits.checkpoint.layouts.base import Layout, Scale, dtype_named
 from layerbits.checkpoint.layouts.fp4 import mxfp4, nvfp4
 from layerbits.checkpoint.layouts.int_words import int_words
 from layerbits.checkpoint.layouts.values import values
@@ -205,12 +205,19 @@ def read(checkpoint: Checkpoint) -> Quantization:
     groups = [(tuple(g.get("targets") or ()), label_of_group(g)) for g in (config.get("config_groups") or {}).values()]
     named = {target: label for targets, label in groups for target in targets}
     if overall := named.get("Linear"):
-        stored = {name.rpartition(".") for name in checkpoint.entries}
-        layers = {m: overall for m, _, leaf in sorted(stored) if leaf == overall.layout.scale.part}
+        layout = overall.layout
+        ours = [n for n, e in checkpoint.entries.items() if e.dtype == dtype_named(layout.dtype)]
+        layers = {n.removesuffix(f".{layout.tensor}"): overall for n in ours if n.endswith(f".{layout.tensor}")}
     else:
-        modules = {name.rpartition(".")[0] for name in checkpoint.entries}
-        layers = {name: label for name, label in named.items() if name in modules}
+        there = {name for name, label in named.items() if f"{name}.{label.layout.tensor}" in checkpoint}
+        tails = {tail(name) for name in there}
+        layers = {name: label for name, label in named.items() if name in there or tail(name) not in tails}
     return Quantization(COMPRESSED, layers, ignore, None, overall is None)
+
+
+def tail(module: str) -> tuple[str, ...]:
+    """What two names of one module have in common: transformers may call it otherwise in memory than in files."""
+    return tuple(module.split(".")[-4:])
 
 
 def label_of_group(group: Mapping[str, Any]) -> Label:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerbits.candidates.formats import algorithm_settings, normalise
+from layerbits.candidates.fused import shares_range
 from layerbits.candidates.linear import FP4, INPUT, WEIGHT, block_lengths, read_config
-from layerbits.candidates.table import describe
+from layerbits.candidates.table import SHARED, describe
 from layerbits.checkpoint.layouts.base import Layout, Scale
 from layerbits.errors import Unsupported
 from layerbits.results.result import CandidateInfo
@@ -90,7 +91,8 @@ def label_or_reason(info: CandidateInfo, format: str) -> tuple[Label | None, str
     cfgs = read_config(config).cfgs
     if why := _beyond_labels(config, cfgs):
         return None, why
-    weights, inputs = describe(cfgs[WEIGHT]), describe(cfgs[INPUT])
+    # Who shares a range says where a scale comes from, not what a runtime does with it.
+    weights, inputs = describe(cfgs[WEIGHT]).removesuffix(SHARED), describe(cfgs[INPUT])
     known = compressed if format == COMPRESSED else modelopt
     label = known.find(weights, inputs)
     return label, "" if label is not None else known.why_not(info, weights, inputs)
@@ -130,7 +132,8 @@ def _beyond_labels(config: Mapping[str, Any], cfgs: Mapping[str, Any]) -> str | 
             return f"its {quantizer} has {len(cfg)} stages"
         if cfg is None:
             continue
-        settings = QuantizerAttributeConfig(**{k: v for k, v in cfg.items() if k != "backend"})
+        known = {"backend", "backend_extra_args"} if shares_range(cfg) else {"backend"}
+        settings = QuantizerAttributeConfig(**{k: v for k, v in cfg.items() if k not in known})
         if unknown := sorted(set(settings.model_dump(exclude_defaults=True)) - _GRANULARITY):
             return f"its {quantizer} sets {', '.join(unknown)}, which no label expresses"
         blocks = cfg.get("block_sizes") or {}

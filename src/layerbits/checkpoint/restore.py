@@ -55,7 +55,8 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
     model.tie_weights()
     model.eval()
     model.config.use_cache = False
-    names = names_on_disk(model)
+    own = {f"{module}.weight" for module in quantization.layers}  # by their names in memory, maybe
+    names = {name: name if name in own else stored for name, stored in names_on_disk(model).items()}
     experts = expert_linears(model)
     _fill(model, checkpoint, quantization, names, experts)
     stored = {name.removesuffix(".weight"): on_disk for name, on_disk in names.items()}
@@ -88,17 +89,17 @@ def at_stored_numbers(
     for layer in layers:
         if layer.expert is not None:
             continue
-        module, label = model.get_submodule(layer.module), quantization.layers[layer.stored]
+        module, label = model.get_submodule(layer.module), quantization.layers[layer.exported]
         with torch.no_grad():
-            for start, stop in _even_pieces(checkpoint, layer.stored, label):
+            for start, stop in _even_pieces(checkpoint, layer.exported, label):
                 module.weight[start:stop] = dequantize(
-                    checkpoint, layer.stored, label, start, stop, module.weight.device
+                    checkpoint, layer.exported, label, start, stop, module.weight.device
                 )
         quantizer = quantizers.make_quantizer(layer.inputs, module.weight.device)
         if quantizer is None:
             continue
         if (scale := label.input_scale) is not None:
-            stored = checkpoint.rows(f"{layer.stored}.{scale.part}").to(module.weight.device)
+            stored = checkpoint.rows(f"{layer.exported}.{scale.part}").to(module.weight.device)
             quantizer.amax = scale.range(stored).reshape(())
         module.register_forward_pre_hook(lambda _, args, quantizer=quantizer: (quantizer(args[0]), *args[1:]))
     return model

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from layerbits.checkpoint.experts import ExpertLinear, expert_linears
-from layerbits.checkpoint.labels import Label
+from layerbits.checkpoint.labels import COMPRESSED, Label
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ class ScoredLayer:
     """A quantized linear as it was scored.
 
     Attributes:
-        module: Name in memory. stored: Name in the checkpoints.
+        module: Name in memory. stored: Name in the source. exported: Name in the export.
         candidate: Name of its candidate.
         label: What the export has to label it.
         dtype: Dtype of the model's weights.
@@ -37,6 +37,7 @@ class ScoredLayer:
 
     module: str
     stored: str
+    exported: str
     candidate: str
     label: Label
     dtype: torch.dtype
@@ -70,25 +71,30 @@ def scored_layers(
         ranges: Static activation ranges.
         on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
     """
-    from layerbits.probing.apply import experts_tap, module_quantizers, runtime_config
+    from layerbits.probing.apply import experts_tap, fused_with, module_quantizers, runtime_config
     from layerbits.scoring import quantizers
 
     layers = []
     experts = expert_linears(model)
+    together = fused_with({name: model.get_submodule(name) for name in scheme.modules})
     for name, info in scheme.modules.items():
         module = model.get_submodule(name)
+        label = labels[info.name]
         if mine := [e for e in experts if e.module == name]:
             tap = experts_tap(module, name, info, ranges)
-            layers += [_expert_layer(tap, expert, info, labels[info.name]) for expert in mine]
+            layers += [_expert_layer(tap, expert, info, label) for expert in mine]
             continue
-        weight, inputs = module_quantizers(module, name, info, ranges)
+        stored = on_disk[f"{name}.weight"].removesuffix(".weight")
+        weight, inputs = module_quantizers(module, name, info, ranges, together[name])
         settings = quantizers.distinct_settings([runtime_config(info, module.weight.device)])
         layers.append(
             ScoredLayer(
                 module=name,
-                stored=on_disk[f"{name}.weight"].removesuffix(".weight"),
+                stored=stored,
+                # transformers 5.14 renames packed tensors of older names wrongly when it loads them.
+                exported=name if label.format == COMPRESSED else stored,
                 candidate=info.name,
-                label=labels[info.name],
+                label=label,
                 dtype=module.weight.dtype,
                 weight=settings.weights[0],
                 inputs=settings.inputs[0],
@@ -107,6 +113,7 @@ def _expert_layer(tap: ExpertsTap, expert: ExpertLinear, info: CandidateInfo, la
     return ScoredLayer(
         module=f"{expert.module}.{expert.expert}.{expert.name.rpartition('.')[2]}",
         stored=expert.name,
+        exported=expert.name,
         candidate=info.name,
         label=label,
         dtype=getattr(tap.module, expert.projection).dtype,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from layerbits.candidates.fused import fused
 from layerbits.checkpoint import compressed, modelopt
 from layerbits.checkpoint.dequantize import check_parts
 from layerbits.checkpoint.files import read_json
@@ -17,14 +17,6 @@ from layerbits.checkpoint.labels import COMPRESSED
 from layerbits.checkpoint.quantization import Quantization, read_quantization
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.errors import UserError
-
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_a", "in_proj_b"),
-)
-"""Linears that runtimes run as one; the last two are of gated delta nets (Qwen3.5's hybrids)."""
 
 _PACKED = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn)
 _OF_WEIGHTS = ("weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale")
@@ -91,8 +83,13 @@ def _real_modules(checkpoint: Checkpoint, quantization: Quantization) -> Iterato
     modules = {name.rpartition(".")[0] for name in checkpoint.entries}
     prefixes = {module[: match.start()] for module in modules for match in re.finditer(r"\.|$", module)}
     tied = {"lm_head"}  # has no tensor of its own where it is the embedding
+    tails = {compressed.tail(module) for module in modules} if quantization.format == COMPRESSED else set()
     for pattern in quantization.exclude:
-        if not any(quantization.matches(name, pattern) for name in prefixes | modules | tied):
+        # transformers may have another name for a module in memory; both are excluded, as readers go by either.
+        real = compressed.tail(pattern) in tails or any(
+            quantization.matches(n, pattern) for n in prefixes | modules | tied
+        )
+        if not real:
             yield f"the excluded {pattern} matches no module"
         if wrong := next((m for m in quantization.layers if quantization.matches(m, pattern)), None):
             yield f"the excluded {pattern} matches {wrong}, which is quantized"
@@ -158,17 +155,6 @@ def _requantized(checkpoint: Checkpoint, quantization: Quantization) -> Iterator
                 f"{', '.join(modules)} have a {ranged.part} each: a runtime that fuses them brings them to the largest "
                 "and rounds again"
             )
-
-
-def fused(modules: Iterable[str]) -> list[list[str]]:
-    """Modules that runtimes run as one, by their names."""
-    families: dict[tuple[str, tuple[str, ...]], dict[str, None]] = defaultdict(dict)
-    for module in modules:
-        parent, _, last = module.rpartition(".")
-        for family in FUSED:
-            if last in family:
-                families[parent, family][module] = None
-    return [list(found) for found in families.values()]
 
 
 def _differ(checkpoint: Checkpoint, modules: Iterable[str], part: str) -> bool:

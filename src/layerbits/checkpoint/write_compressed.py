@@ -63,7 +63,8 @@ def packed(layer: ScoredLayer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
     rounded = fake_quantized(layer, weight, layer.stored_range, len(weight), 0, len(weight))
     state = {"weight": rounded.float().cpu(), **{k: v.cpu() for k, v in _scales(layer, weight).items()}}
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    made = compressor.compress(state, scheme)
+    with torch.compiler.set_stance("force_eager"):  # the library compiles its rounding to FP4 on a CPU: 20 s, once
+        made = compressor.compress(state, scheme)
     scale, second, inputs = layer.label.layout.scale, layer.label.layout.second, layer.label.input_scale
     made[scale.part] = made[scale.part].to(scale.torch_dtype)
     if second is not None:
@@ -98,7 +99,7 @@ def _tensors(model: Any, layers: Sequence[ScoredLayer], source: Checkpoint, on_d
         if (layer := quantized.get(name)) is not None:
             with torch.no_grad():
                 for part, tensor in packed(layer, model.get_submodule(layer.module).weight).items():
-                    yield f"{layer.stored}.{part}", tensor
+                    yield f"{layer.exported}.{part}", tensor
         elif name in dtypes:  # what the model does not load stays behind
             yield name, source.rows(name).to(dtypes[name])
 

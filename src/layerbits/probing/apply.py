@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerbits.candidates import fp4
 from layerbits.candidates.formats import Format, normalise, plain
+from layerbits.candidates.fused import fused, shares_range
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.experts import fused_experts
@@ -125,6 +126,7 @@ def apply_scheme(
     ranges = calibration if isinstance(calibration, Ranges) else find_ranges(model, [scheme], calibration)
     forwards: Made = {} if made is None else made
     keys = {name: (name, info.config_hash) for name, info in scheme.modules.items()}
+    together = fused_with(linears)
     with torch.no_grad():
         for name, info in scheme.modules.items():
             if keys[name] in forwards:
@@ -132,14 +134,21 @@ def apply_scheme(
             if fused_experts(linears[name]) is not None:
                 forwards[keys[name]] = experts_tap(linears[name], name, info, ranges).quantized((0, 0), keep_weights)
             else:
-                pair = module_quantizers(linears[name], name, info, ranges)
+                pair = module_quantizers(linears[name], name, info, ranges, together[name])
                 forwards[keys[name]] = _quantized_forward(linears[name], *pair, keep_weights)
     for name, module in linears.items():
         _replace(module, forwards[keys[name]], scheme.name)
     return AppliedScheme(scheme, linears)
 
 
-def module_quantizers(module: Any, name: str, info: CandidateInfo, ranges: Ranges) -> tuple[Any, Any]:
+def fused_with(linears: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Name of a linear → itself and the linears that runtimes fuse with it."""
+    return {name: [linears[n] for n in names] for names in fused(linears) for name in names}
+
+
+def module_quantizers(
+    module: Any, name: str, info: CandidateInfo, ranges: Ranges, together: Sequence[Any]
+) -> tuple[Any, Any]:
     """ModelOpt's quantizers of a linear's weight and input under a candidate, calibrated; ``None`` = disabled.
 
     Args:
@@ -147,6 +156,7 @@ def module_quantizers(module: Any, name: str, info: CandidateInfo, ranges: Range
         name: Its full name in the model.
         info: The candidate.
         ranges: Ranges that cover it.
+        together: It and the linears that runtimes fuse with it: a candidate may have them share a range.
 
     Raises:
         UserError: There is no range for it.
@@ -158,6 +168,11 @@ def module_quantizers(module: Any, name: str, info: CandidateInfo, ranges: Range
     input_quantizer = quantizers.make_quantizer(settings.inputs[0], module.weight.device)
     with torch.no_grad():
         quantizers.calibrate_weight(weight_quantizer, module.weight)
+        if weight_quantizer is not None and shares_range(weight_quantizer):
+            others = [quantizers.make_quantizer(settings.weights[0], m.weight.device) for m in together]
+            for other, linear in zip(others, together, strict=True):
+                quantizers.calibrate_weight(other, linear.weight)
+            quantizers.share_ranges([weight_quantizer, *others])
     if quantizers.needs_range(input_quantizer):
         amax = _range_of(ranges, name, info, _key(settings.inputs[0]))
         input_quantizer.amax = torch.as_tensor(amax).to(module.weight)

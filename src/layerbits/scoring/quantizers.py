@@ -9,6 +9,7 @@ from typing import Any
 
 from layerbits.candidates import nvfp4_static
 from layerbits.candidates.algorithms import ranges_of
+from layerbits.candidates.fused import shares_range
 from layerbits.candidates.linear import E4M3, E8M0, FP4
 from layerbits.errors import Unsupported
 
@@ -195,6 +196,21 @@ def shared_largest(weights: Mapping[str, Any]) -> dict[str, Any]:
         key = group(name)
         largest_of[key] = torch.maximum(largest_of[key], amax.to(largest_of[key])) if key in largest_of else amax
     return {name: largest_of[group(name)].to(weight.device) for name, weight in weights.items()}
+
+
+def share_ranges(quantizers: Sequence[Any]) -> None:
+    """Gives the quantizers of fused weights the largest of their ranges, where their setting says so.
+
+    Args:
+        quantizers: Of one setting, one per weight, each with its range.
+    """
+    import torch
+
+    if not quantizers or quantizers[0] is None or not shares_range(quantizers[0]):
+        return
+    shared = torch.stack([quantizer.amax.float().cpu() for quantizer in quantizers]).amax(0)
+    for quantizer in quantizers:
+        quantizer.amax = shared.to(quantizer.amax)
 
 
 def largest(x: Any, axis: Any) -> Any:

@@ -58,6 +58,10 @@ class Tap(ABC):
             UserError: A weight is not finite.
         """
 
+    def weight_quantizers(self) -> list[Any]:
+        """Quantizers of the weight by setting, ``None`` = disabled; none where there are several weights."""
+        return []
+
     @abstractmethod
     def keep_weights(self) -> None:
         """Keeps the quantized weights from one batch to the next."""
@@ -149,6 +153,10 @@ class LinearTap(Tap):
             raise UserError(f"the weight of {self.name} is not finite; the checkpoint is damaged, fetch it again")
         for quantizer, search in zip(self._weights, self._searches, strict=True):
             quantizers.calibrate_weight(quantizer, self.module.weight, search, shared)
+
+    def weight_quantizers(self) -> list[Any]:
+        """Quantizers of the weight by setting."""
+        return self._weights
 
     def keep_weights(self) -> None:
         """Keeps the quantized weights."""

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from layerbits.candidates.fused import fused
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import fused_experts
@@ -143,12 +144,20 @@ class Taps:
             plain = {tap.name: next(tap.weights(None)) for tap in self.taps}
             shared = quantizers.shared_largest(plain) if self._share_ranges else {}
             for tap in self.taps:
-                dtype = plain[tap.name].dtype
                 tap.calibrate_weights(shared.get(tap.name))
+            self._share_weight_ranges()
+            for tap in self.taps:
+                dtype = plain[tap.name].dtype
                 for name, _, _, quantizer in tap.range_names():
                     quantizer.amax = torch.as_tensor(ranges[name]).to(device=tap.device, dtype=dtype)
                 if self.keep_weights:
                     tap.keep_weights()
+
+    def _share_weight_ranges(self) -> None:
+        by_name = {tap.name: tap.weight_quantizers() for tap in self.taps}
+        for names in fused(by_name):
+            for row in zip(*(by_name[name] for name in names), strict=True):
+                quantizers.share_ranges(row)
 
     def drop_weights(self) -> None:
         """Frees the kept weights; from then on weights are quantized on the fly."""

@@ -13,6 +13,7 @@ from typing import Any
 from layerbits.candidates.algorithms import ranges_of
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability, check
+from layerbits.candidates.fused import shares_range
 from layerbits.config import AutoQuantSpec, Settings
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Calibration, build_calibration
@@ -76,6 +77,12 @@ class Workbench:
             )
         if self.settings.autoquant.engine == "stock" or not scored_together(candidate):
             check_stock(self.empty)
+        spec = self.settings.autoquant
+        if spec.engine == "stock" and any(shares_range(cfg) for _, cfg in candidate.format.linear.stages()):
+            raise Unsupported(
+                f"{candidate.info.name} shares ranges between fused linears, which ModelOpt's own search does not; "
+                "use autoquant.engine=onepass"
+            )
         return check(candidate, linears, self.device == "cuda", self.settings.strict)
 
     def cell(self, candidate: Candidate, capability: Capability) -> str:
