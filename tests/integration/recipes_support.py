@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from layerbits.candidates import fp4
+from layerbits.inputs.experts import named_experts
 from layerbits.recipes.formats import candidates_of
 from layerbits.recipes.recipe import load_recipe
 from layerbits.recipes.space import lay_out
@@ -75,6 +76,8 @@ def stock_search(recipe, model, rows=None):
     rows = rows or usual_rows()
     arguments = copy.deepcopy(recipe.stock_arguments())
     head = model.get_output_embeddings()
+    if named_experts(model):
+        model.set_experts_implementation("eager")  # what ModelOpt's wrapper of fused experts can intercept
     for formats in (
         arguments["quantization_formats"] or [],
         *(s["quantization_formats"] for s in arguments.get("module_search_spaces", [])),
