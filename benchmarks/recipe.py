@@ -75,6 +75,7 @@ class Bench:
             self.folder / str(self.passes),
             "benchmark",
             held={module: made[names[c]] for module, c in self.space.held.items()},
+            held_kv=self.recipe.held_kv,
         )
         found = onepass.score(job)
         row_of = {slot.modules: s for s, slot in enumerate(self.space.searched)}

@@ -60,6 +60,7 @@ def raw_scores(recipe, model, folder, rows=None):
         Path(folder),
         "fingerprint",
         held={module: configs[names[c]] for module, c in space.held.items()},
+        held_kv=recipe.held_kv,
     )
     found = onepass.score(job)
     raw = np.full((len(space.searched), len(names)), np.nan)

@@ -19,7 +19,7 @@ from layerbits.recipes.solve import Answer, answer, modelopt_answer
 from layerbits.recipes.space import RecipeSpace, lay_out
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import FloatArray, SensitivityResult, effective_bits
-from layerbits.stages.plan import Plan
+from layerbits.stages.plan import Held, Plan
 from layerbits.stages.run import Outcome
 from layerbits.stages.workbench import scored_together, workbench
 
@@ -89,10 +89,10 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
     scored = sorted({c for slot in space.searched for c in slot.choices})
     for c in scored:
         check_target(space.candidates[c], settings.autoquant.effective_bits)
-    held = {module: checked[c] for module, c in space.held.items()}
+    held = Held({module: checked[c] for module, c in space.held.items()}, recipe.held_kv)
     together = [c for c in scored if settings.autoquant.engine != "stock" and scored_together(space.candidates[c])]
     alone = [[c] for c in scored if c not in together]
-    if alone and held:
+    if alone and held.identity():
         name = space.candidates[alone[0][0]].info.name
         raise Unsupported(
             f"{name} needs ModelOpt's own search, and recipe {recipe.name} keeps other linears quantized meanwhile; "
