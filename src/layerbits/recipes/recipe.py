@@ -331,7 +331,7 @@ def _trimmed(cfg: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     """One line of what pydantic tells in many."""
-    details = getattr(error, "errors", None)
+    details = getattr(error, "errors", None) or getattr(error.__cause__, "errors", None)
     if details is None:
         return " ".join(str(error).split()) or type(error).__name__
     first = details()[0]
