@@ -79,5 +79,5 @@ def _score(settings: Settings) -> tuple[Path, SensitivityResult]:
 
 
 if __name__ == "__main__":
-    entry.run(main, ROOT / "configs")
+    entry.run(main, ROOT / "configs", lists=("recipe_overrides",))
     sys.exit(entry.USER_ERROR_STATUS if _failed else 0)

@@ -133,8 +133,8 @@ class Settings:
             strict=bool(config["strict"]),
             seed=_int("seed", config["seed"]),
             device=config["device"],
-            recipe=_recipe(config),
-            recipe_overrides=tuple(str(config.get("recipe_overrides") or "").split()),
+            recipe=_named(config, "recipe"),
+            recipe_overrides=tuple((_named(config, "recipe_overrides") or "").split()),
             output_layout=config["output_layout"],
             output_root=Path(config["output_root"]).expanduser().absolute(),
             report_only=config["report_only"],
@@ -142,9 +142,9 @@ class Settings:
         )
 
 
-def _recipe(config: Mapping[str, Any]) -> str | None:
-    name = config.get("recipe")  # a record of an earlier version has none
-    return None if name in (None, "", "none") else str(name)
+def _named(config: Mapping[str, Any], key: str) -> str | None:
+    value = config.get(key)  # a record of an earlier version has none
+    return None if value in (None, "", "none") else str(value)
 
 
 def _choice(key: str, value: object, choices: tuple[str, ...]) -> None:

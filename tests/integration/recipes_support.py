@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from layerbits.candidates import fp4
+from layerbits.inputs.experts import named_experts
 from layerbits.recipes.formats import candidates_of
 from layerbits.recipes.recipe import load_recipe
 from layerbits.recipes.space import lay_out
@@ -59,6 +60,7 @@ def raw_scores(recipe, model, folder, rows=None):
         Path(folder),
         "fingerprint",
         held={module: configs[names[c]] for module, c in space.held.items()},
+        held_kv=recipe.held_kv,
     )
     found = onepass.score(job)
     raw = np.full((len(space.searched), len(names)), np.nan)
@@ -75,6 +77,8 @@ def stock_search(recipe, model, rows=None):
     rows = rows or usual_rows()
     arguments = copy.deepcopy(recipe.stock_arguments())
     head = model.get_output_embeddings()
+    if named_experts(model):
+        model.set_experts_implementation("eager")  # what ModelOpt's wrapper of fused experts can intercept
     for formats in (
         arguments["quantization_formats"] or [],
         *(s["quantization_formats"] for s in arguments.get("module_search_spaces", [])),

@@ -15,6 +15,7 @@ FAMILY = {
     "nvfp4_fp8_at_5p4bits": "llama",
     "w4a16_nvfp4_fp8_at_6p0bits-active_moe": "qwen3_vl",
 }
+MOE = "huggingface/qwen3_6_moe/auto_quantize/"
 
 
 def check_against_stock(recipe, kind, folder):
@@ -44,6 +45,15 @@ def check_against_stock(recipe, kind, folder):
 def test_shipped_recipe_comes_to_what_modelopt_finds(name, tmp_path):
     space, raw = check_against_stock(load_recipe(GENERAL + name), FAMILY[name], tmp_path)
     assert answer(space, raw).score <= modelopt_answer(space, raw).score * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["w4a16_nvfp4_fp8_at_6p0bits-active_moe", "w4a16_nvfp4_fp8_module_spaces_at_6p0bits-active_moe"],
+)
+def test_shipped_recipe_for_a_mixture_of_experts(name, tmp_path):
+    space, _ = check_against_stock(load_recipe(MOE + name), "qwen3_moe", tmp_path)
+    assert {slot.cost_weight for slot in space.slots} == {1.0, 0.03125}
 
 
 def test_search_spaces_fixed_part_and_forced_quantization(tmp_path):

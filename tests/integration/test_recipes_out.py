@@ -1,13 +1,17 @@
 """Schemes as recipes of others: ModelOpt computes what we computed."""
 
 import copy
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 
+from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.probing.apply import apply_scheme
 from layerbits.recipes.recipe import load_recipe
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
+from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.steps import calibration_forward
 
 from .recipes_support import on_cpu
@@ -34,16 +38,24 @@ SCHEMES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("kv_cache", ["none", "fp8"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3_vl"])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_ptq_recipe_gives_the_same_quantizers_and_logits(name, kind, tmp_path):
+def test_ptq_recipe_gives_the_same_quantizers_and_logits(name, kind, kv_cache, tmp_path):
     model = tiny_model(kind)
     assigned = {where: candidate(*which) for where, which in SCHEMES[name].items()}
     scheme = scheme_of(model, **assigned)
-    with apply_scheme(model, scheme, CALIBRATION):
+    language_model = "model.language_model" if kind == "qwen3_vl" else ""
+    scheme = replace(scheme, model=replace(scheme.model, language_model=language_model))
+    with ExitStack() as stack:
+        if kv_cache != "none":
+            cache = KvCache(model, KV_FORMATS[kv_cache], language_model)
+            cache.calibrate(CALIBRATION)
+            stack.enter_context(cache.active())
+        stack.enter_context(apply_scheme(model, scheme, CALIBRATION))
         mine = logits(model)
     path = tmp_path / "scheme.yaml"
-    path.write_text(ptq_recipe_yaml(scheme))
+    path.write_text(ptq_recipe_yaml(scheme, kv_cache))
     quantized = quantized_by_modelopt(model, load_recipe(str(path)))
     enabled = {
         name.removesuffix(".weight_quantizer")

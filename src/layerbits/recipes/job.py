@@ -18,8 +18,8 @@ from layerbits.recipes.recipe import LoadedRecipe
 from layerbits.recipes.solve import Answer, answer, modelopt_answer
 from layerbits.recipes.space import RecipeSpace, lay_out
 from layerbits.results.bootstrap import with_intervals
-from layerbits.results.result import FloatArray, Recipe, SensitivityResult
-from layerbits.stages.plan import Plan
+from layerbits.results.result import FloatArray, SensitivityResult, effective_bits
+from layerbits.stages.plan import Held, Plan
 from layerbits.stages.run import Outcome
 from layerbits.stages.workbench import scored_together, workbench
 
@@ -89,10 +89,10 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
     scored = sorted({c for slot in space.searched for c in slot.choices})
     for c in scored:
         check_target(space.candidates[c], settings.autoquant.effective_bits)
-    held = {module: checked[c] for module, c in space.held.items()}
+    held = Held({module: checked[c] for module, c in space.held.items()}, recipe.held_kv)
     together = [c for c in scored if settings.autoquant.engine != "stock" and scored_together(space.candidates[c])]
     alone = [[c] for c in scored if c not in together]
-    if alone and held:
+    if alone and held.identity():
         name = space.candidates[alone[0][0]].info.name
         raise Unsupported(
             f"{name} needs ModelOpt's own search, and recipe {recipe.name} keeps other linears quantized meanwhile; "
@@ -163,8 +163,11 @@ def _selected(result: SensitivityResult, keep: Sequence[int], recipe: LoadedReci
     groups = tuple(result.groups[g] for g in rows)
     kept = {group.key for group in groups}
     info, chosen = result.candidates[0], tuple(result.recipe.chosen[g] for g in rows)
-    total = sum(g.weights for g in groups)
-    quantized = sum(g.weights for g, name in zip(groups, chosen, strict=True) if name is not None)
+    model = result.recipe.cost_model
+
+    def bits(each: float) -> float:
+        return effective_bits(groups, [16.0 if name is None else each for name in chosen], model)
+
     finite = [s for s, name in zip(result.scores[rows, 0], chosen, strict=True) if name is not None and np.isfinite(s)]
     return with_intervals(
         replace(
@@ -174,11 +177,11 @@ def _selected(result: SensitivityResult, keep: Sequence[int], recipe: LoadedReci
             predicted_kl=result.predicted_kl[rows],
             sample_kl=None if result.sample_kl is None else result.sample_kl[:, rows],
             nonfinite=tuple(n for n in result.nonfinite if n.group in kept),
-            recipe=Recipe(
-                target_bits=result.recipe.target_bits,
+            recipe=replace(
+                result.recipe,
                 chosen=chosen,
-                effective_bits=16 + (info.bits - 16) * quantized / total,
-                effective_bits_modelopt=16 + (info.bits_modelopt - 16) * quantized / total,
+                effective_bits=bits(info.bits),
+                effective_bits_modelopt=bits(info.bits_modelopt),
                 score=float(sum(finite)),
             ),
             intervals=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fnmatch
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.candidates.formats import plain
+from layerbits.candidates.kv_cache import QUANTIZERS as KV_QUANTIZERS
 from layerbits.candidates.linear import Config
 from layerbits.errors import UserError
 
@@ -101,6 +103,28 @@ class LoadedRecipe:
             "kv_cache": self.kv_cache,
         }
         return plain({"metadata": metadata, **fixed, "auto_quantize": search})  # type: ignore[no-any-return]
+
+    @cached_property
+    def cache_settings(self) -> Mapping[str, Any] | None:
+        """Quantizer settings of keys and values of any block, ``None`` = as they are.
+
+        Raises:
+            UserError: The recipe treats keys and values differently.
+        """
+        config = self.kv_cache or self.fixed
+        if config is None:
+            return None
+        keys, values = (setting_of(config, f"model.layers.0.self_attn.{q}") for q in KV_QUANTIZERS)
+        if keys != values:
+            raise UserError(
+                f"recipe {self.name} quantizes keys and values differently; LayerBits has one format for both"
+            )
+        return keys  # type: ignore[no-any-return]
+
+    @property
+    def held_kv(self) -> Mapping[str, Any] | None:
+        """Of a search: what its fixed part does to keys and values, also while others are scored."""
+        return self.cache_settings if self.kind == "auto_quantize" and self.kv_cache is None else None
 
     @property
     def short_name(self) -> str:
@@ -211,6 +235,16 @@ def shipped_name(name: str) -> str | None:
     return bare if bare in shipped() else None
 
 
+def setting_of(config: Config, quantizer: str) -> Any:
+    """Settings of a quantizer by its full name, ``None`` = disabled; the last entry that matches wins."""
+    cfg, enabled = None, True
+    for entry in config["quant_cfg"]:
+        if entry.get("parent_class") in (None, "nn.Linear") and fnmatch.fnmatch(quantizer, entry["quantizer_name"]):
+            enabled = entry.get("enable", True)
+            cfg = entry.get("cfg", cfg)
+    return cfg if enabled else None
+
+
 def _check_type(name: str) -> None:
     """Checks that there is such a recipe, of a type that can be run, before ModelOpt is imported.
 
@@ -297,7 +331,7 @@ def _trimmed(cfg: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     """One line of what pydantic tells in many."""
-    details = getattr(error, "errors", None)
+    details = getattr(error, "errors", None) or getattr(error.__cause__, "errors", None)
     if details is None:
         return " ".join(str(error).split()) or type(error).__name__
     first = details()[0]

@@ -16,7 +16,7 @@ from layerbits.candidates.linear import QUANTIZERS, WEIGHT, Config
 from layerbits.errors import UserError
 from layerbits.inputs.models import Shapes
 from layerbits.recipes.formats import candidates_of, modelopt_cost, settings_key
-from layerbits.recipes.recipe import LoadedRecipe, SearchSpace
+from layerbits.recipes.recipe import LoadedRecipe, SearchSpace, setting_of
 from layerbits.results.result import FloatArray
 from layerbits.schemes.solver import UNQUANTIZED_BITS, Problem
 from layerbits.scoring.state import decisions
@@ -282,7 +282,7 @@ def module_config(config: Config, module: str, attrs: Sequence[str]) -> Config |
     for quantizer in QUANTIZERS:
         found: list[Any] = []
         for attr in (a for a in attrs if a.endswith(quantizer)):
-            setting = _setting_of(config, f"{module}.{attr}")
+            setting = setting_of(config, f"{module}.{attr}")
             if setting not in found:
                 found.append(setting)
         if len(found) > 1:
@@ -292,16 +292,6 @@ def module_config(config: Config, module: str, attrs: Sequence[str]) -> Config |
         elif quantizer == WEIGHT:
             return None
     return {"quant_cfg": entries, "algorithm": config["algorithm"]}
-
-
-def _setting_of(config: Config, quantizer: str) -> Any:
-    """Settings of a quantizer by its full name, ``None`` = disabled; the last entry that matches wins."""
-    cfg, enabled = None, True
-    for entry in config["quant_cfg"]:
-        if entry.get("parent_class") in (None, "nn.Linear") and fnmatch.fnmatch(quantizer, entry["quantizer_name"]):
-            enabled = entry.get("enable", True)
-            cfg = entry.get("cfg", cfg)
-    return cfg if enabled else None
 
 
 def _cost_weights(recipe: LoadedRecipe, model: Any) -> Any:

@@ -13,6 +13,7 @@ from layerbits.atomic import dated, whole_folder, write_json
 from layerbits.errors import Unsupported, UserError
 from layerbits.figures import pareto
 from layerbits.figures.style import save_png
+from layerbits.schemes.llm_compressor import compressor_recipe_yaml
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
 from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
 from layerbits.schemes.scheme import Scheme
@@ -66,8 +67,8 @@ def write_schemes(
 
 
 def write_recipes(folder: Path, scheme: Scheme, kv_cache: str = "none") -> None:
-    """Writes ``modelopt/<scheme>.yaml``; where ModelOpt cannot express the scheme, the reason in its place."""
-    for kind, made in (("modelopt", ptq_recipe_yaml),):
+    """Writes ``modelopt/<scheme>.yaml`` and ``llm_compressor/<scheme>.yaml``, or the reason why there is none."""
+    for kind, made in (("modelopt", ptq_recipe_yaml), ("llm_compressor", compressor_recipe_yaml)):
         target = folder / kind / f"{scheme.name}.yaml"
         target.parent.mkdir(exist_ok=True)
         try:

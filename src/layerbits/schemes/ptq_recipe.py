@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.candidates.linear import INPUT, QUANTIZERS, WEIGHT, read_config
 from layerbits.errors import Unsupported
 from layerbits.results.result import CandidateInfo
@@ -15,16 +16,6 @@ from layerbits.schemes.scheme import Scheme
 
 _NOT_LANGUAGE = ("*visual*", "*vision_tower*", "*vision_model*", "*multi_modal_projector*", "*embed_vision*")
 _OWN_BACKENDS = "layerbits_"
-KV_CACHES: Mapping[str, Mapping[str, Any] | None] = {
-    "none": None,
-    "fp8": {"num_bits": [4, 3]},
-    "nvfp4": {
-        "num_bits": [2, 1],
-        "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": [4, 3]},
-        "effective_bits": 4.5,
-    },
-}
-"""Settings of the quantizers of keys and values, by the name of a KV cache."""
 
 
 def ptq_recipe(scheme: Scheme, kv_cache: str = "none") -> dict[str, Any]:
@@ -35,7 +26,7 @@ def ptq_recipe(scheme: Scheme, kv_cache: str = "none") -> dict[str, Any]:
 
     Args:
         scheme: The scheme.
-        kv_cache: One of :data:`KV_CACHES`.
+        kv_cache: ``none``, or one of :data:`~layerbits.candidates.kv_cache.KV_FORMATS`.
 
     Raises:
         Unsupported: ModelOpt cannot express it: a quantizer of our own, or formats that need different calibrations.
@@ -47,8 +38,8 @@ def ptq_recipe(scheme: Scheme, kv_cache: str = "none") -> dict[str, Any]:
             entries.append({"quantizer_name": f"{_pattern(module, scheme)}.{quantizer}", "cfg": cfg})
     vision = [p for p in _NOT_LANGUAGE if not any(fnmatch.fnmatch(module, p) for module in scheme.modules)]
     entries += [{"quantizer_name": pattern, "enable": False} for pattern in vision]
-    if (kv := KV_CACHES[kv_cache]) is not None:
-        entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": dict(kv)})
+    if kv_cache != "none":
+        entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _listed(KV_FORMATS[kv_cache])})
     bits = f"{scheme.effective_bits:.4g} effective bits"
     description = f"{scheme.name} of {scheme.model.name}: {', '.join(cfgs)} at {bits}, scheme digest {scheme.digest}."
     algorithm = calibration(scheme.candidates, scheme.name)
@@ -122,6 +113,13 @@ def _spelled(cfg: Any) -> Any:
     if blocks := spelled.get("block_sizes"):
         spelled["block_sizes"] = {int(k) if str(k).lstrip("-").isdigit() else k: v for k, v in blocks.items()}
     return spelled
+
+
+def _listed(value: Any) -> Any:
+    """The value with lists for tuples, which YAML has not."""
+    if isinstance(value, Mapping):
+        return {k: _listed(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _pattern(module: str, scheme: Scheme) -> str:

@@ -160,7 +160,8 @@ class ExpertsTap(Tap):
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             weights = tuple(self.weights(pair[0])) if kept is None else kept
-            return self._run(Routed.of(args, kwargs), weights, *self._changes(pair[1]))
+            routed = Routed(*args, *kwargs.values())  # gradients pass where the module is held quantized
+            return self._run(routed, weights, *self._changes(pair[1]))
 
         return forward
 

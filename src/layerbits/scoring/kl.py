@@ -17,7 +17,7 @@ import numpy as np
 from layerbits.inputs.calibration import Batch
 from layerbits.scoring import distributed
 from layerbits.scoring.held import held
-from layerbits.scoring.job import Scores, ScoringJob
+from layerbits.scoring.job import Scores, ScoringJob, held_cache
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
@@ -51,7 +51,7 @@ def score(job: ScoringJob) -> Scores:
     start = clock()
     resumed = log.read(0) is not None
     perturbations = linears.perturbations(search)
-    with held(model, job.held, job.calibration.calib), fused_norms(model):
+    with held(model, job.held, job.calibration.calib, held_cache(job)), fused_norms(model):
         for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
             if log.read(index) is None:
                 with linears.counted():

@@ -18,7 +18,7 @@ import numpy as np
 from layerbits.inputs.calibration import Batch
 from layerbits.scoring import distributed, fisher
 from layerbits.scoring.held import held
-from layerbits.scoring.job import Scores, ScoringJob, kl_weights
+from layerbits.scoring.job import Scores, ScoringJob, held_cache, kl_weights
 from layerbits.scoring.memory import checkpointed, plan_memory
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
 from layerbits.scoring.steplog import Step, StepLog
@@ -52,7 +52,7 @@ def score(job: ScoringJob) -> Scores:
     resumed = log.read(0) is not None
     mode = memory.mode
     chunked = memory.pieces and not search.need_logits and has_plain_head(model, batches[0])
-    with held(model, job.held, job.calibration.calib):
+    with held(model, job.held, job.calibration.calib, held_cache(job)):
         for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
             if log.read(index) is None:
                 step, mode = _step(taps, job, search, index, mode, chunked)

@@ -8,10 +8,29 @@ from typing import Any
 
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
+from layerbits.candidates.formats import plain
 from layerbits.config import Settings
 from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.captions import CaptionSet
 from layerbits.inputs.models import ResolvedModel
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stays quantized while other linears are scored.
+
+    Attributes:
+        modules: Linears or expert modules → their candidate.
+        kv_cache: Quantizer settings of keys and values, ``None`` = as they are.
+    """
+
+    modules: Mapping[str, tuple[Candidate, Capability]] = field(default_factory=dict)
+    kv_cache: Mapping[str, Any] | None = None
+
+    def identity(self) -> list[Any]:
+        """What of it scores depend on, as JSON data; empty where nothing is held."""
+        modules = sorted([m, c.info.config_hash, p.fp4_numerics] for m, (c, p) in self.modules.items())
+        return [modules, plain(self.kv_cache)] if modules or self.kv_cache else []
 
 
 @dataclass(frozen=True)
@@ -23,7 +42,7 @@ class Plan:
         scored: Names of the linears that the search may touch.
         fingerprint: Digest of all that the scores depend on (not the budget: that is solved anew).
         active_ratio: Share of the routed experts that a token uses; ``None`` where the model has none.
-        held: Linears that stay quantized while the others are scored → their candidate.
+        held: What stays quantized while the others are scored.
         cells: Candidate name → digest by which a sweep finds the finished run.
     """
 
@@ -38,7 +57,7 @@ class Plan:
     fingerprint: str
     active_ratio: float | None
     cells: Mapping[str, str]
-    held: Mapping[str, tuple[Candidate, Capability]] = field(default_factory=dict)
+    held: Held = field(default_factory=lambda: Held())
 
     def warnings(self, capability: Capability) -> tuple[str, ...]:
         """What the user should know before a candidate is scored."""

@@ -158,6 +158,7 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
         fingerprint=plan.fingerprint,
         memory=spec.memory,
         held=_held_configs(plan),
+        held_kv=plan.held.kv_cache,
         seed=plan.settings.seed,
         draws=spec.draws,
         cost_model=spec.cost_model,
@@ -211,8 +212,8 @@ def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, A
 
 
 def _held_configs(plan: Plan) -> dict[str, dict[str, Any]]:
-    made = {c.info.name: _runtime_config(c, capability) for c, capability in plan.held.values()}
-    return {module: made[c.info.name] for module, (c, _) in plan.held.items()}
+    made = {c.info.name: _runtime_config(c, capability) for c, capability in plan.held.modules.values()}
+    return {module: made[c.info.name] for module, (c, _) in plan.held.modules.items()}
 
 
 def _shown(composed: Mapping[str, Any]) -> dict[str, Any]:

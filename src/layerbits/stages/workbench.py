@@ -22,8 +22,9 @@ from layerbits.inputs.experts import active_ratio, is_routed
 from layerbits.inputs.limits import check_stock, limits_of
 from layerbits.inputs.models import ResolvedModel, Shapes, empty_model, load_tokenizer, resolve, scored_linears
 from layerbits.provenance import provenance
-from layerbits.stages.plan import Plan
+from layerbits.stages.plan import Held, Plan
 
+NOTHING_HELD = Held()
 _FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B model about 100 MB
 
 
@@ -87,22 +88,22 @@ class Workbench:
 
     def cell(self, candidate: Candidate, capability: Capability) -> str:
         """Digest of what a sweep goes by to find a finished run: parameters, configuration, revision and data."""
-        return self._cell((candidate, capability), self.scored(candidate), {})
+        return self._cell((candidate, capability), self.scored(candidate), NOTHING_HELD)
 
     def plan(
         self,
         candidates: Sequence[tuple[Candidate, Capability]],
         scored: tuple[str, ...] | None = None,
-        held: Mapping[str, tuple[Candidate, Capability]] | None = None,
+        held: Held = NOTHING_HELD,
     ) -> Plan:
         """A pass over candidates that cover the same linears.
 
         Args:
             candidates: What is scored.
             scored: Names of the linears, where another than the candidates themselves says which.
-            held: Linears that stay quantized while the others are scored → their candidate.
+            held: What stays quantized meanwhile.
         """
-        scored, held = scored or self.scored(candidates[0][0]), held or {}
+        scored = scored or self.scored(candidates[0][0])
         versions = provenance(Path.cwd())
         fingerprint = _digest(
             [*self._identity(candidates, scored, held), versions["version.modelopt"], versions["version.torch"]],
@@ -122,12 +123,7 @@ class Workbench:
             held,
         )
 
-    def _cell(
-        self,
-        candidate: tuple[Candidate, Capability],
-        scored: tuple[str, ...],
-        held: Mapping[str, tuple[Candidate, Capability]],
-    ) -> str:
+    def _cell(self, candidate: tuple[Candidate, Capability], scored: tuple[str, ...], held: Held) -> str:
         spec = self.settings.autoquant
         unit = [] if spec.cost_model == "weight" else [[spec.cost_model, self.active_ratio]]
         return _digest([*self._identity([candidate], scored, held), spec.effective_bits, *unit])
@@ -136,7 +132,7 @@ class Workbench:
         self,
         candidates: Sequence[tuple[Candidate, Capability]],
         scored: tuple[str, ...],
-        held: Mapping[str, tuple[Candidate, Capability]],
+        held: Held,
     ) -> list[Any]:
         spec, data, model = self.settings.autoquant, self.settings.dataset, self.settings.model
         return [
@@ -148,7 +144,7 @@ class Workbench:
             [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
             [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
             [_method(spec), spec.engine, self.settings.seed, self.device],
-            *([sorted([m, c.info.config_hash, p.fp4_numerics] for m, (c, p) in held.items())] if held else []),
+            *held.identity(),
         ]
 
 
