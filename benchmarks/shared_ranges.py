@@ -3,7 +3,7 @@
     python benchmarks/shared_ranges.py --out record.json
     python benchmarks/shared_ranges.py --candidates wfp8_afp8,wfp4_afp16//nvfp4 --rows 8 --out record.json
 
-For each format on the default model, every linear quantized, three ways to get one scale for q, k, v and for gate, up:
+For each format on the default model, all linears quantized, three ways to get one scale for q, k, v and for gate, up:
 ``own`` a range for each linear (what was scored so far, and nothing that a runtime with one scale can compute),
 ``shared`` the largest range from the start (overlay ``w_shared``), ``twice`` weights rounded at their own range and then
 again at the largest, which is what a runtime makes of a checkpoint with ``own``. Predicted KL by ``gradient`` for the
