@@ -82,6 +82,10 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
             for entry in config["quant_cfg"]
             if "cfg" in entry
         ]
+    for name in scheme.modules:
+        module = model.get_submodule(name)
+        if isinstance(module, torch.nn.Linear):
+            module.__class__ = torch.nn.Linear  # ModelOpt's exporter passes over Falcon's own class of linears
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
     _quantize_experts(model, layers)
     for layer in layers:
