@@ -163,7 +163,7 @@ def _exported(family: str, groups: Sequence[Group], form: str) -> str:
             )
             return "" if export_scheme(plan, "cpu").proof.passed else "the proof fails"
 
-        return str(_quietly(export, "it fails"))
+        return str(_quietly(export, "it fails")).partition("; the report is ")[0]
 
 
 def _quietly(function: Callable[[], Any], failed: str) -> Any:
@@ -180,8 +180,8 @@ def _quietly(function: Callable[[], Any], failed: str) -> Any:
 
 
 def _general(remark: str) -> str:
-    """A remark with modules by their last names, and without the folder of a report."""
-    return re.sub(r"\b\w+(?:\.\w+){2,}\.(\w+)", r"`….\1`", remark.partition("; the report is ")[0])
+    """A remark with modules by their last names."""
+    return re.sub(r"\b\w+(?:\.\w+){2,}\.(\w+)", r"`….\1`", remark)
 
 
 if __name__ == "__main__":
