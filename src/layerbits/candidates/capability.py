@@ -40,7 +40,9 @@ class Capability:
     notes: tuple[str, ...]
 
 
-def check(candidate: Candidate, linears: Linears, cuda: bool, strict: bool = False) -> Capability:
+def check(
+    candidate: Candidate, linears: Linears, cuda: bool, strict: bool = False, kinds: Mapping[str, str] | None = None
+) -> Capability:
     """Checks a candidate before any model is loaded.
 
     Args:
@@ -48,13 +50,14 @@ def check(candidate: Candidate, linears: Linears, cuda: bool, strict: bool = Fal
         linears: Covered linears, module name → ``(out_features, in_features)``.
         cuda: Whether ModelOpt's CUDA kernels can be used.
         strict: Refuse what runs but cannot be served.
+        kinds: Module name → what it is (:data:`layerbits.results.result.KINDS`), where that is known.
 
     Raises:
         Unsupported: It cannot run, or cannot be served and ``strict`` is set; the message says what to do instead.
     """
     name = candidate.info.name
     fp4 = False
-    hindrances: list[str] = []
+    hindrances = list(_left_to_16_bits(kinds or {}))
     for quantizer, cfg in candidate.format.linear.stages():
         if reason := _impossible(quantizer, cfg, cuda):
             raise Unsupported(f"{name}: {reason}")
@@ -156,6 +159,18 @@ def _hindrances(quantizer: str, cfg: Cfg, linears: Linears) -> Iterator[str]:
             mend = "use a format without these blocks" if fixed else sizes
             sides = "inputs" if inputs else "outputs"
             yield f"{what}: groups of {length} do not divide the {sides} of {_named(ragged)}; {mend}"
+
+
+def _left_to_16_bits(kinds: Mapping[str, str]) -> Iterator[str]:
+    """Covered modules that runtimes keep as they are, a line per kind."""
+    for kind, what in (("router", "routers"), ("conv", "short convolutions")):
+        names = [n for n, k in kinds.items() if k == kind]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield (
+                f"{names[0]}{more}: runtimes keep {what} in 16 bits; use a format with ModelOpt's exclusions, such as "
+                "FP8_DEFAULT_CFG"
+            )
 
 
 def _named(ragged: Mapping[str, int]) -> str:

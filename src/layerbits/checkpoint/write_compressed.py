@@ -169,7 +169,8 @@ def _ignored(model: Any, layers: Sequence[ScoredLayer], on_disk: Mapping[str, st
     words = {word for name in quantized for word in name.split(".")}
     ignored: dict[str, None] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or name in quantized:
+        weight = getattr(module, "weight", None)  # routers are linears to a runtime, whatever their class is
+        if isinstance(module, torch.nn.Embedding) or getattr(weight, "ndim", 0) != 2 or name in quantized:
             continue
         parts = name.split(".")
         tower = next((part for part in parts[:-1] if part not in words), None)

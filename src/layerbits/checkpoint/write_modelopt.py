@@ -9,8 +9,9 @@ Linears that runtimes fuse are fake-quantized at the range that they share, wher
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from layerbits.checkpoint.compare import fake_quantized
 from layerbits.checkpoint.experts import ExpertLinear
 from layerbits.checkpoint.files import copy_files
+from layerbits.checkpoint.names import names_on_disk
 from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
     from layerbits.inputs.calibration import Batch
     from layerbits.schemes import Scheme
+
+_MARK = re.compile(r"\.\\u0000[\w.]*name_sentinel")
+"""The mark in JSON, renamed or not."""
 
 
 def write_checkpoint(
@@ -56,12 +61,13 @@ def write_checkpoint(
 
     if not model.config.architectures:
         model.config.architectures = [type(model).__name__]
+    misnamed = _misnamed(model)
     with redirect_stdout(sys.stderr):
         _quantize(model, scheme, layers)
         kv_ranges = _quantize_kv_cache(model, kv_batches, language_model) if kv_batches else {}
         export_hf_checkpoint(model, export_dir=folder)
     copy_files(source, folder)
-    _mend_config(source, folder)
+    _mend_config(source, folder, misnamed)
     return kv_ranges
 
 
@@ -82,6 +88,10 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
             for entry in config["quant_cfg"]
             if "cfg" in entry
         ]
+    for name in scheme.modules:
+        module = model.get_submodule(name)
+        if isinstance(module, torch.nn.Linear):
+            module.__class__ = torch.nn.Linear  # ModelOpt's exporter passes over Falcon's own class of linears
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
     _quantize_experts(model, layers)
     for layer in layers:
@@ -163,10 +173,41 @@ def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str
     return ranges
 
 
-def _mend_config(source: Path, folder: Path) -> None:
-    """``use_cache`` as the source has it: scoring switches it off."""
+def _misnamed(model: Any) -> dict[str, str]:
+    """What ModelOpt calls a module in the configuration → what its weight is called in the files, where they differ.
+
+    ModelOpt renames modules, transformers renames weights (Nemotron-H: ``embedding.weight`` for ``embeddings.weight``).
+    """
+    from modelopt.torch.export import quant_aware_conversion
+
+    try:
+        renamed = quant_aware_conversion.build_reverse_name_mapper(model)
+    except quant_aware_conversion.QuantConversionUnsupportedError:  # it keeps the names of the model then
+        return {}
+    if renamed is None:
+        return {}
+    files = {
+        name.removesuffix(".weight"): stored.removesuffix(".weight")
+        for name, stored in names_on_disk(model).items()
+        if name.endswith(".weight")
+    }
+    said = {name: str(renamed(name)).partition(".\x00")[0] for name in files}
+    return {said[name]: stored for name, stored in files.items() if said[name] != stored}
+
+
+def _mend_config(source: Path, folder: Path, misnamed: Mapping[str, str]) -> None:
+    """``use_cache`` as the source has it: scoring switches it off; names without what ModelOpt's renaming left on them.
+
+    ModelOpt 0.47 marks the end of a name before it renames it, and where a renaming is written without an anchor (the
+    ``model.`` of Nemotron-H) it takes the mark for a part of the name.
+    """
     original = json.loads((source / "config.json").read_text())
     file = folder / "config.json"
+    for named in (file, folder / "hf_quant_config.json"):
+        text = _MARK.sub("", named.read_text())
+        for wrong, right in misnamed.items():
+            text = text.replace(f'"{wrong}"', f'"{right}"')
+        named.write_text(text)
     config = json.loads(file.read_text())
     config.pop("use_cache", None)
     if "use_cache" in original:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerbits.checkpoint.formats import choose_format
 from layerbits.checkpoint.labels import AUTO, COMPRESSED, FORMATS, MODELOPT, Label, check_shape
@@ -82,7 +84,7 @@ def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none", format
         UserError: The folder is not empty, the disk too small, or the source checkpoint cannot be read.
         Unsupported: A candidate whose label would not say what was scored, or a weight that does not fit it.
     """
-    from layerbits.inputs.models import skeleton
+    from layerbits.inputs.models import empty_model, scored_linears
 
     scheme = prepared.scheme
     if kv_cache not in KV_CACHES:
@@ -98,12 +100,15 @@ def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none", format
     target = target.expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty; name another folder, or delete it")
-    linears = skeleton(prepared.resolved)
+    model = empty_model(prepared.resolved)
+    linears = scored_linears(model, prepared.resolved.spec)
     experts = [module for module in scheme.modules if len(linears.get(module, ())) > 1]
     if experts and format == COMPRESSED:
         raise Unsupported(f"{experts[0]} holds experts, which ModelOpt's format alone has; use format=modelopt")
     format, labels = choose_format(scheme.candidates, MODELOPT if experts else format)
-    _check_shapes(prepared, labels, linears)
+    _check_modules(prepared, labels, model, linears)
+    if format == MODELOPT:
+        _check_convertible(model)
     for module in experts:
         label = labels[scheme.modules[module].name]
         if label.algo not in EXPERT_LABELS:
@@ -139,12 +144,35 @@ def source_folder(resolved: ResolvedModel) -> Path:
     )
 
 
-def _check_shapes(prepared: Prepared, labels: Mapping[str, Label], linears: Mapping[str, Shapes]) -> None:
+def _check_modules(prepared: Prepared, labels: Mapping[str, Label], model: Any, linears: Mapping[str, Shapes]) -> None:
+    from layerbits.inputs.linears import is_convolution, is_transposed
+
     for module, info in prepared.scheme.modules.items():
         if module not in linears:
             raise UserError(f"the model has no linear {module}; use the model that the scheme was made from")
+        if is_transposed(model.get_submodule(module)):
+            raise Unsupported(
+                f"{module} is a Conv1D: its checkpoint has weights as [in, out], where no runtime looks for scales of "
+                "quantized ones; probe and validate work, an export does not"
+            )
+        if is_convolution(model.get_submodule(module)):
+            raise Unsupported(f"{module} is a convolution, which runtimes keep in 16 bits; leave it out of the scheme")
         for shape in linears[module]:
             check_shape(info, labels[info.name], module, *shape)
+
+
+def _check_convertible(model: Any) -> None:
+    """Whether ModelOpt, which writes the checkpoint, can put its quantizers into such a model."""
+    from modelopt.torch.quantization.plugins.custom import register_custom_model_plugins_on_the_fly
+
+    try:
+        with redirect_stdout(sys.stderr):
+            register_custom_model_plugins_on_the_fly(model)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise Unsupported(
+            f"ModelOpt cannot put its quantizers into a {type(model).__name__} ({type(error).__name__}: {error}); "
+            "use format=compressed-tensors"
+        ) from None
 
 
 def _estimate(scheme: Scheme, source: Checkpoint) -> int:

@@ -27,15 +27,32 @@ from layerbits.results.result import FloatArray
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#777777"
 _DASHES: dict[str, Any] = {"dash-dot-dot": (0, (4, 1, 1, 1, 1, 1)), "dots": (0, (1, 1)), "long": (0, (7, 2))}
-KIND_STYLES: dict[str, dict[str, Any]] = {
-    "qkv": {"color": BLUE, "marker": "o", "linestyle": "-"},
-    "o": {"color": ORANGE, "marker": "s", "linestyle": "--"},
-    "gate_up": {"color": GREEN, "marker": "^", "linestyle": "-."},
-    "down": {"color": VERMILLION, "marker": "D", "linestyle": _DASHES["dash-dot-dot"]},
-    "lm_head": {"color": PURPLE, "marker": "v", "linestyle": _DASHES["dots"]},
-    "other": {"color": BLACK, "marker": "P", "linestyle": _DASHES["long"]},
+_KIND_LOOKS = {
+    "qkv": (BLUE, "o", "-"),
+    "mla_q": ("#004C77", "<", "-"),
+    "mla_kv": (SKY, ">", "--"),
+    "linear_attn_in": ("#6A51A3", "p", "-"),
+    "ssm_in": ("#54278F", "h", "-."),
+    "conv": ("#8C8C8C", "*", _DASHES["dots"]),
+    "linear_attn_out": ("#9A5B00", "p", "--"),
+    "ssm_out": ("#7F3B08", "h", _DASHES["long"]),
+    "o": (ORANGE, "s", "--"),
+    "router": ("#A6761D", "X", _DASHES["dots"]),
+    "gate_up": (GREEN, "^", "-."),
+    "down": (VERMILLION, "D", _DASHES["dash-dot-dot"]),
+    "experts": ("#00503A", "d", "-"),
+    "shared_gate_up": ("#7FCDBB", "^", _DASHES["dots"]),
+    "shared_down": ("#F4A582", "D", _DASHES["long"]),
+    "lm_head": (PURPLE, "v", _DASHES["dots"]),
+    "other": (BLACK, "P", _DASHES["long"]),
 }
-"""Colour, marker and line style per kind of linear; marker and line style alone tell them apart in grey print."""
+KIND_STYLES: dict[str, dict[str, Any]] = {
+    kind: {"color": color, "marker": marker, "linestyle": line} for kind, (color, marker, line) in _KIND_LOOKS.items()
+}
+"""Colour, marker and line style per kind of linear; marker and line style alone tell them apart in grey print.
+
+A kind of one model has a shade of what does the same in others: latent projections of ``qkv``, experts of ``gate_up``.
+"""
 HATCH = "////"
 COLORMAP = "cividis"
 LABELS = {

@@ -115,7 +115,7 @@ def scores(runs: pd.DataFrame | Sequence[str], *, tracking_uri: str | None = Non
 
     Returns:
         Columns ``run_id``, ``model``, ``quant_pair``, ``granularity``, ``dataset_size``, ``block`` (missing outside
-        the decoder blocks), ``kind`` (qkv, o, gate_up, down, lm_head or other), ``layer``, ``candidate``, ``score``,
+        the decoder blocks), ``kind`` (:data:`layerbits.results.result.KINDS`), ``layer``, ``candidate``, ``score``,
         ``predicted_kl`` (nats per token; both NaN where not finite), ``bits``, ``chosen``, ``rank`` (1 = most
         sensitive), the intervals ``low`` to ``high`` of the predicted KL and ``rank_low`` to ``rank_high`` of the
         rank, and ``believable``: false where a predicted KL is above ln(vocabulary). What a run does not have is

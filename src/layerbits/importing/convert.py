@@ -135,7 +135,7 @@ def _groups(table: Table, scores: Sequence[Score]) -> tuple[Group, ...]:
         # ModelOpt names a group by its first linear; those that it fuses are quantized, but have no entry of their own.
         fused.append(((score.module, *(name for name in others if name in there)), score.weights))
     head = next((score.module for score in scores if score.module.rpartition(".")[2] == "lm_head"), None)
-    return named_groups(fused, head)
+    return named_groups(None, fused, head)
 
 
 def _calibration(dataset: Mapping[str, object], score_samples: int | None) -> CalibrationInfo:

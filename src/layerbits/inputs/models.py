@@ -12,9 +12,10 @@ from typing import Any
 from layerbits.errors import UserError
 from layerbits.inputs import smollm2
 from layerbits.inputs.architecture import check_causal, check_code, check_tokenizer_code, is_remote, model_class
-from layerbits.inputs.experts import fused_experts, named_experts
+from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.folder import check_folder, weight_files
 from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
+from layerbits.inputs.linears import is_quantizable, shape_of
 from layerbits.inputs.quantized import Quantization, check_dequantized, check_quantization, dequantizing
 from layerbits.inputs.tensors import check_tensors
 from layerbits.results.result import ModelInfo
@@ -144,18 +145,6 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     return ResolvedModel(spec, source, revision, config, found)
 
 
-def skeleton(resolved: ResolvedModel) -> dict[str, Shapes]:
-    """Linears and expert modules of the language model, from the files without the weights (nothing is allocated).
-
-    Returns:
-        Full module name → shapes, lm_head included.
-
-    Raises:
-        UserError: The tensors of the checkpoint are not those of the model.
-    """
-    return scored_linears(empty_model(resolved), resolved.spec)
-
-
 def scored_linears(model: Any, spec: ModelSpec) -> dict[str, Shapes]:
     """Those of :func:`language_model_linears` that are not excluded.
 
@@ -250,8 +239,6 @@ def language_model_linears(model: Any) -> dict[str, Shapes]:
     Returns:
         Full module name → shapes of the weights, in model order.
     """
-    import torch
-
     prefix, language_model = find_language_model(model)
     foreign = tuple(f"{name}." for name in foreign_parts(model))
     linears: dict[str, Shapes] = {}
@@ -259,15 +246,33 @@ def language_model_linears(model: Any) -> dict[str, Shapes]:
         full = f"{prefix}.{name}" if prefix else name
         if f"{full}.".startswith(foreign):
             continue
-        if isinstance(module, torch.nn.Linear):
-            linears[full] = ((module.out_features, module.in_features),)
+        if is_quantizable(module):
+            linears[full] = (shape_of(module),)
         elif (experts := fused_experts(module)) is not None:
             linears[full] = experts.shapes
     head = output_head(model)
     if head is not None:
-        module = model.get_submodule(head)
-        linears[head] = ((module.out_features, module.in_features),)
+        linears[head] = (shape_of(model.get_submodule(head)),)
     return linears
+
+
+def undecided(model: Any) -> Iterator[str]:
+    """Weights of the language model that ModelOpt's search makes no decision about, a line per class of module."""
+    stacked: dict[str, list[tuple[str, int]]] = {}
+    _, language_model = find_language_model(model)
+    for name, module in language_model.named_modules():
+        if not is_quantizable(module) and fused_experts(module) is None:
+            weights = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 3)
+            if weights:
+                stacked.setdefault(type(module).__name__, []).append((name, weights))
+    total = sum(p.numel() for p in language_model.parameters())
+    for kind, found in stacked.items():
+        share = sum(weights for _, weights in found) / total
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield (
+            f"{found[0][0]}{more} ({kind}): ModelOpt's search makes no decision about weights of this layout; "
+            f"{share:.0%} of the language model stay as they are"
+        )
 
 
 def output_head(model: Any) -> str | None:
@@ -282,15 +287,12 @@ def output_head(model: Any) -> str | None:
 
 def unscored_patterns(model: Any, scored: set[str]) -> list[str]:
     """Name patterns of everything that must stay unquantized: the largest subtrees without a scored linear."""
-    import torch
-
     # ModelOpt makes a decision for every linear, convolution and expert module that it finds.
-    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    experts = {model.get_submodule(name) for name in named_experts(model)}
+    decided = {m for m in model.modules() if is_quantizable(m) or fused_experts(m) is not None}
     patterns: list[str] = []
 
     def quantizable(module: Any) -> bool:
-        return any(isinstance(m, kinds) or m in experts for m in module.modules())
+        return any(m in decided for m in module.modules())
 
     def visit(name: str, module: Any) -> None:
         for child_name, child in module.named_children():

@@ -18,6 +18,7 @@ from layerbits.candidates.fused import fused, shares_range
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.experts import fused_experts
+from layerbits.inputs.linears import is_quantizable, run, weight_of
 from layerbits.inputs.models import output_head
 from layerbits.results.result import CandidateInfo
 from layerbits.scoring import quantizers
@@ -167,11 +168,11 @@ def module_quantizers(
     weight_quantizer = quantizers.make_quantizer(settings.weights[0], module.weight.device)
     input_quantizer = quantizers.make_quantizer(settings.inputs[0], module.weight.device)
     with torch.no_grad():
-        quantizers.calibrate_weight(weight_quantizer, module.weight)
+        quantizers.calibrate_weight(weight_quantizer, weight_of(module))
         if weight_quantizer is not None and shares_range(weight_quantizer):
             others = [quantizers.make_quantizer(settings.weights[0], m.weight.device) for m in together]
             for other, linear in zip(others, together, strict=True):
-                quantizers.calibrate_weight(other, linear.weight)
+                quantizers.calibrate_weight(other, weight_of(linear))
             quantizers.share_ranges([weight_quantizer, *others])
     if quantizers.needs_range(input_quantizer):
         amax = _range_of(ranges, name, info, _key(settings.inputs[0]))
@@ -234,15 +235,13 @@ def _range_of(ranges: Ranges, name: str, info: CandidateInfo, key: str) -> Any:
 
 
 def _linear(model: Any, name: str) -> Any:
-    import torch
-
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise UserError(
             f"the model has no linear {name}; apply the scheme to the model that it was made from"
         ) from None
-    if not isinstance(module, torch.nn.Linear) and fused_experts(module) is None:
+    if not is_quantizable(module) and fused_experts(module) is None:
         raise Unsupported(f"{name} is a {type(module).__name__}; schemes are applied to linears and expert modules")
     return module
 
@@ -252,16 +251,15 @@ def _key(attributes: Any, site: str = "") -> str:
 
 
 def _quantized_forward(module: Any, weight_quantizer: Any, input_quantizer: Any, keep_weights: bool) -> Any:
-    from torch.nn.functional import linear
-
     def quantized() -> Any:
-        return module.weight if weight_quantizer is None else weight_quantizer(module.weight)
+        weight = weight_of(module)
+        return weight if weight_quantizer is None else weight_quantizer(weight)
 
     kept = quantized().detach() if keep_weights else None
 
     def forward(x: Any) -> Any:
         weight = quantized() if kept is None else kept
-        return linear(x if input_quantizer is None else input_quantizer(x), weight, module.bias)
+        return run(module, x if input_quantizer is None else input_quantizer(x), weight)
 
     return forward
 

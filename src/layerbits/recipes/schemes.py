@@ -74,7 +74,7 @@ def _groups(outcome: RecipeOutcome, answer: Answer) -> list[tuple[Group, int]]:
     """Every group that the recipe may quantize, with what it becomes; one with a score under the name it has there."""
     known = {group.modules: group for result in outcome.results.values() for group in result.groups}
     slots = [(slot, at) for slot, at in zip(outcome.plan.space.slots, answer.choice, strict=True) if slot.choices]
-    named = named_groups([(slot.modules, slot.weights) for slot, _ in slots], None)
+    named = named_groups(None, [(slot.modules, slot.weights) for slot, _ in slots], None)
     return [(known.get(slot.modules, group), at) for (slot, at), group in zip(slots, named, strict=True)]
 
 

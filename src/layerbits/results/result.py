@@ -21,8 +21,17 @@ from layerbits.results.naming import run_name
 from layerbits.results.routing import Routing
 
 SCHEMA_VERSION = 1
-KINDS = ("qkv", "o", "gate_up", "down", "lm_head", "other")
-"""Kinds of linear in the order of a decoder block."""
+KINDS = (
+    *("qkv", "mla_q", "mla_kv", "linear_attn_in", "ssm_in", "conv", "linear_attn_out", "ssm_out", "o"),
+    *("router", "gate_up", "down", "experts", "shared_gate_up", "shared_down", "lm_head", "other"),
+)
+"""Kinds of linear in the order of a decoder block.
+
+``qkv`` and ``o`` are what leads into and out of an attention (``mla_q`` and ``mla_kv`` into one with latent queries,
+keys and values), ``linear_attn_*`` and ``ssm_*`` of a linear attention and of a state-space mixer, ``conv`` its short
+convolution. ``gate_up`` and ``down`` are a dense MLP, ``experts`` all routed experts of a block, ``shared_*`` the
+expert that every token takes, ``router`` what chooses or weighs experts.
+"""
 
 COST_MODELS = ("weight", "active_moe")
 """Units of effective bits, ModelOpt's names: all weights alike, or routed experts by the share that a token uses."""

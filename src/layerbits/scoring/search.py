@@ -63,7 +63,8 @@ class Search:
         searched = [d for d in found if d.searched]
         head = output_head(model)
         names = tuple(n for d in searched for n in d.modules)
-        groups = named_groups([(d.modules, d.weights) for d in searched], head)
+        named = named_groups(model, [(d.modules, d.weights) for d in found], head)
+        groups = [g for g, d in zip(named, found, strict=True) if d.searched]
         experts = named_experts(model)
         return cls(
             found=tuple(found),

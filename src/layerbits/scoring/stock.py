@@ -24,6 +24,7 @@ from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import expert_notes
 from layerbits.inputs.limits import stock_fails
+from layerbits.inputs.linears import is_transposed
 from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, NonFinite
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of, with_active
@@ -114,10 +115,12 @@ def _score(job: ScoringJob) -> Scores:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise stock_fails(model, error) from error
         clock.stop()
-        decisions = [(n, h) for n, h in recipe_hparams(model) if h.is_configurable]
-        other = sum(weights_of(h) for _, h in recipe_hparams(model) if not h.is_configurable)
-    named = named_groups([(tuple(h.quant_module_names), weights_of(h)) for _, h in decisions], head)
-    groups = with_active(named, job.active_ratio)
+        found = recipe_hparams(model)
+        decisions = [(n, h) for n, h in found if h.is_configurable]
+        other = sum(weights_of(h) for _, h in found if not h.is_configurable)
+        named = named_groups(model, [(tuple(h.quant_module_names), weights_of(h)) for _, h in found], head)
+    searched = tuple(g for g, (_, h) in zip(named, found, strict=True) if h.is_configurable)
+    groups = with_active(searched, job.active_ratio)
     raw = np.array([_stat(state, n, "scores") for n, _ in decisions], dtype=np.float64)[:, None]
     tokens = np.array([b.loss_tokens for b in job.calibration.score], dtype=np.float64)
     if job.method == "gradient":
@@ -273,6 +276,7 @@ def _restored_after(model: Any) -> Iterator[None]:
     implementations = [(m.config, m.config._experts_implementation) for m in _with_experts(model)]
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     patched = {m for m in model.modules() if "forward" in vars(m)}
+    transposed = {m: m.weight for m in model.modules() if is_transposed(m)}
     try:
         yield
     finally:
@@ -286,6 +290,10 @@ def _restored_after(model: Any) -> Iterator[None]:
             parameter.requires_grad_(requires_grad.get(name, False))
             parameter.grad = None
         _plain_again(model, patched)
+        for module, weight in transposed.items():  # of these, ModelOpt makes linears for good
+            module.weight = weight
+            for name in ("in_features", "out_features"):
+                vars(module).pop(name, None)
 
 
 def _with_experts(model: Any) -> list[Any]:

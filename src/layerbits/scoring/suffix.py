@@ -16,6 +16,7 @@ from typing import Any
 
 from layerbits.errors import Unsupported
 from layerbits.inputs.calibration import Batch, Segment
+from layerbits.inputs.linears import tokens_of
 from layerbits.inputs.models import output_head
 from layerbits.scoring.divergence import Reference
 from layerbits.scoring.patches import Forward, Span, by_tile, forwards
@@ -237,7 +238,7 @@ class SuffixRunner:
         def before_linear(name: str) -> Any:
             def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = first_input(args, kwargs)
-                called.append((name, x.numel() // x.shape[-1]))
+                called.append((name, tokens_of(_module, x)))
 
             return hook
 

@@ -11,12 +11,13 @@ from layerbits.candidates.fused import fused
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import fused_experts
+from layerbits.inputs.linears import is_quantizable, tokens_of
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import ExpertsTap, Routed
 from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import Load
 from layerbits.scoring.steps import Labels, calibration_forward, loss_backward
-from layerbits.scoring.tap import LinearTap, Tap, hooked
+from layerbits.scoring.tap import LinearTap, Tap, first_input, hooked
 
 
 def make_tap(name: str, module: Any, settings: quantizers.Settings) -> Tap:
@@ -30,9 +31,7 @@ def make_tap(name: str, module: Any, settings: quantizers.Settings) -> Tap:
     Raises:
         Unsupported: A module of another kind.
     """
-    import torch
-
-    if isinstance(module, torch.nn.Linear):
+    if is_quantizable(module):
         return LinearTap(name, module, settings)
     experts = fused_experts(module)
     if experts is None:
@@ -227,7 +226,7 @@ class Taps:
     def _keep(self, index: int) -> Any:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tap = self.taps[index]
-            tokens = output.numel() // output.shape[-1]
+            tokens = tokens_of(tap.module, first_input(args, kwargs))
             if tokens != self._sizes[0]:  # an expert of its own, say: which tokens these are cannot be known here
                 raise UserError(
                     f"{tap.name} is called on {tokens} of {self._sizes[0]} tokens in a forward pass; "
@@ -245,10 +244,9 @@ class Taps:
         taken = list(held)
         held.clear()  # the graph outlives this hook, the tensors need not
         self._calls[index] += 1
-        y = taken[-1]
-        span = slice(self._at, self._at + y.numel() // y.shape[-1])
         with torch.no_grad():
             for candidates, scores in self.taps[index].scores(taken, gradient, self._signed):
+                span = slice(self._at, self._at + scores.shape[1])
                 self._tokens[index, candidates, span] = scores.to(self._tokens.device)
 
 

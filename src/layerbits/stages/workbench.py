@@ -19,8 +19,18 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Calibration, build_calibration
 from layerbits.inputs.captions import CaptionSet, load_captions
 from layerbits.inputs.experts import active_ratio, is_routed
+from layerbits.inputs.kinds import kinds_of
 from layerbits.inputs.limits import check_stock, limits_of
-from layerbits.inputs.models import ResolvedModel, Shapes, empty_model, load_tokenizer, resolve, scored_linears
+from layerbits.inputs.models import (
+    ResolvedModel,
+    Shapes,
+    empty_model,
+    load_tokenizer,
+    output_head,
+    resolve,
+    scored_linears,
+    undecided,
+)
 from layerbits.provenance import provenance
 from layerbits.stages.plan import Held, Plan
 
@@ -43,6 +53,7 @@ class Workbench:
     calibration: Calibration
     empty: Any
     linears: Mapping[str, Shapes]
+    kinds: Mapping[str, str]
     active_ratio: float | None
     device: str
 
@@ -53,7 +64,7 @@ class Workbench:
             UserError: It covers none.
         """
         head = self.settings.model.lm_head
-        names = tuple(n for n in self.linears if candidate.format.linear.covers(n, lm_head=head))
+        names = tuple(n for n in self.linears if candidate.format.linear.covers(n, head, self.kinds[n]))
         if not names:
             raise UserError(
                 f"{candidate.info.format_name} covers no linear of {self.settings.model.name}; choose another format"
@@ -70,7 +81,9 @@ class Workbench:
         Raises:
             Unsupported: It cannot run here.
         """
-        linears = _by_weight({n: self.linears[n] for n in (scored or self.scored(candidate))})
+        scored = scored or self.scored(candidate)
+        linears = _by_weight({n: self.linears[n] for n in scored})
+        kinds = {n: self.kinds[n] for n in scored}
         if self.settings.autoquant.method == "fisher" and not scored_together(candidate):
             raise Unsupported(
                 f"{candidate.info.name} needs ModelOpt's own calibration, which has no method=fisher; "
@@ -84,7 +97,8 @@ class Workbench:
                 f"{candidate.info.name} shares ranges between fused linears, which ModelOpt's own search does not; "
                 "use autoquant.engine=onepass"
             )
-        return check(candidate, linears, self.device == "cuda", self.settings.strict)
+        found = check(candidate, linears, self.device == "cuda", self.settings.strict, kinds)
+        return replace(found, notes=(*found.notes, *undecided(self.empty)))
 
     def cell(self, candidate: Candidate, capability: Capability) -> str:
         """Digest of what a sweep goes by to find a finished run: parameters, configuration, revision and data."""
@@ -162,13 +176,14 @@ def workbench(settings: Settings) -> Workbench:
     empty = empty_model(resolved)
     linears = scored_linears(empty, settings.model)
     ratio = _active_ratio(spec, resolved, linears)
+    kinds = kinds_of(empty, list(linears), output_head(empty))
     tokenizer = load_tokenizer(resolved)
     calibration = build_calibration(
         captions.captions, tokenizer, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
     )
     doubts = limits_of(empty, resolved.config, settings.model.name).check(calibration, tokenizer)
     calibration = replace(calibration, warnings=(*doubts, *calibration.warnings))
-    return Workbench(settings, captions, resolved, tokenizer, calibration, empty, linears, ratio, device)
+    return Workbench(settings, captions, resolved, tokenizer, calibration, empty, linears, kinds, ratio, device)
 
 
 def scored_together(candidate: Candidate) -> bool:
