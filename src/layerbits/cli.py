@@ -110,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     view = command("view", _view, "print the link of each experiment's comparison view in the UI")
     view.add_argument("--port", type=int, default=5000, help="of the UI on a database; a server has its own (5000)")
 
-    command("reap", _reap, "end the runs of this machine whose process is gone")
+    reap = command("reap", _reap, "end the runs of this machine whose process is gone")
+    reap.add_argument("runs", metavar="RUN", nargs="*", help="run ids to end, on your word that their process is gone")
     command("doctor", _doctor, "check store, artifacts, clock, disk, GPU and kernels; status 1 where one fails")
     return parser
 
@@ -205,7 +206,7 @@ def _reap(options: argparse.Namespace) -> int:
     from layerbits.history.source import connect
     from layerbits.tracking.reap import reap
 
-    closed = reap(connect(options.tracking_uri))
+    closed = reap(connect(options.tracking_uri), named=options.runs)
     for run in closed:
         print(f"{run.outcome}: {run.run_id} {run.name} ({run.reason})")
     print(f"{len(closed)} runs closed")

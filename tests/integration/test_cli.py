@@ -198,6 +198,29 @@ def test_reap_ends_a_run_that_had_told_its_outcome_as_that(store, tmp_path, laye
     assert (run.info.status, run.data.tags["outcome"], "reason" in run.data.tags) == ("FINISHED", "ok", False)
 
 
+def test_reap_ends_a_run_of_another_machine_only_by_its_id(store, layerbits):
+    client = mlflow.MlflowClient(store)
+    unknown = client.create_run("0").info.run_id  # as `mlflow run` makes it, before its job has opened it
+    assert layerbits("reap", "--tracking-uri", store)[1] == ["0 runs closed"]
+    assert layerbits("reap", unknown, "--tracking-uri", store)[1][-1] == "1 runs closed"
+    run = client.get_run(unknown)
+    assert (run.info.status, run.data.tags["outcome"], run.data.tags["reason"]) == ("KILLED", "killed", "ended by hand")
+    assert layerbits("reap", unknown, "--tracking-uri", store)[1] == ["0 runs closed"]
+
+
+def test_reap_does_not_end_a_run_whose_process_is_there(store, tmp_path, layerbits):
+    alive, run_id = job(tmp_path, "alive")
+    try:
+        status, _, errors = layerbits("reap", run_id, "--tracking-uri", store)
+    finally:
+        alive.kill()
+        alive.wait()
+    assert (status, errors[-1]) == (
+        2,
+        f"error: run {run_id} is held by a process of this machine; stop that instead",
+    )
+
+
 # The doctor
 
 
