@@ -78,7 +78,7 @@ def test_log_probabilities_of_another_text_are_refused():
         read([told({0: 0.5})], [[0, 7]])
 
 
-def measured(from_scored, rounding, noise, files=0.0, rounding_noise=0.0):
+def measured(from_scored, rounding, noise, files=0.0, rounding_noise=0.0006):
     values = {name: Divergence(0.01, 0.001) for name in ("served_damage", "restored_damage", "scored_damage")}
     return Measured(
         tokens=1000,
@@ -115,6 +115,12 @@ def test_without_a_served_unquantized_model_rounding_stands_for_its_noise():
     made = measured(from_scored=0.002, rounding=0.0006, noise=UNKNOWN, rounding_noise=0.0006)
     assert made.explained == pytest.approx(0.0012)
     assert "serve/noise" not in made.metrics()
+
+
+def test_a_runtime_cannot_explain_itself_by_a_broken_unquantized_model():
+    made = measured(from_scored=5.4, rounding=0.0006, noise=5.4, rounding_noise=0.0006)
+    assert made.diverges
+    assert "the runtime computes another unquantized model, too" in made.sentence
 
 
 def test_a_number_that_is_none_diverges():
