@@ -5,9 +5,9 @@
 
 For each format on the default model, all linears quantized, three ways to get one scale for q, k, v and for gate, up:
 ``own`` a range for each linear (what was scored so far, and nothing that a runtime with one scale can compute),
-``shared`` the largest range from the start (overlay ``w_shared``), ``twice`` weights rounded at their own range and then
-again at the largest, which is what a runtime makes of a checkpoint with ``own``. Predicted KL by ``gradient`` for the
-first two, measured KL on held-out rows for all three, both in nats per token; the standard error is over the rows.
+``shared`` the largest range from the start (overlay ``w_shared``), ``twice`` weights rounded at their own range and
+then again at the largest, which is what a runtime makes of a checkpoint with ``own``. Predicted KL by ``gradient`` for
+the first two, measured KL on held-out rows for all three, both in nats per token; the standard error is over the rows.
 """
 
 from __future__ import annotations
