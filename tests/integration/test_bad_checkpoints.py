@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
 
 from layerbits.errors import UserError
@@ -271,9 +272,76 @@ def test_dequantizing_what_is_not_quantized_is_refused(folder):
     assert "is not quantized; leave model.dequantize out" in refused(folder, dequantize=True)
 
 
+def test_mxfp4_experts_are_scored_as_the_numbers_that_they_hold(tmp_path):
+    """gpt-oss: blocks of 32 numbers of four bits, two a byte, with an exponent each."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    few = {
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 384,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **few, pad_token_id=0)).bfloat16()
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    expected, values = {}, torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+    def change(held):
+        for name in [n for n in held if n.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, outputs = held.pop(name).shape
+            codes = torch.randint(0, 16, (experts, outputs, inputs // 32, 32))
+            scales = torch.randint(120, 130, (experts, outputs, inputs // 32), dtype=torch.uint8)
+            numbers = values[codes] * torch.exp2(scales.float() - 127)[..., None]
+            expected[name] = numbers.reshape(experts, outputs, inputs).transpose(1, 2).bfloat16()
+            held[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+            held[f"{name}_scales"] = scales
+
+    tensors(tmp_path, change)
+    config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    assert "already quantized: mxfp4" in refused(tmp_path)
+    model = load(before_weights(tmp_path, dequantize=True), None, "cpu").model
+    assert len(expected) == 2
+    for name, numbers in expected.items():
+        assert torch.equal(model.get_parameter(name), numbers), name
+
+
 def test_an_export_of_layerbits_is_not_dequantized(folder):
     exported(folder)
     assert "exported it as fp8_full from run abc123" in refused(folder, dequantize=True)
+
+
+# Code that comes along
+
+_OWN = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_trusted_code_is_run_and_nobody_is_asked(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    (folder / "modeling_own.py").write_text(_OWN)
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=code)
+    assert "brings code of its own (modeling_own.py)" in refused(folder)
+    model = load(before_weights(folder, trust_remote_code=True), None, "cpu")
+    assert model.info.architecture == "OwnForCausalLM"
+    assert len(model.linears) == 15
+
+
+def test_code_beside_an_architecture_that_transformers_has_is_not_needed(folder):
+    config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
+    before_weights(folder)
 
 
 # Every kind
