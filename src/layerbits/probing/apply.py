@@ -7,6 +7,7 @@ bit what it did before.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -65,9 +66,7 @@ def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch])
     found = taps.ranges()
     return Ranges(
         {
-            tap.name: {
-                _key(settings.inputs[i], site): found[name] for name, site, i, _ in tap.range_names() if name in found
-            }
+            tap.name: {_key(settings, i, site): found[name] for name, site, i, _ in tap.range_names() if name in found}
             for tap in taps.taps
         }
     )
@@ -167,14 +166,15 @@ def module_quantizers(
     weight_quantizer = quantizers.make_quantizer(settings.weights[0], module.weight.device)
     input_quantizer = quantizers.make_quantizer(settings.inputs[0], module.weight.device)
     with torch.no_grad():
-        quantizers.calibrate_weight(weight_quantizer, module.weight)
+        whole = quantizers.largest_of([m.weight for m in together]) if settings.share_ranges else None
+        quantizers.calibrate_weight(weight_quantizer, module.weight, settings.searches[0], whole)
         if weight_quantizer is not None and shares_range(weight_quantizer):
             others = [quantizers.make_quantizer(settings.weights[0], m.weight.device) for m in together]
             for other, linear in zip(others, together, strict=True):
                 quantizers.calibrate_weight(other, linear.weight)
             quantizers.share_ranges([weight_quantizer, *others])
     if quantizers.needs_range(input_quantizer):
-        amax = _range_of(ranges, name, info, _key(settings.inputs[0]))
+        amax = _range_of(ranges, name, info, _key(settings, 0))
         input_quantizer.amax = torch.as_tensor(amax).to(module.weight)
     return weight_quantizer, input_quantizer
 
@@ -201,7 +201,7 @@ def experts_tap(module: Any, name: str, info: CandidateInfo, ranges: Ranges) -> 
     with torch.no_grad():
         tap.calibrate_weights()
         for _, site, _, quantizer in tap.range_names():
-            quantizer.amax = torch.as_tensor(_range_of(ranges, name, info, _key(settings.inputs[0], site))).to(weight)
+            quantizer.amax = torch.as_tensor(_range_of(ranges, name, info, _key(settings, 0, site))).to(weight)
     return tap
 
 
@@ -217,13 +217,14 @@ def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
     config = Format(info.format_name, normalise(info.config)).bare()
     if TOKEN_GROUP_BACKEND in str(plain(config)):
         register_backend()
-    if device.type == "cuda" and fp4.cuda_kernels_available():
+    if getattr(device, "type", device) == "cuda" and fp4.cuda_kernels_available():
         return config
     fp4.register_backends()
     return fp4.with_reference_backend(config)
 
 
 _MARK = "_layerbits_scheme"
+_CPU = "cpu"
 
 
 def _range_of(ranges: Ranges, name: str, info: CandidateInfo, key: str) -> Any:
@@ -247,8 +248,10 @@ def _linear(model: Any, name: str) -> Any:
     return module
 
 
-def _key(attributes: Any, site: str = "") -> str:
-    return f"{site}{'none' if attributes is None else attributes.model_dump_json()}"
+def _key(settings: quantizers.Settings, at: int, site: str = "") -> str:
+    attributes, headroom = settings.inputs[at], settings.headrooms[at]
+    told = "none" if attributes is None else attributes.model_dump_json()
+    return f"{site}{told}{json.dumps(headroom) if headroom else ''}"
 
 
 def _quantized_forward(module: Any, weight_quantizer: Any, input_quantizer: Any, keep_weights: bool) -> Any:
