@@ -125,7 +125,7 @@ def apply_scheme(
     ranges = calibration if isinstance(calibration, Ranges) else find_ranges(model, [scheme], calibration)
     forwards: Made = {} if made is None else made
     keys = {name: (name, info.config_hash) for name, info in scheme.modules.items()}
-    together = fused_with(linears)
+    together, wholes = fused_with(linears), _whole_ranges(scheme, linears)
     with torch.no_grad():
         for name, info in scheme.modules.items():
             if keys[name] in forwards:
@@ -133,7 +133,7 @@ def apply_scheme(
             if fused_experts(linears[name]) is not None:
                 forwards[keys[name]] = experts_tap(linears[name], name, info, ranges).quantized((0, 0), keep_weights)
             else:
-                pair = module_quantizers(linears[name], name, info, ranges, together[name])
+                pair = module_quantizers(linears[name], name, info, ranges, together[name], wholes.get(name))
                 forwards[keys[name]] = _quantized_forward(linears[name], *pair, keep_weights)
     for name, module in linears.items():
         _replace(module, forwards[keys[name]], scheme.name)
@@ -145,8 +145,18 @@ def fused_with(linears: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {name: [linears[n] for n in names] for names in fused(linears) for name in names}
 
 
+def _whole_ranges(scheme: Scheme, linears: Mapping[str, Any]) -> dict[str, Any]:
+    """Ranges that ModelOpt has linears share: of NVFP4 with stored block ranges, by module name."""
+    found: dict[str, Any] = {}
+    for info in scheme.candidates:
+        if quantizers.distinct_settings([runtime_config(info, "cpu")]).share_ranges:
+            mine = [name for name, other in scheme.modules.items() if other.name == info.name]
+            found |= quantizers.shared_largest({n: linears[n].weight for n in mine if hasattr(linears[n], "weight")})
+    return found
+
+
 def module_quantizers(
-    module: Any, name: str, info: CandidateInfo, ranges: Ranges, together: Sequence[Any]
+    module: Any, name: str, info: CandidateInfo, ranges: Ranges, together: Sequence[Any], whole: Any = None
 ) -> tuple[Any, Any]:
     """ModelOpt's quantizers of a linear's weight and input under a candidate, calibrated; ``None`` = disabled.
 
@@ -156,6 +166,7 @@ def module_quantizers(
         info: The candidate.
         ranges: Ranges that cover it.
         together: It and the linears that runtimes fuse with it: a candidate may have them share a range.
+        whole: What the scale of its block scales is made for, where the blocks' ranges are stored; its own by default.
 
     Raises:
         UserError: There is no range for it.
@@ -166,7 +177,6 @@ def module_quantizers(
     weight_quantizer = quantizers.make_quantizer(settings.weights[0], module.weight.device)
     input_quantizer = quantizers.make_quantizer(settings.inputs[0], module.weight.device)
     with torch.no_grad():
-        whole = quantizers.largest_of([m.weight for m in together]) if settings.share_ranges else None
         quantizers.calibrate_weight(weight_quantizer, module.weight, settings.searches[0], whole)
         if weight_quantizer is not None and shares_range(weight_quantizer):
             others = [quantizers.make_quantizer(settings.weights[0], m.weight.device) for m in together]
@@ -224,7 +234,6 @@ def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
 
 
 _MARK = "_layerbits_scheme"
-_CPU = "cpu"
 
 
 def _range_of(ranges: Ranges, name: str, info: CandidateInfo, key: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from layerbits.candidates import nvfp4_static
 from layerbits.candidates.algorithms import ranges_of
-from layerbits.candidates.fused import fused, shares_range
+from layerbits.candidates.fused import shares_range
 from layerbits.candidates.linear import E4M3, E8M0, FP4
 from layerbits.errors import Unsupported
 
@@ -176,24 +176,26 @@ def _search_ranges(quantizer: Any, weight: Any, search: Mapping[str, Any]) -> No
 
 
 def shared_largest(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Largest magnitude over each weight and those that runtimes fuse it with.
+    """Largest magnitude over each weight and those that ModelOpt has it share a range with, by its own patterns.
 
     Args:
         weights: Full module name → weight, of the modules that get the format.
     """
-    return {
-        name: largest_of([weights[n] for n in names]).to(weights[name].device)
-        for names in fused(weights)
-        for name in names
-    }
+    import re
 
-
-def largest_of(weights: Sequence[Any]) -> Any:
-    """Largest magnitude of several weights, float32, on the device of the first."""
     import torch
+    from modelopt.torch.quantization.utils.shared_input import SHARED_PATTERNS
 
-    found = [weight.detach().abs().amax().float() for weight in weights]
-    return torch.stack([amax.to(found[0].device) for amax in found]).amax()
+    def group(name: str) -> tuple[str, str]:
+        matches = ((pattern, re.fullmatch(pattern, name)) for pattern in SHARED_PATTERNS)
+        return next(((pattern, match.group(1) or "") for pattern, match in matches if match), ("", name))
+
+    largest_of: dict[tuple[str, str], Any] = {}
+    for name, weight in weights.items():
+        amax = weight.detach().abs().amax().float()
+        key = group(name)
+        largest_of[key] = torch.maximum(largest_of[key], amax.to(largest_of[key])) if key in largest_of else amax
+    return {name: largest_of[group(name)].to(weight.device) for name, weight in weights.items()}
 
 
 def share_ranges(quantizers: Sequence[Any]) -> None:
