@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from layerbits.candidates import fp4
+from layerbits.candidates.known import candidates_of
 from layerbits.inputs.experts import named_experts
-from layerbits.recipes.formats import candidates_of
 from layerbits.recipes.recipe import load_recipe
 from layerbits.recipes.space import lay_out
 from layerbits.scoring import onepass

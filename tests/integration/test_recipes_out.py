@@ -34,13 +34,20 @@ NVFP4 = ("wfp4_afp4", "default", "nvfp4")
 SCHEMES = {
     "fp8": {"qkv": ("wfp8_afp8",), "down": ("wfp8_afp8",)},
     "nvfp4_and_fp8": {"qkv": ("wfp8_afp8",), "gate_up": NVFP4, "down1": NVFP4},
+    "nvfp4_searched_and_fp8": {"qkv": ("wfp4_mse_afp4",), "down": ("wfp8_afp8",)},
+    "four_over_six": {"qkv": ("wfp4_4o6_afp16",), "gate_up0": ("wfp4_4o6_afp16",)},
+    "mxfp8": {"gate_up": ("wmxfp8_amxfp8",)},
     "int8": {"o": ("wint8_aint8",), "gate_up": ("wint8_afp16", "w_group32")},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kv_cache", ["none", "fp8"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3_vl"])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    ("name", "kind", "kv_cache"),
+    [
+        *((name, "llama", "none") for name in SCHEMES),
+        *((name, "qwen3_vl", "fp8") for name in ("nvfp4_and_fp8", "int8")),
+    ],
+)
 def test_ptq_recipe_gives_the_same_quantizers_and_logits(name, kind, kv_cache, tmp_path):
     model = tiny_model(kind)
     assigned = {where: candidate(*which) for where, which in SCHEMES[name].items()}
@@ -48,11 +55,12 @@ def test_ptq_recipe_gives_the_same_quantizers_and_logits(name, kind, kv_cache, t
     language_model = "model.language_model" if kind == "qwen3_vl" else ""
     scheme = replace(scheme, model=replace(scheme.model, language_model=language_model))
     with ExitStack() as stack:
-        if kv_cache != "none":
-            cache = KvCache(model, KV_FORMATS[kv_cache], language_model)
+        cache = None if kv_cache == "none" else KvCache(model, KV_FORMATS[kv_cache], language_model)
+        if cache is not None:
             cache.calibrate(CALIBRATION)
+        stack.enter_context(apply_scheme(model, scheme, CALIBRATION))  # all ranges are those of the unquantized model
+        if cache is not None:
             stack.enter_context(cache.active())
-        stack.enter_context(apply_scheme(model, scheme, CALIBRATION))
         mine = logits(model)
     path = tmp_path / "scheme.yaml"
     path.write_text(ptq_recipe_yaml(scheme, kv_cache))

@@ -33,6 +33,8 @@ _BACKENDS: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
     ((4, 3), (8, 0)): "layerbits_mxfp8",
 }
 """Backend by exponent and mantissa bits of the values and of the block scale."""
+BACKENDS = frozenset(_BACKENDS.values())
+"""Names under which ModelOpt's quantizers compute block formats here."""
 
 _E2M1_MAX = 6.0
 _E4M3_MAX = 448.0

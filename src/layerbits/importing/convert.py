@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import numpy as np
 
@@ -52,7 +53,19 @@ def results(table: Table) -> list[SensitivityResult]:
     return [_result(table, [s for s in inside if s.format == form], forms) for form in forms]
 
 
-def write(result: SensitivityResult, table: Table, root: Path) -> Path:
+class Source(Protocol):
+    """What a result was imported from."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of it."""
+
+
+def write(result: SensitivityResult, table: Source, root: Path) -> Path:
     """Writes the folder of an imported result, the same one for the same file, with the file itself under ``source``.
 
     Args:

@@ -7,6 +7,7 @@ bit what it did before.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -66,9 +67,7 @@ def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch])
     found = taps.ranges()
     return Ranges(
         {
-            tap.name: {
-                _key(settings.inputs[i], site): found[name] for name, site, i, _ in tap.range_names() if name in found
-            }
+            tap.name: {_key(settings, i, site): found[name] for name, site, i, _ in tap.range_names() if name in found}
             for tap in taps.taps
         }
     )
@@ -127,7 +126,7 @@ def apply_scheme(
     ranges = calibration if isinstance(calibration, Ranges) else find_ranges(model, [scheme], calibration)
     forwards: Made = {} if made is None else made
     keys = {name: (name, info.config_hash) for name, info in scheme.modules.items()}
-    together = fused_with(linears)
+    together, wholes = fused_with(linears), _whole_ranges(scheme, linears)
     with torch.no_grad():
         for name, info in scheme.modules.items():
             if keys[name] in forwards:
@@ -135,7 +134,7 @@ def apply_scheme(
             if fused_experts(linears[name]) is not None:
                 forwards[keys[name]] = experts_tap(linears[name], name, info, ranges).quantized((0, 0), keep_weights)
             else:
-                pair = module_quantizers(linears[name], name, info, ranges, together[name])
+                pair = module_quantizers(linears[name], name, info, ranges, together[name], wholes.get(name))
                 forwards[keys[name]] = _quantized_forward(linears[name], *pair, keep_weights)
     for name, module in linears.items():
         _replace(module, forwards[keys[name]], scheme.name)
@@ -147,8 +146,18 @@ def fused_with(linears: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {name: [linears[n] for n in names] for names in fused(linears) for name in names}
 
 
+def _whole_ranges(scheme: Scheme, linears: Mapping[str, Any]) -> dict[str, Any]:
+    """Ranges that ModelOpt has linears share: of NVFP4 with stored block ranges, by module name."""
+    found: dict[str, Any] = {}
+    for info in scheme.candidates:
+        if quantizers.distinct_settings([runtime_config(info, "cpu")]).share_ranges:
+            mine = [name for name, other in scheme.modules.items() if other.name == info.name]
+            found |= quantizers.shared_largest({n: linears[n].weight for n in mine if hasattr(linears[n], "weight")})
+    return found
+
+
 def module_quantizers(
-    module: Any, name: str, info: CandidateInfo, ranges: Ranges, together: Sequence[Any]
+    module: Any, name: str, info: CandidateInfo, ranges: Ranges, together: Sequence[Any], whole: Any = None
 ) -> tuple[Any, Any]:
     """ModelOpt's quantizers of a linear's weight and input under a candidate, calibrated; ``None`` = disabled.
 
@@ -158,6 +167,7 @@ def module_quantizers(
         info: The candidate.
         ranges: Ranges that cover it.
         together: It and the linears that runtimes fuse with it: a candidate may have them share a range.
+        whole: What the scale of its block scales is made for, where the blocks' ranges are stored; its own by default.
 
     Raises:
         UserError: There is no range for it.
@@ -168,14 +178,14 @@ def module_quantizers(
     weight_quantizer = quantizers.make_quantizer(settings.weights[0], module.weight.device)
     input_quantizer = quantizers.make_quantizer(settings.inputs[0], module.weight.device)
     with torch.no_grad():
-        quantizers.calibrate_weight(weight_quantizer, weight_of(module))
+        quantizers.calibrate_weight(weight_quantizer, weight_of(module), settings.searches[0], whole)
         if weight_quantizer is not None and shares_range(weight_quantizer):
             others = [quantizers.make_quantizer(settings.weights[0], m.weight.device) for m in together]
             for other, linear in zip(others, together, strict=True):
                 quantizers.calibrate_weight(other, weight_of(linear))
             quantizers.share_ranges([weight_quantizer, *others])
     if quantizers.needs_range(input_quantizer):
-        amax = _range_of(ranges, name, info, _key(settings.inputs[0]))
+        amax = _range_of(ranges, name, info, _key(settings, 0))
         input_quantizer.amax = torch.as_tensor(amax).to(module.weight)
     return weight_quantizer, input_quantizer
 
@@ -202,7 +212,7 @@ def experts_tap(module: Any, name: str, info: CandidateInfo, ranges: Ranges) -> 
     with torch.no_grad():
         tap.calibrate_weights()
         for _, site, _, quantizer in tap.range_names():
-            quantizer.amax = torch.as_tensor(_range_of(ranges, name, info, _key(settings.inputs[0], site))).to(weight)
+            quantizer.amax = torch.as_tensor(_range_of(ranges, name, info, _key(settings, 0, site))).to(weight)
     return tap
 
 
@@ -218,7 +228,7 @@ def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
     config = Format(info.format_name, normalise(info.config)).bare()
     if TOKEN_GROUP_BACKEND in str(plain(config)):
         register_backend()
-    if device.type == "cuda" and fp4.cuda_kernels_available():
+    if getattr(device, "type", device) == "cuda" and fp4.cuda_kernels_available():
         return config
     fp4.register_backends()
     return fp4.with_reference_backend(config)
@@ -246,8 +256,10 @@ def _linear(model: Any, name: str) -> Any:
     return module
 
 
-def _key(attributes: Any, site: str = "") -> str:
-    return f"{site}{'none' if attributes is None else attributes.model_dump_json()}"
+def _key(settings: quantizers.Settings, at: int, site: str = "") -> str:
+    attributes, headroom = settings.inputs[at], settings.headrooms[at]
+    told = "none" if attributes is None else attributes.model_dump_json()
+    return f"{site}{told}{json.dumps(headroom) if headroom else ''}"
 
 
 def _quantized_forward(module: Any, weight_quantizer: Any, input_quantizer: Any, keep_weights: bool) -> Any:

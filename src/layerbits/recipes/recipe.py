@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.candidates.formats import plain
+from layerbits.candidates.known import config_of
 from layerbits.candidates.kv_cache import QUANTIZERS as KV_QUANTIZERS
 from layerbits.candidates.linear import Config
 from layerbits.errors import UserError
@@ -178,19 +179,19 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         "description": " ".join(found.description.split()),
     }
     if isinstance(found, library.ModelOptPTQRecipe):
-        return LoadedRecipe(kind="ptq", fixed=_config(found.quantize), **common)
+        return LoadedRecipe(kind="ptq", fixed=config_of(found.quantize), **common)
     searched = found.auto_quantize
     formats: dict[str, int] = {}
     configs: list[Config] = []
 
     def positions(candidates: Sequence[Any]) -> tuple[int, ...]:
         for candidate in candidates:
-            config = _config(candidate)
+            config = config_of(candidate)
             key = json.dumps(plain(config), sort_keys=True)
             if key not in formats:
                 formats[key] = len(configs)
                 configs.append(config)
-        return tuple(dict.fromkeys(formats[json.dumps(plain(_config(c)), sort_keys=True)] for c in candidates))
+        return tuple(dict.fromkeys(formats[json.dumps(plain(config_of(c)), sort_keys=True)] for c in candidates))
 
     default = positions(searched.candidate_formats)
     spaces = tuple(
@@ -204,7 +205,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         formats=tuple(configs),
         default=default,
         spaces=spaces,
-        fixed=None if found.quantize is None else _config(found.quantize),
+        fixed=None if found.quantize is None else config_of(found.quantize),
         effective_bits=float(limits.effective_bits),
         cost_model=limits.cost_model,
         cost={} if limits.cost is None else limits.cost.model_dump(exclude_none=True),
@@ -212,7 +213,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         cost_excluded=tuple(dict.fromkeys(searched.cost_excluded_layers)),
         method=searched.auto_quantize_method,
         score_size=int(searched.score_size),
-        kv_cache=None if searched.kv_cache is None else _config(searched.kv_cache),
+        kv_cache=None if searched.kv_cache is None else config_of(searched.kv_cache),
         **common,
     )
 
@@ -289,44 +290,6 @@ def _check_bare(name: str, configs: Sequence[Config]) -> None:
                     f"recipe {name}: a candidate format sets {pattern}, and a search matches formats by the bare "
                     "names *weight_quantizer and *input_quantizer; use module_search_spaces for some modules"
                 )
-
-
-def _config(found: Any) -> Config:
-    """A ``QuantizeConfig`` as the dict that ``mtq`` takes."""
-    dumped = found.model_dump(exclude_unset=True)
-    entries = []
-    for entry in dumped["quant_cfg"]:
-        cfg, on = entry.get("cfg"), entry.get("enable", True)
-        kept = {k: entry[k] for k in ("quantizer_name", "parent_class") if entry.get(k) is not None}
-        if cfg is not None:
-            kept["cfg"] = _trimmed(cfg)
-        entries.append(kept if on and cfg is not None else {**kept, "enable": on})
-    config = {"quant_cfg": entries, "algorithm": _algorithm(dumped.get("algorithm", "max"))}
-    if dumped.get("effective_bits") is not None:
-        config["effective_bits"] = dumped["effective_bits"]
-    return config
-
-
-def _algorithm(found: Any) -> Any:
-    """The calibration algorithm; one without settings as its bare name."""
-    if isinstance(found, list):
-        return [_algorithm(step) for step in found]
-    if not isinstance(found, Mapping):
-        return found
-    from layerbits.candidates.formats import algorithm_settings
-
-    ((_, settings),) = algorithm_settings(found)
-    return {"method": found["method"], **settings} if settings else found["method"]
-
-
-def _trimmed(cfg: Any) -> Any:
-    """Quantizer attributes without those that are ModelOpt's defaults (overrides spell out all of them)."""
-    from modelopt.torch.quantization.config import QuantizerAttributeConfig
-
-    if isinstance(cfg, list):
-        return [_trimmed(stage) for stage in cfg]
-    told = QuantizerAttributeConfig.model_validate(cfg).model_dump(exclude_defaults=True)
-    return {"num_bits": cfg["num_bits"], **told} if "num_bits" in cfg else told
 
 
 def _reason(error: Exception) -> str:

@@ -12,10 +12,10 @@ import numpy as np
 
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.formats import plain
+from layerbits.candidates.known import candidates_of, modelopt_cost, settings_key
 from layerbits.candidates.linear import QUANTIZERS, WEIGHT, Config
 from layerbits.errors import UserError
 from layerbits.inputs.models import Shapes
-from layerbits.recipes.formats import candidates_of, modelopt_cost, settings_key
 from layerbits.recipes.recipe import LoadedRecipe, SearchSpace, setting_of
 from layerbits.results.result import FloatArray
 from layerbits.schemes.solver import UNQUANTIZED_BITS, Problem

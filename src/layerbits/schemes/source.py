@@ -99,7 +99,7 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
     groups: dict[str, Group] = {}
     columns: dict[str, tuple[str, CandidateInfo]] = {}
     for name, result in results.items():
-        if not result.recipe.chosen:
+        if not result.recipe.chosen or any(math.isnan(c.bits) for c in result.candidates):
             raise UserError(f"{name} was imported and does not say what its formats store; score the model anew")
         _check_comparable(names[0], first, name, result)
         for group in result.groups:

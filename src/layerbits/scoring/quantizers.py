@@ -176,7 +176,7 @@ def _search_ranges(quantizer: Any, weight: Any, search: Mapping[str, Any]) -> No
 
 
 def shared_largest(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Largest magnitude over each weight and those that runtimes fuse it with, by ModelOpt's own patterns.
+    """Largest magnitude over each weight and those that ModelOpt has it share a range with, by its own patterns.
 
     Args:
         weights: Full module name → weight, of the modules that get the format.

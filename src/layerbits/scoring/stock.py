@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.atomic import why_unwritable, write_json
+from layerbits.candidates.algorithms import ranges_of
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import expert_notes
@@ -85,7 +86,7 @@ def _score(job: ScoringJob) -> Scores:
         loss = watched(float(loss_backward(_model, pair[1])), pair[1])
         steps.append(_importances(_model), loss)
 
-    with _quiet(), _restored_after(model):
+    with _quiet(), _restored_after(model), _weights_kept(model, config["algorithm"], job.scored):
         clock.enter("calibrate")
         try:
             model, state = mtq.auto_quantize(
@@ -301,8 +302,30 @@ def _with_experts(model: Any) -> list[Any]:
     return [m for m in model.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")]
 
 
+@contextmanager
+def _weights_kept(model: Any, algorithm: Any, names: Sequence[str]) -> Iterator[None]:
+    """Puts weights back that ModelOpt changes: AWQ and SmoothQuant fold their scales into those that were chosen.
+
+    Args:
+        model: The model.
+        algorithm: Of the candidate; those of one pass change nothing, so that nothing is kept for them.
+        names: The scored modules.
+    """
+    import torch
+
+    modules = {} if ranges_of(algorithm) is not None else {name: model.get_submodule(name) for name in names}
+    before = {name: [p.detach().cpu().clone() for p in module.parameters()] for name, module in modules.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, module in modules.items():
+                for parameter, kept in zip(module.parameters(), before[name], strict=True):
+                    parameter.copy_(kept)
+
+
 def _plain_again(model: Any, patched: set[Any]) -> None:
-    """Turns ModelOpt's dynamic modules back into what they were; no weight was changed."""
+    """Turns ModelOpt's dynamic modules back into what they were."""
     import torch
     from modelopt.torch.opt.conversion import ModeloptStateManager
     from modelopt.torch.opt.dynamic import DynamicModule

@@ -1,4 +1,4 @@
-"""Candidates of a recipe: its formats under our names where we have the same, under a name made of them elsewhere."""
+"""Candidates of formats that others wrote: under our names where we have the same, under made ones elsewhere."""
 
 from __future__ import annotations
 
@@ -116,3 +116,39 @@ def modelopt_cost(config: Mapping[str, Any]) -> float:
     from modelopt.torch.quantization.config import QuantizeConfig
 
     return 16 * float(estimate_quant_compression(QuantizeConfig(**config)))
+
+
+def config_of(found: Any) -> Config:
+    """A ``QuantizeConfig`` as the dict that ``mtq`` takes."""
+    dumped = found.model_dump(exclude_unset=True)
+    entries = []
+    for entry in dumped["quant_cfg"]:
+        cfg, on = entry.get("cfg"), entry.get("enable", True)
+        kept = {k: entry[k] for k in ("quantizer_name", "parent_class") if entry.get(k) is not None}
+        if cfg is not None:
+            kept["cfg"] = _trimmed(cfg)
+        entries.append(kept if on and cfg is not None else {**kept, "enable": on})
+    config = {"quant_cfg": entries, "algorithm": _algorithm(dumped.get("algorithm", "max"))}
+    if dumped.get("effective_bits") is not None:
+        config["effective_bits"] = dumped["effective_bits"]
+    return config
+
+
+def _algorithm(found: Any) -> Any:
+    """The calibration algorithm; one without settings as its bare name."""
+    if isinstance(found, list):
+        return [_algorithm(step) for step in found]
+    if not isinstance(found, Mapping):
+        return found
+    ((_, settings),) = algorithm_settings(found)
+    return {"method": found["method"], **settings} if settings else found["method"]
+
+
+def _trimmed(cfg: Any) -> Any:
+    """Quantizer attributes without those that are ModelOpt's defaults (overrides spell out all of them)."""
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+
+    if isinstance(cfg, list):
+        return [_trimmed(stage) for stage in cfg]
+    told = QuantizerAttributeConfig.model_validate(cfg).model_dump(exclude_defaults=True)
+    return {"num_bits": cfg["num_bits"], **told} if "num_bits" in cfg else told
