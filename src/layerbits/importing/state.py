@@ -180,7 +180,7 @@ def _groups(stats: Mapping[str, Any]) -> tuple[Group, ...]:
         whole = float(stat.get("uncompressed_cost", stat["costs"][-1]))
         fused.append((modules, round(whole / weight) if weight else 0))
     head = next((m[0] for m, _ in fused if m[0].rpartition(".")[2] == "lm_head"), None)
-    return named_groups(fused, head)
+    return named_groups(None, fused, head)
 
 
 def _bits(groups: Sequence[Group], chosen: Sequence[str | None], info: CandidateInfo) -> float:
