@@ -50,7 +50,7 @@ notebooks: .venv/test.stamp
 
 test: lint
 	@echo 'Screenshots of the UI: outputs/screenshots'
-	$(VENV_PATH) pytest $(or $(ARGS),tests/unit tests/integration)
+	$(VENV_PATH) OMP_NUM_THREADS=1 pytest $(or $(ARGS),-n 2 --dist loadfile tests/unit tests/integration)
 
 ui: .venv/run.stamp
 	@echo 'Comparison views, newest first:'
