@@ -13,11 +13,14 @@ from layerbits.results.result import Group
 from layerbits.schemes import Scheme
 from layerbits.scoring import kl, onepass, stock
 from layerbits.scoring.experts import ExpertsTap
+from layerbits.scoring.search import Search
 from layerbits.scoring.steplog import StepLog
 from layerbits.scoring.steps import calibration_forward
 from layerbits.scoring.taps import Taps
+from layerbits.trust.measure import measure_damage
+from layerbits.trust.validate import calibrated_linears
 
-from .schemes_support import CALIBRATION, DATA, INFO, logits
+from .schemes_support import CALIBRATION, DATA, INFO, logits, probed
 from .scoring_support import (
     candidate,
     configs,
@@ -217,6 +220,26 @@ def test_experts_without_a_gate_score_as_in_stock(tmp_path):
     made = onepass.score(job(subject, tmp_path / "one", configs("wfp8_afp8")))
     reference = stock.score(job(subject, tmp_path / "stock", configs("wfp8_afp8")))
     np.testing.assert_allclose(made.raw, reference.raw, rtol=1e-6)
+
+
+def test_a_scheme_on_experts_is_probed(mixture):
+    made = candidate("wfp8_afp8")
+    groups = (Group("B01.experts", 1, "other", ("model.layers.1.mlp.experts",), 1000),)
+    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), (made.info.name,), 9.0, None, 0.01, 1e-6, {})
+    (found,) = probed(mixture.model, [scheme]).schemes
+    assert 0 < found.difference.kl < 1
+
+
+def test_damage_of_experts_is_measured_alone_and_together(mixture, tmp_path):
+    made = job(mixture, tmp_path, configs("wint8_aint8"), rows([random_segment(2, 16, seed=4)]), method="kl_div")
+    search = Search.of(made)
+    linears = calibrated_linears(made, search)
+    damage = measure_damage(mixture.model, linears, search, made.calibration.score, disable_one=True)
+    experts = [i for i, g in enumerate(search.groups) if g.key.endswith("experts")]
+    alone = kl.score(made).predicted_kl[experts, 0]
+    np.testing.assert_allclose(damage.alone.kl.sum(axis=0)[experts] / damage.alone.tokens.sum(), alone, rtol=1e-3)
+    assert damage.together_mean > alone.max()
+    assert (damage.floor[experts] < alone / 10).all()
 
 
 @pytest.mark.parametrize("variant", ["mxfp4", "nvfp4"])
