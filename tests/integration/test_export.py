@@ -23,6 +23,7 @@ from layerbits.export.log import ExportLog
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.captions import load_captions
+from layerbits.inputs.models import ModelSpec, resolve
 from layerbits.results.experiment import made_by
 from layerbits.tracking.settings import TrackingSpec
 
@@ -324,6 +325,10 @@ def test_from_the_command_line_to_the_registry(tmp_path):
     assert data.metrics["proof/logit_deviation"] == 0.0
     names = {file.path for file in client.list_artifacts(runs[0].info.run_id)}
     assert {"proof.md", "proof.json", "scheme.json", "checkpoint.json", "checkpoint"} <= names
+    with pytest.raises(
+        UserError, match=r"already quantized: FP8.*by modelopt.*exported it as good from run run; score"
+    ):
+        resolve(ModelSpec("again", data.tags["checkpoint.path"]))
     version = client.search_model_versions("name = 'tiny'")[0]
     assert version.run_id == runs[0].info.run_id
     assert version.tags["scheme"] == "good"

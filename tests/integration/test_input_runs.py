@@ -56,6 +56,7 @@ def test_a_run_tells_how_well_the_unquantized_model_predicts(given, tmp_path):
     result = load_manifest(manifest)
     assert result.baseline.loss_per_token == loss
     assert any("more than half of the ln(384)" in line for line in result.warnings)
+    assert "warning: the unquantized model loses" in ended.stderr
 
 
 def test_a_model_that_guesses_fails_with_the_likely_reasons(given, tmp_path):
@@ -115,5 +116,6 @@ def test_weights_that_are_no_numbers_are_refused(given, tmp_path):
 def test_excluded_linears_are_not_scored(given, tmp_path):
     ended, (found,) = run(given, tmp_path, given / "model", 'model.exclude=["*.layers.0"]')
     assert ended.returncode == 0, ended.stderr
+    assert found.data.params["eff.exclude"] == "*.layers.0"
     assert {k for k in found.data.metrics if k.startswith("score/B00")} == set()
     assert found.data.metrics["summary/groups"] == 4

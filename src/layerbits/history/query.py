@@ -67,8 +67,9 @@ def runs(
     Returns:
         One row per run: ``run_id``, ``run_name``, the parameters in force (``model``, ``model_revision``,
         ``quant_pair``, ``granularity``, ``dataset``, ``dataset_size``, ``dataset_digest``, ``method``, ``engine``,
-        ``config_hash``, …), ``effective_bits`` and other sums of the recipe, tags, ``start_time`` in UTC. What a run
-        does not have is missing. ``attrs["tracking_uri"]`` names the store.
+        ``config_hash``, …), ``effective_bits`` and other sums of the recipe, ``loss_per_token`` of the unquantized
+        model (guessing loses ln(``vocabulary``)), how many groups are ``not_believable``, tags, ``start_time`` in UTC.
+        What a run does not have is missing. ``attrs["tracking_uri"]`` names the store.
 
     Raises:
         UserError: The store cannot be read, there is no such experiment, or a filter cannot be asked.

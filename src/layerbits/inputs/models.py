@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,14 @@ from layerbits.errors import UserError
 from layerbits.inputs import smollm2
 from layerbits.inputs.architecture import check_causal, check_code, check_tokenizer_code, is_remote, model_class
 from layerbits.inputs.experts import fused_experts
-from layerbits.inputs.folder import check_folder, weight_files
+from layerbits.inputs.folder import check_folder, digest_of, weight_files
 from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
 from layerbits.inputs.linears import is_quantizable, shape_of
-from layerbits.inputs.quantized import Quantization, check_dequantized, check_quantization, dequantizing
-from layerbits.inputs.tensors import check_tensors
+from layerbits.inputs.loading import dtype_of, first_line, from_checkpoint
+from layerbits.inputs.quantized import Quantization, check_quantization
 from layerbits.results.result import ModelInfo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 Shapes = tuple[tuple[int, int], ...]
 """``(out_features, in_features)`` of a linear's weight, or of one expert's weight per projection."""
@@ -140,7 +137,7 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     except Exception as error:  # configs raise whatever a wrong value makes of them
         said_why = " ".join(str(error).split())[:200]
         raise UserError(f"the config.json of {source} cannot be read ({said_why}); fetch it again") from None
-    revision = _local_digest(folder) if folder else getattr(config, "_commit_hash", None) or "unknown"
+    revision = digest_of(folder) if folder else getattr(config, "_commit_hash", None) or "unknown"
     check_causal(config, source)
     return ResolvedModel(spec, source, revision, config, found)
 
@@ -169,7 +166,7 @@ def empty_model(resolved: ResolvedModel) -> Any:
     if resolved.spec.random_weights or not local.is_dir() or weight_files(local)[0].suffix != ".safetensors":
         with torch.device("meta"):
             return build(resolved.config)
-    return _from_checkpoint(resolved, {"": "meta"})
+    return from_checkpoint(resolved, {"": "meta"})
 
 
 def load_tokenizer(resolved: ResolvedModel) -> Any:
@@ -185,10 +182,10 @@ def load_tokenizer(resolved: ResolvedModel) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except ImportError as error:
-        raise UserError(f"the tokenizer of {source} needs a package ({_first_line(error)}); install it") from None
+        raise UserError(f"the tokenizer of {source} needs a package ({first_line(error)}); install it") from None
     except Exception as error:  # the readers of tokenizer files raise whatever a damaged one makes of them
         raise UserError(
-            f"{source} holds no tokenizer that can be read ({_first_line(error)}); put the tokenizer files of the "
+            f"{source} holds no tokenizer that can be read ({first_line(error)}); put the tokenizer files of the "
             "model into the checkpoint"
         ) from None
 
@@ -208,14 +205,14 @@ def load(resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0) ->
     import torch
 
     spec = resolved.spec
-    dtype = _dtype(spec.dtype, resolved.config)
+    dtype = dtype_of(spec.dtype, resolved.config)
     if spec.random_weights:
         torch.manual_seed(seed)
         with torch.device(device):
             model = build(resolved.config, dtype)
     else:
         try:
-            model = _from_checkpoint(resolved, spec.device_map or (None if device == "cpu" else {"": device}))
+            model = from_checkpoint(resolved, spec.device_map or (None if device == "cpu" else {"": device}))
         except torch.OutOfMemoryError:
             raise UserError(
                 f"{spec.name} does not fit on {device}; free the GPU, or spread it with model.device_map=auto"
@@ -308,52 +305,6 @@ def unscored_patterns(model: Any, scored: set[str]) -> list[str]:
     return patterns
 
 
-def _from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
-    """The model with the tensors of its checkpoint, all of them and no others."""
-    import torch
-    from safetensors import SafetensorError
-
-    spec, source = resolved.spec, resolved.source
-    dequantize = {} if resolved.quantization is None else {"quantization_config": dequantizing(resolved.quantization)}
-    try:
-        with quiet():
-            model, info = model_class(resolved.config).from_pretrained(
-                source,
-                revision=spec.revision,
-                dtype=_dtype(spec.dtype, resolved.config),
-                device_map=device_map,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to be told of, not to be drawn anew
-                **({"trust_remote_code": True} if is_remote(resolved.config) else {}),
-                **dequantize,
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except ImportError as error:
-        raise UserError(f"{source} needs a package ({_first_line(error)}); install it") from None
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"cannot load the weights of {source} ({_first_line(error)}); the checkpoint may be incomplete"
-        ) from None
-    check_tensors(info, source)
-    if dequantize:
-        check_dequantized(model, source)
-    return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Hides what transformers prints of tensors that do not fit: it becomes one line of ours."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
 def build(config: Any, dtype: Any = None) -> Any:
     """A model of a config, on torch's default device, with its random initial weights."""
     found = model_class(config)
@@ -362,15 +313,6 @@ def build(config: Any, dtype: Any = None) -> Any:
     if is_remote(config):
         options["trust_remote_code"] = True
     return make(config, **options)
-
-
-def _dtype(name: str, config: Any) -> Any:
-    import torch
-
-    if name != "auto":
-        return getattr(torch, name)
-    text = getattr(config, "text_config", config)
-    return getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
 
 
 def _hub_config(spec: ModelSpec) -> dict[str, Any]:
@@ -382,27 +324,7 @@ def _hub_config(spec: ModelSpec) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         at = f" at revision {spec.revision}" if spec.revision else ""
         raise UserError(
-            f"cannot read model {spec.path!r}{at} from the hub ({_first_line(error)}); check the id and the network, "
+            f"cannot read model {spec.path!r}{at} from the hub ({first_line(error)}); check the id and the network, "
             "or give a local checkpoint folder as model.path"
         ) from None
     return dict(said)
-
-
-def _local_digest(folder: Path) -> str:
-    """Digest over names, sizes and both ends of the files, so that a large checkpoint takes no minutes."""
-    files = sorted(
-        f for f in folder.iterdir() if f.suffix in {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
-    )
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return f"files-{digest.hexdigest()[:16]}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

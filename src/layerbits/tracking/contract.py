@@ -79,6 +79,7 @@ def parameters(result: SensitivityResult) -> dict[str, str]:
         "target_effective_bits": result.recipe.target_bits,
         "cost_model": result.recipe.cost_model,
         "seed": result.seed,
+        "exclude": ",".join(result.settings.get("model", {}).get("exclude") or ()),
         "vocabulary": result.baseline.vocabulary if result.baseline else None,
         "dtype": result.model.dtype,
         "device": result.device,
