@@ -1,5 +1,6 @@
 """A disk that fills up while something is written: one line, nothing half-written, and freed it goes on."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlflow
@@ -8,7 +9,8 @@ import pytest
 
 from layerbits import tracking
 from layerbits.errors import UserError
-from layerbits.export.scheme import export_scheme
+from layerbits.export.job import ExportSettings, run_exports
+from layerbits.export.scheme import export_scheme, is_exported
 from layerbits.results.manifest import load_manifest
 from layerbits.scoring import onepass, stock
 from layerbits.stages.run import Outcome
@@ -118,3 +120,16 @@ def test_the_store(disk, tmp_path, monkeypatch, made_store, left):
     assert (run.info.status, run.data.tags["outcome"], "reason" in run.data.tags) == ("FINISHED", "ok", False)
     heatmap = disk.folder / "mlruns" / "layerbits" / opened[0] / "artifacts" / "figures" / "heatmap.png"
     assert heatmap.stat().st_size == 300_000
+
+
+def test_exports_that_were_done_before_the_disk_was_full_are_not_in_the_way(tmp_path, capsys):
+    fp8 = candidate("wfp8_afp8")
+    plan = planned("llama", tmp_path, tmp_path / "exports" / "mine", qkv=fp8)
+    export_scheme(plan, "cpu")
+    settings = ExportSettings(plan.target.parent, tmp_path, "none", "auto", "cpu", 0, False, None)
+    run_exports([plan.scheme], settings, lambda *_: pytest.fail("exported again"))
+    assert f"mine is exported and proven already: {plan.target}" in capsys.readouterr().out
+    assert not is_exported(plan.target, plan.scheme, "fp8", "auto")
+    assert not is_exported(
+        plan.target, replace(plan.scheme, name="other", assignment=(None,) * len(plan.scheme.groups)), "none", "auto"
+    )

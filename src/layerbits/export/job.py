@@ -82,6 +82,8 @@ def run_exports(
 ) -> None:
     """Exports schemes; one that fails does not keep the others from being exported.
 
+    Those that an earlier start of the same job has exported and proven are left as they are.
+
     Args:
         schemes: Of one model and calibration.
         settings: Where to and how.
@@ -90,9 +92,15 @@ def run_exports(
     Raises:
         UserError: Something that was found before the first is exported, or at least one failed.
     """
-    from layerbits.export.scheme import export_scheme, known_exports, shared_ranges
+    from layerbits.export.scheme import export_scheme, is_exported, known_exports, shared_ranges
 
     root = settings.folder(schemes[0].model.name if schemes else "")
+    done = [s for s in schemes if is_exported(root / s.name, s, settings.kv_cache, settings.format)]
+    for scheme in done:
+        print(f"{scheme.name} is exported and proven already: {root / scheme.name}; delete it to do so again")
+    schemes = [scheme for scheme in schemes if scheme not in done]
+    if done and not schemes:
+        return
     plans = plan_exports(schemes, root, settings.kv_cache, settings.format)
     ranges = shared_ranges(plans, settings.device)
     failed = []

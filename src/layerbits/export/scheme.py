@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerbits.atomic import scratch_folder, whole_folder, why_unwritable, write_json
+from layerbits.checkpoint.labels import AUTO
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
 
@@ -161,6 +162,23 @@ def export_scheme(
             raise NotProven(f"{failure}; the report is {report}, the checkpoint was deleted", report)
         folder.rename(plan.target)  # also over an empty folder
     return Export(plan.scheme, plan.target, report, proof)
+
+
+def is_exported(target: Path, scheme: Scheme, kv_cache: str, format: str) -> bool:
+    """Whether a folder is the proven export of a scheme, as an earlier start of the same job left it.
+
+    Args:
+        target: The folder.
+        scheme: The scheme.
+        kv_cache: As asked for.
+        format: As asked for; ``auto`` is any.
+    """
+    try:
+        record = json.loads((target / MANIFEST).read_text())["record"]
+        same = (record["scheme_digest"], record["kv_cache"]) == (scheme.digest, kv_cache)
+        return same and format in (AUTO, record["format"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return False
 
 
 def known_exports(root: Path) -> dict[str, tuple[str, str]]:
