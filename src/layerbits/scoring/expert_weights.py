@@ -17,6 +17,8 @@ from layerbits.scoring import quantizers
 
 AT_ONCE = 1 << 27
 """Weights that are quantized at once: 512 MB in float32, which some kernels work in."""
+_NARROW_AT_ONCE = 1 << 30
+"""The same where a kernel of ModelOpt reads and writes the model's dtype and nothing else; it counts in 32 bits."""
 
 
 class ExpertWeights:
@@ -32,7 +34,8 @@ class ExpertWeights:
         experts, rows, width = weight.shape
         self._layout, adapted = ("each", attributes) if search is not None else _layout(attributes)
         self._search = search
-        size = 1 if self._layout == "each" else max(1, AT_ONCE // (rows * width))
+        most = _NARROW_AT_ONCE if _narrow(attributes, self._layout, weight) else AT_ONCE
+        size = 1 if self._layout == "each" else max(1, most // (rows * width))
         self._parts = [slice(at, min(at + size, experts)) for at in range(0, experts, size)]
         self._own = self._layout == "nvfp4" and (attributes.backend == fp4.NVFP4_BACKEND or weight.is_cuda)
         self._quantizers = [quantizers.make_quantizer(adapted, weight.device) for _ in self._parts]
@@ -141,6 +144,17 @@ def _layout(attributes: Any) -> tuple[str, Any]:
         frozenset({0, 1}): ("element", (0, 1, 2)),
     }[frozenset(own)]
     return layout, attributes.model_copy(update={"axis": axis, "block_sizes": None})
+
+
+def _narrow(attributes: Any, layout: str, weight: Any) -> bool:
+    """Whether quantizing takes no more memory than its result: no plain PyTorch in float32 on the way."""
+    from modelopt.torch.quantization.extensions import get_cuda_ext, get_cuda_ext_fp8
+
+    if not weight.is_cuda or attributes.backend is not None or layout not in ("matrix", "row", "row blocks", "nvfp4"):
+        return False
+    if attributes.num_bits == (4, 3):
+        return get_cuda_ext_fp8() is not None
+    return not isinstance(attributes.num_bits, int) or get_cuda_ext() is not None
 
 
 def _nvfp4_on_gpu(weight: Any, amax: Any) -> Any:

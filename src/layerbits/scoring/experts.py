@@ -19,6 +19,7 @@ from layerbits.errors import Unsupported
 from layerbits.inputs.experts import Experts, fused_experts
 from layerbits.scoring import quantizers
 from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
+from layerbits.scoring.grouped import several_outputs, takes_several
 from layerbits.scoring.memory import Load
 from layerbits.scoring.patches import Forward, forwards
 from layerbits.scoring.reduction import token_scores
@@ -26,6 +27,9 @@ from layerbits.scoring.tap import See, Tap
 
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k", "num_selected_experts")
 """Names of the number of experts per token in configurations, ModelOpt's list (``_auto_quantize_cost.py``)."""
+
+_ROWS_AT_ONCE = 1 << 15
+"""Routed tokens of several candidates that go side by side: two candidates of 2,048 tokens with eight experts each."""
 
 Change = Callable[[Any], Any]
 """What is done to a tensor on its way into a projection."""
@@ -90,7 +94,7 @@ class ExpertsTap(Tap):
         """Input and output stay; one setting's quantized weights and the routed tokens pass."""
         (between, width), (features, inner) = self.experts.shapes
         size = self._tensors()[0].element_size()
-        routed = tokens * min(self.experts.count, self._per_token())
+        routed = max(_ROWS_AT_ONCE, tokens * min(self.experts.count, self._per_token()))
         passing = (
             self.experts.weights * size + 4 * AT_ONCE + routed * (2 * width + between + inner + 2 * features) * size
         )
@@ -145,9 +149,23 @@ class ExpertsTap(Tap):
             if not mine:
                 continue
             tensors = tuple(self.weights(setting))
-            for inputs, candidates in mine.items():
-                output = self._run(routed, tensors, *self._changes(inputs))
-                yield candidates, token_scores(gradient, output, y, signed)
+            for inputs, output in self._outputs(routed, tensors, list(mine)):
+                yield mine[inputs], token_scores(gradient, output, y, signed)
+
+    def _outputs(self, routed: Routed, tensors: tuple[Any, ...], settings: list[int]) -> Iterator[tuple[int, Any]]:
+        """Output under each input setting; where tokens go side by side, the weights are read once for several."""
+        changes = [self._changes(setting) for setting in settings]
+        self._check(routed)
+        if not (takes_several(self.module) and all(_by_token(change) for pair in changes for change in pair)):
+            for setting, pair in zip(settings, changes, strict=True):
+                yield setting, self._run(routed, tensors, *pair)
+            return
+        size = max(1, _ROWS_AT_ONCE // routed.index.numel())
+        for at in range(0, len(settings), size):
+            firsts, seconds = zip(*changes[at : at + size], strict=True)
+            hidden = [routed.hidden if first is None else first(routed.hidden) for first in firsts]
+            outputs = several_outputs(self.module, tensors, hidden, routed.index, routed.weights, seconds)
+            yield from zip(settings[at : at + size], outputs, strict=True)
 
     def quantized(self, pair: tuple[int, int], keep: bool = False) -> Forward:
         """The module with quantized experts and inputs.
@@ -221,10 +239,7 @@ class ExpertsTap(Tap):
             first: Applied to what enters the first projection.
             second: Applied to what enters the second.
         """
-        if routed.hidden.dim() != 2 or routed.index.dim() != 2:
-            raise Unsupported(
-                f"{self.name} gets {routed.hidden.dim()}-dimensional hidden states; use autoquant.engine=stock"
-            )
+        self._check(routed)
         weights = dict(zip(self.experts.projections, tensors, strict=True))
         grouped = _grouped(self.module)
         if grouped is None or not (_by_token(first) and _by_token(second)):
@@ -234,6 +249,12 @@ class ExpertsTap(Tap):
         between = act if second is None else lambda x: second(act(x))
         hidden = routed.hidden if first is None else first(routed.hidden)
         return grouped(_With(self.module, {**weights, gate: between}), hidden, routed.index, routed.weights)
+
+    def _check(self, routed: Routed) -> None:
+        if routed.hidden.dim() != 2 or routed.index.dim() != 2:
+            raise Unsupported(
+                f"{self.name} gets {routed.hidden.dim()}-dimensional hidden states; use autoquant.engine=stock"
+            )
 
 
 def with_inputs(module: Any, name: str, changes: Mapping[str, Change | None]) -> None:

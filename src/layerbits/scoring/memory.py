@@ -15,6 +15,7 @@ _AUTOGRAD = 0.8
 """Bytes that autograd keeps per byte of the scored linears' inputs and outputs (attention, norms, activations)."""
 _LOGIT = 18
 """Bytes per logit of the loss: logits, their float32 copy, log-probabilities and gradients."""
+_KEEP = 0.85  # of what is free, up to which copies that could be made again are kept
 _HEADROOM = 0.92  # of what is free: the allocator's fragments and the kernels' workspaces
 
 
@@ -85,7 +86,7 @@ def plan_memory(model: Any, loads: Sequence[Load], tokens: int, weight_settings:
     room = _HEADROOM * free
     # The logits are gone before the first block's gradient comes, so that they never meet what passes there.
     with_copies = own + kept + copies + max(piece, transient)
-    keep = with_copies <= room
+    keep = with_copies <= _KEEP * free
     fast = with_copies if keep else own + kept + max(piece, largest)
     lean = own + kept / blocks + boundary + max(piece, largest)
     mode = wanted if wanted != "auto" else ("fast" if fast <= room else "lean")
