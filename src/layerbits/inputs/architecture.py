@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,17 @@ def check_causal(config: Any, source: str) -> None:
         )
     if name in _AUTO and not is_remote(config) and type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"{source} is a {config.model_type}, of which transformers has no causal language model")
-    if getattr(config, "is_decoder", True) is False:  # BERT and its kin, which can be either
+    if getattr(config, "is_decoder", True) is False and _reads_is_decoder(found):
         raise UserError(f"{source} says is_decoder=false, so its attention sees later tokens; give a decoder")
+
+
+def _reads_is_decoder(found: Any) -> bool:
+    """Whether the code of a model goes by ``is_decoder``, as BERT's and its kin's, which can be either.
+
+    GPT-NeoX has the setting and no code that reads it.
+    """
+    source = inspect.getsource(inspect.getmodule(found) or found)
+    return any("config.is_decoder" in line and ">>>" not in line for line in source.splitlines())
 
 
 def model_class(config: Any) -> Any:
