@@ -15,6 +15,7 @@ import traceback
 from pathlib import Path
 
 os.environ.update(
+    VLLM_CPU_INT4_W4A8=os.environ.get("VLLM_CPU_INT4_W4A8", "0"),
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",

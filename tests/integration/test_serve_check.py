@@ -1,5 +1,7 @@
 """Serve checks from the command line, of a tiny model and a server that answers as vLLM does without being one."""
 
+import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from mlflow import MlflowClient
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from layerbits import history
 from layerbits.errors import Skipped, UserError
 from layerbits.inputs.captions import load_captions
 from layerbits.results.experiment import made_by
@@ -142,3 +145,35 @@ def test_without_an_environment_the_check_is_skipped_and_says_how_to_make_one(ch
     assert "`make vllm` makes one" in done.detail
     with pytest.raises(Skipped, match="checked were the files alone, and they are sound"):
         done.require()
+
+
+def test_history_has_the_latest_kl_that_was_served_of_the_same_scheme(made_store, tmp_path):
+    store = f"sqlite:///{shutil.copy(made_store, tmp_path / 'mlflow.db')}"
+    client = MlflowClient(store)
+    where = client.create_experiment("mine")
+
+    def run(kind, outcome="ok", params=(), tags=(), **metrics):
+        made = client.create_run(where, tags={"layerbits.kind": kind, "outcome": outcome, **dict(tags)}).info.run_id
+        for key, value in dict(params).items():
+            client.log_param(made, key, value)
+        for key, value in metrics.items():
+            client.log_metric(made, key.replace("__", "/"), value)
+        client.set_terminated(made)
+
+    digests = {"mlflow.layerbits.scheme.a": "d1", "mlflow.layerbits.scheme.b": "d2"}
+    run("schemes", tags=digests, scheme__a__bits=8.0, scheme__b__bits=9.0)
+    for kl, outcome in ((0.5, "ok"), (0.25, "ok"), (9.0, "failed")):
+        run("serve_check", outcome, params={"eff.scheme_digest": "d1"}, serve__kl=kl)
+    found = history.schemes("mine", tracking_uri=store).set_index("scheme")
+    assert found.loc["a", "served_kl"] == 0.25
+    assert math.isnan(found.loc["b", "served_kl"])
+
+
+def test_a_run_is_verified_from_the_checkpoint_that_it_led_to(exported):
+    from layerbits.trust.again import _source
+
+    folder, run_id = exported
+    store = f"sqlite:///{folder}/mlflow.db"
+    assert _source(str(folder / "exports" / "int8"), store) == "run"  # the scheme's source
+    assert _source("another", store) == "another"
+    assert MlflowClient(store).get_run(run_id).data.tags["source_run_id"] == "run"

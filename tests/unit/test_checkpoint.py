@@ -12,7 +12,6 @@ from layerbits.checkpoint.dequantize import check_parts, dequantize, quantize_in
 from layerbits.checkpoint.modelopt import LABELS
 from layerbits.checkpoint.reader import INDEX, open_checkpoint
 from layerbits.errors import UserError
-from layerbits.serving.check import DIVERGES, LOADS, REFUSED, ServeCheck, Served, classify, serve
 
 
 def checkpoint(folder, tensors, name="model.safetensors"):
@@ -165,70 +164,3 @@ def test_inputs_are_rounded_as_modelopt_does_bit_for_bit(label, dtype):
         stored = label.input_scale.stored(torch.tensor(7.0))  # some inputs lie beyond the range
         quantizer.amax = label.input_scale.range(stored)
     assert torch.equal(quantize_input(x, label, stored), quantizer(x))
-
-
-class FakeEngine:
-    def __init__(self, rows, texts=("a",)):
-        self.rows, self.texts = rows, list(texts)
-
-    def logprobs(self, prompts):
-        return self.rows
-
-    def generate(self, prompts, tokens):
-        return self.texts
-
-
-EXPECTED = [[-1.0, -2.0], [-3.0]]
-
-
-def test_a_runtime_that_agrees_loads():
-    served = serve(lambda: FakeEngine([[-1.1, -2.0], [-2.9]]), [[1, 2, 3], [1, 2]], EXPECTED, 4, 0.2)
-    assert served.outcome == LOADS
-    assert served.tokens == 3
-    assert served.mean_error == pytest.approx(0.2 / 3)
-    assert served.max_error == pytest.approx(0.1)
-    assert served.texts == ("a",)
-
-
-def test_a_clean_load_with_corrupted_logits_diverges():
-    assert classify([[-9.0, -9.5], [-11.0]], EXPECTED, (), 0.2).outcome == DIVERGES
-
-
-@pytest.mark.parametrize("rows", [[[-1.0, float("nan")], [-3.0]], [[-1.0, -float("inf")], [-3.0]], [[-1.0], [-3.0]]])
-def test_numbers_that_are_missing_or_not_finite_diverge(rows):
-    assert classify(rows, EXPECTED, (), 0.2).outcome == DIVERGES
-
-
-def test_a_runtime_that_raises_has_refused_in_its_own_words():
-    def load():
-        raise ValueError("first\nModelOpt currently only supports: [...]")
-
-    served = serve(load, [[1, 2]], EXPECTED, 4, 0.2)
-    assert (served.outcome, served.detail) == (REFUSED, "ValueError: ModelOpt currently only supports: [...]")
-
-
-@pytest.mark.parametrize("outcome", [REFUSED, DIVERGES])
-def test_only_a_checkpoint_that_is_served_passes(tmp_path, outcome):
-    with pytest.raises(UserError, match=f"vLLM {outcome}"):
-        ServeCheck(tmp_path, "d", (), Served(outcome, "why")).require()
-    ServeCheck(tmp_path, "d", (), Served(LOADS, "")).require()
-
-
-def test_without_a_runtime_nothing_passes(tmp_path):
-    from layerbits.errors import Skipped
-
-    with pytest.raises(Skipped, match="not installed"):
-        ServeCheck(tmp_path, "d", (), None, "vLLM is not installed").require()
-
-
-def test_prompt_logprobs_are_those_of_the_prompts_own_tokens():
-    from types import SimpleNamespace
-
-    from layerbits.serving.vllm import prompt_logprobs
-
-    def of(value):
-        return SimpleNamespace(logprob=value)
-
-    rows = [None, {5: of(-0.5), 9: of(-0.1)}, {7: of(-2.0)}]
-    output = SimpleNamespace(prompt_token_ids=[3, 5, 7], prompt_logprobs=rows)
-    assert prompt_logprobs(output) == [-0.5, -2.0]

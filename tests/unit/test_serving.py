@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from layerbits.errors import Skipped, UserError
+from layerbits.serving.check import ServeCheck
 from layerbits.serving.client import Client, Served, ServerError, check_length, choose
 from layerbits.serving.distributions import read, select, shared
 from layerbits.serving.environment import find_environment
 from layerbits.serving.server import NAME, Launch, Refused, last_error, serving
-from layerbits.serving.verdict import UNKNOWN, Divergence, Measured
+from layerbits.serving.verdict import DIVERGES, LOADS, REFUSED, SKIPPED, UNKNOWN, Divergence, Measured
 
 FAKE = Path(__file__).parent / "fake_vllm"
 SRC = Path(__file__).parents[2] / "src"
@@ -125,6 +126,18 @@ def test_a_runtime_cannot_explain_itself_by_a_broken_unquantized_model():
 
 def test_a_number_that_is_none_diverges():
     assert measured(from_scored=float("nan"), rounding=0.01, noise=0.001).diverges
+
+
+@pytest.mark.parametrize("outcome", [REFUSED, DIVERGES])
+def test_only_a_checkpoint_that_is_served_as_scored_passes(tmp_path, outcome):
+    with pytest.raises(UserError, match=f"vLLM {outcome} .*: why"):
+        ServeCheck(tmp_path, "d", (), outcome, "why").require()
+    ServeCheck(tmp_path, "d", (), LOADS, "").require()
+
+
+def test_without_a_runtime_nothing_passes(tmp_path):
+    with pytest.raises(Skipped, match="no vLLM; checked were the files alone"):
+        ServeCheck(tmp_path, "d", (), SKIPPED, "no vLLM").require()
 
 
 # --- servers ---------------------------------------------------------------------------------------------------------
@@ -332,3 +345,29 @@ def test_the_run_that_made_a_checkpoint_is_found_again(tmp_path):
     (tmp_path / FILE).write_text("[]")
     assert made_by(tmp_path) is None
     assert made_by(tmp_path / "none") is None
+
+
+def test_layerbits_serve_becomes_the_server_and_prints_a_request(python, tmp_path, monkeypatch, capsys):
+    from layerbits import cli
+
+    (tmp_path / "config.json").write_text("{}")
+    became = []
+    monkeypatch.setattr(os, "execve", lambda path, command, environment: became.append((path, command, environment)))
+    with pytest.raises(SystemExit):
+        cli.main(["serve", str(tmp_path), "--port", "8123", "--python", str(python), "--arguments", "--seed 1"])
+    ((path, command, environment),) = became
+    assert path == str(python)
+    assert command[command.index("--model") + 1] == str(tmp_path)
+    assert command[command.index("--port") + 1] == "8123"
+    assert command[-2:] == ["--seed", "1"]
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert "curl http://127.0.0.1:8123/v1/completions" in capsys.readouterr().out
+
+
+def test_layerbits_serve_says_what_is_no_checkpoint(python, tmp_path, capsys):
+    from layerbits import cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", f"{tmp_path}/none", "--python", str(python)])
+    assert ended.value.code == 2
+    assert "is no checkpoint: it has no config.json" in capsys.readouterr().err

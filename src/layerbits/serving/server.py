@@ -81,6 +81,7 @@ class Launch:
         values = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if self.environment.on_cpu:  # by default it takes half of the memory for its cache, and leaves a core idle
             values |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            values |= {"VLLM_CPU_INT4_W4A8": "0"}  # on CPUs with AMX it rounds the inputs of INT4 weights to INT8
             values |= {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} if sys.platform == "linux" else {}
         values |= os.environ
         values.pop("PYTHONPATH", None)  # is for this Python
