@@ -10,13 +10,14 @@ import torch
 from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.probing.apply import apply_scheme
 from layerbits.recipes.recipe import load_recipe
+from layerbits.recipes.space import lay_out
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
 from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.steps import calibration_forward
 
 from .recipes_support import on_cpu
 from .schemes_support import CALIBRATION, logits, scheme_of
-from .scoring_support import candidate, tiny_model
+from .scoring_support import candidate, loaded, tiny_model
 
 
 def quantized_by_modelopt(model, recipe):
@@ -72,3 +73,19 @@ def test_ptq_recipe_gives_the_same_quantizers_and_logits(name, kind, kv_cache, t
     }
     assert enabled == set(scheme.modules)
     assert torch.equal(logits(quantized), mine)
+
+
+def test_headroom_of_activations_is_modelopts(tmp_path):
+    model = tiny_model("llama")
+    recipe = load_recipe("general/ptq/nvfp4_act_headroom-kv_fp8_cast")
+    (made,) = lay_out(recipe, model, loaded(model).linears).candidates
+    assert made.info.config["algorithm"]["method"] == "nvfp4_act_headroom"
+    scheme = scheme_of(model, qkv=made, down=made)
+    with apply_scheme(model, scheme, CALIBRATION):
+        mine = logits(model)
+    plain = replace(made.info, config={**made.info.config, "algorithm": "max"}, config_hash="max")
+    with apply_scheme(model, replace(scheme, candidates=(plain,)), CALIBRATION):
+        assert not torch.equal(logits(model), mine)
+    path = tmp_path / "scheme.yaml"
+    path.write_text(ptq_recipe_yaml(scheme))
+    assert torch.equal(logits(quantized_by_modelopt(model, load_recipe(str(path)))), mine)

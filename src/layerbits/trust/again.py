@@ -73,6 +73,8 @@ def plan_again(
     from layerbits.sensitivity import plan
 
     info = result.candidates[0]
+    if recipe := result.tags.get("recipe"):
+        raise UserError(f"{reference} is one format of recipe {recipe}; run the recipe again, and compare the two runs")
     cell = Cell(info.quant_pair, info.granularity, result.calibration.size)
     composed = cell_settings(result.settings, cell, configs)
     settings = Settings.from_config(composed)
