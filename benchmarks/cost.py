@@ -19,7 +19,7 @@ import torch
 from one_pass import CONFIGS, TWELVE, configs
 from shapes import qwen3, tiny_llama
 
-from layerbits.inputs.models import ModelSpec, ResolvedModel, skeleton
+from layerbits.inputs.models import ModelSpec, ResolvedModel, empty_model, scored_linears
 from layerbits.planning.sample import Work, estimate, measure
 from layerbits.provenance import provenance
 from layerbits.scoring.memory import choose, free_bytes
@@ -51,7 +51,7 @@ class Bench:
         """Measures a point and forecasts it; a point that does not fit is left out."""
         resolved = self.resolved(blocks)
         found = configs((*TWELVE, *EXPERIMENTAL)[:candidates], self.arguments.device)
-        scored = tuple(n for n in skeleton(resolved) if n != "lm_head")
+        scored = tuple(n for n in scored_linears(empty_model(resolved), resolved.spec) if n != "lm_head")
         work = Work(resolved, scored, found, [(rows, length)], "gradient", 1, self.arguments.device)
         needs = needs_of(resolved, scored, rows * length, distinct_settings(list(found.values())))
         memory = choose(needs, free_bytes(torch.device(self.arguments.device)), mode)

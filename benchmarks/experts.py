@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from one_pass import BUDGETS, SIX, configs
 from shapes import SHAPES, random_model, random_rows
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from layerbits.inputs.experts import named_experts
 from layerbits.provenance import provenance
 from layerbits.scoring import distributed, onepass, quantizers, stock
-from layerbits.scoring.experts import ExpertsTap, Routed
+from layerbits.scoring.experts import ExpertsTap
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.memory import checkpointed
 from layerbits.scoring.steps import calibration_forward, has_plain_head, loss_backward
@@ -135,7 +136,7 @@ class Bench:
             with torch.no_grad():
                 for tap in taps:
                     if isinstance(tap, ExpertsTap):
-                        tap._run(Routed(*entering(tap)), tap._tensors())
+                        ALL_EXPERTS_FUNCTIONS["grouped_mm"](tap.module, *entering(tap))
                     else:
                         torch.nn.functional.linear(*entering(tap), tap.module.weight)
 
@@ -247,7 +248,9 @@ def profile(bench: Bench) -> None:
     with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         onepass.score(bench.job(SIX, steps=1))
     by = "cuda_time_total" if bench.device == "cuda" else "cpu_time_total"
-    print(found.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=70), flush=True)
+    table = found.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=70)
+    print(table, flush=True)
+    bench.record["profile"] = table.splitlines()
 
 
 if __name__ == "__main__":

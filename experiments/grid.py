@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from layerbits import entry
 from layerbits.config import Settings
-from layerbits.grid import Cell, CellOutcome, Log, axis, cells, run_grid, summary
+from layerbits.grid import Cell, CellOutcome, Log, axis, cells, run_grid, run_names, summary
 from layerbits.results.result import SensitivityResult
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def grid(config: dict[str, Any]) -> None:
         axis(axes["dataset_sizes"], CONFIGS, known_sizes=True),
     )
     if not settings.tracking.enabled:
-        nothing = Log(lambda _id: None, lambda _result, folder: str(folder), lambda *_: "")
+        nothing = Log(lambda _id: None, lambda _cell, _result, folder: str(folder), lambda *_: "")
         _show(_run(wanted, settings, nothing, axes["force"]))
         return
     from layerbits import tracking
@@ -41,11 +41,12 @@ def grid(config: dict[str, Any]) -> None:
     tracking.open_store(settings.tracking.uri, ROOT)
     experiment = settings.tracking.experiment
     name = settings.tracking.run_name or f"grid {settings.model.name}"
+    names = run_names(wanted, settings.model.name)
     with tracking.parent_run(name, experiment) as parent:
         log = Log(
             lambda cell: tracking.finished_run(cell, parent.experiment_id),
-            lambda result, folder: _log_result(result, folder, experiment),
-            lambda cell, outcome, reason, alias: _log_cell(cell, settings, outcome, reason, alias),
+            lambda cell, result, folder: _log_result(names[cell], result, folder, experiment),
+            lambda cell, outcome, reason, alias: _log_cell(names[cell], cell, settings, outcome, reason, alias),
         )
         outcomes = _run(wanted, settings, log, axes["force"])
         _show(outcomes)
@@ -57,19 +58,19 @@ def _run(wanted: list[Cell], settings: Settings, log: Log, force: bool) -> list[
         return run_grid(wanted, settings, CONFIGS, log, ROOT, force, bar.update)
 
 
-def _log_result(result: SensitivityResult, folder: Path, experiment: str) -> str:
+def _log_result(name: str, result: SensitivityResult, folder: Path, experiment: str) -> str:
     from layerbits import tracking
 
-    with tracking.start_run(result.run_name, experiment, system_metrics=False) as session:
+    with tracking.start_run(name, experiment, system_metrics=False) as session:
         tracking.log_result(session, result, folder)
     return session.run_id
 
 
-def _log_cell(cell: Cell, settings: Settings, outcome: str, reason: str, alias_of: str) -> str:
+def _log_cell(name: str, cell: Cell, settings: Settings, outcome: str, reason: str, alias_of: str) -> str:
     from layerbits import tracking
 
     return tracking.log_cell(
-        f"{settings.model.name} {cell.quant_pair} {cell.granularity} {cell.dataset_size}",
+        name,
         outcome,
         reason,
         params={

@@ -24,8 +24,24 @@ def import_results(config: dict[str, Any]) -> None:
     if config["path"] == "none":
         raise UserError("no path is given; set path to a quant manifest, a per-layer report, or a folder of them")
     path, output = (Path(config[key]).expanduser().absolute() for key in ("path", "output_root"))
-    tables, lines = importing.collect(path)
+    model = "" if config["model_name"] in (None, "none") else str(config["model_name"])
     found: list[tuple[SensitivityResult, Path]] = []
+    lines: list[str] = []
+    states = importing.states(path)
+    for file in states:
+        try:
+            state = importing.read_state(file)
+            found += [(r, importing.write(r, state, output)) for r in importing.state_results(state, model)]
+        except UserError as error:
+            lines.append(str(error))
+    tables: list[importing.Table] = []
+    if not states or path.is_dir():
+        try:
+            tables, more = importing.collect(path)
+            lines += more
+        except UserError:
+            if not states:
+                raise
     for table in tables:
         try:
             found += [(result, importing.write(result, table, output)) for result in importing.results(table)]

@@ -6,6 +6,7 @@ python experiments/scheme.py run_id=outputs/tmp/RUN schemes=none effective_bits=
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def scheme(config: dict[str, Any]) -> None:
 
     def make(uri: str | None) -> entry.Derived:
         source = load_scores(settings.references, uri)
+        source = source if settings.cost_model is None else replace(source, cost_model=settings.cost_model)
         made = make_schemes(settings.specs, source)
         points = curve(settings.base, source, settings.pareto) if settings.pareto else []
         folder = write_schemes(settings.output_root, source, made, points)

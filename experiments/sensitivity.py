@@ -1,6 +1,7 @@
 """Scores the groups of one model under one quant pair at one granularity, and logs the run.
 
 python experiments/sensitivity.py quant_pair=wint8_afp16 dataset.size=medium
+python experiments/sensitivity.py recipe=general/auto_quantize/nvfp4_fp8_at_5p4bits
 python experiments/sensitivity.py -m quant_pair=wfp8_afp8,wint8_afp16
 python experiments/sensitivity.py report_only=outputs/tmp/RUN/manifest.json
 """
@@ -43,6 +44,11 @@ def sensitivity(settings: Settings) -> None:
 
         print(f"report: {rebuild(Path(settings.report_only), settings.output_root / 'report_only')}")
         return
+    if settings.recipe:
+        from layerbits.recipes.log import recipe_job
+
+        recipe_job(settings, ROOT)
+        return
     from layerbits.scoring import distributed
     from layerbits.sensitivity import plan
     from layerbits.stages.run import run
@@ -74,5 +80,5 @@ def _score(settings: Settings) -> tuple[Path, SensitivityResult]:
 
 
 if __name__ == "__main__":
-    entry.run(main, ROOT / "configs")
+    entry.run(main, ROOT / "configs", lists=("recipe_overrides",))
     sys.exit(entry.USER_ERROR_STATUS if entry.failed else 0)

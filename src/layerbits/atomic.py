@@ -1,59 +1,107 @@
-"""Files and folders that a reader sees whole or not at all."""
+"""Files and folders that a reader sees whole or not at all, whenever the process ends.
+
+What is being written lies under a hidden name beside its place, locked for as long as its process lives. So what a
+killed process left is told from what another one is writing, and is removed by the next write to the same folder.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from layerbits.errors import UserError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR)
+# What libraries make of such an error: PyTorch's writer, which does not say why, and safetensors'.
+_WORDS = re.compile("PytorchStreamWriter failed|No space left on device|Disk quota exceeded|Read-only file system")
+
 
 @contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic(path: Path, replace: bool = True) -> Iterator[BinaryIO]:
     """A file open for writing under a temporary name beside ``path``, renamed to it when all was written.
 
     Makes the folder where it is missing; after an exception nothing is left.
+
+    Args:
+        path: Of the file.
+        replace: Whether it takes the place of one that is there by then.
+
+    Raises:
+        FileExistsError: There is one, and it stays.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = _temporary(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(os.dup(handle), "wb") as file:
             yield file
         os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        if replace:
+            os.replace(name, path)
+        else:
+            _keep(name, path)
+    finally:
+        name.unlink(missing_ok=True)
+        os.close(handle)
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def scratch_folder(final: Path) -> Iterator[Path]:
+    """A new folder under a temporary name beside ``final``, gone afterwards unless it was renamed."""
+    handle, folder = _temporary(final, folder=True)
+    try:
+        os.chmod(folder, 0o755)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+@contextmanager
+def whole_folder(final: Path, mend: str = "free space or set output_root") -> Iterator[Path]:
     """A folder to fill under a temporary name beside ``final``, renamed to it when all was written.
 
     What stood at ``final`` is replaced; after an exception nothing is left of the new folder.
 
+    Args:
+        final: Its place.
+        mend: What to do where it cannot be written.
+
     Raises:
         UserError: The disk is full or cannot be written.
     """
-    partial = final.with_name(f".{final.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-    except OSError as error:
-        raise UserError(f"cannot write {final} ({error.strerror}); free space or set output_root") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with scratch_folder(final) as partial:
+            yield partial
+            _rename(partial, final)
+    except Exception as error:
+        reason = why_unwritable(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {final} ({reason}); {mend}") from None
+
+
+def why_unwritable(error: BaseException) -> str | None:
+    """What keeps a file from being written, in a few words; ``None`` where an exception says something else."""
+    if isinstance(error, UserError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno) if error.errno in _UNWRITABLE else None
+    found = _WORDS.search(str(error))
+    if found is None:
+        return None
+    return "the file cannot be written" if found[0].startswith("Pytorch") else found[0]
 
 
 def dated(root: Path, name: str) -> Path:
@@ -67,3 +115,72 @@ def write_json(path: Path, data: Any) -> None:
     text = json.dumps(data, indent=2, allow_nan=False)
     with atomic(path) as file:
         file.write(f"{text}\n".encode())
+
+
+def _keep(name: Path, path: Path) -> None:
+    """Puts a file in its place unless there is one."""
+    try:
+        os.link(name, path)
+    except OSError as error:
+        if isinstance(error, FileExistsError) or path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(name, path)  # a file system without links
+
+
+def _rename(partial: Path, final: Path) -> None:
+    """Puts a folder in its place; what is there goes to where the next write removes it."""
+    while True:
+        try:
+            partial.rename(final)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        old = final.with_name(f".{final.name}.{uuid.uuid4().hex}{_suffix()}")
+        with suppress(FileNotFoundError):  # another process was faster
+            final.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _temporary(final: Path, folder: bool = False) -> tuple[int, Path]:
+    """A new file or folder beside ``final``, open and locked."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(final.parent)
+    while True:
+        prefix = f".{final.name}."
+        if folder:
+            name = tempfile.mkdtemp(_suffix(), prefix, final.parent)
+            handle = os.open(name, os.O_RDONLY)
+        else:
+            handle, name = tempfile.mkstemp(_suffix(), prefix, final.parent)
+        if _lock(handle) is not False and os.path.exists(name):
+            return handle, Path(name)
+        os.close(handle)  # a sweep of another process got between
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes of this machine left in a folder."""
+    for path in folder.glob(f".*{_suffix()}"):
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                if _lock(handle):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _suffix() -> str:
+    """End of the temporary names of this machine: locks of another need not be seen here."""
+    return f".{socket.gethostname()}.partial"
+
+
+def _lock(handle: int) -> bool | None:
+    """Whether nobody else holds the lock, which is then ours until it is closed; ``None`` where there are no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

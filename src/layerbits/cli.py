@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -101,6 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--run-id", help="the run that the job had opened")
     push.add_argument("--experiment", default="layerbits", help="experiment of a new run (layerbits)")
 
+    serve = command("serve", _serve, "serve an exported checkpoint with vLLM, until it is stopped")
+    serve.add_argument("checkpoint", metavar="RUN", help="run id of an export, or a checkpoint's folder")
+    serve.add_argument("--port", type=int, default=8000, help="on this machine (8000)")
+    serve.add_argument("--python", help="a Python that has vLLM; else that of .venv-vllm, which `make vllm` makes")
+    serve.add_argument("--plugin", type=Path, help="folder with a plugin of vLLM for its path")
+    serve.add_argument("--arguments", default="", help="further arguments of the server, in one text")
+
     view = command("view", _view, "print the link of each experiment's comparison view in the UI")
     view.add_argument("--port", type=int, default=5000, help="of the UI on a database; a server has its own (5000)")
 
@@ -109,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument("--configs", type=Path, help="folder of the config groups (configs of this project)")
     planned.add_argument("--format", choices=("table", "json"), default="table")
 
-    command("reap", _reap, "end the runs of this machine whose process is gone")
+    reap = command("reap", _reap, "end the runs of this machine whose process is gone")
+    reap.add_argument("runs", metavar="RUN", nargs="*", help="run ids to end, on your word that their process is gone")
     command("doctor", _doctor, "check store, artifacts, clock, disk, GPU and kernels; status 1 where one fails")
     return parser
 
@@ -185,6 +194,14 @@ def _push(options: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace) -> int:
+    from layerbits.serving.foreground import serve
+
+    arguments = shlex.split(options.arguments)
+    serve(options.checkpoint, options.port, options.python, options.plugin, arguments, options.tracking_uri)
+    return 0
+
+
 def _view(options: argparse.Namespace) -> int:
     from layerbits.tracking.view import print_links
 
@@ -214,9 +231,9 @@ def _reap(options: argparse.Namespace) -> int:
     from layerbits.history.source import connect
     from layerbits.tracking.reap import reap
 
-    closed = reap(connect(options.tracking_uri))
+    closed = reap(connect(options.tracking_uri), named=options.runs)
     for run in closed:
-        print(f"killed: {run.run_id} {run.name} ({run.reason})")
+        print(f"{run.outcome}: {run.run_id} {run.name} ({run.reason})")
     print(f"{len(closed)} runs closed")
     return 0
 

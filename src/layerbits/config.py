@@ -11,6 +11,7 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.errors import UserError
 from layerbits.inputs.models import ModelSpec
+from layerbits.results.naming import run_name
 from layerbits.results.result import COST_MODELS
 from layerbits.tracking.settings import TrackingSpec
 
@@ -75,6 +76,8 @@ class Settings:
     strict: bool
     seed: int
     device: str
+    recipe: str | None
+    recipe_overrides: tuple[str, ...]
     output_layout: str
     output_root: Path
     report_only: str | None
@@ -82,8 +85,8 @@ class Settings:
 
     @property
     def run_name(self) -> str:
-        """Name of the run: model, pair, granularity and dataset size."""
-        return f"{self.model.name} {self.quant_pair.name} {self.overlay.name} {self.dataset.size}"
+        """Name of the run: pair, dataset size, granularity and model."""
+        return run_name(self.model.name, self.quant_pair.name, self.overlay.name, self.dataset.size)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Settings:
@@ -131,11 +134,18 @@ class Settings:
             strict=bool(config["strict"]),
             seed=_int("seed", config["seed"]),
             device=config["device"],
+            recipe=_named(config, "recipe"),
+            recipe_overrides=tuple((_named(config, "recipe_overrides") or "").split()),
             output_layout=config["output_layout"],
             output_root=Path(config["output_root"]).expanduser().absolute(),
             report_only=config["report_only"],
             composed=config,
         )
+
+
+def _named(config: Mapping[str, Any], key: str) -> str | None:
+    value = config.get(key)  # a record of an earlier version has none
+    return None if value in (None, "", "none") else str(value)
 
 
 def _choice(key: str, value: object, choices: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.config import Settings
 from layerbits.errors import Unsupported, UserError
+from layerbits.results.naming import AXES, run_name
 from layerbits.results.result import SensitivityResult
 
 if TYPE_CHECKING:
@@ -64,12 +65,12 @@ class Log:
 
     Attributes:
         find: Cell id → run id of a finished run, ``None`` where there is none.
-        result: Logs a result and returns its run id.
+        result: Logs a cell's result and returns its run id.
         cell: Records a cell without a result of its own (name, outcome, reason, parameters, run id of its alias).
     """
 
     find: Callable[[str], str | None]
-    result: Callable[[SensitivityResult, Path], str]
+    result: Callable[[Cell, SensitivityResult, Path], str]
     cell: Callable[[Cell, str, str, str], str]
 
 
@@ -86,6 +87,12 @@ def cells(pairs: Sequence[str], granularities: Sequence[str], sizes: Sequence[st
         if twice:
             raise UserError(f"{axis} names {', '.join(twice)} twice; give each once")
     return [Cell(p, g, s) for s, p, g in product(sizes, pairs, granularities)]
+
+
+def run_names(wanted: Sequence[Cell], model: str) -> dict[Cell, str]:
+    """Names of the cells' runs, which begin with what differs in the grid."""
+    varied = [axis for axis in AXES if len({getattr(cell, axis) for cell in wanted}) > 1]
+    return {c: run_name(model, c.quant_pair, c.granularity, c.dataset_size, varied) for c in wanted}
 
 
 def axis(value: Any, folder: Path, known_sizes: bool = False) -> list[str]:
@@ -234,7 +241,7 @@ def _run_pass(
     for outcome in found:
         cell = mine[outcome.result.candidates[0].name]
         result = replace(outcome.result, settings=cell_settings(outcome.result.settings, cell, configs))
-        run_id = log.result(result, write(replace(outcome, result=result), plan.settings))
+        run_id = log.result(cell, result, write(replace(outcome, result=result), plan.settings))
         done(
             CellOutcome(
                 cell,

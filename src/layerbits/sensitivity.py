@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from layerbits.candidates.candidate import check_target, resolve_candidate
@@ -41,7 +42,13 @@ def sensitivity(settings: Settings, root: Path) -> tuple[Path, SensitivityResult
     """
     planned = plan(settings)
     ((_, capability),) = planned.candidates
-    for line in planned.warnings(capability):
-        print(f"warning: {line}", file=sys.stderr)
+    known = planned.warnings(capability)
+    _warn(known)
     (outcome,) = run(planned, root)
+    _warn(line for line in outcome.result.warnings if line not in known)
     return write(outcome, settings), outcome.result
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)

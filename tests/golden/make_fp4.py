@@ -231,7 +231,7 @@ def quantizer(case: Case, **extra: Any) -> torch.Tensor:
 
 
 def _table_reciprocal(table: torch.Tensor) -> Any:
-    """A stand-in for ``layerbits.candidates.fp4._device_reciprocal`` that looks the GPU's reciprocal up."""
+    """A stand-in for ``layerbits.candidates.fp4.device_reciprocal`` that looks the GPU's reciprocal up."""
 
     def reciprocal(x: torch.Tensor) -> torch.Tensor:
         bits = x.view(torch.int32)
@@ -250,7 +250,7 @@ def _report_division(folder: Path) -> torch.Tensor:
     table = reciprocals()
     x = (torch.arange(2**23, dtype=torch.int32, device="cuda") + 0x3F800000).view(torch.float32)
     difference = table - (1.0 / x.double()).float().view(torch.int32)
-    ours_differ = int((fp4._device_reciprocal(x).view(torch.int32) != table).sum())
+    ours_differ = int((fp4.device_reciprocal(x).view(torch.int32) != table).sum())
     print(f"our model of the GPU's reciprocal differs from it in {ours_differ} of 2**23 mantissas")
     values, counts = difference.unique(return_counts=True)
     print(
@@ -313,13 +313,13 @@ def _compare(case: Case, expected: np.ndarray, table: torch.Tensor) -> int:
 
     counts = []
     first: tuple[np.ndarray, np.ndarray] | None = None
-    own = fp4._device_reciprocal
+    own = fp4.device_reciprocal
     for device, reciprocal in (("cpu", own), ("cuda", own), ("cuda", _table_reciprocal(table))):
-        fp4._device_reciprocal = reciprocal
+        fp4.device_reciprocal = reciprocal
         try:
             got = to_bits(ours(case, device))
         finally:
-            fp4._device_reciprocal = own
+            fp4.device_reciprocal = own
         where = mismatches(expected, got, case.x.dtype)
         counts.append(int(where.sum()))
         if where.any() and first is None:

@@ -35,20 +35,21 @@ def prepared(model, folder, name="mine", **assigned):
     return Prepared(scheme, resolved, None, None, CALIBRATION)
 
 
-def planned(kind, folder, target=None, kv_cache="none", dtype=torch.bfloat16, **assigned):
+def planned(kind, folder, target=None, kv_cache="none", format="auto", dtype=torch.bfloat16, **assigned):
     """The plan of a tiny model's export."""
     source = folder / "source"
     model = saved(kind, source, dtype)
-    return plan_export(prepared(model, source, **assigned), target or folder / "exports" / "mine", kv_cache)
+    return plan_export(prepared(model, source, **assigned), target or folder / "exports" / "mine", kv_cache, format)
 
 
 def spoil(monkeypatch, change):
-    """Lets ``change`` alter the files between writing and proof: it gets the tensors and ``hf_quant_config.json``."""
+    """Lets ``change`` alter the files between writing and proof: it gets the tensors and the quantization's config."""
     write = export._write
 
     def spoiled(plan, folder, *rest):
         scored = write(plan, folder, *rest)
-        file, config = folder / "model.safetensors", folder / "hf_quant_config.json"
+        own = "hf_quant_config.json" if plan.format == "modelopt" else "config.json"
+        file, config = folder / "model.safetensors", folder / own
         tensors, labels = load_file(file), json.loads(config.read_text())
         change(tensors, labels)
         save_file(tensors, file, metadata={"format": "pt"})

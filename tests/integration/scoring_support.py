@@ -13,7 +13,9 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.errors import Unsupported
+from layerbits.inputs import smollm2
 from layerbits.inputs.calibration import Batch, Calibration, Segment
+from layerbits.inputs.captions import load_captions
 from layerbits.inputs.models import LoadedModel, language_model_linears
 from layerbits.results.result import ModelInfo
 from layerbits.scoring.job import ScoringJob
@@ -36,7 +38,7 @@ def tiny_model(kind, **changes):
     """A random model of two blocks in float32; widths are multiples of 128 (the largest block of any format).
 
     Args:
-        kind: ``llama``, ``qwen3_vl``, ``qwen2_5_vl``, ``qwen3_moe`` or ``mixtral``.
+        kind: ``llama``, ``qwen3_vl``, ``qwen2_5_vl``, ``qwen3_moe``, ``qwen3_vl_moe`` or ``mixtral``.
         changes: Further values of its (text) config.
     """
     import transformers as hf
@@ -57,12 +59,40 @@ def tiny_model(kind, **changes):
         vision = {**_VISION, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": text["hidden_size"]}
         config = hf.Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]}, **tied)
         model = hf.Qwen2_5_VLForConditionalGeneration(config)
+    elif kind == "qwen3_vl_moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
+        text |= {"rope_parameters": {**rope, "mrope_section": [8, 4, 4]}}
+        vision = {**_VISION, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": text["hidden_size"]}
+        vision |= {"deepstack_visual_indexes": [0]}
+        model = hf.Qwen3VLMoeForConditionalGeneration(
+            hf.Qwen3VLMoeConfig(text_config=text, vision_config=vision, **tied)
+        )
     elif kind == "qwen3_moe":
         moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
         model = hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**text, **moe))
     else:
         model = hf.MixtralForCausalLM(hf.MixtralConfig(**text, num_local_experts=4, num_experts_per_tok=2))
     return model.float().eval()
+
+
+def knowing(model, tokens):
+    """The random model with a liking for some tokens, so that it predicts them better than guessing.
+
+    All token embeddings get one direction, which the last hidden state then has too, and the output head looks for it.
+    """
+    with torch.no_grad():
+        model.get_input_embeddings().weight += 2
+        model.get_output_embeddings().weight[sorted(tokens)] += 10 / model.config.hidden_size
+    return model
+
+
+def everyday_tokens(size="32"):
+    """Tokens of the shipped captions under the default model's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.checkpoint())
+    captions = load_captions("everyday", size).captions
+    return {t for ids in tokenizer(list(captions))["input_ids"] for t in ids} | {tokenizer.eos_token_id}
 
 
 def loaded(model):

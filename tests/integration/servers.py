@@ -179,7 +179,7 @@ def chromium():
 def page(chromium):
     """A first visit; the page must not complain of anything."""
     context = chromium.new_context(viewport={"width": 1900, "height": 1250})
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     context.add_init_script(NO_ASSISTANT)
     page = context.new_page()
     complaints = []

@@ -186,6 +186,41 @@ def test_reap_ends_the_run_of_a_killed_process_and_no_other(store, tmp_path, lay
         alive.wait()
 
 
+def test_reap_ends_a_run_that_had_told_its_outcome_as_that(store, tmp_path, layerbits):
+    killed, run_id = job(tmp_path, "almost")
+    killed.kill()
+    killed.wait()
+    client = mlflow.MlflowClient(store)
+    client.set_tag(run_id, "outcome", "ok")  # what a result's logging writes last
+    _, out, _ = layerbits("reap", "--tracking-uri", store)
+    assert out[0].startswith(f"ok: {run_id} almost ")
+    run = client.get_run(run_id)
+    assert (run.info.status, run.data.tags["outcome"], "reason" in run.data.tags) == ("FINISHED", "ok", False)
+
+
+def test_reap_ends_a_run_of_another_machine_only_by_its_id(store, layerbits):
+    client = mlflow.MlflowClient(store)
+    unknown = client.create_run("0").info.run_id  # as `mlflow run` makes it, before its job has opened it
+    assert layerbits("reap", "--tracking-uri", store)[1] == ["0 runs closed"]
+    assert layerbits("reap", unknown, "--tracking-uri", store)[1][-1] == "1 runs closed"
+    run = client.get_run(unknown)
+    assert (run.info.status, run.data.tags["outcome"], run.data.tags["reason"]) == ("KILLED", "killed", "ended by hand")
+    assert layerbits("reap", unknown, "--tracking-uri", store)[1] == ["0 runs closed"]
+
+
+def test_reap_does_not_end_a_run_whose_process_is_there(store, tmp_path, layerbits):
+    alive, run_id = job(tmp_path, "alive")
+    try:
+        status, _, errors = layerbits("reap", run_id, "--tracking-uri", store)
+    finally:
+        alive.kill()
+        alive.wait()
+    assert (status, errors[-1]) == (
+        2,
+        f"error: run {run_id} is held by a process of this machine; stop that instead",
+    )
+
+
 # The doctor
 
 

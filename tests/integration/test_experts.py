@@ -8,12 +8,32 @@ import pytest
 import torch
 
 from layerbits.inputs.experts import named_experts
+from layerbits.probing.apply import apply_scheme
+from layerbits.results.result import Group
+from layerbits.schemes import Scheme
 from layerbits.scoring import kl, onepass, stock
-from layerbits.scoring.experts import ExpertsTap
+from layerbits.scoring.experts import ExpertsTap, Routed
+from layerbits.scoring.quantizers import distinct_settings
+from layerbits.scoring.search import Search
 from layerbits.scoring.steplog import StepLog
+from layerbits.scoring.steps import calibration_forward
 from layerbits.scoring.taps import Taps
+from layerbits.trust.measure import measure_damage
+from layerbits.trust.validate import calibrated_linears
 
-from .scoring_support import configs, job, loaded, random_segment, recipe, rows, tiny_model, usual_rows
+from .schemes_support import CALIBRATION, DATA, INFO, logits, probed
+from .scoring_support import (
+    candidate,
+    configs,
+    job,
+    loaded,
+    random_segment,
+    recipe,
+    rows,
+    search_config,
+    tiny_model,
+    usual_rows,
+)
 
 PAIRS = ("wfp8_afp8", "wint4_aint8")
 BUDGETS = (13.0, 11.0, 9.0)
@@ -162,6 +182,29 @@ def test_active_experts_alone_count_in_the_budget_of_that_cost_model(mixture, tm
         assert stats["costs"] == theirs["candidate_stats"][name]["costs"]
 
 
+def test_what_happens_to_the_experts_is_told(mixture, tmp_path):
+    import transformers as hf
+
+    mixture.model.set_experts_implementation("eager")
+    try:
+        made = onepass.score(job(mixture, tmp_path / "one", configs("wfp8_afp16")))
+    finally:
+        mixture.model.set_experts_implementation("grouped_mm")
+    assert made.notes == ("the scored experts run as grouped_mm, not as experts_implementation=eager",)
+    config = hf.GptOssConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=384, num_local_experts=4, num_experts_per_tok=2, head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    oss = loaded(hf.GptOssForCausalLM(config).float().eval())
+    made = onepass.score(job(oss, tmp_path / "oss", configs("wfp8_afp16")))
+    assert [g.kind for g in made.groups] == ["qkv", "o"] * 2
+    assert made.notes == (
+        "model.layers.0.mlp.experts and 1 more: ModelOpt's AutoQuantize makes no decision for GptOssExperts, so these "
+        "experts stay unquantized and count in no budget",
+    )
+
+
 def test_experts_without_a_gate_score_as_in_stock(tmp_path):
     import transformers as hf
 
@@ -180,10 +223,67 @@ def test_experts_without_a_gate_score_as_in_stock(tmp_path):
     np.testing.assert_allclose(made.raw, reference.raw, rtol=1e-6)
 
 
-def _settings(pair):
-    from layerbits.scoring.quantizers import distinct_settings
+def test_a_scheme_on_experts_is_probed(mixture):
+    made = candidate("wfp8_afp8")
+    groups = (Group("B01.experts", 1, "other", ("model.layers.1.mlp.experts",), 1000),)
+    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), (made.info.name,), 9.0, None, 0.01, 1e-6, {})
+    (found,) = probed(mixture.model, [scheme]).schemes
+    assert 0 < found.difference.kl < 1
 
+
+def test_damage_of_experts_is_measured_alone_and_together(mixture, tmp_path):
+    made = job(mixture, tmp_path, configs("wint8_aint8"), rows([random_segment(2, 16, seed=4)]), method="kl_div")
+    search = Search.of(made)
+    linears = calibrated_linears(made, search)
+    damage = measure_damage(mixture.model, linears, search, made.calibration.score, disable_one=True)
+    experts = [i for i, g in enumerate(search.groups) if g.key.endswith("experts")]
+    alone = kl.score(made).predicted_kl[experts, 0]
+    np.testing.assert_allclose(damage.alone.kl.sum(axis=0)[experts] / damage.alone.tokens.sum(), alone, rtol=1e-3)
+    assert damage.together_mean > alone.max()
+    assert (damage.floor[experts] < alone / 10).all()
+
+
+@pytest.mark.parametrize("variant", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("keep_weights", [True, False])
+def test_a_scheme_computes_what_modelopt_computes_with_its_config(variant, keep_weights, mixture):
+    import modelopt.torch.quantization as mtq
+
+    made = candidate("wfp4_afp8", variant=variant)
+    name = "model.layers.1.mlp.experts"
+    groups = (Group("B01.experts", 1, "other", (name,), 1000),)
+    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), (made.info.name,), 9.0, None, 0.01, 1e-6, {})
+
+    def forward_loop(model):
+        for batch in CALIBRATION:
+            calibration_forward(model, batch, need_logits=False)
+
+    changed = mtq.quantize(copy.deepcopy(mixture.model), search_config(made), forward_loop)
+    mtq.disable_quantizer(changed, lambda quantizer: not quantizer.startswith(name))
+    before = logits(mixture.model)
+    with apply_scheme(mixture.model, scheme, CALIBRATION, keep_weights=keep_weights):
+        ours = logits(mixture.model)
+    torch.testing.assert_close(ours, logits(changed), rtol=1e-4, atol=1e-5)
+    assert (ours - before).abs().max() > 1e-3
+    assert torch.equal(logits(mixture.model), before)
+
+
+def _settings(pair):
     return distinct_settings(list(configs(pair).values()))
+
+
+def test_candidates_side_by_side_compute_what_each_does_alone(mixture):
+    wanted = {**configs("wint8_aint8", "wint8_afp16"), **configs("wint8_aint8", overlay="a_per_token_dynamic")}
+    taps = Taps(mixture.model, ["model.layers.0.mlp.experts"], distinct_settings(list(wanted.values())))
+    taps.calibrate(usual_rows().calib, need_logits=False)
+    taps.load_ranges(taps.ranges())
+    (tap,) = taps.taps
+    index = torch.stack([torch.randperm(5)[:2] for _ in range(9)])  # number 4 stands for none of the four
+    routed = Routed(torch.randn(9, 128), index, torch.rand(9, 2))
+    found = dict(tap._outputs(routed, tuple(tap.weights(0)), [0, 1, 2]))
+    assert len(found) == 3
+    for setting, output in found.items():
+        alone = tap._run(routed, tuple(tap.weights(0)), *tap._changes(setting))
+        torch.testing.assert_close(output, alone, rtol=1e-6, atol=1e-6)
 
 
 def test_the_loop_over_experts_computes_what_the_grouped_product_does(mixture, monkeypatch):

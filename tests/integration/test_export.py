@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from layerbits import tracking
-from layerbits.checkpoint import table, write
+from layerbits.checkpoint import table, write_modelopt
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.structure import check_structure
 from layerbits.errors import Unsupported, UserError
@@ -23,6 +23,8 @@ from layerbits.export.log import ExportLog
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.captions import load_captions
+from layerbits.inputs.models import ModelSpec, resolve
+from layerbits.results.experiment import made_by
 from layerbits.tracking.settings import TrackingSpec
 
 from .entries import start
@@ -54,7 +56,7 @@ def everywhere(made):
     ],
 )
 def test_an_export_is_what_was_scored(tmp_path, kind, pair, overlay, variant, label):
-    plan = planned(kind, tmp_path, **everywhere(candidate(pair, overlay, variant)))
+    plan = planned(kind, tmp_path, format="modelopt", **everywhere(candidate(pair, overlay, variant)))
     made = export_scheme(plan, "cpu")
     assert made.proof.passed
     assert made.proof.record.labels == {label: 14}
@@ -225,7 +227,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
     def full(_source, _folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write, "_copy_files", full)
+    monkeypatch.setattr(write_modelopt, "copy_files", full)
     with pytest.raises(UserError, match=r"No space left on device\); free space"):
         export_scheme(plan, "cpu")
     assert list((tmp_path / "exports").iterdir()) == []
@@ -323,12 +325,21 @@ def test_from_the_command_line_to_the_registry(tmp_path):
     assert data.metrics["proof/logit_deviation"] == 0.0
     names = {file.path for file in client.list_artifacts(runs[0].info.run_id)}
     assert {"proof.md", "proof.json", "scheme.json", "checkpoint.json", "checkpoint"} <= names
+    with pytest.raises(
+        UserError, match=r"already quantized: FP8.*by modelopt.*exported it as good from run run; score"
+    ):
+        resolve(ModelSpec("again", data.tags["checkpoint.path"]))
     version = client.search_model_versions("name = 'tiny'")[0]
     assert version.run_id == runs[0].info.run_id
     assert version.tags["scheme"] == "good"
     assert float(version.tags["effective_bits"]) == scheme.effective_bits
 
+    made = made_by(Path(data.tags["checkpoint.path"]))
+    assert (made.run_id, made.experiment) == (runs[0].info.run_id, "layerbits")
+
+    if (ROOT / ".venv-vllm").exists():
+        return  # tests/serving has the check with it
     checked = run("serve_check.py", f"run_id={runs[0].info.run_id}", *wanted)
-    assert "skipped: vLLM" in checked.stdout
+    assert "skipped: there is no vLLM environment" in checked.stdout
     found = client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'")[0]
     assert (found.info.status, found.data.tags["outcome"], found.data.tags["serve"]) == ("FINISHED", *["skipped"] * 2)

@@ -42,16 +42,16 @@ def children(store):
 def test_each_distinct_cell_is_scored_once(grid):
     scored = [r.info.run_name for r in children(grid[0])[0] if r.data.tags["outcome"] == "ok"]
     assert sorted(scored) == [
-        "smollm2_135m wfp4_afp16 default small",
-        "smollm2_135m wint8_afp16 default small",
-        "smollm2_135m wint8_afp16 w_per_tensor small",
+        "wfp4_afp16 default small smollm2_135m",
+        "wint8_afp16 default small smollm2_135m",
+        "wint8_afp16 w_per_tensor small smollm2_135m",
     ]
 
 
 def test_an_overlay_that_changes_nothing_is_an_alias_of_the_first(grid):
     runs = children(grid[0])[0]
-    (first,) = [r for r in runs if r.info.run_name == "smollm2_135m wint8_afp16 default small"]
-    aliases = [r for r in runs if r.info.run_name == "smollm2_135m wint8_afp16 a_per_token_dynamic small"]
+    (first,) = [r for r in runs if r.info.run_name == "wint8_afp16 default small smollm2_135m"]
+    aliases = [r for r in runs if r.info.run_name == "wint8_afp16 a_per_token_dynamic small smollm2_135m"]
     assert [r.data.tags["alias_of"] for r in aliases] == [first.info.run_id]
 
 

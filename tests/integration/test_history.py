@@ -228,6 +228,7 @@ def test_scores_are_tidy_and_exact(client, store):
     assert list(frame.columns) == [
         *("run_id", "model", "quant_pair", "granularity", "dataset_size", "block", "kind", "layer", "candidate"),
         *("score", "predicted_kl", "bits", "chosen", "rank", "low", "high", "rank_low", "rank_high"),
+        "believable",
     ]
     assert len(frame) == 12
     for run_id, result in results.items():
@@ -452,7 +453,7 @@ def test_a_server_gives_what_its_store_has(served, tmp_path):
     pd.testing.assert_frame_equal(history.runs(tracking_uri=server.url), over_http)
     pd.testing.assert_frame_equal(history.scores(over_http), history.scores(direct))
     with pytest.warns(UserWarning, match="per-sample"):
-        assert history.result(run_id, tracking_uri=server.url).to_manifest() == to_manifest(result)
+        assert to_manifest(history.result(run_id, tracking_uri=server.url)) == to_manifest(result)
 
 
 # What goes wrong

@@ -11,10 +11,11 @@ from layerbits.errors import Unsupported
 from layerbits.inputs.calibration import Batch, Segment, build_calibration
 from layerbits.inputs.captions import load_captions
 from layerbits.inputs.models import ModelSpec, load, load_tokenizer, resolve
-from layerbits.scoring import divergence, kl, replaced, stock
+from layerbits.scoring import divergence, kl, stock
 from layerbits.scoring.patches import forwards
 from layerbits.scoring.steps import loss_logits
 from layerbits.scoring.suffix import SuffixRunner, find_blocks
+from layerbits.scoring.tap import LinearTap
 from tests.integration.scoring_support import configs, loaded, random_segment, recipe, rows, tiny_model, usual_rows
 from tests.integration.scoring_support import job as any_job
 
@@ -262,17 +263,17 @@ def test_killed_pass_goes_on_from_its_last_step(tmp_path, monkeypatch):
 
 def test_scores_that_are_not_finite_are_named(tmp_path, monkeypatch):
     data = rows([random_segment(1, 12)])
-    quantized = replaced.ReplacedLinears._quantized
+    quantized = LinearTap.quantized
 
-    def broken(self, index, *settings):
+    def broken(self, pair):
         def forward(x):
-            y = quantized(self, index, *settings)(x).clone()
+            y = quantized(self, pair)(x).clone()
             y[:, 8] = math.nan
             return y
 
-        return forward if self._names[index] == "model.layers.3.mlp.down_proj" else quantized(self, index, *settings)
+        return forward if self.name == "model.layers.3.mlp.down_proj" else quantized(self, pair)
 
-    monkeypatch.setattr(replaced.ReplacedLinears, "_quantized", broken)
+    monkeypatch.setattr(LinearTap, "quantized", broken)
     scores = kl.score(job(tiny(), tmp_path, data, configs("wint4_afp16")))
     assert [g.key for g, raw in zip(scores.groups, scores.raw[:, 0], strict=True) if math.isnan(raw)] == ["B03.down"]
     # position 8 predicts token 9, of the caption that tokens 5 to 9 belong to

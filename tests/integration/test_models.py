@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layerbits.errors import UserError
-from layerbits.inputs.models import ModelSpec, load, resolve, skeleton, unscored_patterns
+from layerbits.inputs.models import ModelSpec, empty_model, load, resolve, scored_linears, unscored_patterns
 
 from .scoring_support import candidate, tiny_model
 
@@ -27,7 +27,8 @@ def test_a_saved_checkpoint_computes_what_it_did(saved):
 
 def test_the_shape_is_known_without_loading_and_holds_the_language_model_alone(saved):
     folder, _, kind = saved
-    linears = skeleton(resolve(ModelSpec("tiny", str(folder))))
+    spec = ModelSpec("tiny", str(folder))
+    linears = scored_linears(empty_model(resolve(spec)), spec)
     prefix = "model.layers." if kind == "llama" else "model.language_model.layers."
     assert {n for n in linears if not n.startswith(prefix)} == {"lm_head"}
     assert len(linears) == 2 * 7 + 1
@@ -56,5 +57,5 @@ def test_a_truncated_checkpoint_is_refused(saved, tmp_path):
     saved[1].save_pretrained(tmp_path)
     weights = next(tmp_path.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:2000])
-    with pytest.raises(UserError, match="may be incomplete"):
-        load(resolve(ModelSpec("tiny", str(tmp_path))), None, "cpu")
+    with pytest.raises(UserError, match="is damaged or cut off"):
+        resolve(ModelSpec("tiny", str(tmp_path)))

@@ -39,7 +39,7 @@ def work():
     config = tiny_model("llama").config
     config.num_hidden_layers, config.architectures = 6, ["LlamaForCausalLM"]
     resolved = ResolvedModel(ModelSpec("tiny", "tiny", dtype="float32"), "tiny", "0", config)
-    names = tuple(n for n in models.skeleton(resolved) if n != "lm_head")
+    names = tuple(n for n in models.scored_linears(models.empty_model(resolved), resolved.spec) if n != "lm_head")
     return Work(resolved, names, configs("wint8_afp16"), [(2, 16), (1, 9)], "gradient", 1, "cpu")
 
 

@@ -200,12 +200,6 @@ def test_a_linear_that_is_called_twice_is_refused_by_name(tmp_path):
         onepass.score(job(subject, tmp_path, configs("wint8_afp16")))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
-def test_fused_experts_are_refused_by_name(kind):
-    with pytest.raises(Unsupported, match="experts"):
-        loaded(tiny_model(kind))
-
-
 @pytest.mark.parametrize("algorithm", ["smoothquant", "awq_lite"])
 def test_other_calibration_algorithms_are_left_to_stock(algorithm, llama, tmp_path):
     wanted = {name: {**config, "algorithm": algorithm} for name, config in configs("wint8_aint8").items()}

@@ -71,7 +71,7 @@ def test_everything_logged_reads_back(client, folder):
         tracking.log_result(session, result, folder)
     run = client.get_run(session.run_id)
     assert client.get_experiment(run.info.experiment_id).name == "layerbits"
-    assert run.info.run_name == "tiny wint8_afp16 default small"
+    assert run.info.run_name == "wint8_afp16 small default tiny"
     assert run.data.params["eff.quant_pair"] == "wint8_afp16"
     assert run.data.metrics["score/B02.down"] == result.scores[11, 0]
     assert run.data.metrics["summary/nonfinite"] == 1
@@ -297,7 +297,7 @@ def test_push_logs_once(client, folder, tmp_path):
     assert (run.info.run_id, run.info.status, run.info.run_name) == (
         run_id,
         "FINISHED",
-        "tiny wint8_afp16 default small",
+        "wint8_afp16 small default tiny",
     )
     assert run.data.tags[RESULT_ID]
     made = milliseconds(small_result())

@@ -13,6 +13,7 @@ import pytest
 
 from layerbits import tracking
 from layerbits.errors import UserError
+from layerbits.tracking.contract import RESULT_ID, result_id
 from tests.integration.tracking_support import Server, small_result, write_folder
 
 
@@ -162,3 +163,47 @@ def test_a_server_that_hangs_is_given_up_within_seconds(tmp_path):
     with silent, pytest.raises(UserError, match="does not answer within 4 s"):
         tracking.open_store(f"http://127.0.0.1:{silent.server_port}", tmp_path)
     assert time.monotonic() - begin < 8
+
+
+def test_a_result_that_is_pushed_later_is_logged_as_it_would_have_been(server, tmp_path):
+    result = small_result(seed=9)
+    folder = write_folder(result, tmp_path / "result")
+    tracking.open_store(server.url, tmp_path)
+    client = mlflow.MlflowClient(server.url)
+    with tracking.start_run("the run", experiment="direct", system_metrics=False) as direct:
+        tracking.log_result(direct, result, folder)
+    stopped = []
+
+    def job():
+        with tracking.start_run("the run", experiment="later", system_metrics=False) as session:
+            stopped.append(session.run_id)
+            server.kill()
+            tracking.log_result(session, result, folder)
+
+    try:
+        with pytest.raises(tracking.NotLogged):
+            job()
+    finally:
+        server.start()
+    # As a result it is there already; somebody else's store would not have it.
+    client.delete_tag(direct.run_id, RESULT_ID)
+    assert tracking.push(folder, server.url, run_id=stopped[0]) == stopped[0]
+    client.set_tag(direct.run_id, RESULT_ID, result_id(folder))
+    assert everything(client, stopped[0], tmp_path / "b") == everything(client, direct.run_id, tmp_path / "a")
+
+
+def everything(client, run_id, folder):
+    """All that a run has, but for what is of its own: ids, times, the seconds that logging took."""
+    run = client.get_run(run_id)
+    points = {key: client.get_metric_history(run_id, key) for key in run.data.metrics if key != "seconds/log"}
+    folder.mkdir()
+    client.download_artifacts(run_id, "", str(folder))
+    return {
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "params": run.data.params,
+        "metrics": {key: [(p.step, p.value, p.timestamp) for p in line] for key, line in points.items()},
+        "tags": run.data.tags,
+        "datasets": [item.to_dictionary() for item in run.inputs.dataset_inputs],
+        "files": {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()},
+    }

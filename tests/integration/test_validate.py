@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from layerbits.inputs import smollm2
 
 from .entries import start
-from .scoring_support import tiny_model
+from .scoring_support import everyday_tokens, knowing, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ def run(tmp_path_factory):
     """A run of a tiny model, and its validation with every ranker."""
     folder = tmp_path_factory.mktemp("validate")
     source = smollm2.checkpoint()
-    model = tiny_model("llama", vocab_size=49_152, num_hidden_layers=3)
+    model = knowing(tiny_model("llama", vocab_size=49_152, num_hidden_layers=3), everyday_tokens())
     model.save_pretrained(folder / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, folder / "model")

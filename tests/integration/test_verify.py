@@ -19,7 +19,7 @@ from layerbits.trust.again import load_run
 from layerbits.trust.verification import BOUNDS, check, compare, verify
 
 from .entries import start
-from .scoring_support import tiny_model
+from .scoring_support import everyday_tokens, knowing, tiny_model
 from .tracking_support import small_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,8 @@ CONFIGS = ROOT / "configs"
 def scored(tmp_path_factory):
     """A grid of two candidates on a text file's captions, none of which is the composed default of a single run."""
     folder = tmp_path_factory.mktemp("verify")
-    tiny_model("llama", vocab_size=49_152, num_hidden_layers=3).save_pretrained(folder / "model")
+    model = knowing(tiny_model("llama", vocab_size=49_152, num_hidden_layers=3), everyday_tokens())
+    model.save_pretrained(folder / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(smollm2.checkpoint() / name, folder / "model")
     lines = load_captions("everyday", "small").captions

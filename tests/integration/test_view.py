@@ -13,11 +13,12 @@ import pytest
 
 from layerbits import tracking
 from layerbits.atomic import write_json
+from layerbits.grid import cells, run_names
 from layerbits.report import write_report
 from layerbits.results.manifest import to_manifest
 from layerbits.tracking import contract
 from layerbits.tracking.store import run_link
-from layerbits.tracking.view import ensure_view, view_links
+from layerbits.tracking.view import view_links
 from tests.integration.servers import running_mlflow
 from tests.unit.conftest import synthetic
 
@@ -25,10 +26,12 @@ pytest_plugins = ["tests.integration.servers"]
 
 PAIRS = ("wfp8_afp8", "wfp8_afp16", "wint8_afp16", "wint8_aint8", "wfp4_afp8", "wfp4_afp16")
 GRANULARITIES = ("default", "a_per_token_dynamic", "w_per_tensor", "w_group64")
-KINDS = ("qkv", "o", "gate_up", "down")
+TITLES = {"qkv": "qkv", "o": "attention out", "gate_up": "gate and up", "down": "down"}
+CELLS = cells(["wfp8_afp8", "wint8_afp16"], ["default", "a_per_token_dynamic", "w_group64"], ["small", "medium"])
 CARD = "[data-testid=experiment-view-compare-runs-card]"
-# Of each chart: the metric, the scale of its values, and its lines by run, without their shadows.
-CHARTS = f"""[...document.querySelectorAll('{CARD}')].map(card => {{
+DRAWN = f"[...document.querySelectorAll('{CARD}:has(.js-plotly-plot)')]"
+# Of each chart: the title, the scale of its values, and its lines by run, without their shadows.
+CHARTS = f"""{DRAWN}.map(card => {{
   const plot = card.querySelector('.js-plotly-plot');
   const lines = plot.data.filter(t => t.type === 'scatter' && t.hoverinfo !== 'skip');
   return {{
@@ -46,8 +49,8 @@ def results():
 
 @pytest.fixture(scope="module")
 def site(chromium, results, tmp_path_factory):
-    """A server on six runs side by side (``pairs``), on the same as children of a parent (``grid``), and on one pair
-    under several overlays (``granularities``)."""
+    """A server on six runs side by side (``pairs``), on a grid of 2 pairs x 3 granularities x 2 sizes (``grid``), and
+    on one pair under several overlays (``granularities``)."""
     folder = tmp_path_factory.mktemp("site")
     backend = f"sqlite:///{folder / 'mlflow.db'}"
     with pytest.MonkeyPatch.context() as patch:
@@ -60,25 +63,33 @@ def site(chromium, results, tmp_path_factory):
             else:
                 write_json(folder / pair / "manifest.json", to_manifest(result))
             log(result, folder / pair, "pairs")
-        with tracking.parent_run("grid of pairs", "grid"):
-            for pair, result in results.items():
-                log(result, folder / pair, "grid")
+        with tracking.parent_run("grid tiny_llama", "grid"):
+            for cell, name in run_names(CELLS, "tiny_llama").items():
+                result = of_cell(cell)
+                write_json(folder / name / "manifest.json", to_manifest(result))
+                log(result, folder / name, "grid", name)
         for seed, granularity in enumerate(GRANULARITIES):
             result = synthetic(blocks=8, pairs=["wint8_afp16"], seed=seed)
             result = replace(result, candidates=(replace(result.candidates[0], granularity=granularity),))
             write_json(folder / granularity / "manifest.json", to_manifest(result))
             log(result, folder / granularity, "granularities")
-        client = mlflow.MlflowClient()
-        for name in ("pairs", "grid", "granularities"):
-            assert ensure_view(client, client.get_experiment_by_name(name).experiment_id)
         mlflow.set_tracking_uri(None)
     with running_mlflow(folder, backend) as server:
         yield server
 
 
-def log(result, folder, experiment):
-    with tracking.start_run(result.run_name, experiment, system_metrics=False) as session:
+def log(result, folder, experiment, name=None):
+    with tracking.start_run(name or result.run_name, experiment, system_metrics=False) as session:
         tracking.log_result(session, result, folder)
+
+
+def of_cell(cell):
+    result = synthetic(blocks=8, pairs=[cell.quant_pair], seed=CELLS.index(cell))
+    return replace(
+        result,
+        candidates=(replace(result.candidates[0], granularity=cell.granularity),),
+        calibration=replace(result.calibration, size=cell.dataset_size),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,22 +110,44 @@ def runs(client):
 
 
 def charts(page, count):
-    """What the charts of the page show, once there are ``count`` of them and all are drawn."""
-    drawn = f"document.querySelectorAll('{CARD} .js-plotly-plot .main-svg').length >= {3 * count}"
-    page.wait_for_function(f"document.querySelectorAll('{CARD}').length === {count} && {drawn}")
-    return page.evaluate(CHARTS)
+    """What the first ``count`` charts of the page show, once they are drawn; MLflow draws what is in sight."""
+    drawn = f"{DRAWN}.length >= {count} && {DRAWN}.every(card => card.querySelectorAll('.main-svg').length >= 3)"
+    page.wait_for_function(drawn)
+    return page.evaluate(CHARTS)[:count]
 
 
-@pytest.mark.parametrize("experiment", ["pairs", "grid"])
-def test_the_link_opens_on_the_overlay_of_all_pairs(experiment, page, links, results, shoot):
-    page.goto(links[experiment])
+def test_the_link_opens_on_the_overlay_of_all_pairs(page, links, results, shoot):
+    page.goto(links["pairs"])
     found = charts(page, 6)
-    shoot(f"overlay-{experiment}")
-    assert [c["title"] for c in found[:4]] == [f"predicted_kl_by_layer/{kind}" for kind in KINDS]
-    for chart, kind in zip(found[:4], KINDS, strict=True):
+    shoot("overlay-pairs")
+    for chart, kind in zip(found[:4], TITLES, strict=True):
         assert chart["scale"] == "log"
         shown = {line["color"]: list(zip(line["x"], line["y"], strict=True)) for line in chart["lines"].values()}
         assert shown == {color(result): by_block(result, kind) for result in results.values()}
+
+
+def test_a_grid_on_a_laptop_has_titled_charts_with_a_line_for_each_cell(page, links, shoot):
+    page.set_viewport_size({"width": 1500, "height": 1000})
+    page.goto(links["grid"])
+    found = charts(page, 4)
+    shoot("overlay-grid")
+    assert [chart["title"] for chart in found] == list(TITLES.values())
+    titles = page.locator(f"{CARD} h4").all()[:4]
+    assert [title.evaluate("e => e.scrollWidth > e.clientWidth") for title in titles] == [False] * 4
+    wanted = {color(of_cell(cell)) for cell in CELLS}
+    assert len(wanted) == 6  # two sizes share a colour
+    for chart in found:
+        assert len(chart["lines"]) == len(CELLS)
+        assert {line["color"] for line in chart["lines"].values()} == wanted
+
+
+def test_names_in_the_list_of_a_grid_begin_with_what_differs(page, links):
+    page.set_viewport_size({"width": 1500, "height": 1000})
+    page.goto(links["grid"])
+    names = page.locator(".ag-center-cols-container [role=row] a, .ag-pinned-left-cols-container [role=row] a")
+    names.nth(len(CELLS) - 1).wait_for()
+    seen = [name[:16] for name in names.all_inner_texts()]  # so many letters are not cut
+    assert {name[:14] for name in seen} == {f"{c.quant_pair} {c.dataset_size}"[:14] for c in CELLS}
 
 
 def color(result):

@@ -245,6 +245,8 @@ def test_every_setting_of_the_grid_runs_or_is_refused(candidates):
             check(made, {}, cuda=False)
         except Unsupported:
             counts["refused"] += 1
+            if '"type": "static", "scale_bits": [4, 3]' in json.dumps(plain(made.format.linear.cfgs)):
+                continue  # ModelOpt computes NVFP4 blocks of any length where their ranges are stored; no runtime does
             with pytest.raises(Exception):  # noqa: B017, PT011 - ModelOpt raises many types
                 outputs(base, config, batches)
             continue
@@ -253,7 +255,7 @@ def test_every_setting_of_the_grid_runs_or_is_refused(candidates):
             assert y.shape == (*x.shape[:2], 64), made.info.name
             assert torch.isfinite(y).all(), made.info.name
             assert not torch.equal(y, base(x)), made.info.name
-    assert counts == {"ran": 42, "refused": 8}
+    assert counts == {"ran": 50, "refused": 23}
 
 
 def test_the_custom_pair_of_a_user_resolves():

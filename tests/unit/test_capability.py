@@ -85,8 +85,8 @@ def test_an_nvfp4_block_of_the_users_is_refused():
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        ({"num_bits": (4, 3), "block_sizes": {-1: 32, **MX}}, "MX weights other than FP4 need ModelOpt's CUDA kernels"),
-        ({"num_bits": (2, 1), "block_sizes": {-1: 16, **NV, "type": "static"}}, "needs ModelOpt's Triton kernel"),
+        ({"num_bits": (3, 2), "block_sizes": {-1: 32, **MX}}, "MX weights other than FP4 and FP8 need ModelOpt's CUDA"),
+        ({"num_bits": 8, "block_sizes": {-1: 32, **MX}}, "MX weights other than FP4 and FP8 need ModelOpt's CUDA"),
     ],
 )
 def test_what_needs_a_gpu_is_refused_without_one(weight, message):

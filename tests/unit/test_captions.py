@@ -216,3 +216,37 @@ def test_every_dataset_config_names_itself_and_has_the_same_keys(name):
     assert config["name"] == name
     assert list(config) == ["name", "size", "path", "packing"]
     assert (config["size"], config["packing"]) == ("small", "packed")
+
+
+# Files of another kind
+
+OTHERS = {
+    "UTF-16": ("A cat sits.\n".encode("utf-16"), "is not UTF-8"),
+    "UTF-16 without its mark": ("A cat sits.\n".encode("utf-16-le"), "is binary, or UTF-16 without its mark"),
+    "Latin-1": ("Un café.\n".encode("latin-1"), r"is not UTF-8 \(line 1"),
+    "gzip": (b"\x1f\x8b\x08\x00captions", "is not UTF-8"),
+    "binary": (b"PAR1\x00\x00captions", "is binary"),
+    "JSON lines": (b'{"caption": "A cat sits."}\n{"caption": "A dog runs."}\n', "is JSON, not text"),
+    "JSON": (b'[\n "A cat sits.",\n "A dog runs."\n]\n', "is JSON, not text"),
+    "JSON over several lines": (b'{\n "captions": ["A cat sits."]\n}\n', "looks like JSON"),
+    "a web page": (b"\n<!DOCTYPE html>\n<html><body>404</body></html>\n", "is a web page"),
+    "an LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+    "one endless line": (b"A cat sits. " * 10_000, "a line of 119,999 characters"),
+    "nothing but blank lines": (b"\n \n\t\n", "has no captions"),
+    "an empty file": (b"", "has no captions"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_file_of_another_kind_is_refused_in_one_line(kind):
+    data, line = OTHERS[kind]
+    with pytest.raises(UserError, match=line) as error:
+        read_captions(data, "captions.txt")
+    assert "\n" not in str(error.value)
+
+
+def test_captions_may_open_with_a_bracket():
+    assert read_captions(b"[indoor] A cat sits.\n{sic} A dog runs.\n", "x") == (
+        "[indoor] A cat sits.",
+        "{sic} A dog runs.",
+    )

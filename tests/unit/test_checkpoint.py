@@ -7,12 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from layerbits.checkpoint import reader
+from layerbits.checkpoint import compressed, reader
 from layerbits.checkpoint.dequantize import check_parts, dequantize, quantize_input
-from layerbits.checkpoint.labels import LABELS
+from layerbits.checkpoint.modelopt import LABELS
 from layerbits.checkpoint.reader import INDEX, open_checkpoint
 from layerbits.errors import UserError
-from layerbits.serving.check import DIVERGES, LOADS, REFUSED, ServeCheck, Served, classify, serve
 
 
 def checkpoint(folder, tensors, name="model.safetensors"):
@@ -110,91 +109,58 @@ def test_a_scale_of_another_shape_is_refused(tmp_path):
         check_parts(checkpoint(tmp_path, tensors), "m", LABELS["FP8"])
 
 
-QUANTIZERS = {
-    "FP8": {"num_bits": (4, 3)},
-    "FP8_PER_CHANNEL_PER_TOKEN": {"num_bits": (4, 3), "block_sizes": {-1: None}, "type": "dynamic"},
-    "W8A8_SQ_PER_CHANNEL": {"num_bits": 8},
+def test_packed_words_hold_eight_columns_low_bits_first(tmp_path):
+    label = compressed.find("INT4 per group of 8", "-")
+    word = sum((value + 8) << 4 * i for i, value in enumerate((-8, -1, 0, 1, 2, 3, 6, 7))) - 2**32
+    tensors = {
+        "m.weight_packed": torch.tensor([[word]], dtype=torch.int32),
+        "m.weight_scale": torch.tensor([[0.5]], dtype=torch.bfloat16),
+        "m.weight_shape": torch.tensor([1, 8]),
+    }
+    found = checkpoint(tmp_path, tensors)
+    check_parts(found, "m", label)
+    assert dequantize(found, "m", label, 0, 1).tolist() == [[-4.0, -0.5, 0.0, 0.5, 1.0, 1.5, 3.0, 3.5]]
+
+
+def test_a_wrong_weight_shape_is_refused(tmp_path):
+    tensors = {
+        "m.weight_packed": torch.zeros(1, 1, dtype=torch.int32),
+        "m.weight_scale": torch.ones(1, 1, dtype=torch.bfloat16),
+        "m.weight_shape": torch.tensor([8, 1]),
+    }
+    with pytest.raises(UserError, match=r"m\.weight_shape is not \[1, 8\]"):
+        check_parts(checkpoint(tmp_path, tensors), "m", compressed.find("INT4 per group of 8", "-"))
+
+
+def test_the_global_scale_of_nvfp4_divides(tmp_path):
+    label = compressed.find("NVFP4 per 16", "-")
+    packed = torch.full((1, 8), 0x2 | (0xF << 4), dtype=torch.uint8)  # 1, -6
+    scale = torch.tensor([[1.5]]).to(torch.float8_e4m3fn)
+    tensors = {"m.weight_packed": packed, "m.weight_scale": scale, "m.weight_global_scale": torch.tensor([0.5])}
+    assert dequantize(checkpoint(tmp_path, tensors), "m", label, 0, 1).tolist() == [[3.0, -18.0] * 8]
+
+
+INPUTS = {
+    "FP8 per tensor": {"num_bits": (4, 3)},
+    "FP8 per token, dynamic": {"num_bits": (4, 3), "block_sizes": {-1: None}, "type": "dynamic"},
+    "INT8 per tensor": {"num_bits": 8},
+    "INT8 per token, dynamic": {"num_bits": 8, "block_sizes": {-1: None}, "type": "dynamic"},
 }
+LABELLED = [LABELS["FP8"], LABELS["FP8_PER_CHANNEL_PER_TOKEN"], LABELS["W8A8_SQ_PER_CHANNEL"]]
+LABELLED += [compressed.find("INT4 per group of 128", words) for words in INPUTS]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("algo", QUANTIZERS)
-def test_inputs_are_rounded_as_modelopt_does_bit_for_bit(algo, dtype):
+@pytest.mark.parametrize("label", LABELLED, ids=lambda label: label.algo)
+def test_inputs_are_rounded_as_modelopt_does_bit_for_bit(label, dtype):
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    label = LABELS[algo]
     x = (torch.randn(4, 33, 128, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
-    quantizer = TensorQuantizer(QuantizerAttributeConfig(**QUANTIZERS[algo]))
-    scale = None
-    if label.input_divisor:
-        scale = torch.tensor(7.0) / label.input_divisor  # some inputs lie beyond the range
-        quantizer.amax = scale * label.input_divisor
-    assert torch.equal(quantize_input(x, label, scale), quantizer(x))
-
-
-class FakeEngine:
-    def __init__(self, rows, texts=("a",)):
-        self.rows, self.texts = rows, list(texts)
-
-    def logprobs(self, prompts):
-        return self.rows
-
-    def generate(self, prompts, tokens):
-        return self.texts
-
-
-EXPECTED = [[-1.0, -2.0], [-3.0]]
-
-
-def test_a_runtime_that_agrees_loads():
-    served = serve(lambda: FakeEngine([[-1.1, -2.0], [-2.9]]), [[1, 2, 3], [1, 2]], EXPECTED, 4, 0.2)
-    assert served.outcome == LOADS
-    assert served.tokens == 3
-    assert served.mean_error == pytest.approx(0.2 / 3)
-    assert served.max_error == pytest.approx(0.1)
-    assert served.texts == ("a",)
-
-
-def test_a_clean_load_with_corrupted_logits_diverges():
-    assert classify([[-9.0, -9.5], [-11.0]], EXPECTED, (), 0.2).outcome == DIVERGES
-
-
-@pytest.mark.parametrize("rows", [[[-1.0, float("nan")], [-3.0]], [[-1.0, -float("inf")], [-3.0]], [[-1.0], [-3.0]]])
-def test_numbers_that_are_missing_or_not_finite_diverge(rows):
-    assert classify(rows, EXPECTED, (), 0.2).outcome == DIVERGES
-
-
-def test_a_runtime_that_raises_has_refused_in_its_own_words():
-    def load():
-        raise ValueError("first\nModelOpt currently only supports: [...]")
-
-    served = serve(load, [[1, 2]], EXPECTED, 4, 0.2)
-    assert (served.outcome, served.detail) == (REFUSED, "ValueError: ModelOpt currently only supports: [...]")
-
-
-@pytest.mark.parametrize("outcome", [REFUSED, DIVERGES])
-def test_only_a_checkpoint_that_is_served_passes(tmp_path, outcome):
-    with pytest.raises(UserError, match=f"vLLM {outcome}"):
-        ServeCheck(tmp_path, "d", (), Served(outcome, "why")).require()
-    ServeCheck(tmp_path, "d", (), Served(LOADS, "")).require()
-
-
-def test_without_a_runtime_nothing_passes(tmp_path):
-    from layerbits.errors import Skipped
-
-    with pytest.raises(Skipped, match="not installed"):
-        ServeCheck(tmp_path, "d", (), None, "vLLM is not installed").require()
-
-
-def test_prompt_logprobs_are_those_of_the_prompts_own_tokens():
-    from types import SimpleNamespace
-
-    from layerbits.serving.vllm import prompt_logprobs
-
-    def of(value):
-        return SimpleNamespace(logprob=value)
-
-    rows = [None, {5: of(-0.5), 9: of(-0.1)}, {7: of(-2.0)}]
-    output = SimpleNamespace(prompt_token_ids=[3, 5, 7], prompt_logprobs=rows)
-    assert prompt_logprobs(output) == [-0.5, -2.0]
+    x[0, :3] = 0  # tokens without a range
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(**INPUTS[label.inputs]))
+    stored = None
+    if label.input_scale:
+        stored = label.input_scale.stored(torch.tensor(7.0))  # some inputs lie beyond the range
+        quantizer.amax = label.input_scale.range(stored)
+    assert torch.equal(quantize_input(x, label, stored), quantizer(x))

@@ -358,3 +358,13 @@ def test_published_tables_draw_with_their_known_top(published, pair, most):
     ax = figures.ranked_bars(frame, "score").axes[0]
     assert ax.get_yticklabels()[0].get_text() == most
     assert grid(frame, "score").values.shape == (5, 37)  # the output head was scored too
+
+
+def test_pareto_marks_what_a_runtime_serves_on_the_scale_of_the_damage():
+    frame = pd.DataFrame({"bits": [4.0, 8.0], "label": ["a", "a"], "kl": [0.5, 0.01], "served_kl": [0.6, np.nan]})
+    served = figures.pareto(frame, "kl")
+    (marks,) = [line for line in served.axes[0].lines if line.get_marker() == "D"]
+    assert marks.get_xydata().tolist() == [[4.0, 0.6]]
+    assert "as served, measured\nin a runtime" in legend_words(served)
+    by_score = figures.pareto(frame.rename(columns={"kl": "score"}), "score")
+    assert not any(line.get_marker() == "D" for line in by_score.axes[0].lines)

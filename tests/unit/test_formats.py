@@ -83,6 +83,20 @@ def test_bare_keeps_what_auto_quantize_can_match():
     assert [e["quantizer_name"] for e in bare["quant_cfg"]] == ["*", "*weight_quantizer", "*input_quantizer"]
 
 
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("NVFP4_MSE_WEIGHT_ONLY_CFG", "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"),
+        ("NVFP4_FOUR_OVER_SIX_WEIGHT_ONLY_CFG", "NVFP4_FOUR_OVER_SIX_CFG"),
+    ],
+)
+def test_weight_only_formats_have_the_weights_and_calibration_of_their_preset(name, preset):
+    mine, whole = resolve_format(name), resolve_format(preset)
+    assert mine.linear.cfgs[WEIGHT] == whole.linear.cfgs[WEIGHT]
+    assert mine.linear.cfgs[INPUT] is None
+    assert mine.config["algorithm"] == whole.config["algorithm"]
+
+
 @pytest.mark.parametrize("name", sorted(KV))
 def test_a_format_without_weights_is_refused(name):
     with pytest.raises(UserError, match=f"format {name}: it leaves weight_quantizer"):
@@ -269,7 +283,7 @@ def test_plain_refuses_objects():
 
 def test_the_pairs_map_to_their_formats():
     formats = {p.name: p.format for p in load_pairs()}
-    assert len(formats) == 16
+    assert len(formats) == 22
     assert formats["wfp8_afp8"] == "FP8_DEFAULT_CFG"
     assert formats["wfp8_afp16"] == "FP8_WEIGHT_ONLY_CFG"
     assert formats["wint8_afp16"] == "INT8_WEIGHT_ONLY_CFG"
@@ -277,6 +291,8 @@ def test_the_pairs_map_to_their_formats():
     assert formats["wint8_aint8"] == "INT8_DEFAULT_CFG"
     assert formats["wint4_afp16"] == "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"
     assert formats["wfp4_afp8"] == {"mxfp4": "W4A8_MXFP4_FP8_CFG", "nvfp4": "W4A8_NVFP4_FP8_CFG"}
+    assert formats["wfp4_afp4"] == {"mxfp4": "MXFP4_DEFAULT_CFG", "nvfp4": "NVFP4_DEFAULT_CFG"}
+    assert formats["wmxfp8_amxfp8"] == "MXFP8_DEFAULT_CFG"
     assert formats["wfp4_afp16"] == {"mxfp4": "MXFP4_WEIGHT_ONLY_CFG", "nvfp4": "W4A16_NVFP4_CFG"}
 
 
@@ -287,7 +303,10 @@ def test_only_int4_activations_are_experimental():
 @pytest.mark.parametrize("path", sorted((CONFIGS / "quant_pair").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_pair_file_reads_through_hydras_loader(path: Path):
     pair = QuantPair.from_mapping(OmegaConf.to_container(OmegaConf.load(path)))
-    assert pair.name == path.stem == f"w{pair.weight}_a{pair.activation}"
+    variants = {"wmxfp8_amxfp8": "wfp8_afp8"}
+    plain_name = variants.get(pair.name, pair.name.replace("_mse_", "_").replace("_4o6_", "_"))
+    assert pair.name == path.stem
+    assert plain_name == f"w{pair.weight}_a{pair.activation}"
     assert path.read_text().startswith("# ")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from layerbits.errors import UserError
-from layerbits.grid import Cell, CellOutcome, axis, cells, summary
+from layerbits.grid import Cell, CellOutcome, axis, cells, run_names, summary
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -40,7 +40,7 @@ def test_a_pair_given_twice_is_an_error_that_names_it():
 
 def test_all_means_every_pair_that_is_not_experimental():
     names = axis("all", CONFIGS / "quant_pair")
-    assert len(names) == 12
+    assert len(names) == 18
     assert not any(name.endswith("aint4") for name in names)
 
 
@@ -60,3 +60,19 @@ def test_the_summary_has_a_row_a_cell_and_no_number_where_nothing_was_measured()
     )
     assert table["status"].tolist() == ["ok", "unsupported"]
     assert table["predicted_kl"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("axes", "name"),
+    [
+        ((["a", "b"], ["default", "g"], ["small", "medium"]), "b small g tiny"),
+        ((["a", "b"], ["default", "g"], ["small"]), "b g small tiny"),
+        ((["b"], ["default", "g"], ["small"]), "g b small tiny"),
+        ((["b"], ["g"], ["small"]), "b small g tiny"),
+    ],
+)
+def test_names_of_runs_begin_with_what_differs(axes, name):
+    wanted = cells(*axes)
+    names = run_names(wanted, "tiny")
+    assert names[Cell("b", "g", "small")] == name
+    assert len({*names.values()}) == len(wanted)

@@ -357,7 +357,9 @@ def test_metrics_are_finite_and_named_by_the_scheme(make_result):
     source = combine({"run": make_result()})
     source = replace(source, predicted_kl=np.full_like(source.predicted_kl, np.nan))
     values = metrics([one(source, effective_bits=11)])
-    assert set(values) == {f"scheme/mine/{n}" for n in ("bits", "bits_modelopt", "score", "quantized_groups")}
+    assert set(values) == {
+        f"scheme/mine/{n}" for n in ("bits", "bits_active", "bits_modelopt", "score", "quantized_groups")
+    }
 
 
 def settings_of(**changes):

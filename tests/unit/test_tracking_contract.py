@@ -1,6 +1,5 @@
 """What a result becomes in MLflow: names and values, without MLflow."""
 
-import itertools
 import json
 import math
 from dataclasses import replace
@@ -11,7 +10,7 @@ import pytest
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import Group
 from layerbits.tracking import contract
-from tests.integration.tracking_support import KINDS, ROOT, small_result, write_folder
+from tests.integration.tracking_support import KINDS, small_result, write_folder
 
 
 @pytest.fixture
@@ -48,6 +47,7 @@ def test_parameters_are_those_of_the_contract(result):
         "eff.method": "gradient",
         "eff.engine": "stock",
         "eff.target_effective_bits": "12.0",
+        "eff.cost_model": "weight",
         "eff.seed": "0",
         "eff.dtype": "float32",
         "eff.device": "cpu",
@@ -185,25 +185,6 @@ def test_dataset_digest_fits_mlflow(result):
     dataset = contract.dataset(result)
     assert dataset["digest"] == ("d1" * 32)[:36]
     assert json.loads(dataset["source"])["tags"]["digest"] == "d1" * 32
-
-
-def test_pairs_have_a_hue_by_weights_and_a_lightness_by_activations():
-    assert contract.color("fp8", "fp16") == "#0072b2"
-    colors = {contract.color(w, a) for w in ("fp4", "fp8", "int8", "int4") for a in ("fp16", "fp8", "int8", "int4")}
-    assert len(colors) == 16
-    assert contract.color("int3", "fp16") == "#6e6e6e"
-
-
-@pytest.mark.parametrize("pair", [(w, a) for w in ("fp4", "fp8", "int8", "int4") for a in ("fp16", "int8")])
-def test_every_shipped_overlay_has_a_shade_of_its_own(pair):
-    overlays = [file.stem for file in (ROOT / "configs" / "quant_granularity").glob("*.yaml")]
-    shades = [bytes.fromhex(contract.color(*pair, overlay)[1:]) for overlay in overlays]
-    assert contract.color(*pair, "default") == contract.color(*pair)
-    assert min(math.dist(a, b) for a, b in itertools.combinations(shades, 2)) > 18  # of 255 in one primary colour
-
-
-def test_an_overlay_of_a_user_has_a_shade_too():
-    assert contract.color("fp8", "fp8", "mine") != contract.color("fp8", "fp8")
 
 
 def test_result_id_follows_the_manifest(tmp_path):

@@ -4,10 +4,12 @@ import base64
 import json
 import logging
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from layerbits.results.result import KINDS
 from layerbits.tracking import contract, view
 
 
@@ -46,14 +48,28 @@ def test_overlays_come_first_then_the_bars():
     first, second = state["compareRunSections"][:2]
     charts = [(c["type"], c["metricSectionId"], c["metricKey"]) for c in state["compareRunCharts"]]
     assert charts == [
-        *(("LINE", first["uuid"], f"predicted_kl_by_layer/{kind}") for kind in ("qkv", "o", "gate_up", "down")),
+        *(("LINE", first["uuid"], f"predicted_kl_by_layer/{kind}") for kind in KINDS if kind != "lm_head"),
         *(("BAR", second["uuid"], f"summary/{name}") for name in ("predicted_kl_sum", "effective_bits")),
     ]
 
 
+def test_overlays_have_titles_that_fit():
+    lines = [chart for chart in view.view_state()["compareRunCharts"] if chart["type"] == "LINE"]
+    titles = {chart["metricKey"].rpartition("/")[2]: chart["displayName"] for chart in lines}
+    assert titles["qkv"] == "qkv"
+    assert titles["o"] == "attention out"
+    assert len({*titles.values()}) == len(titles)
+    assert max(map(len, titles.values())) < 20
+
+
 def test_every_name_in_the_view_is_one_of_the_contract(make_result):
     result = make_result()
+    first, *others = result.groups
+    groups = [replace(first, key=kind, kind=kind, block=None if kind == "lm_head" else 0) for kind in KINDS]
+    groups += others[len(KINDS) - 1 :]
+    result = replace(result, groups=tuple(groups[: len(result.groups)]))
     metrics = {key for key, _, _ in contract.metrics(result)} | {"seconds/log"}
+    metrics |= {f"predicted_kl_by_layer/{kind}" for kind in KINDS if kind != "lm_head"}  # its kinds are not all of them
     parameters = contract.parameters(result)
     state = view.view_state()
     assert {chart["metricKey"] for chart in state["compareRunCharts"]} <= metrics
@@ -73,6 +89,18 @@ def test_the_view_is_written_once():
     assert path.endswith(f"viewStateShareKey={view.KEY}")
     assert view.ensure_view(store, "7") == path
     assert store.writes == 1
+    assert state_of(store.tags[view.TAG]) == view.view_state()
+
+
+def test_an_experiment_with_an_earlier_view_gets_this_one_and_keeps_that():
+    class Client(Store):
+        def search_experiments(self, filter_string):
+            found = any(f"tags.`{tag}`" in filter_string for tag in self.tags)
+            return [SimpleNamespace(experiment_id="7", name="old", last_update_time=None)] if found else []
+
+    store = Client(**{"mlflow.sharedViewState.layerbits-1": "earlier"})
+    assert view.view_links(store, "http://x/") == {"old": f"http://x{view.view_path('7')}"}
+    assert store.tags["mlflow.sharedViewState.layerbits-1"] == "earlier"
     assert state_of(store.tags[view.TAG]) == view.view_state()
 
 

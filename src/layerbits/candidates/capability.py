@@ -30,7 +30,7 @@ class Capability:
     """What running a candidate here means.
 
     Attributes:
-        fp4_numerics: Who computes FP4: ModelOpt's CUDA kernels, our plain PyTorch, or no FP4 in it.
+        fp4_numerics: Who computes FP4 and MXFP8: ModelOpt's CUDA kernels, our plain PyTorch, or none of them in it.
         deployable: Whether the layout of its scales is one that a runtime can serve.
         notes: What to know, a line each.
     """
@@ -40,7 +40,9 @@ class Capability:
     notes: tuple[str, ...]
 
 
-def check(candidate: Candidate, linears: Linears, cuda: bool, strict: bool = False) -> Capability:
+def check(
+    candidate: Candidate, linears: Linears, cuda: bool, strict: bool = False, kinds: Mapping[str, str] | None = None
+) -> Capability:
     """Checks a candidate before any model is loaded.
 
     Args:
@@ -48,17 +50,18 @@ def check(candidate: Candidate, linears: Linears, cuda: bool, strict: bool = Fal
         linears: Covered linears, module name → ``(out_features, in_features)``.
         cuda: Whether ModelOpt's CUDA kernels can be used.
         strict: Refuse what runs but cannot be served.
+        kinds: Module name → what it is (:data:`layerbits.results.result.KINDS`), where that is known.
 
     Raises:
         Unsupported: It cannot run, or cannot be served and ``strict`` is set; the message says what to do instead.
     """
     name = candidate.info.name
     fp4 = False
-    hindrances: list[str] = []
+    hindrances = list(_left_to_16_bits(kinds or {}))
     for quantizer, cfg in candidate.format.linear.stages():
         if reason := _impossible(quantizer, cfg, cuda):
             raise Unsupported(f"{name}: {reason}")
-        fp4 = fp4 or cfg.get("num_bits") == FP4
+        fp4 = fp4 or cfg.get("num_bits") == FP4 or is_mx(cfg)
         hindrances += _hindrances(quantizer, cfg, linears)
     if strict and hindrances:
         raise Unsupported(f"{name}: {hindrances[0]}; strict=false scores it all the same")
@@ -86,8 +89,8 @@ def _impossible(quantizer: str, cfg: Cfg, cuda: bool) -> str | None:
             )
         if isinstance(bits, int) and bits != 8:
             return f"MX {what} hold floats or 8-bit integers, not INT{bits}; use a group overlay instead of scale_bits"
-        if bits != FP4 and not cuda:
-            return f"MX {what} other than FP4 need ModelOpt's CUDA kernels; use a GPU, or an FP8 or INT8 pair"
+        if bits not in (FP4, FP8) and not cuda:
+            return f"MX {what} other than FP4 and FP8 need ModelOpt's CUDA kernels; use a GPU, or an FP8 or INT8 pair"
         return None
     if scale == E4M3 and bits == FP4:
         if lengths != {-1: NVFP4_BLOCK}:
@@ -95,10 +98,8 @@ def _impossible(quantizer: str, cfg: Cfg, cuda: bool) -> str | None:
                 f"NVFP4 has one E4M3 scale per {NVFP4_BLOCK} values and ModelOpt's kernel computes that whatever the "
                 f"format says, so {lengths} would be mislabelled; use {{-1: {NVFP4_BLOCK}}} or fp4=mxfp4"
             )
-        if not dynamic and not cuda:
-            return (
-                "NVFP4 with static block scales needs ModelOpt's Triton kernel; use a GPU, or the dynamic NVFP4 formats"
-            )
+        if not dynamic and quantizer == INPUT:
+            return "NVFP4 activations with stored block ranges fit one shape of batch; use the dynamic NVFP4 formats"
         return None
     if scale is not None:
         return (
@@ -158,6 +159,18 @@ def _hindrances(quantizer: str, cfg: Cfg, linears: Linears) -> Iterator[str]:
             mend = "use a format without these blocks" if fixed else sizes
             sides = "inputs" if inputs else "outputs"
             yield f"{what}: groups of {length} do not divide the {sides} of {_named(ragged)}; {mend}"
+
+
+def _left_to_16_bits(kinds: Mapping[str, str]) -> Iterator[str]:
+    """Covered modules that runtimes keep as they are, a line per kind."""
+    for kind, what in (("router", "routers"), ("conv", "short convolutions")):
+        names = [n for n, k in kinds.items() if k == kind]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            yield (
+                f"{names[0]}{more}: runtimes keep {what} in 16 bits; use a format with ModelOpt's exclusions, such as "
+                "FP8_DEFAULT_CFG"
+            )
 
 
 def _named(ragged: Mapping[str, int]) -> str:

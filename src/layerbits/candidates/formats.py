@@ -66,6 +66,13 @@ _OURS: dict[str, _Recipe] = {
 }
 
 
+_WEIGHTS_OF = {
+    "NVFP4_MSE_WEIGHT_ONLY_CFG": "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG",
+    "NVFP4_FOUR_OVER_SIX_WEIGHT_ONLY_CFG": "NVFP4_FOUR_OVER_SIX_CFG",
+}
+"""Formats of ours that are the weights of a ModelOpt preset."""
+
+
 @dataclass(frozen=True)
 class QuantPair:
     """Weight precision x activation precision and the format that realizes it.
@@ -166,9 +173,13 @@ def resolve_format(spec: str | Mapping[str, Any], fp4: str = "mxfp4") -> Format:
 
     if spec in _OURS:
         return _checked(spec, _build(_OURS[spec]))
+    if spec in _WEIGHTS_OF:
+        preset = getattr(mtq, _WEIGHTS_OF[spec])
+        entries = [e for e in preset["quant_cfg"] if not e["quantizer_name"].endswith(INPUT)]
+        return _checked(spec, {**preset, "quant_cfg": entries})
     if spec in mtq.config.choices:
         return _preset(spec, getattr(mtq, spec))
-    names = sorted({*_OURS, *mtq.config.choices})
+    names = sorted({*_OURS, *_WEIGHTS_OF, *mtq.config.choices})
     close = difflib.get_close_matches(spec.upper(), names, 4, 0.5) or names
     raise UserError(
         f"format {spec!r} is not known; near it: {', '.join(close)}; for one of your own give module:ATTRIBUTE "

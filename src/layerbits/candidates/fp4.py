@@ -23,20 +23,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layerbits.errors import Unsupported, UserError
+from layerbits.errors import UserError
 
 MXFP4_BACKEND = "layerbits_mxfp4"
 NVFP4_BACKEND = "layerbits_nvfp4"
-_BACKENDS: dict[tuple[int, ...], str] = {(8, 0): MXFP4_BACKEND, (4, 3): NVFP4_BACKEND}
-"""Backend by exponent and mantissa bits of the block scale."""
+_BACKENDS: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
+    ((2, 1), (8, 0)): MXFP4_BACKEND,
+    ((2, 1), (4, 3)): NVFP4_BACKEND,
+    ((4, 3), (8, 0)): "layerbits_mxfp8",
+}
+"""Backend by exponent and mantissa bits of the values and of the block scale."""
+BACKENDS = frozenset(_BACKENDS.values())
+"""Names under which ModelOpt's quantizers compute block formats here."""
 
 _E2M1_MAX = 6.0
 _E4M3_MAX = 448.0
 _E4M3_CODE_OF_6 = 0x4C
-_FP32_MAX = torch.finfo(torch.float32).max
+FP32_MAX = torch.finfo(torch.float32).max
 _FP32_TINY = torch.finfo(torch.float32).tiny
 _FP32_SMALLEST = 2.0**-149
-_FP32_LARGEST_SUBNORMAL = _FP32_TINY - _FP32_SMALLEST
+FP32_LARGEST_SUBNORMAL = _FP32_TINY - _FP32_SMALLEST
 _MXFP4_BLOCK_SIZES = (8, 16, 32)
 _NVFP4_BLOCK_SIZE = 16
 _NVFP4_MIN_SCALE = 1e-5
@@ -48,28 +54,34 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def register_backends() -> None:
-    """Registers :data:`MXFP4_BACKEND` and :data:`NVFP4_BACKEND` with ModelOpt; a second call changes nothing."""
+    """Makes ModelOpt's quantizers compute block formats without CUDA; a second call changes nothing."""
     from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
         is_registered_quant_backend,
         register_quant_backend,
     )
 
-    for name, entrypoint in ((MXFP4_BACKEND, _mxfp4_entrypoint), (NVFP4_BACKEND, _nvfp4_entrypoint)):
+    from layerbits.candidates import mxfp8, nvfp4_static
+
+    for name, entrypoint in (
+        (MXFP4_BACKEND, _mxfp4_entrypoint),
+        (NVFP4_BACKEND, _nvfp4_entrypoint),
+        (mxfp8.MXFP8_BACKEND, mxfp8.entrypoint),
+    ):
         if not is_registered_quant_backend(name):
             register_quant_backend(name, entrypoint)
+    nvfp4_static.install()
 
 
 def with_reference_backend(config: dict[str, Any]) -> dict[str, Any]:
-    """Copies a ModelOpt quantization config with its FP4 quantizers set to the backends of this module.
+    """Copies a ModelOpt quantization config with its FP4 and MXFP8 quantizers set to our backends.
+
+    NVFP4 with stored block ranges names no backend: :func:`register_backends` sees to it.
 
     Args:
         config: ModelOpt config with an ordered ``quant_cfg`` list; left as it is.
 
     Returns:
-        Deep copy in which every enabled FP4 quantizer has ``backend``; the rest is equal.
-
-    Raises:
-        Unsupported: An FP4 quantizer with static block scales, which this module does not compute.
+        Deep copy in which every enabled quantizer of these has ``backend``; the rest is equal.
     """
     config = copy.deepcopy(config)
     for entry in config["quant_cfg"]:
@@ -169,6 +181,33 @@ def nvfp4_each(x: Tensor, global_amax: Tensor) -> Tensor:
     return _apply(x, lambda blocks: _nvfp4_blocks(blocks, each), _NVFP4_BLOCK_SIZE, None)
 
 
+def mxfp4_exponents(x: Tensor, block_size: int = 32) -> Tensor:
+    """The scales of :func:`mxfp4` as exponents with bias 127, uint8 ``[rows, blocks]``; of zeros the smallest.
+
+    Args:
+        x: ``[rows, n]``, whole blocks.
+        block_size: As there.
+    """
+    return _mxfp4_exponent(_block_magnitudes(x, block_size)).to(torch.uint8)
+
+
+def nvfp4_scales(x: Tensor, global_amax: Tensor, block_size: int = 16) -> Tensor:
+    """The block scales of :func:`nvfp4`, E4M3 ``[rows, blocks]``; of zeros the smallest.
+
+    Args:
+        x: ``[rows, n]``, whole blocks.
+        global_amax: As there.
+        block_size: 16.
+    """
+    whole = global_amax.detach().to(x.device).float().amax().reshape(1)
+    codes = _nvfp4_code(_block_magnitudes(x, block_size)[None], _nvfp4_grid(whole)[1])[0]
+    return codes.clamp(min=1).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def _block_magnitudes(x: Tensor, block_size: int) -> Tensor:
+    return x.detach().float().reshape(len(x), -1, block_size).abs().amax(-1)
+
+
 class _FakeQuant(torch.autograd.Function):
     """Straight-through estimator, with ModelOpt's clipping of the gradient if ``clip_amax`` is given."""
 
@@ -193,6 +232,21 @@ class _FakeQuant(torch.autograd.Function):
         return grad, None, None, None
 
 
+def block_fake_quant(x: Tensor, quantize: Callable[[Tensor], Tensor], block_size: int) -> Tensor:
+    """Quantizes the blocks of each row; the gradient passes straight through.
+
+    Args:
+        x: ``[..., n]`` float32, float16 or bfloat16; the last block of a row may be short.
+        quantize: Takes and gives ``[rows, blocks, size]`` FP32.
+        block_size: Values a block.
+
+    Raises:
+        UserError: Another dtype, or no dimension.
+    """
+    _check(x)
+    return _apply(x, quantize, block_size, None)
+
+
 def _apply(x: Tensor, quantize: Callable[[Tensor], Tensor], block_size: int, clip_amax: Tensor | None) -> Tensor:
     if x.numel() == 0:
         return x.clone()
@@ -202,17 +256,21 @@ def _apply(x: Tensor, quantize: Callable[[Tensor], Tensor], block_size: int, cli
 
 def _mxfp4_blocks(blocks: Tensor) -> Tensor:
     """Quantizes ``[rows, blocks, size]`` FP32, a scale per block."""
-    magnitude = torch.threshold_(blocks.abs(), _FP32_LARGEST_SUBNORMAL, 0.0)
+    magnitude = torch.threshold_(blocks.abs(), FP32_LARGEST_SUBNORMAL, 0.0)
     amax = magnitude.amax(-1, keepdim=True)
-    # ceil(log2(amax / 6)) from the bits: 6 = 1.5 * 2**2, so a mantissa above 1.5 carries into the exponent.
-    exponent = ((amax.clamp(max=_FP32_MAX).view(torch.int32) + 0x3FFFFF) >> 23) - 2
-    exponent.clamp_(1, 253)
+    exponent = _mxfp4_exponent(amax)
     scale = ((254 - exponent) << 23).view(torch.float32)
     unscale = (exponent << 23).view(torch.float32)
     # amax / 6 is subnormal, hence zero, and so is the scale made from it.
     unscale.masked_fill_(amax < _E2M1_MAX * _FP32_TINY, 0.0)
     unscale.masked_fill_(amax.isnan(), torch.nan)
-    return _round_e2m1_(magnitude.mul_(scale)).mul_(unscale).copysign_(blocks)
+    return round_e2m1_(magnitude.mul_(scale)).mul_(unscale).copysign_(blocks)
+
+
+def _mxfp4_exponent(amax: Tensor) -> Tensor:
+    """``ceil(log2(amax / 6))`` with bias 127, int32."""
+    # From the bits: 6 = 1.5 * 2**2, so a mantissa above 1.5 carries into the exponent.
+    return (((amax.clamp(max=FP32_MAX).view(torch.int32) + 0x3FFFFF) >> 23) - 2).clamp_(1, 253)
 
 
 def _nvfp4_blocks(blocks: Tensor, global_amax: Tensor) -> Tensor:
@@ -226,24 +284,34 @@ def _nvfp4_blocks(blocks: Tensor, global_amax: Tensor) -> Tensor:
     blocks = blocks.reshape(parts, -1, shape[-1])
     magnitude = blocks.abs()
     amax = magnitude.amax(-1, keepdim=True)
-    # Not a division: on CUDA, PyTorch divides by a Python number by multiplying with its reciprocal.
-    global_scale = (global_amax.float() * (1.0 / (_E2M1_MAX * _E4M3_MAX))).clamp(max=_FP32_MAX)
-    global_scale = torch.where(global_scale <= 0.0, _NVFP4_MIN_GLOBAL_SCALE, global_scale)
-    # An E4M3 code has few values: every scale and its reciprocal are made once, then taken by the blocks' codes.
-    codes = torch.arange(256, dtype=torch.uint8, device=blocks.device)
-    scales = codes.view(torch.float8_e4m3fn).float() * global_scale[:, None]
-    reciprocals = _device_reciprocal(scales)
-    # Neither 0 nor infinite: so the product is NaN only if the block or the global amax is, and that is kept.
-    to_e4m3 = reciprocals[:, _E4M3_CODE_OF_6].clamp(_FP32_SMALLEST, _FP32_MAX)[:, None, None]
-    code = (amax * to_e4m3).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).long()
+    scales, reciprocals = _nvfp4_grid(global_amax)
+    code = _nvfp4_code(amax, reciprocals)
     code += 256 * torch.arange(parts, device=blocks.device)[:, None, None]
     too_small = scales < _NVFP4_MIN_SCALE
     scale = scales.masked_fill_(too_small, 1.0).take(code)
     reciprocal = reciprocals.masked_fill_(too_small, 1.0).take(code)
-    return _round_e2m1_(magnitude.mul_(reciprocal)).mul_(scale).copysign_(blocks).reshape(shape)
+    return round_e2m1_(magnitude.mul_(reciprocal)).mul_(scale).copysign_(blocks).reshape(shape)
 
 
-def _round_e2m1_(magnitude: Tensor) -> Tensor:
+def _nvfp4_grid(global_amax: Tensor) -> tuple[Tensor, Tensor]:
+    """All block scales that there can be, by their E4M3 codes, and their reciprocals: ``[n, 256]`` for ``n`` ranges."""
+    # Not a division: on CUDA, PyTorch divides by a Python number by multiplying with its reciprocal.
+    global_scale = (global_amax.float() * (1.0 / (_E2M1_MAX * _E4M3_MAX))).clamp(max=FP32_MAX)
+    global_scale = torch.where(global_scale <= 0.0, _NVFP4_MIN_GLOBAL_SCALE, global_scale)
+    # An E4M3 code has few values: every scale and its reciprocal are made once, then taken by the blocks' codes.
+    codes = torch.arange(256, dtype=torch.uint8, device=global_amax.device)
+    scales = codes.view(torch.float8_e4m3fn).float() * global_scale[:, None]
+    return scales, device_reciprocal(scales)
+
+
+def _nvfp4_code(amax: Tensor, reciprocals: Tensor) -> Tensor:
+    """E4M3 codes of blocks ``[n, ...]`` with these ranges under ``n`` grids, int64."""
+    # Neither 0 nor infinite: so the product is NaN only if the block or the global amax is, and that is kept.
+    to_e4m3 = reciprocals[:, _E4M3_CODE_OF_6].clamp(_FP32_SMALLEST, FP32_MAX)[:, None, None]
+    return (amax * to_e4m3).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8).long()
+
+
+def round_e2m1_(magnitude: Tensor) -> Tensor:
     """Rounds non-negative FP32 numbers in place to E2M1 (0, .5, 1, 1.5, 2, 3, 4, 6), ties to even; above 6, NaN: 6."""
     magnitude.nan_to_num_(nan=_E2M1_MAX).clamp_(max=_E2M1_MAX)
     # The spacing of E2M1 is half the power of two below the number, at least 0.5. Adding 2**23 spacings leaves the
@@ -253,7 +321,7 @@ def _round_e2m1_(magnitude: Tensor) -> Tensor:
     return magnitude.add_(shift).sub_(shift)
 
 
-def _device_reciprocal(x: Tensor) -> Tensor:
+def device_reciprocal(x: Tensor) -> Tensor:
     """Reciprocal as the GPU's ``MUFU.RCP`` gives it: within 1 ulp, not always the nearest FP32 number.
 
     The unit interpolates quadratically (Oberman and Siu, "A High-Performance Area-Efficient Multifunction
@@ -294,21 +362,23 @@ def _check(x: Tensor) -> None:
 
 
 def _backend_of(attributes: dict[str, Any]) -> str | None:
-    """Backend for one quantizer's attributes, ``None`` if it is no enabled FP4 block quantizer."""
-    block_sizes = attributes.get("block_sizes")
-    if not attributes.get("enable", True) or not block_sizes or _bits(attributes.get("num_bits")) != (2, 1):
+    """Backend for one quantizer's attributes, ``None`` if it is no enabled block quantizer of ours."""
+    blocks = attributes.get("block_sizes")
+    if not attributes.get("enable", True) or not blocks or blocks.get("type") != "dynamic":
         return None
-    backend = _BACKENDS.get(_bits(block_sizes.get("scale_bits")))
-    if backend is not None and block_sizes.get("type") != "dynamic":
-        raise Unsupported("FP4 with static block scales needs ModelOpt's CUDA kernels: set block_sizes type to dynamic")
-    return backend
+    return _BACKENDS.get((_bits(attributes.get("num_bits")), _bits(blocks.get("scale_bits"))))
 
 
 def _bits(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else ()
 
 
-def _block_size(inputs: Tensor, quantizer: Any) -> int:
+def block_size_of(inputs: Tensor, quantizer: Any) -> int:
+    """Values in a block of the last dimension, by a quantizer's settings.
+
+    Raises:
+        UserError: Its blocks lie along another dimension.
+    """
     size = quantizer.block_sizes.get(-1) or quantizer.block_sizes.get(inputs.dim() - 1)
     if size is None:
         raise UserError("FP4 quantizes blocks of the last dimension: give block_sizes the key -1")
@@ -316,10 +386,10 @@ def _block_size(inputs: Tensor, quantizer: Any) -> int:
 
 
 def _mxfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
-    return mxfp4(inputs, _block_size(inputs, quantizer))
+    return mxfp4(inputs, block_size_of(inputs, quantizer))
 
 
 def _nvfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
     # The calibrated amax, a pinned one, or this tensor's: ModelOpt's own choice has no public name.
     amax = quantizer._get_amax(inputs)
-    return nvfp4(inputs, amax, _block_size(inputs, quantizer), quantizer._pass_through_bwd)
+    return nvfp4(inputs, amax, block_size_of(inputs, quantizer), quantizer._pass_through_bwd)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerbits.candidates.formats import Format
+from layerbits.candidates.fused import SHARED_RANGE
 from layerbits.candidates.linear import (
+    E4M3,
     FP8,
     INPUT,
     WEIGHT,
@@ -20,7 +22,7 @@ from layerbits.candidates.linear import (
 from layerbits.errors import UserError
 
 PATTERNS = {f"*{WEIGHT}": WEIGHT, f"*{INPUT}": INPUT}
-KNOBS = ("axis", "block_sizes", "type")
+KNOBS = ("axis", "block_sizes", "type", "shared")
 TYPES = ("static", "dynamic")
 BLOCK_WORDS = ("type", "scale_bits", "scale_block_sizes")
 TOKEN_GROUP_BACKEND = "layerbits_token_group"
@@ -32,7 +34,8 @@ class Overlay:
 
     Attributes:
         quant_cfg_overrides: ``*weight_quantizer`` / ``*input_quantizer`` → some of ``axis``, ``block_sizes``, ``type``,
-            in ModelOpt's types (integer dimensions, tuples).
+            in ModelOpt's types (integer dimensions, tuples), and ``shared``: whether linears that runtimes fuse have
+            one range for their weights, where a format has a range for the whole tensor at all.
     """
 
     name: str
@@ -165,9 +168,19 @@ def _edited(cfg: Cfg, knobs: Mapping[str, Any], name: str) -> Cfg:
         if knobs["axis"] is not None:
             edited.pop("block_sizes", None)
             edited["axis"] = knobs["axis"]
+    if knobs.get("shared") and _has_tensor_range(edited):
+        edited["backend_extra_args"] = {**(edited.get("backend_extra_args") or {}), SHARED_RANGE: True}
     if edited != cfg:
         edited.pop("effective_bits", None)  # it was counted for the granularity before
     return edited
+
+
+def _has_tensor_range(cfg: Cfg) -> bool:
+    """Whether a weight has one static range: a scale per tensor, or NVFP4's scale of scales."""
+    if cfg.get("axis") is not None or cfg.get("type", "static") != "static":
+        return False
+    blocks = cfg.get("block_sizes")
+    return not blocks or (blocks.get("scale_bits") == E4M3 and blocks.get("type") == "dynamic")
 
 
 def _blocks(before: Mapping[Any, Any], sizes: Mapping[Any, Any], name: str) -> dict[Any, Any]:
@@ -195,6 +208,11 @@ def _knobs(where: str, quantizer: str, knobs: Mapping[str, Any]) -> dict[str, An
         raise UserError(f"{where}: axis and block_sizes exclude each other; set one of them to null")
     if "type" in clean and clean["type"] not in TYPES:
         raise UserError(f"{where}: type {clean['type']!r} is not known; use {' or '.join(TYPES)}")
+    if "shared" in clean:
+        if not isinstance(clean["shared"], bool):
+            raise UserError(f"{where}: shared {clean['shared']!r} is not known; use true or false")
+        if clean["shared"] and quantizer != WEIGHT:
+            raise UserError(f"{where}: fused linears have one input and so one range of it; share *{WEIGHT} alone")
     if (axis := clean.get("axis")) is not None:
         axes = [axis] if _is_int(axis) else axis
         if isinstance(axes, str) or not isinstance(axes, Sequence) or not axes or not all(map(_is_int, axes)):

@@ -16,6 +16,8 @@ from typing import Any
 from layerbits.errors import UserError
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
+_LEFT_OUT = {"conv": "mixer.conv1d", "router": "router"}
+"""Names by which ModelOpt's presets know what other families call otherwise."""
 QUANTIZERS = (WEIGHT, INPUT)
 RANK = {WEIGHT: 2, INPUT: 3}
 """Rank of what each quantizer sees in a decoder: weights ``[out, in]``, activations ``[batch, tokens, in]``."""
@@ -69,13 +71,19 @@ class LinearConfig:
         cfg = self.cfgs[quantizer]
         return [] if cfg is None else cfg if isinstance(cfg, list) else [cfg]
 
-    def covers(self, module_name: str, lm_head: bool = False) -> bool:
+    def covers(self, module_name: str, lm_head: bool = False, kind: str = "") -> bool:
         """Whether ``mtq.quantize`` with this configuration would quantize the weight of that linear.
+
+        ModelOpt's presets leave out short convolutions and routers, by the names that some families give them. Under
+        another name, they are left out where they would be under such a name.
 
         Args:
             module_name: Full name in the model.
             lm_head: Disregard the exclusion of the output head.
+            kind: What it is (:data:`layerbits.results.result.KINDS`), where that is known.
         """
+        if kind in _LEFT_OUT and not self.covers(f"{module_name.rpartition('.')[0]}.{_LEFT_OUT[kind]}", lm_head):
+            return False
         name, enabled = f"{module_name}.{WEIGHT}", True
         for entry in self.entries:
             if fnmatch.fnmatch(name, entry.pattern) and (entry.enable or not (lm_head and "lm_head" in entry.pattern)):

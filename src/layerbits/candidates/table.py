@@ -12,10 +12,12 @@ from layerbits.candidates.bits import precision
 from layerbits.candidates.candidate import Candidate, aliases, resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
+from layerbits.candidates.fused import shares_range
 from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.linear import E8M0, FP4, INPUT, WEIGHT, block_lengths
 from layerbits.errors import Unsupported
 
+SHARED = ", shared by fused linears"
 CONFIGS = Path(__file__).parents[3] / "configs"
 _INTRO = """# Quant pairs x granularities
 
@@ -73,11 +75,14 @@ def describe(cfg: Any) -> str:
         return ", then ".join(map(describe, cfg))
     blocks, lengths = cfg.get("block_sizes") or {}, block_lengths(cfg)
     word = precision(cfg).upper()
+    shared = SHARED if shares_range(cfg) else ""
     if blocks.get("scale_bits") is not None:
         prefix = "MX" if blocks["scale_bits"] == E8M0 else "NV" if cfg["num_bits"] == FP4 else ""
-        return f"{prefix}{word} per {lengths[-1]}" if lengths.get(-1) else f"{prefix}{word} {blocks}"
+        stored = "" if blocks.get("type") == "dynamic" else ", ranges stored"
+        stored += ", four-over-six" if blocks.get("four_over_six") else ""
+        return f"{prefix}{word} per {lengths[-1]}{stored}{shared}" if lengths.get(-1) else f"{prefix}{word} {blocks}"
     dynamic = ", dynamic" if "dynamic" in (cfg.get("type"), blocks.get("type")) else ""
-    return f"{word} {_grain(cfg.get('axis'), lengths)}{dynamic}"
+    return f"{word} {_grain(cfg.get('axis'), lengths)}{dynamic}{shared}"
 
 
 def _grain(axis: Any, lengths: dict[int, int | None]) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from layerbits.checkpoint.dequantize import block_scales, check_parts, dequantize
-from layerbits.checkpoint.labels import Label
+from layerbits.checkpoint.experts import ExpertLinear
+from layerbits.checkpoint.layouts.base import Scale
+from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint
-from layerbits.checkpoint.structure import Quantization
+from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 from layerbits.scoring import quantizers
 
@@ -21,33 +23,6 @@ ERROR_RATIO = 1.05
 """How much larger the error of a weight may become by the scale that it shares with others, in the Frobenius norm."""
 
 _E4M3_NORMAL = 2.0**-6  # below it block scales have fewer digits, and a second rounding may move them by a step
-
-
-@dataclass(frozen=True)
-class ScoredLayer:
-    """A quantized linear as it was scored.
-
-    Attributes:
-        module: Name in memory. stored: Name in the checkpoints.
-        candidate: Name of its candidate.
-        label: What the export has to label it.
-        dtype: Dtype of the model's weights.
-        weight, inputs: ModelOpt settings of its quantizers; ``None`` = disabled.
-        weight_range: Calibrated range of the weight, ``None`` where there is none.
-        stored_range: The range that is stored: of formats with a second scale the largest of the fused linears.
-        input_range: Calibrated range of the input, ``None`` where there is none.
-    """
-
-    module: str
-    stored: str
-    candidate: str
-    label: Label
-    dtype: torch.dtype
-    weight: Any
-    inputs: Any
-    weight_range: torch.Tensor | None
-    stored_range: torch.Tensor | None
-    input_range: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -106,12 +81,12 @@ def compare_layer(
         device: Where the weights are quantized; kernels differ in rounding.
     """
     elements = source.entry(f"{layer.stored}.weight").elements
-    found = quantization.layers.get(layer.stored)
+    found = quantization.layers.get(layer.exported)
     if found != layer.label:
         what = "is not labelled" if found is None else f"is labelled {found.algo}"
         return _failed(layer, elements, f"{layer.stored} {what}, scored was {layer.label.algo}")
     try:
-        check_parts(exported, layer.stored, layer.label)
+        check_parts(exported, layer.exported, layer.label)
         return _compared(exported, source, layer, device)
     except UserError as error:
         return _failed(layer, elements, str(error))
@@ -123,16 +98,17 @@ def _compared(exported: Checkpoint, source: Checkpoint, layer: ScoredLayer, devi
     rows = source.entry(name).shape[0]
     identical, worst, beyond = 0, 0.0, 0
     error, scored_error = 0.0, 0.0
+    elsewhere = not layer.as_scored
     for start, stop in source.pieces(name):
         weight = source.rows(name, start, stop).to(device, layer.dtype)
         expected = fake_quantized(layer, weight, layer.stored_range, rows, start, stop)
-        stored = dequantize(exported, layer.stored, label, start, stop, device)
+        stored = dequantize(exported, layer.exported, label, start, stop, device)
         difference = (stored - expected.float()).abs()
         allowed = _allowed(exported, layer, stored, start, stop)
         beyond += int((~(difference <= allowed)).sum())
         worst = max(worst, float(torch.where(difference > 0, difference / allowed, 0.0).max()))
         identical += int((stored.to(layer.dtype) == expected).sum())
-        if label.second_divisor:
+        if elsewhere:
             scored = fake_quantized(layer, weight, layer.weight_range, rows, start, stop, factor=1.0)
             error += float((stored - weight.float()).double().square().sum())
             scored_error += float((scored.float() - weight.float()).double().square().sum())
@@ -180,8 +156,8 @@ def compare_excluded(
         cast += entry.dtype != exported.entry(name).dtype
         if exported.entry(name).shape != entry.shape or not _equal(source, name, exported, name):
             problems.append(f"{name} is not the source's")
-    made = {f"{layer.stored}.{part}" for layer in layers for part in ("weight_scale", "weight_scale_2", "input_scale")}
-    known = set(source.entries) | made | {f"{layer.stored}.pre_quant_scale" for layer in layers}
+    made = {f"{layer.exported}.{part}" for layer in layers for part in (*layer.label.parts, "pre_quant_scale")}
+    known = set(source.entries) | made
     problems += [
         f"{name} is in the export alone"
         for name in exported.entries
@@ -244,37 +220,47 @@ def _allowed(exported: Checkpoint, layer: ScoredLayer, stored: torch.Tensor, sta
     # That one was rounded to the model's dtype, which is less than half a step of any format.
     finfo = torch.finfo(layer.dtype)
     allowed = stored.abs() * (finfo.eps / 2 + FP32_SLACK) + finfo.smallest_normal * finfo.eps
-    if not layer.label.second_divisor:
+    second = layer.label.layout.second
+    if second is None:
         return allowed
-    scale = block_scales(exported, layer.stored, layer.label, start, stop).to(stored.device)
-    whole = float(exported.rows(f"{layer.stored}.weight_scale_2"))
+    scale = block_scales(exported, layer.exported, layer.label, start, stop).to(stored.device)
+    whole = float(second.factor(exported.rows(f"{layer.exported}.{second.part}")))
     coarse = (scale < 1.01 * _E4M3_NORMAL * whole).repeat_interleave(stored.shape[1] // scale.shape[1], 1)
     return torch.where(coarse, allowed + 2.0 * _E4M3_NORMAL * whole, allowed)
 
 
 def _scale_problem(exported: Checkpoint, layer: ScoredLayer) -> str:
     """Scales have float32's precision: what the rounding to the model's dtype hides in the weights shows here."""
-    label = layer.label
-    part, divisor = ("weight_scale", label.divisor) if label.divisor else ("weight_scale_2", label.second_divisor)
-    if divisor is None:
+    scale = layer.label.layout.ranged
+    if scale is None:
         return ""
-    assert layer.stored_range is not None
-    scale = exported.rows(f"{layer.stored}.{part}").float()
-    expected = layer.stored_range.float().cpu().reshape(scale.shape) / divisor
-    if _close(scale, torch.where(expected > 0, expected, scale)):  # where all weights are zero, any scale does
-        return ""
-    return f"{layer.stored}.{part} is not its calibrated range / {divisor:g}"
+    assert layer.scale_range is not None
+    return _range_problem(exported, layer, scale, layer.scale_range)
 
 
 def _input_problem(exported: Checkpoint, layer: ScoredLayer) -> str:
-    if layer.label.input_divisor is None:
+    scale = layer.label.input_scale
+    if scale is None:
         return ""
     if layer.input_range is None:
         return f"the input of {layer.stored} was never calibrated"
-    expected = layer.input_range.float().cpu().reshape(()) / layer.label.input_divisor
-    if _close(exported.rows(f"{layer.stored}.input_scale"), expected):
+    return _range_problem(exported, layer, scale, layer.input_range)
+
+
+def _range_problem(exported: Checkpoint, layer: ScoredLayer, scale: Scale, amax: torch.Tensor) -> str:
+    name = f"{layer.exported}.{scale.part}"
+    stored = exported.rows(name).float()
+    amax = amax.float().cpu().reshape(stored.shape)
+    divisor = torch.full_like(amax, scale.divisor or 1.0)
+    expected = divisor / amax if scale.inverse else amax / divisor
+    slack = FP32_SLACK + (0.0 if scale.dtype == "float32" else scale.rounding)
+    if _close(stored, torch.where(amax > 0, expected, stored), slack):  # where all weights are zero, any scale does
         return ""
-    return f"{layer.stored}.input_scale is not its calibrated range / {layer.label.input_divisor:g}"
+    return (
+        f"{name} is not {scale.divisor:g} / its calibrated range"
+        if scale.inverse
+        else (f"{name} is not its calibrated range / {scale.divisor:g}")
+    )
 
 
 def _equal(one: Checkpoint, name: str, other: Checkpoint, twin: str) -> bool:
@@ -286,8 +272,8 @@ def _equal(one: Checkpoint, name: str, other: Checkpoint, twin: str) -> bool:
     return True
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(((a.float() - b).abs() <= FP32_SLACK * b.abs()).all())
+def _close(a: torch.Tensor, b: torch.Tensor, slack: float = FP32_SLACK) -> bool:
+    return bool(((a.float() - b).abs() <= slack * b.abs()).all())
 
 
 def _failed(layer: ScoredLayer, elements: int, problem: str) -> LayerProof:
@@ -295,18 +281,20 @@ def _failed(layer: ScoredLayer, elements: int, problem: str) -> LayerProof:
     return LayerProof(layer.module, layer.candidate, layer.label.algo, elements, 0, nan, nan, problem)
 
 
-def loaded_names(model: Any, on_disk: Mapping[str, str]) -> dict[str, str]:
+def loaded_names(model: Any, on_disk: Mapping[str, str], experts: Sequence[ExpertLinear] = ()) -> dict[str, str]:
     """Names in the checkpoint of all that a model loads → the name of what it is tied to, or itself.
 
     Args:
         model: As loaded.
         on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
+        experts: From :func:`layerbits.checkpoint.experts.expert_linears`.
 
     Raises:
         UserError: Tied parameters have no name in the checkpoint.
     """
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     try:
-        return {stored: on_disk[ties.get(name, name)] for name, stored in on_disk.items()}
+        own = {f"{expert.name}.weight": f"{expert.name}.weight" for expert in experts}
+        return own | {stored: on_disk[ties.get(name, name)] for name, stored in on_disk.items()}
     except KeyError as error:
         raise UserError(f"{error} is tied to another parameter but not part of the model; untie it") from None

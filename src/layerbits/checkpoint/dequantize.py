@@ -1,13 +1,6 @@
 """What the numbers in an exported checkpoint mean: weights as float32, inputs as a runtime rounds them.
 
-Written from the layouts, not from ModelOpt's code that writes them:
-
-- FP8 (E4M3) and INT8: the value times ``weight_scale``, one for the tensor or one per row.
-- INT4: byte ``[i, k]`` holds rows ``2i`` (low four bits) and ``2i + 1`` of column ``k`` in two's complement;
-  ``weight_scale`` is ``[rows, columns / group]``.
-- FP4 (E2M1: a sign, then 0, .5, 1, 1.5, 2, 3, 4, 6): byte ``[r, j]`` holds columns ``2j`` (low) and ``2j + 1``. MXFP4:
-  ``weight_scale`` is an exponent with bias 127 per 32 columns (OCP Microscaling Formats 1.0). NVFP4: E4M3 per 16
-  columns, times ``weight_scale_2``.
+Written from the layouts (:mod:`layerbits.checkpoint.layouts`), not from the code that writes them.
 """
 
 from __future__ import annotations
@@ -16,18 +9,23 @@ from typing import Any
 
 import torch
 
-from layerbits.checkpoint.labels import INPUT_FP8_TOKEN, INPUT_INT8, INPUT_NVFP4, Label
+from layerbits.checkpoint.labels import (
+    INPUT_FP8_TOKEN,
+    INPUT_INT8,
+    INPUT_INT8_TOKEN,
+    INPUT_MXFP4,
+    INPUT_NVFP4,
+    Label,
+)
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.errors import UserError
 
-_FP8_SMALLEST_RANGE = 2.0**-24  # below it ModelOpt takes the range for 1
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_SMALLEST_RANGE = 2.0**-24  # below it ModelOpt takes an FP8 range for 1, and an INT8 one for nothing but zeros
 
 
 def logical_shape(checkpoint: Checkpoint, module: str, label: Label) -> tuple[int, int]:
     """Rows and columns of the weight that a module's packed tensor holds."""
-    rows, columns = checkpoint.entry(f"{module}.weight").shape
-    return rows * label.packed[0], columns * label.packed[1]
+    return label.layout.shape(checkpoint.entry(f"{module}.{label.layout.tensor}").shape)
 
 
 def check_parts(checkpoint: Checkpoint, module: str, label: Label) -> None:
@@ -36,26 +34,24 @@ def check_parts(checkpoint: Checkpoint, module: str, label: Label) -> None:
     Raises:
         UserError: A tensor is missing or of another dtype or shape.
     """
+    layout = label.layout
+    if f"{module}.{layout.tensor}" not in checkpoint:
+        raise _missing(checkpoint, module, label, layout.tensor)
     rows, columns = logical_shape(checkpoint, module, label)
-    expected = {
-        "weight": (label.dtype, (rows // label.packed[0], columns // label.packed[1])),
-        "weight_scale": (label.scale_dtype, label.scale_shape(rows, columns)),
-    }
-    if label.second_divisor is not None:
-        expected["weight_scale_2"] = (torch.float32, ())
-    if label.input_divisor is not None:
-        expected["input_scale"] = (torch.float32, ())
+    expected = layout.parts(rows, columns)
+    if (scale := label.input_scale) is not None:
+        expected[scale.part] = (scale.torch_dtype, scale.shape(rows, columns, None))
     for part, (dtype, shape) in expected.items():
         if f"{module}.{part}" not in checkpoint:
-            raise UserError(
-                f"{module} is labelled {label.algo} but has no {part} in {checkpoint.folder}; export it again"
-            )
+            raise _missing(checkpoint, module, label, part)
         entry = checkpoint.entry(f"{module}.{part}")
         if (entry.dtype, entry.shape) != (dtype, shape):
             raise UserError(
                 f"{module}.{part} is {entry.dtype} {list(entry.shape)}, the label {label.algo} means {dtype} "
                 f"{list(shape)}; export it again"
             )
+    if layout.with_shape and checkpoint.rows(f"{module}.weight_shape").tolist() != [rows, columns]:
+        raise UserError(f"{module}.weight_shape is not [{rows}, {columns}]; export it again")
 
 
 def dequantize(
@@ -71,8 +67,10 @@ def dequantize(
         stop: One past the last row.
         device: Where to compute.
     """
-    packed = checkpoint.rows(f"{module}.weight", start // label.packed[0], -(-stop // label.packed[0]))
-    values = _values(packed.to(device), label)
+    layout = label.layout
+    several = layout.packed[0]
+    packed = checkpoint.rows(f"{module}.{layout.tensor}", start // several, -(-stop // several))
+    values = layout.unpack(packed.to(device))
     scale = block_scales(checkpoint, module, label, start, stop).to(device)
     columns = values.shape[1]
     if scale.dim() == 2:
@@ -82,11 +80,13 @@ def dequantize(
 
 def block_scales(checkpoint: Checkpoint, module: str, label: Label, start: int, stop: int) -> torch.Tensor:
     """What the stored values of some rows are multiplied with: a scalar, ``[rows]`` or ``[rows, blocks]``, float32."""
-    scale = checkpoint.rows(f"{module}.weight_scale", start, stop)
-    if scale.dtype == torch.uint8:
-        return torch.exp2(scale.float() - 127.0)
-    scale = scale.float()
-    return scale * checkpoint.rows(f"{module}.weight_scale_2") if label.second_divisor else scale
+    layout = label.layout
+    stored = f"{module}.{layout.scale.part}"
+    scale = checkpoint.rows(stored) if layout.block is None else checkpoint.rows(stored, start, stop)
+    factor = layout.scale.factor(scale, layout.block)
+    if layout.second is None:
+        return factor
+    return factor * layout.second.factor(checkpoint.rows(f"{module}.{layout.second.part}"))
 
 
 def quantize_input(x: Any, label: Label, input_scale: torch.Tensor | None) -> Any:
@@ -94,27 +94,40 @@ def quantize_input(x: Any, label: Label, input_scale: torch.Tensor | None) -> An
 
     Of the ways to write that product and quotient in float32, the one of ModelOpt's fake quantization: in bfloat16 some
     thousandth of all inputs lies exactly between two steps, where the last bit decides.
+
+    Args:
+        x: The input.
+        label: The linear's.
+        input_scale: What is stored for a calibrated range.
     """
     from layerbits.candidates import fp4
 
     if label.arithmetic is None:
         return x
+    if label.arithmetic == INPUT_MXFP4:
+        return fp4.mxfp4(x)
     wide = x.float()
-    if label.arithmetic == INPUT_FP8_TOKEN:
-        return _fp8(wide, wide.abs().amax(-1, keepdim=True)).to(x.dtype)
-    assert input_scale is not None
-    assert label.input_divisor is not None
-    amax = input_scale.to(x.device) * label.input_divisor
+    if label.arithmetic in (INPUT_FP8_TOKEN, INPUT_INT8_TOKEN):
+        amax = wide.abs().amax(-1, keepdim=True)
+    else:
+        assert input_scale is not None
+        assert label.input_scale is not None
+        amax = label.input_scale.range(input_scale.to(x.device)).reshape(())
     if label.arithmetic == INPUT_NVFP4:
         return fp4.nvfp4(x, amax)
-    if label.arithmetic == INPUT_INT8:
-        steps = torch.full_like(amax, 127.0) / amax  # not 127.0 / amax, which PyTorch makes a product
-        return ((wide * steps).round().clamp(-128.0, 127.0) / steps).to(x.dtype)
-    return _fp8(wide, amax).to(x.dtype)
+    rounded = _int8(wide, amax) if label.arithmetic in (INPUT_INT8, INPUT_INT8_TOKEN) else _fp8(wide, amax)
+    return rounded.to(x.dtype)
+
+
+def _int8(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    steps = torch.full_like(amax, 127.0) / amax  # not 127.0 / amax, which PyTorch makes a product
+    steps = torch.where(amax > _SMALLEST_RANGE, steps, 0.0)
+    rounded = (x * steps).round().clamp(-128.0, 127.0)
+    return rounded / torch.where(steps > 0, steps, 1.0)
 
 
 def _fp8(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
-    amax = torch.where(amax > _FP8_SMALLEST_RANGE, amax, 1.0)
+    amax = torch.where(amax > _SMALLEST_RANGE, amax, 1.0)
     # PyTorch makes a product with the reciprocal of 448.0 / amax.
     scale = torch.full_like(amax, 448.0) / amax if _kernel_divides(x, amax) else 448.0 / amax
     return (x * scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float() * (1.0 / scale)
@@ -129,12 +142,5 @@ def _kernel_divides(x: torch.Tensor, amax: torch.Tensor) -> bool:
     return get_cuda_ext_fp8() is not None
 
 
-def _values(packed: torch.Tensor, label: Label) -> torch.Tensor:
-    if label.packed == (1, 1):
-        return packed.float()
-    low, high = (packed & 15).long(), (packed >> 4).long()
-    if label.packed == (2, 1):
-        codes = torch.stack([low, high], 1).flatten(0, 1)
-        return torch.where(codes > 7, codes - 16, codes).float()
-    table = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=packed.device)
-    return table[torch.stack([low, high], -1).flatten(1)]
+def _missing(checkpoint: Checkpoint, module: str, label: Label, part: str) -> UserError:
+    return UserError(f"{module} is labelled {label.algo} but has no {part} in {checkpoint.folder}; export it again")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from layerbits.inputs.experts import named_experts
+
 
 def names_on_disk(model: Any) -> dict[str, str]:
     """Name in the checkpoint for each name in ``model.state_dict()``, by transformers' own conversion.
+
+    The tensors of expert modules are left out: files have several names for each (:mod:`layerbits.checkpoint.experts`).
 
     Args:
         model: Not yet quantized. One loaded by ``from_pretrained`` remembers how it was renamed; for another it is the
@@ -17,7 +21,10 @@ def names_on_disk(model: Any) -> dict[str, str]:
 
     nothing = torch.empty(0, device="meta")
     names = {}
+    experts = {f"{name}.{projection}" for name, e in named_experts(model).items() for projection in e.projections}
     for name in model.state_dict():
+        if name in experts:
+            continue
         renamed = list(revert_weight_conversion(model, {name: nothing}))
         names[name] = renamed[0] if len(renamed) == 1 else name
     return names

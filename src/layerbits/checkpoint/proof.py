@@ -24,6 +24,7 @@ class Record:
         scheme_digest: Its content hash.
         recipe: Digest of all that the weights are made from: scheme, calibration, dtype, KV cache.
         weights: Digest of the exported tensors.
+        format: ``modelopt`` or ``compressed-tensors``.
         labels: Label → number of linears.
         kv_cache: ``none`` or ``fp8``.
     """
@@ -33,6 +34,7 @@ class Record:
     source_run_id: str
     recipe: str
     weights: str
+    format: str
     labels: Mapping[str, int]
     effective_bits: float
     kv_cache: str
@@ -144,6 +146,7 @@ class Proof:
             "",
             "| | |",
             "|---|---|",
+            f"| format | {record.format} |",
             f"| labels | {', '.join(f'{k} x {n}' for k, n in record.labels.items())} |",
             f"| effective bits | {record.effective_bits:.4g} |",
             f"| size | {record.bytes / 1e6:,.1f} MB of {record.source_bytes / 1e6:,.1f} MB |",

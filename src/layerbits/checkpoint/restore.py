@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from layerbits.checkpoint.compare import ScoredLayer
 from layerbits.checkpoint.dequantize import dequantize, logical_shape, quantize_input
+from layerbits.checkpoint.experts import ExpertLinear, expert_linears
 from layerbits.checkpoint.labels import Label
 from layerbits.checkpoint.names import names_on_disk
+from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint
-from layerbits.checkpoint.structure import Quantization
+from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 from layerbits.scoring import quantizers
+from layerbits.scoring.experts import with_inputs
 
-_NOT_LOADED = ("weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale", "k_scale", "v_scale")
+_NOT_LOADED = ("pre_quant_scale", "k_scale", "v_scale")
 
 
 def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> Any:
@@ -24,7 +27,7 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
 
     Args:
         checkpoint: The export.
-        quantization: What :func:`layerbits.checkpoint.structure.read_quantization` read from it.
+        quantization: What :func:`layerbits.checkpoint.quantization.read_quantization` read from it.
         device: ``cpu`` or ``cuda``.
 
     Raises:
@@ -52,13 +55,17 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
     model.tie_weights()
     model.eval()
     model.config.use_cache = False
-    names = names_on_disk(model)
-    _fill(model, checkpoint, quantization, names)
+    own = {f"{module}.weight" for module in quantization.layers}  # by their names in memory, maybe
+    names = {name: name if name in own else stored for name, stored in names_on_disk(model).items()}
+    experts = expert_linears(model)
+    _fill(model, checkpoint, quantization, names, experts)
     stored = {name.removesuffix(".weight"): on_disk for name, on_disk in names.items()}
     for name, module in model.named_modules():
         layer = stored.get(name, "").removesuffix(".weight")
         if layer in quantization.layers:
             _round_inputs(module, checkpoint, layer, quantization.layers[layer])
+    for name in dict.fromkeys(e.module for e in experts if e.name in quantization.layers):
+        _round_expert_inputs(model, name, checkpoint, quantization, experts)
     return model
 
 
@@ -78,53 +85,121 @@ def at_stored_numbers(
     """
     import torch
 
+    _experts_at_stored_numbers(model, checkpoint, quantization, [layer for layer in layers if layer.expert])
     for layer in layers:
-        module, label = model.get_submodule(layer.module), quantization.layers[layer.stored]
+        if layer.expert is not None:
+            continue
+        module, label = model.get_submodule(layer.module), quantization.layers[layer.exported]
         with torch.no_grad():
-            for start, stop in _even_pieces(checkpoint, f"{layer.stored}.weight", label):
+            for start, stop in _even_pieces(checkpoint, layer.exported, label):
                 module.weight[start:stop] = dequantize(
-                    checkpoint, layer.stored, label, start, stop, module.weight.device
+                    checkpoint, layer.exported, label, start, stop, module.weight.device
                 )
         quantizer = quantizers.make_quantizer(layer.inputs, module.weight.device)
         if quantizer is None:
             continue
-        if label.input_divisor is not None:
-            quantizer.amax = (
-                checkpoint.rows(f"{layer.stored}.input_scale").to(module.weight.device) * label.input_divisor
-            )
+        if (scale := label.input_scale) is not None:
+            stored = checkpoint.rows(f"{layer.exported}.{scale.part}").to(module.weight.device)
+            quantizer.amax = scale.range(stored).reshape(())
         module.register_forward_pre_hook(lambda _, args, quantizer=quantizer: (quantizer(args[0]), *args[1:]))
     return model
 
 
-def _fill(model: Any, checkpoint: Checkpoint, quantization: Quantization, names: Mapping[str, str]) -> None:
+def _experts_at_stored_numbers(
+    model: Any, checkpoint: Checkpoint, quantization: Quantization, layers: Sequence[ScoredLayer]
+) -> None:
+    """The same of the experts."""
+    import torch
+
+    changes: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        expert, label = layer.expert, quantization.layers[layer.stored]
+        assert expert is not None
+        weight = expert.rows(getattr(model.get_submodule(expert.module), expert.projection))
+        with torch.no_grad():
+            for start, stop in _even_pieces(checkpoint, layer.stored, label):
+                weight[start:stop] = dequantize(checkpoint, layer.stored, label, start, stop, weight.device)
+        if expert.projection in changes.setdefault(expert.module, {}):
+            continue
+        quantizer = quantizers.make_quantizer(layer.inputs, weight.device)
+        if quantizer is not None and (scale := label.input_scale) is not None:
+            stored = checkpoint.rows(f"{layer.stored}.{scale.part}").to(weight.device)
+            quantizer.amax = scale.range(stored).reshape(())
+        changes[expert.module][expert.projection] = quantizer
+    for name, change in changes.items():
+        with_inputs(model.get_submodule(name), name, change)
+
+
+def _round_expert_inputs(
+    model: Any, name: str, checkpoint: Checkpoint, quantization: Quantization, experts: Sequence[ExpertLinear]
+) -> None:
+    """Rounds what enters the two projections of an expert module, whose experts share its scales."""
+    changes = {}
+    for expert in experts:
+        if expert.module == name and expert.projection not in changes:
+            label = quantization.layers[expert.name]
+            scale = None if label.input_scale is None else checkpoint.rows(f"{expert.name}.{label.input_scale.part}")
+            changes[expert.projection] = partial(quantize_input, label=label, input_scale=scale)
+    with_inputs(model.get_submodule(name), name, changes)
+
+
+def _fill(
+    model: Any,
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    names: Mapping[str, str],
+    experts: Sequence[ExpertLinear],
+) -> None:
     import torch
 
     tensors = model.state_dict()
     used, filled, missing = set(), set(), []
+    for expert in experts:
+        weight = expert.rows(tensors[f"{expert.module}.{expert.projection}"])
+        used |= _fill_linear(checkpoint, quantization, expert.name, weight)
+    for expert in experts:
+        tensors.pop(f"{expert.module}.{expert.projection}", None)
     for name, tensor in tensors.items():
         stored = names.get(name, name)
-        if stored not in checkpoint:
+        module = stored.removesuffix(".weight")
+        label = quantization.layers.get(module) if stored.endswith(".weight") else None
+        if label is None and stored not in checkpoint:
             missing.append(name)
             continue
-        module = stored.removesuffix(".weight")
-        label = quantization.layers.get(module)
         with torch.no_grad():
-            if label is not None and stored.endswith(".weight"):
+            if label is not None:
                 _check_shape(checkpoint, stored, logical_shape(checkpoint, module, label), tensor)
-                for start, stop in _even_pieces(checkpoint, stored, label):
+                for start, stop in _even_pieces(checkpoint, module, label):
                     tensor[start:stop] = dequantize(checkpoint, module, label, start, stop, tensor.device)
             else:
                 _check_shape(checkpoint, stored, checkpoint.entry(stored).shape, tensor)
                 for start, stop in checkpoint.pieces(stored):
                     part = checkpoint.rows(stored, start, stop)
                     (tensor[start:stop] if tensor.dim() else tensor).copy_(part)
-        used.add(stored)
+        used |= {stored} if label is None else {f"{module}.{part}" for part in label.parts}
         filled.add(tensor.data_ptr())
     if lost := [name for name in missing if tensors[name].data_ptr() not in filled]:  # the others are tied
         raise UserError(f"{checkpoint.folder} lacks {lost[0]}, which its config.json asks for; export it again")
     left = (n for n in checkpoint.entries if n not in used and n.rpartition(".")[2] not in _NOT_LOADED)
     if extra := next(left, None):
         raise UserError(f"{checkpoint.folder} has {extra}, which its config.json has no place for; export it again")
+
+
+def _fill_linear(checkpoint: Checkpoint, quantization: Quantization, module: str, weight: Any) -> set[str]:
+    """Fills a weight from a linear of the checkpoint; returns the names of the tensors that were read."""
+    import torch
+
+    label, stored = quantization.layers.get(module), f"{module}.weight"
+    with torch.no_grad():
+        if label is None:
+            _check_shape(checkpoint, stored, checkpoint.entry(stored).shape, weight)
+            for start, stop in checkpoint.pieces(stored):
+                weight[start:stop].copy_(checkpoint.rows(stored, start, stop))
+            return {stored}
+        _check_shape(checkpoint, stored, logical_shape(checkpoint, module, label), weight)
+        for start, stop in _even_pieces(checkpoint, module, label):
+            weight[start:stop] = dequantize(checkpoint, module, label, start, stop, weight.device)
+    return {f"{module}.{part}" for part in label.parts}
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], tensor: Any) -> None:
@@ -134,11 +209,12 @@ def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], tens
         )
 
 
-def _even_pieces(checkpoint: Checkpoint, name: str, label: Label) -> list[tuple[int, int]]:
-    factor = label.packed[0]
-    return [(start * factor, stop * factor) for start, stop in checkpoint.pieces(name)]
+def _even_pieces(checkpoint: Checkpoint, module: str, label: Label) -> list[tuple[int, int]]:
+    factor = label.layout.packed[0]
+    pieces = checkpoint.pieces(f"{module}.{label.layout.tensor}")
+    return [(start * factor, stop * factor) for start, stop in pieces]
 
 
 def _round_inputs(module: Any, checkpoint: Checkpoint, layer: str, label: Label) -> None:
-    scale = checkpoint.rows(f"{layer}.input_scale") if label.input_divisor is not None else None
+    scale = None if label.input_scale is None else checkpoint.rows(f"{layer}.{label.input_scale.part}")
     module.register_forward_pre_hook(lambda _module, args: (quantize_input(args[0], label, scale), *args[1:]))

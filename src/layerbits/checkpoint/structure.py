@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from layerbits.candidates.fused import fused
+from layerbits.checkpoint import compressed, modelopt
 from layerbits.checkpoint.dequantize import check_parts
-from layerbits.checkpoint.labels import Label, label_of_layer
+from layerbits.checkpoint.files import read_json
+from layerbits.checkpoint.labels import COMPRESSED
+from layerbits.checkpoint.quantization import Quantization, read_quantization
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.errors import UserError
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that runtimes run as one."""
-
-_PACKED = (torch.uint8, torch.int8, torch.float8_e4m3fn)
-_SCALES = ("weight_scale", "weight_scale_2", "input_scale", "k_scale", "v_scale", "pre_quant_scale")
+_PACKED = (torch.uint8, torch.int8, torch.int32, torch.float8_e4m3fn)
+_OF_WEIGHTS = ("weight_scale", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale")
+_SCALES = (*_OF_WEIGHTS, "k_scale", "v_scale", "pre_quant_scale")
 
 
 @dataclass(frozen=True)
@@ -34,41 +32,6 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """A checkpoint's quantization configuration.
-
-    Attributes:
-        layers: Quantized module, named as in the checkpoint → label.
-        exclude: Patterns of modules that stay as they are; empty for mixed precision, which lists the others.
-        kv_cache: ``FP8`` or ``None``.
-        mixed: Whether every layer is listed with its own label.
-    """
-
-    layers: Mapping[str, Label]
-    exclude: tuple[str, ...]
-    kv_cache: str | None
-    mixed: bool
-
-
-def read_quantization(checkpoint: Checkpoint) -> Quantization:
-    """Reads ``hf_quant_config.json``.
-
-    Raises:
-        UserError: It is missing or damaged, or has a label that is not understood.
-    """
-    details = _json(checkpoint.folder / "hf_quant_config.json").get("quantization", {})
-    mixed = details.get("quant_algo") == "MIXED_PRECISION"
-    if mixed:
-        layers = {name: label_of_layer(layer) for name, layer in details.get("quantized_layers", {}).items()}
-    else:
-        label = label_of_layer(details)
-        layers = {n.removesuffix(".weight"): label for n, e in checkpoint.entries.items() if e.dtype in _PACKED}
-        layers = {n: label for n in layers if f"{n}.weight" in checkpoint}
-    exclude = tuple(details.get("exclude_modules") or ())
-    return Quantization(layers, exclude, details.get("kv_cache_quant_algo"), mixed)
-
-
 def check_structure(checkpoint: Checkpoint) -> tuple[Check, ...]:
     """Everything that can be checked on the files alone.
 
@@ -77,12 +40,13 @@ def check_structure(checkpoint: Checkpoint) -> tuple[Check, ...]:
     """
     quantization = read_quantization(checkpoint)
     return (
-        _check("config.json names the model and repeats the quantization", _config(checkpoint.folder)),
+        _check("config.json names the model and repeats the quantization", _config(checkpoint.folder, quantization)),
         _check("the quantization config names real modules", _real_modules(checkpoint, quantization)),
         _check("every linear is either labelled or excluded", _covered(checkpoint, quantization)),
         _check("every quantized tensor has its scales", _complete(checkpoint, quantization)),
         _check("scales are finite and positive", _positive(checkpoint)),
         _check("fused siblings share an algorithm and its scales", _siblings(checkpoint, quantization)),
+        _check("no runtime has to requantize", _requantized(checkpoint, quantization)),
         _check("the KV cache has its scales", _kv_cache(checkpoint, quantization)),
     )
 
@@ -106,56 +70,51 @@ def _check(name: str, problems: Iterator[str]) -> Check:
     return Check(name, first is None, first or "so")
 
 
-def _config(folder: Path) -> Iterator[str]:
-    config = _json(folder / "config.json")
-    if not config.get("architectures"):
+def _config(folder: Path, quantization: Quantization) -> Iterator[str]:
+    if not read_json(folder / "config.json").get("architectures"):
         yield "config.json has no architectures"
-    embedded = config.get("quantization_config") or {}
-    details = _json(folder / "hf_quant_config.json").get("quantization", {})
-    if embedded.get("quant_algo") != details.get("quant_algo"):
-        yield f"config.json says {embedded.get('quant_algo')}, hf_quant_config.json {details.get('quant_algo')}"
-    if embedded.get("quantized_layers") != details.get("quantized_layers"):
-        yield "config.json and hf_quant_config.json list different layers"
-    if list(embedded.get("ignore") or ()) != list(details.get("exclude_modules") or ()):
-        yield "config.json and hf_quant_config.json exclude different modules"
+    yield from (compressed if quantization.format == COMPRESSED else modelopt).config_problems(folder)
 
 
 def _real_modules(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:
-    for module in quantization.layers:
-        if f"{module}.weight" not in checkpoint:
+    for module, label in quantization.layers.items():
+        if f"{module}.{label.layout.tensor}" not in checkpoint:
             yield f"{module} is labelled but has no weight"
     modules = {name.rpartition(".")[0] for name in checkpoint.entries}
     prefixes = {module[: match.start()] for module in modules for match in re.finditer(r"\.|$", module)}
     tied = {"lm_head"}  # has no tensor of its own where it is the embedding
+    tails = {compressed.tail(module) for module in modules} if quantization.format == COMPRESSED else set()
     for pattern in quantization.exclude:
-        if not any(fnmatchcase(name, pattern) for name in prefixes | modules | tied):
+        # transformers may have another name for a module in memory; both are excluded, as readers go by either.
+        real = compressed.tail(pattern) in tails or any(
+            quantization.matches(n, pattern) for n in prefixes | modules | tied
+        )
+        if not real:
             yield f"the excluded {pattern} matches no module"
-        if wrong := next((m for m in quantization.layers if fnmatchcase(m, pattern)), None):
+        if wrong := next((m for m in quantization.layers if quantization.matches(m, pattern)), None):
             yield f"the excluded {pattern} matches {wrong}, which is quantized"
 
 
 def _covered(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:
     for name, entry in checkpoint.entries.items():
         module, _, leaf = name.rpartition(".")
-        if leaf != "weight" or module in quantization.layers:
+        if leaf not in ("weight", "weight_packed") or module in quantization.layers:
             continue
         if entry.dtype in _PACKED:
             yield f"{name} is {entry.dtype} but the config does not label it"
         linear = len(entry.shape) == 2 and "embed" not in module
-        if linear and not quantization.mixed and not any(fnmatchcase(module, p) for p in quantization.exclude):
+        if linear and not quantization.mixed and not any(quantization.matches(module, p) for p in quantization.exclude):
             yield f"{module} is not quantized, and no pattern excludes it: a runtime would look for its scales"
 
 
 def _complete(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:
     for module, label in quantization.layers.items():
         check_parts(checkpoint, module, label)
-        expected = {"weight_scale", "weight_scale_2" if label.second_divisor else "", "pre_quant_scale"}
-        expected |= {"input_scale"} if label.input_divisor is not None else set()
-        if extra := next((s for s in _SCALES[:3] if s not in expected and f"{module}.{s}" in checkpoint), None):
+        if extra := next((s for s in _OF_WEIGHTS if s not in label.parts and f"{module}.{s}" in checkpoint), None):
             yield f"{module} is labelled {label.algo} but has a {extra}"
     for name in checkpoint.entries:
         module, _, leaf = name.rpartition(".")
-        if leaf in _SCALES[:3] and module not in quantization.layers:
+        if leaf in _OF_WEIGHTS and module not in quantization.layers:
             yield f"{name} belongs to no quantized module"
     if not quantization.layers:
         yield "nothing is quantized"
@@ -179,21 +138,27 @@ def _positive(checkpoint: Checkpoint) -> Iterator[str]:
 
 
 def _siblings(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:
-    families: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
-    for name in checkpoint.entries:
-        module, _, leaf = name.rpartition(".")
-        parent, _, last = module.rpartition(".")
-        for family in FUSED:
-            if leaf == "weight" and last in family:
-                families[parent, family].append(module)
-    for modules in families.values():
+    for modules in fused(n.rpartition(".")[0] for n in checkpoint.entries):
         labels = {quantization.layers[m].algo if m in quantization.layers else None for m in modules}
         if len(labels) > 1:
             yield f"{', '.join(modules)} have different algorithms {sorted(map(str, labels))}"
-        for part in ("input_scale", "weight_scale_2"):
-            values = {float(checkpoint.rows(f"{m}.{part}")) for m in modules if f"{m}.{part}" in checkpoint}
-            if len(values) > 1:
+        for part in ("input_scale", "input_global_scale", "weight_scale_2", "weight_global_scale"):
+            if _differ(checkpoint, modules, part):
                 yield f"{', '.join(modules)} have different {part}"
+
+
+def _requantized(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:
+    for modules in fused(m for m, label in quantization.layers.items() if label.one_scale):
+        ranged = quantization.layers[modules[0]].layout.ranged
+        if ranged is not None and _differ(checkpoint, modules, ranged.part):
+            yield (
+                f"{', '.join(modules)} have a {ranged.part} each: a runtime that fuses them brings them to the largest "
+                "and rounds again"
+            )
+
+
+def _differ(checkpoint: Checkpoint, modules: Iterable[str], part: str) -> bool:
+    return len({float(checkpoint.rows(f"{m}.{part}")) for m in modules if f"{m}.{part}" in checkpoint}) > 1
 
 
 def _kv_cache(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:
@@ -211,15 +176,3 @@ def _kv_cache(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[st
         for part in ("k", "v"):
             if f"{attention}.{part}_proj.{part}_scale" not in scales:
                 yield f"{attention} has no {part}_scale"
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} has no {file.name}; it is not a ModelOpt export") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is damaged: it is not a JSON object; export it again")
-    return value

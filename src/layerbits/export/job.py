@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerbits.checkpoint.labels import AUTO, FORMATS
 from layerbits.errors import UserError
 from layerbits.export.plan import KV_CACHES, ExportPlan, plan_exports
 
@@ -32,6 +33,7 @@ class ExportSettings:
     root: Path | None
     output_root: Path
     kv_cache: str
+    format: str
     device: str
     artifact_bytes: float
     register: bool
@@ -46,6 +48,8 @@ class ExportSettings:
         """
         if config["kv_cache"] not in KV_CACHES:
             raise UserError(f"kv_cache={config['kv_cache']} is not known; use {' or '.join(KV_CACHES)}")
+        if config["format"] not in (*FORMATS, AUTO):
+            raise UserError(f"format={config['format']} is not known; use {', '.join(FORMATS)} or {AUTO}")
         try:
             size = float(config["artifact_gb"]) * 1e9
         except (TypeError, ValueError):
@@ -60,6 +64,7 @@ class ExportSettings:
             root=None if root in _NONE else Path(root).expanduser().absolute(),
             output_root=Path(config["output_root"]).expanduser().absolute(),
             kv_cache=config["kv_cache"],
+            format=config["format"],
             device=config["device"],
             artifact_bytes=size,
             register=register,
@@ -77,6 +82,8 @@ def run_exports(
 ) -> None:
     """Exports schemes; one that fails does not keep the others from being exported.
 
+    Those that an earlier start of the same job has exported and proven are left as they are.
+
     Args:
         schemes: Of one model and calibration.
         settings: Where to and how.
@@ -85,9 +92,16 @@ def run_exports(
     Raises:
         UserError: Something that was found before the first is exported, or at least one failed.
     """
-    from layerbits.export.scheme import export_scheme, known_exports, shared_ranges
+    from layerbits.export.scheme import export_scheme, is_exported, known_exports, shared_ranges
 
-    plans = plan_exports(schemes, settings.folder(schemes[0].model.name if schemes else ""), settings.kv_cache)
+    root = settings.folder(schemes[0].model.name if schemes else "")
+    done = [s for s in schemes if is_exported(root / s.name, s, settings.kv_cache, settings.format)]
+    for scheme in done:
+        print(f"{scheme.name} is exported and proven already: {root / scheme.name}; delete it to do so again")
+    schemes = [scheme for scheme in schemes if scheme not in done]
+    if done and not schemes:
+        return
+    plans = plan_exports(schemes, root, settings.kv_cache, settings.format)
     ranges = shared_ranges(plans, settings.device)
     failed = []
     for plan in plans:

@@ -43,6 +43,7 @@ class ExportLog:
             except NotProven as error:
                 tracking.log_folder(session, error.report, "")
                 raise
+            session.experiment(name).save(made.folder)
             show(made)
             small = made.proof.record.bytes <= self._settings.artifact_bytes
             if small:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from layerbits.checkpoint.labels import Label, check_shape, label_of
+from layerbits.checkpoint.formats import choose_format
+from layerbits.checkpoint.labels import AUTO, COMPRESSED, FORMATS, MODELOPT, Label, check_shape
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
-from layerbits.errors import UserError
+from layerbits.errors import Unsupported, UserError
 
 if TYPE_CHECKING:
-    from layerbits.inputs.models import ResolvedModel
+    from layerbits.inputs.models import ResolvedModel, Shapes
     from layerbits.probing.loading import Prepared
     from layerbits.schemes import Scheme
 
 KV_CACHES = ("none", "fp8")
+EXPERT_LABELS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4")
+"""Labels whose export is proven for experts."""
 
 _SLACK_BYTES = 64_000_000  # headers, tokenizer, scales of single rows
 _ITEMSIZE = {"float32": 4, "float64": 8}
@@ -30,6 +35,7 @@ class ExportPlan:
     Attributes:
         prepared: The scheme with its model and calibration rows.
         source: The checkpoint that was scored.
+        format: ``modelopt`` or ``compressed-tensors``.
         labels: Candidate name → its label.
         target: Folder of the export; does not exist, or is empty.
         kv_cache: ``none`` or ``fp8``.
@@ -38,6 +44,7 @@ class ExportPlan:
 
     prepared: Prepared
     source: Checkpoint
+    format: str
     labels: Mapping[str, Label]
     target: Path
     kv_cache: str
@@ -49,7 +56,7 @@ class ExportPlan:
         return self.prepared.scheme
 
 
-def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none") -> list[ExportPlan]:
+def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none", format: str = AUTO) -> list[ExportPlan]:
     """Checks the exports of some schemes of one model, each into a folder of its name below ``root``.
 
     Raises:
@@ -59,35 +66,58 @@ def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none") 
     from layerbits.probing.loading import prepare_together
 
     prepared = prepare_together(schemes, "export")
-    plans = [plan_export(replace(prepared, scheme=s), root / s.name, kv_cache) for s in schemes]
+    plans = [plan_export(replace(prepared, scheme=s), root / s.name, kv_cache, format) for s in schemes]
     _check_space(plans[0].target, sum(plan.bytes for plan in plans), f"{len(plans)} schemes")
     return plans
 
 
-def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none") -> ExportPlan:
+def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none", format: str = AUTO) -> ExportPlan:
     """Checks an export before anything heavy is loaded.
 
     Args:
         prepared: The scheme with its model and calibration rows.
         target: Folder of the export.
         kv_cache: ``fp8`` calibrates and stores scales of an FP8 KV cache as well.
+        format: ``modelopt``, ``compressed-tensors``, or ``auto``: the first that vLLM reads.
 
     Raises:
         UserError: The folder is not empty, the disk too small, or the source checkpoint cannot be read.
         Unsupported: A candidate whose label would not say what was scored, or a weight that does not fit it.
     """
+    from layerbits.inputs.models import empty_model, scored_linears
+
     scheme = prepared.scheme
     if kv_cache not in KV_CACHES:
         raise UserError(f"kv_cache={kv_cache} is not known; use {' or '.join(KV_CACHES)}")
+    if format not in (*FORMATS, AUTO):
+        raise UserError(f"format={format} is not known; use {', '.join(FORMATS)} or {AUTO}")
+    if kv_cache != "none":
+        if format == COMPRESSED:
+            raise UserError("kv_cache=fp8 is written by ModelOpt alone; use format=modelopt, or kv_cache=none")
+        format = MODELOPT
     if not scheme.modules:
         raise UserError(f"scheme {scheme.name} quantizes nothing; give it fewer bits")
     target = target.expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty; name another folder, or delete it")
-    labels = {info.name: label_of(info) for info in scheme.candidates}
-    _check_shapes(prepared, labels)
+    model = empty_model(prepared.resolved)
+    linears = scored_linears(model, prepared.resolved.spec)
+    experts = [module for module in scheme.modules if len(linears.get(module, ())) > 1]
+    if experts and format == COMPRESSED:
+        raise Unsupported(f"{experts[0]} holds experts, which ModelOpt's format alone has; use format=modelopt")
+    format, labels = choose_format(scheme.candidates, MODELOPT if experts else format)
+    _check_modules(prepared, labels, model, linears)
+    if format == MODELOPT:
+        _check_convertible(model)
+    for module in experts:
+        label = labels[scheme.modules[module].name]
+        if label.algo not in EXPERT_LABELS:
+            raise Unsupported(
+                f"{module} holds experts under {scheme.modules[module].name}, whose export as {label.algo} is not "
+                f"proven for experts ({', '.join(EXPERT_LABELS)} are); leave it unquantized"
+            )
     source = open_checkpoint(source_folder(prepared.resolved))
-    plan = ExportPlan(prepared, source, labels, target, kv_cache, _estimate(scheme, source))
+    plan = ExportPlan(prepared, source, format, labels, target, kv_cache, _estimate(scheme, source))
     _check_space(target, plan.bytes, scheme.name)
     return plan
 
@@ -114,15 +144,35 @@ def source_folder(resolved: ResolvedModel) -> Path:
     )
 
 
-def _check_shapes(prepared: Prepared, labels: Mapping[str, Label]) -> None:
-    from layerbits.inputs.models import skeleton
+def _check_modules(prepared: Prepared, labels: Mapping[str, Label], model: Any, linears: Mapping[str, Shapes]) -> None:
+    from layerbits.inputs.linears import is_convolution, is_transposed
 
-    linears = skeleton(prepared.resolved)
     for module, info in prepared.scheme.modules.items():
         if module not in linears:
             raise UserError(f"the model has no linear {module}; use the model that the scheme was made from")
+        if is_transposed(model.get_submodule(module)):
+            raise Unsupported(
+                f"{module} is a Conv1D: its checkpoint has weights as [in, out], where no runtime looks for scales of "
+                "quantized ones; probe and validate work, an export does not"
+            )
+        if is_convolution(model.get_submodule(module)):
+            raise Unsupported(f"{module} is a convolution, which runtimes keep in 16 bits; leave it out of the scheme")
         for shape in linears[module]:
             check_shape(info, labels[info.name], module, *shape)
+
+
+def _check_convertible(model: Any) -> None:
+    """Whether ModelOpt, which writes the checkpoint, can put its quantizers into such a model."""
+    from modelopt.torch.quantization.plugins.custom import register_custom_model_plugins_on_the_fly
+
+    try:
+        with redirect_stdout(sys.stderr):
+            register_custom_model_plugins_on_the_fly(model)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise Unsupported(
+            f"ModelOpt cannot put its quantizers into a {type(model).__name__} ({type(error).__name__}: {error}); "
+            "use format=compressed-tensors"
+        ) from None
 
 
 def _estimate(scheme: Scheme, source: Checkpoint) -> int:

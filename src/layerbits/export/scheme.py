@@ -1,12 +1,9 @@
-"""A scheme as a checkpoint that runtimes load: written by ModelOpt, proven by reading it back."""
+"""A scheme as a checkpoint that runtimes load: written by ModelOpt or compressed-tensors, proven by reading it back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerbits.atomic import write_json
+from layerbits.atomic import scratch_folder, whole_folder, why_unwritable, write_json
+from layerbits.checkpoint.labels import AUTO
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.offload import offloaded
@@ -23,15 +21,17 @@ from layerbits.inputs.offload import offloaded
 if TYPE_CHECKING:
     import torch
 
-    from layerbits.checkpoint.compare import ScoredLayer
     from layerbits.checkpoint.logits import Logits
     from layerbits.checkpoint.proof import Proof, Record
+    from layerbits.checkpoint.scored import ScoredLayer
     from layerbits.export.plan import ExportPlan
     from layerbits.inputs.calibration import Batch
+    from layerbits.inputs.models import LoadedModel
     from layerbits.probing.apply import Ranges
     from layerbits.schemes import Scheme
 
 MANIFEST = "layerbits.json"
+_MEND = "free space or name another folder"
 
 
 class NotProven(UserError):
@@ -74,6 +74,7 @@ class Export:
             "eff.model_revision": model.revision,
             "eff.scheme": self.scheme.name,
             "eff.scheme_digest": self.scheme.digest,
+            "eff.format": record.format,
             "eff.kv_cache": record.kv_cache,
             "eff.dtype": record.dtype,
             "eff.device": record.device,
@@ -97,11 +98,13 @@ class _Scored:
     """What the proof needs of the model, which the export uses up.
 
     Attributes:
+        source: The checkpoint that was scored, every expert with linears of its own.
         loaded: Name of every tensor that the model loads → the one that it is tied to, or itself.
         kv_ranges: Name of a scale of the KV cache → calibrated range.
         unquantized, applied: Logits on ``rows`` without and with the scheme.
     """
 
+    source: Checkpoint
     layers: list[ScoredLayer]
     loaded: Mapping[str, str]
     kv_ranges: Mapping[str, torch.Tensor]
@@ -142,30 +145,47 @@ def export_scheme(
     """
     seconds: dict[str, float] = {}
     report = plan.target.with_name(f"{plan.target.name}.report")
-    with _partial(plan.target) as folder:
+    with _told(plan.target), scratch_folder(plan.target) as folder:
         scored = _write(plan, folder, device, ranges, seconds)
         proof = _prove(plan, folder, scored, known or {}, seconds)
-        write_json(report / "proof.json", proof.to_json())
-        (report / "proof.md").write_text(proof.markdown())
-        plan.scheme.save(report / "scheme.json")
-        try:
-            proof.require()
-        except UserError as error:
-            raise NotProven(f"{error}; the report is {report}, the checkpoint was deleted", report) from None
-        record = {"record": asdict(proof.record), "scheme": plan.scheme.to_json()}
-        write_json(folder / MANIFEST, record)
-        files = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-        if plan.target.exists():
-            plan.target.rmdir()
-        folder.rename(plan.target)
-    write_json(report / "checkpoint.json", {"path": str(plan.target), "files": files, **record["record"]})
+        record = asdict(proof.record)
+        failure = _failure(proof)
+        if failure is None:
+            write_json(folder / MANIFEST, {"record": record, "scheme": plan.scheme.to_json()})
+        with whole_folder(report, _MEND) as files:
+            write_json(files / "proof.json", proof.to_json())
+            (files / "proof.md").write_text(proof.markdown())
+            plan.scheme.save(files / "scheme.json")
+            if failure is None:
+                sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+                write_json(files / "checkpoint.json", {"path": str(plan.target), "files": sizes, **record})
+        if failure is not None:
+            raise NotProven(f"{failure}; the report is {report}, the checkpoint was deleted", report)
+        folder.rename(plan.target)  # also over an empty folder
     return Export(plan.scheme, plan.target, report, proof)
+
+
+def is_exported(target: Path, scheme: Scheme, kv_cache: str, format: str) -> bool:
+    """Whether a folder is the proven export of a scheme, as an earlier start of the same job left it.
+
+    Args:
+        target: The folder.
+        scheme: The scheme.
+        kv_cache: As asked for.
+        format: As asked for; ``auto`` is any.
+    """
+    try:
+        record = json.loads((target / MANIFEST).read_text())["record"]
+        same = (record["scheme_digest"], record["kv_cache"]) == (scheme.digest, kv_cache)
+        return same and format in (AUTO, record["format"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        return False
 
 
 def known_exports(root: Path) -> dict[str, tuple[str, str]]:
     """Exports in the folders of a folder: name → weights digest, recipe digest."""
     known = {}
-    for file in sorted(root.glob(f"*/{MANIFEST}")):
+    for file in sorted(root.glob(f"[!.]*/{MANIFEST}")):  # not what is being written
         try:
             record = json.loads(file.read_text())["record"]
             known[file.parent.name] = (str(record["weights"]), str(record["recipe"]))
@@ -177,9 +197,10 @@ def known_exports(root: Path) -> dict[str, tuple[str, str]]:
 def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, seconds: dict[str, float]) -> _Scored:
     """Loads the model, takes down what the proof needs of it, and exports it."""
     from layerbits.checkpoint.compare import loaded_names
+    from layerbits.checkpoint.experts import expert_linears, split_experts
     from layerbits.checkpoint.logits import logits_of, some_rows
     from layerbits.checkpoint.names import names_on_disk
-    from layerbits.checkpoint.write import scored_layers, write_checkpoint
+    from layerbits.checkpoint.scored import scored_layers
     from layerbits.probing.apply import apply_scheme, find_ranges
 
     scheme, batches = plan.scheme, plan.prepared.calibration
@@ -187,7 +208,9 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
         loaded = plan.prepared.load(device)
     model = loaded.model
     on_disk = names_on_disk(model)
-    loaded_from = loaded_names(model, on_disk)
+    experts = expert_linears(model)
+    loaded_from = loaded_names(model, on_disk, experts)
+    source = split_experts(plan.source, experts)
     _check_untied(model, scheme)
     with _timed(seconds, "calibrate"):
         ranges = ranges or find_ranges(model, [scheme], batches)
@@ -203,17 +226,28 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
     layers = scored_layers(model, scheme, plan.labels, ranges, on_disk)
     where = next(model.parameters()).device.type
     with _timed(seconds, "export"):
-        kv_batches = batches if plan.kv_cache == "fp8" else ()
-        try:
-            kv_ranges = write_checkpoint(
-                model, scheme, layers, folder, plan.source.folder, kv_batches, loaded.info.language_model
-            )
-        except OSError as error:
-            raise UserError(
-                f"cannot write the export to {plan.target} ({error.strerror or error}); free space"
-            ) from None
+        kv_ranges = _write_format(plan, loaded, layers, folder, on_disk)
     kv_on_disk = {_scale_on_disk(name, on_disk): amax for name, amax in kv_ranges.items()}
-    return _Scored(layers, loaded_from, kv_on_disk, unquantized, applied, rows, loaded.info.dtype, where)
+    return _Scored(source, layers, loaded_from, kv_on_disk, unquantized, applied, rows, loaded.info.dtype, where)
+
+
+def _write_format(
+    plan: ExportPlan, loaded: LoadedModel, layers: list[ScoredLayer], folder: Path, on_disk: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Writes the files in the plan's format; ranges of the KV cache by the names of their scales in memory."""
+    from layerbits.checkpoint.labels import COMPRESSED
+
+    if plan.format == COMPRESSED:
+        from layerbits.checkpoint.write_compressed import write_compressed
+
+        write_compressed(loaded.model, layers, folder, plan.source, on_disk)
+        return {}
+    from layerbits.checkpoint.write_modelopt import write_checkpoint
+
+    kv_batches = plan.prepared.calibration if plan.kv_cache == "fp8" else ()
+    return write_checkpoint(
+        loaded.model, plan.scheme, layers, folder, plan.source.folder, kv_batches, loaded.info.language_model
+    )
 
 
 def _prove(
@@ -222,17 +256,18 @@ def _prove(
     from layerbits.checkpoint.compare import compare_excluded, compare_layer, kv_problems
     from layerbits.checkpoint.logits import compare_logits, logits_of
     from layerbits.checkpoint.proof import Proof, other_schemes_with
+    from layerbits.checkpoint.quantization import read_quantization
     from layerbits.checkpoint.restore import at_stored_numbers, restore
-    from layerbits.checkpoint.structure import check_structure, read_quantization
+    from layerbits.checkpoint.structure import check_structure
 
     with _timed(seconds, "compare"):
         exported = open_checkpoint(folder)
         structure = check_structure(exported)
         quantization = read_quantization(exported)
         layers = tuple(
-            compare_layer(exported, plan.source, quantization, layer, scored.device) for layer in scored.layers
+            compare_layer(exported, scored.source, quantization, layer, scored.device) for layer in scored.layers
         )
-        excluded = compare_excluded(exported, plan.source, scored.layers, scored.loaded)
+        excluded = compare_excluded(exported, scored.source, scored.layers, scored.loaded)
         record = _record(plan, exported, scored)
     logits = None
     sound = all(check.passed for check in structure) and not excluded.problems
@@ -263,14 +298,15 @@ def _record(plan: ExportPlan, exported: Checkpoint, scored: _Scored) -> Record:
     from layerbits.checkpoint.proof import Record
 
     scheme = plan.scheme
-    static = plan.kv_cache != "none" or any(layer.label.input_divisor for layer in scored.layers)
-    recipe = [scheme.digest, scored.dtype, plan.kv_cache, asdict(scheme.calibration) if static else None]
+    static = plan.kv_cache != "none" or any(layer.label.input_scale for layer in scored.layers)
+    recipe = [scheme.digest, plan.format, scored.dtype, plan.kv_cache, asdict(scheme.calibration) if static else None]
     return Record(
         scheme=scheme.name,
         scheme_digest=scheme.digest,
         source_run_id=scheme.source_run_id,
         recipe=hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
         weights=exported.digest(),
+        format=plan.format,
         labels=dict(Counter(layer.label.algo for layer in scored.layers)),
         effective_bits=scheme.effective_bits,
         kv_cache=plan.kv_cache,
@@ -308,16 +344,21 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - start
 
 
+def _failure(proof: Proof) -> str | None:
+    """What is wrong with the checkpoint, ``None`` where nothing is."""
+    try:
+        proof.require()
+    except UserError as error:
+        return str(error)
+    return None
+
+
 @contextmanager
-def _partial(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target, gone afterwards unless it was renamed."""
+def _told(target: Path) -> Iterator[None]:
+    """Tells in one line that an export cannot be written."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise UserError(f"cannot write to {target.parent} ({error.strerror}); name another folder") from None
-    try:
-        os.chmod(folder, 0o755)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        yield
+    except Exception as error:
+        if (reason := why_unwritable(error)) is None:
+            raise
+        raise UserError(f"cannot write the export to {target} ({reason}); {_MEND}") from None

@@ -75,12 +75,22 @@ def overlay(
     return figure
 
 
+_SERVED: dict[str, Any] = {
+    "linestyle": "",
+    "marker": "D",
+    "markersize": 9,
+    "markerfacecolor": "none",
+    "markeredgecolor": "black",
+}
+
+
 def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = None, title: str = "") -> Figure:
     """Effective bits against damage, with the front that nothing beats in both.
 
     Args:
         frame: Columns ``bits``, ``label`` and ``value``. Rows that share a label are joined by a line (one pair at
-            several budgets), unless some have the same bits (repeats).
+            several budgets), unless some have the same bits (repeats). Where there is a column ``served_kl`` and the
+            damage is a KL too, diamonds show what a runtime was measured to serve.
         value: Column of the damage.
         label: Words for the damage with its unit; by default from the column name.
         title: Above the figure.
@@ -106,8 +116,14 @@ def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = Non
         ax.plot(bits[at], damage[at], **styles[name], linewidth=1.2, markersize=6)
     front = _front(bits[shown], damage[shown])
     ax.step(*front, where="post", color=GREY, linewidth=4, alpha=0.3, zorder=1)
+    served = (
+        numeric(frame["served_kl"]) if "served_kl" in frame and value.endswith("kl") else np.full(len(bits), np.nan)
+    )
+    told = np.isfinite(bits) & (served > 0)
+    if told.any():
+        ax.plot(bits[told], served[told], **_SERVED)
     if logarithmic:
-        log_scale(ax, "y", damage[shown])
+        log_scale(ax, "y", np.concatenate([damage[shown], served[told]]))
     else:
         ax.set_ylim(bottom=min(0.0, float(damage[shown].min())))
     ax.set_xlabel(label_of("bits"), fontsize=FONT)
@@ -115,6 +131,8 @@ def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = Non
     plain_axes(ax, "both")
     handles = [key(name, **style) for name, style in styles.items()]
     handles.append(key("nothing beats these", color=GREY, linewidth=4, alpha=0.3))
+    if told.any():
+        handles.append(key("as served, measured\nin a runtime", **_SERVED))
     if left_out := int((~shown).sum()):
         handles.append(key(f"{left_out} not shown:\nnot finite, or\nzero on a log scale", linestyle=""))
     figure.legend(handles=handles, loc="outside right upper", fontsize=FONT - 1, frameon=False, handlelength=2.8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -42,14 +43,17 @@ from layerbits.results.frames import (
     Grid,
     by_candidate,
     descending,
+    drawable,
     grids,
     groups_for_share,
     knows_choice,
-    listed,
+    left_out,
+    not_believable,
     numeric,
     tidy,
 )
 from layerbits.results.result import FloatArray, SensitivityResult
+from layerbits.results.routing import FLOOR, Routing
 
 _ZERO = "#dddddd"
 
@@ -86,7 +90,9 @@ def heatmap(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | No
         handles.append(Patch(facecolor=_ZERO, edgecolor=GREY, label="zero or below"))
     unusable = list(dict.fromkeys(layer for g in drawn.values() for layer in g.unusable))
     if unusable:
-        handles.append(Patch(facecolor="white", edgecolor=BLACK, hatch=HATCH, label=f"not finite: {listed(unusable)}"))
+        beyond = list(dict.fromkeys(layer for g in drawn.values() for layer in g.beyond))
+        label = left_out(unusable, beyond)
+        handles.append(Patch(facecolor="white", edgecolor=BLACK, hatch=HATCH, label=label))
     legend_below(figure, handles)
     headline(figure, title)
     return figure
@@ -136,10 +142,12 @@ def ranked_bars(
     shown = min(top, max(len(part) for part in parts.values()))
     figure, axes = panels(len(parts), columns, width=(7.5, 10, 12)[columns - 1], height=0.6 + 0.2 * shown)
     unusable: dict[str, None] = {}
+    beyond: dict[str, None] = {}
     kinds: set[str] = set()
     for ax, (name, part) in zip(axes, parts.items(), strict=True):
-        amounts = numeric(part[value])
+        amounts = drawable(part, value)
         unusable.update(dict.fromkeys(part["layer"][~np.isfinite(amounts)]))
+        beyond.update(dict.fromkeys(not_believable(part, value)))
         part = part.iloc[descending(amounts)[:top]]
         kinds |= set(part["kind"])
         _draw_bars(ax, part, value)
@@ -154,7 +162,7 @@ def ranked_bars(
     if any(ax.collections for ax in axes):
         handles.append(key("interval, from captions drawn again", color=BLACK, linewidth=1.1, marker="|"))
     if unusable:
-        handles.append(key(f"not finite: {listed(list(unusable))}", marker="x", linestyle="", color=GREY))
+        handles.append(key(left_out(list(unusable), list(beyond)), marker="x", linestyle="", color=GREY))
     legend_below(figure, handles)
     headline(figure, title)
     return figure
@@ -172,7 +180,7 @@ def cumulative_share(frame: pd.DataFrame, value: str = "score", share: float = 0
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     ax = figure.subplots()
     for i, (name, part) in enumerate(by_candidate(frame, value).items()):
-        amounts = numeric(part[value])
+        amounts = drawable(part, value)
         needed = groups_for_share(amounts, share)
         if needed == 0:
             continue
@@ -193,6 +201,51 @@ def cumulative_share(frame: pd.DataFrame, value: str = "score", share: float = 0
     return figure
 
 
+def tokens_per_expert(routing: Sequence[Routing], *, title: str = "") -> Figure:
+    """Tokens of each expert over the blocks, the busiest expert of a block at the top, a panel per phase.
+
+    Experts without a token are grey; a line lies below the last expert of a block that saw :data:`FLOOR` tokens.
+
+    Args:
+        routing: Expert modules in model order.
+        title: Above the figure.
+    """
+    phases = [p for p in ("calibration", "scoring") if any(getattr(r, p) for r in routing)]
+    figure = Figure(figsize=(10, 1.2 + 2.6 * len(phases)), layout="constrained")
+    axes = figure.subplots(len(phases), 1, squeeze=False)[:, 0]
+    experts = max(len(r.scoring) for r in routing)
+    drawn = []
+    for phase in phases:
+        counts = np.full((experts, len(routing)), np.nan)
+        for i, module in enumerate(routing):
+            ordered = sorted(getattr(module, phase), reverse=True)
+            counts[: len(ordered), i] = ordered
+        drawn.append(counts)
+    largest = max(float(np.nanmax(counts)) for counts in drawn)
+    norm = LogNorm(1, max(largest, 2))
+    for ax, phase, counts in zip(axes, phases, drawn, strict=True):
+        for shown, colors in ((counts > 0, COLORMAP), (counts == 0, ListedColormap([_ZERO]))):
+            cells, scale = np.ma.masked_where(~shown, counts), norm if colors is COLORMAP else None
+            ax.imshow(cells, norm=scale, cmap=colors, aspect="auto", interpolation="nearest")
+        enough = (counts >= FLOOR).sum(axis=0) - 0.5
+        ax.stairs(enough, np.arange(len(routing) + 1) - 0.5, color=BLACK, linewidth=1.4, baseline=None)
+        ax.set_ylabel("Experts, busiest first", fontsize=FONT)
+        ax.set_title(f"{phase}: tokens per expert", fontsize=FONT, loc="left")
+        every = 1 if len(routing) <= 40 else 5
+        ticks = range(0, len(routing), every)
+        ax.set_xticks(ticks, ["–" if routing[i].block is None else str(routing[i].block) for i in ticks])
+        ax.tick_params(labelsize=FONT - 1)
+    axes[-1].set_xlabel("Decoder block", fontsize=FONT)
+    bar = figure.colorbar(ScalarMappable(norm, COLORMAP), ax=list(axes), fraction=0.03, pad=0.01)
+    bar.set_label("Tokens (log scale)", fontsize=FONT)
+    handles: list[Line2D | Patch] = [key(f"{FLOOR} tokens: fewer below the line", color=BLACK, linewidth=1.4)]
+    if any((counts == 0).any() for counts in drawn):
+        handles.append(Patch(facecolor=_ZERO, edgecolor=GREY, label="no token"))
+    legend_below(figure, handles)
+    headline(figure, title)
+    return figure
+
+
 def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
     """Writes the figures of one run as PNG, each whole or not at all.
 
@@ -201,9 +254,10 @@ def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
         directory: Made where missing.
 
     Returns:
-        Paths of ``heatmap.png``, ``by_layer.png``, ``ranked.png`` and ``cumulative.png``.
+        Paths of ``heatmap.png``, ``by_layer.png``, ``ranked.png`` and ``cumulative.png``; with experts also
+        ``routing.png``.
     """
-    known = bool(np.isfinite(result.predicted_kl).any())
+    known = bool((np.isfinite(result.predicted_kl) & ~result.beyond).any())
     value = "predicted_kl" if known else "score"
     frame = tidy(result)
     measured = known and result.method == "kl_div"
@@ -216,6 +270,8 @@ def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
         "ranked": ranked_bars(frame, value, 20 if count <= 2 else 10, label=label, title=title),
         "cumulative": cumulative_share(frame, title=title),
     }
+    if any(module.scoring for module in result.routing):
+        drawn["routing"] = tokens_per_expert(result.routing, title=title)
     return [save_png(figure, directory / f"{name}.png") for name, figure in drawn.items()]
 
 

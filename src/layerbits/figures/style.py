@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from layerbits.atomic import atomic
-from layerbits.results.frames import Grid, listed
+from layerbits.results.frames import Grid, left_out
 from layerbits.results.result import FloatArray
 
 # Okabe and Ito's palette (https://jfly.uni-koeln.de/color/): apart for every colour vision; without its yellow, which
@@ -27,15 +27,32 @@ from layerbits.results.result import FloatArray
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#777777"
 _DASHES: dict[str, Any] = {"dash-dot-dot": (0, (4, 1, 1, 1, 1, 1)), "dots": (0, (1, 1)), "long": (0, (7, 2))}
-KIND_STYLES: dict[str, dict[str, Any]] = {
-    "qkv": {"color": BLUE, "marker": "o", "linestyle": "-"},
-    "o": {"color": ORANGE, "marker": "s", "linestyle": "--"},
-    "gate_up": {"color": GREEN, "marker": "^", "linestyle": "-."},
-    "down": {"color": VERMILLION, "marker": "D", "linestyle": _DASHES["dash-dot-dot"]},
-    "lm_head": {"color": PURPLE, "marker": "v", "linestyle": _DASHES["dots"]},
-    "other": {"color": BLACK, "marker": "P", "linestyle": _DASHES["long"]},
+_KIND_LOOKS = {
+    "qkv": (BLUE, "o", "-"),
+    "mla_q": ("#004C77", "<", "-"),
+    "mla_kv": (SKY, ">", "--"),
+    "linear_attn_in": ("#6A51A3", "p", "-"),
+    "ssm_in": ("#54278F", "h", "-."),
+    "conv": ("#8C8C8C", "*", _DASHES["dots"]),
+    "linear_attn_out": ("#9A5B00", "p", "--"),
+    "ssm_out": ("#7F3B08", "h", _DASHES["long"]),
+    "o": (ORANGE, "s", "--"),
+    "router": ("#A6761D", "X", _DASHES["dots"]),
+    "gate_up": (GREEN, "^", "-."),
+    "down": (VERMILLION, "D", _DASHES["dash-dot-dot"]),
+    "experts": ("#00503A", "d", "-"),
+    "shared_gate_up": ("#7FCDBB", "^", _DASHES["dots"]),
+    "shared_down": ("#F4A582", "D", _DASHES["long"]),
+    "lm_head": (PURPLE, "v", _DASHES["dots"]),
+    "other": (BLACK, "P", _DASHES["long"]),
 }
-"""Colour, marker and line style per kind of linear; marker and line style alone tell them apart in grey print."""
+KIND_STYLES: dict[str, dict[str, Any]] = {
+    kind: {"color": color, "marker": marker, "linestyle": line} for kind, (color, marker, line) in _KIND_LOOKS.items()
+}
+"""Colour, marker and line style per kind of linear; marker and line style alone tell them apart in grey print.
+
+A kind of one model has a shade of what does the same in others: latent projections of ``qkv``, experts of ``gate_up``.
+"""
 HATCH = "////"
 COLORMAP = "cividis"
 LABELS = {
@@ -191,7 +208,8 @@ def odd_keys(grids: Sequence[Grid]) -> list[Line2D]:
     keys = []
     unusable = list(dict.fromkeys(layer for g in grids for layer in g.unusable))
     if unusable:
-        keys.append(key(f"not finite: {listed(unusable)}", marker="x", linestyle="", color=GREY))
+        beyond = list(dict.fromkeys(layer for g in grids for layer in g.beyond))
+        keys.append(key(left_out(unusable, beyond), marker="x", linestyle="", color=GREY))
     if any((g.present & (g.values <= 0)).any() for g in grids):
         keys.append(key("zero or below", marker=_ZERO, linestyle="", color=GREY))
     return keys

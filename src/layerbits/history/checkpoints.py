@@ -11,6 +11,22 @@ from layerbits.history.source import RawRun, fetch, get_run, search
 _ARTIFACTS = "checkpoint"
 
 
+def export_runs(uri: str, run_id: str) -> list[str]:
+    """The runs of single exports that a run means: itself, or those below it that ended well, in their order.
+
+    Raises:
+        UserError: There is no such run, or none below it ended well.
+    """
+    run = get_run(uri, run_id)
+    if run.tags.get("layerbits.kind") != "exports":
+        return [run_id]
+    condition = f"tags.mlflow.parentRunId = '{run_id}' and tags.outcome = 'ok'"
+    found = search(uri, str(run.info["experiment_id"]), condition, lambda child: child.run_id)
+    if not found:
+        raise UserError(f"run {run_id} holds no export that ended well; export its schemes again")
+    return found
+
+
 def fetch_checkpoint(uri: str, run_id: str, to: Path) -> tuple[RawRun, Path]:
     """The checkpoint of an export run: where it was written, or downloaded where it was logged as artifacts.
 
@@ -27,12 +43,6 @@ def fetch_checkpoint(uri: str, run_id: str, to: Path) -> tuple[RawRun, Path]:
     """
     run = get_run(uri, run_id)
     kind, outcome = run.tags.get("layerbits.kind"), run.tags.get("outcome")
-    if kind == "exports":
-        condition = f"tags.mlflow.parentRunId = '{run_id}' and tags.outcome = 'ok'"
-        ids = search(uri, str(run.info["experiment_id"]), condition, lambda child: child.run_id)
-        if len(ids) != 1:
-            raise UserError(f"run {run_id} holds {len(ids)} exported schemes; give the run of one: {', '.join(ids)}")
-        return fetch_checkpoint(uri, ids[0], to)
     if kind != "export" or outcome != "ok":
         what = f"an export that ended as {outcome}" if kind == "export" else f"a run of kind {kind}"
         raise UserError(f"run {run_id} is {what}; give a finished run of `-e export`")

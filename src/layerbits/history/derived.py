@@ -7,9 +7,10 @@ from typing import Any
 import pandas as pd
 
 from layerbits.history.source import RawRun, connect, experiment_id, search, told
+from layerbits.tracking.contract import DIGEST_TAG
 
 _PREFIXES = {"schemes": "scheme/", "probe": "probe/"}
-_FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "scheme")
+_FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "scheme", "served_kl")
 
 
 def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -17,8 +18,9 @@ def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -
 
     Returns:
         A row per run and scheme: ``run_id``, ``run_name``, ``source_run_id`` (several separated by commas), ``model``,
-        ``start_time`` in UTC, ``scheme``, and the numbers that were logged of it (``bits``, ``score``,
-        ``predicted_kl``, …), missing where a run has none. Without rows where no such run exists.
+        ``start_time`` in UTC, ``scheme``, ``served_kl`` (nats per token, as the latest serve check of the same scheme
+        in the experiment measured it in a runtime; NaN without one), and the numbers that were logged of it
+        (``bits``, ``score``, ``predicted_kl``, …), missing where a run has none. Without rows where no such run exists.
 
     Raises:
         UserError: The store cannot be read, or there is no such experiment.
@@ -42,14 +44,18 @@ def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFra
     uri = connect(tracking_uri)
     condition = f"tags.`layerbits.kind` = '{kind}' AND attributes.status = 'FINISHED'"
     with told(uri):
-        found = search(uri, experiment_id(uri, experiment), condition, lambda run: _rows(run, _PREFIXES[kind]))
-    rows = [row for part in reversed(found) for row in part]
+        where = experiment_id(uri, experiment)
+        found = search(uri, where, condition, lambda run: _rows(run, _PREFIXES[kind]))
+        served = _served(uri, where) if found else {}
+    rows = [{**row, "served_kl": served.get(row["served_kl"])} for part in reversed(found) for row in part]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*_FACTS, *(name for row in rows for name in row)])))
+    frame["served_kl"] = frame["served_kl"].astype(float)
     frame["start_time"] = pd.to_datetime(frame["start_time"], unit="ms", utc=True)
     return frame
 
 
 def _rows(run: RawRun, prefix: str) -> list[dict[str, Any]]:
+    """A row per scheme of a run; ``served_kl`` holds the scheme's digest as yet."""
     rows: dict[str, dict[str, Any]] = {}
     for key, value in run.metrics.items():
         scheme, _, number = key.removeprefix(prefix).rpartition("/")
@@ -62,4 +68,16 @@ def _rows(run: RawRun, prefix: str) -> list[dict[str, Any]]:
         "model": run.params.get("eff.model"),
         "start_time": run.info.get("start_time"),
     }
-    return [{**facts, "scheme": scheme, **numbers} for scheme, numbers in sorted(rows.items())]
+    return [
+        {**facts, "scheme": scheme, "served_kl": run.tags.get(f"{DIGEST_TAG}{scheme}"), **numbers}
+        for scheme, numbers in sorted(rows.items())
+    ]
+
+
+def _served(uri: str, experiment: str) -> dict[str | None, float]:
+    """Digest of a scheme → KL as the latest serve check that ended well measured it in a runtime, nats per token."""
+    condition = "tags.`layerbits.kind` = 'serve_check' AND tags.outcome = 'ok'"
+    found = search(
+        uri, experiment, condition, lambda run: (run.params.get("eff.scheme_digest"), run.metrics.get("serve/kl"))
+    )
+    return {digest: kl for digest, kl in found if digest is not None and kl is not None}

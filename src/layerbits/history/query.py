@@ -31,7 +31,7 @@ _FEW = 32  # runs that are sooner read again than searched for the one that is g
 _PARALLEL = 8
 _SCORE_COLUMNS = (
     *("run_id", "model", "quant_pair", "granularity", "dataset_size", "block", "kind", "layer", "candidate", "score"),
-    *("predicted_kl", "bits", "chosen", "rank", *INTERVAL_COLUMNS),
+    *("predicted_kl", "bits", "chosen", "rank", *INTERVAL_COLUMNS, "believable"),
 )
 
 
@@ -67,8 +67,9 @@ def runs(
     Returns:
         One row per run: ``run_id``, ``run_name``, the parameters in force (``model``, ``model_revision``,
         ``quant_pair``, ``granularity``, ``dataset``, ``dataset_size``, ``dataset_digest``, ``method``, ``engine``,
-        ``config_hash``, …), ``effective_bits`` and other sums of the recipe, tags, ``start_time`` in UTC. What a run
-        does not have is missing. ``attrs["tracking_uri"]`` names the store.
+        ``config_hash``, …), ``effective_bits`` and other sums of the recipe, ``loss_per_token`` of the unquantized
+        model (guessing loses ln(``vocabulary``)), how many groups are ``not_believable``, tags, ``start_time`` in UTC.
+        What a run does not have is missing. ``attrs["tracking_uri"]`` names the store.
 
     Raises:
         UserError: The store cannot be read, there is no such experiment, or a filter cannot be asked.
@@ -115,10 +116,11 @@ def scores(runs: pd.DataFrame | Sequence[str], *, tracking_uri: str | None = Non
 
     Returns:
         Columns ``run_id``, ``model``, ``quant_pair``, ``granularity``, ``dataset_size``, ``block`` (missing outside
-        the decoder blocks), ``kind`` (qkv, o, gate_up, down, lm_head or other), ``layer``, ``candidate``, ``score``,
+        the decoder blocks), ``kind`` (:data:`layerbits.results.result.KINDS`), ``layer``, ``candidate``, ``score``,
         ``predicted_kl`` (nats per token; both NaN where not finite), ``bits``, ``chosen``, ``rank`` (1 = most
-        sensitive), and the intervals ``low`` to ``high`` of the predicted KL and ``rank_low`` to ``rank_high`` of the
-        rank. What a run does not have is missing. In the order of the runs, most sensitive first. Runs without scores
+        sensitive), the intervals ``low`` to ``high`` of the predicted KL and ``rank_low`` to ``rank_high`` of the
+        rank, and ``believable``: false where a predicted KL is above ln(vocabulary). What a run does not have is
+        missing. In the order of the runs, most sensitive first. Runs without scores
         are named in a warning and left out.
 
     Raises:
@@ -285,11 +287,20 @@ def _long(table: pa.Table) -> pd.DataFrame:
     columns = {
         name: pc.list_flatten(table[name]) if pa.types.is_list(table[name].type) else table[name].take(run)
         for name in _SCORE_COLUMNS
-        if name != "rank"
+        if name not in ("rank", "believable")
     }
     frame = _frame(pa.table(columns))
+    frame["believable"] = _believable(table.take(pa.array(run)), frame["predicted_kl"])
     frame["rank"] = np.arange(len(run)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1
     return frame[list(_SCORE_COLUMNS)]
+
+
+def _believable(runs: pa.Table, predicted_kl: pd.Series) -> pd.Series:
+    """Whether each predicted KL can be, missing where the run does not tell; a measured one may be anything."""
+    guessing = np.log(runs["vocabulary"].to_numpy().astype(float))
+    measured = pc.fill_null(pc.equal(runs["method"], "kl_div"), False).to_numpy()
+    believable = pd.Series(measured | ~(predicted_kl.to_numpy() > guessing), dtype="boolean")
+    return believable.mask(np.isnan(guessing))
 
 
 def _ids(runs: pd.DataFrame | Sequence[str], tracking_uri: str | None) -> tuple[list[str], str]:

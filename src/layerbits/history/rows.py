@@ -18,12 +18,12 @@ _TEXT_PARAMS = (
     *("activation_precision", "dataset", "dataset_size", "dataset_digest", "packing", "method", "engine", "dtype"),
     *("device", "config_hash"),
 )
-_COUNT_PARAMS = ("seq_len", "batch_size", "calib_samples", "score_samples", "seed")
+_COUNT_PARAMS = ("seq_len", "batch_size", "calib_samples", "score_samples", "seed", "vocabulary")
 _METRICS = (
     *("effective_bits", "effective_bits_modelopt", "score_sum", "predicted_kl_sum", "score_chosen"),
-    "predicted_kl_chosen",
+    *("predicted_kl_chosen", "loss_per_token"),
 )
-_COUNTS = ("groups", "quantized_groups", "nonfinite")
+_COUNTS = ("groups", "quantized_groups", "nonfinite", "not_believable")
 _TAGS = {
     "outcome": "outcome",
     "reason": "reason",

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import numpy as np
 
@@ -52,7 +53,19 @@ def results(table: Table) -> list[SensitivityResult]:
     return [_result(table, [s for s in inside if s.format == form], forms) for form in forms]
 
 
-def write(result: SensitivityResult, table: Table, root: Path) -> Path:
+class Source(Protocol):
+    """What a result was imported from."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of it."""
+
+
+def write(result: SensitivityResult, table: Source, root: Path) -> Path:
     """Writes the folder of an imported result, the same one for the same file, with the file itself under ``source``.
 
     Args:
@@ -135,7 +148,7 @@ def _groups(table: Table, scores: Sequence[Score]) -> tuple[Group, ...]:
         # ModelOpt names a group by its first linear; those that it fuses are quantized, but have no entry of their own.
         fused.append(((score.module, *(name for name in others if name in there)), score.weights))
     head = next((score.module for score in scores if score.module.rpartition(".")[2] == "lm_head"), None)
-    return named_groups(fused, head)
+    return named_groups(None, fused, head)
 
 
 def _calibration(dataset: Mapping[str, object], score_samples: int | None) -> CalibrationInfo:

@@ -99,6 +99,7 @@ def collect(path: Path) -> tuple[list[Table], list[str]]:
     if not path.exists():
         raise UserError(f"there is no {path}; give a quant manifest or a per-layer report, or a folder of them")
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not files:
         raise UserError(f"there is no JSON file in {path}; give the folder of quant manifests or per-layer reports")
     tables: dict[tuple[Path, str, str], Table] = {}

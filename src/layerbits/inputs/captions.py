@@ -8,6 +8,7 @@ the run itself calibrates on.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -21,6 +22,11 @@ SIZES = {"small": 16, "medium": 128, "large": 512}
 
 HELD_OUT = 256
 """Held-out captions, at most."""
+
+LONGEST = 100_000
+"""Characters of a line that are no caption any more."""
+
+_POINTER = "version https://git-lfs.github.com/spec"
 
 COCO_FILE = "coco2017_captions.txt"
 """Name of the built COCO 2017 list in the cache folder."""
@@ -82,20 +88,42 @@ def read_captions(data: bytes, source: str) -> tuple[str, ...]:
         source: How to name the file in an error.
 
     Raises:
-        UserError: Not UTF-8, or no caption at all.
+        UserError: Not UTF-8, another kind of file, or no caption at all.
     """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{source} is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from None
+    if what := _other_kind(text):
+        raise UserError(f"{source} {what}; give a text file with one caption a line")
     distinct: dict[str, str] = {}
     for line_text in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
         distinct.setdefault(normalised(line_text), line_text.strip())
     distinct.pop("", None)
     if not distinct:
         raise UserError(f"{source} has no captions; give a text file with one caption a line")
+    if (longest := max(map(len, distinct.values()))) > LONGEST:
+        raise UserError(f"{source} has a line of {longest:,} characters, which is no caption; put one on each line")
     return tuple(distinct.values())
+
+
+def _other_kind(text: str) -> str:
+    """What a file is whose lines are no captions; empty where nothing says so."""
+    start = text.lstrip()[:200].lower()
+    if "\0" in text:
+        return "is binary, or UTF-16 without its mark"
+    if start.startswith(("<!doctype html", "<html")):
+        return "is a web page, perhaps of a failed download"
+    if start.startswith(_POINTER):
+        return "is a pointer of Git LFS (run `git lfs pull`)"
+    if start.startswith(("{", "[")):
+        try:
+            json.loads(text.strip().partition("\n")[0] if start.startswith("{") else text)
+        except ValueError:
+            return "looks like JSON" if start.startswith(('{"', "{\n", "[{", '["', "[\n")) else ""
+        return "is JSON, not text"
+    return ""
 
 
 def normalised(caption: str) -> str:

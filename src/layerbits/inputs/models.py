@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.inputs import smollm2
-from layerbits.inputs.experts import fused_experts, named_experts
+from layerbits.inputs.architecture import check_causal, check_code, check_tokenizer_code, is_remote, model_class
+from layerbits.inputs.experts import fused_experts
+from layerbits.inputs.folder import check_folder, digest_of, weight_files
+from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
+from layerbits.inputs.linears import is_quantizable, shape_of
+from layerbits.inputs.loading import dtype_of, first_line, from_checkpoint
+from layerbits.inputs.quantized import Quantization, check_quantization
 from layerbits.results.result import ModelInfo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 
 Shapes = tuple[tuple[int, int], ...]
 """``(out_features, in_features)`` of a linear's weight, or of one expert's weight per projection."""
@@ -32,6 +36,9 @@ class ModelSpec:
         lm_head: Whether the output head is a candidate too.
         random_weights: Builds the model from its config alone, to measure time and memory without weights.
         device_map: ``auto`` spreads a model that is too big for one GPU over all of them.
+        dequantize: Whether to score the numbers of a quantized checkpoint in 16 bits.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        exclude: Patterns of linears, or of modules around them, that stay out of the search.
     """
 
     name: str
@@ -41,6 +48,9 @@ class ModelSpec:
     lm_head: bool = False
     random_weights: bool = False
     device_map: str | None = None
+    dequantize: bool = False
+    trust_remote_code: bool = False
+    exclude: tuple[str, ...] = ()
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -51,7 +61,10 @@ class ModelSpec:
         """
         if not values["path"]:
             raise UserError("this model needs model.path: a Hugging Face id or a local checkpoint folder")
-        spec = cls(**{**values, "name": values["name"] or Path(str(values["path"])).name})
+        exclude = values.get("exclude") or ()
+        patterns = [p.strip() for p in exclude.split(",")] if isinstance(exclude, str) else [str(p) for p in exclude]
+        name = values["name"] or Path(str(values["path"])).name
+        spec = cls(**{**values, "name": name, "exclude": tuple(filter(None, patterns))})
         if spec.dtype not in DTYPES:
             raise UserError(f"model.dtype is {spec.dtype!r}; use one of {', '.join(DTYPES)}")
         return spec
@@ -65,12 +78,24 @@ class ResolvedModel:
         source: What ``from_pretrained`` gets.
         revision: Resolved commit of the hub, or a digest of the local files.
         config: The ``transformers`` config.
+        quantization: What is dequantized on load, ``None`` for a model that is not quantized.
     """
 
     spec: ModelSpec
     source: str
     revision: str
     config: Any
+    quantization: Quantization | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a reader of the scores should know of the model, a line each."""
+        if self.quantization is None:
+            return ()
+        return (
+            f"the checkpoint is quantized ({self.quantization.words}) and was dequantized: the scores tell what a "
+            "second quantization does to it, not what quantizing the original would",
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +117,8 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     """Finds the model and reads its config, before anything heavy.
 
     Raises:
-        UserError: Unknown id, no network, or a folder that is not a checkpoint.
+        UserError: Unknown id, no network, or a folder that is not a checkpoint; a quantized checkpoint; code of its own
+            that is not trusted; no causal language model.
     """
     from transformers import AutoConfig
 
@@ -101,48 +127,66 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
         return ResolvedModel(spec, source, smollm2.REVISION, AutoConfig.from_pretrained(source))
     local = Path(spec.path).expanduser()
     if local.exists() or spec.path.startswith((".", "/", "~")):
-        return ResolvedModel(spec, str(local), _local_digest(local, spec.random_weights), _local_config(local))
+        said, source, folder = check_folder(local, spec.random_weights), str(local), local
+    else:
+        said, source, folder = _hub_config(spec), spec.path, None
+    found = None if spec.random_weights else check_quantization(said, source, folder, spec.dequantize)
+    check_code(said, source, spec.trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(spec.path, revision=spec.revision)
-    except (OSError, ValueError) as error:
-        at = f" at revision {spec.revision}" if spec.revision else ""
-        raise UserError(
-            f"cannot read model {spec.path!r}{at} from the hub ({_first_line(error)}); check the id and the network, "
-            "or give a local checkpoint folder as model.path"
-        ) from None
-    return ResolvedModel(spec, spec.path, getattr(config, "_commit_hash", None) or "unknown", config)
+        config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # configs raise whatever a wrong value makes of them
+        said_why = " ".join(str(error).split())[:200]
+        raise UserError(f"the config.json of {source} cannot be read ({said_why}); fetch it again") from None
+    revision = digest_of(folder) if folder else getattr(config, "_commit_hash", None) or "unknown"
+    check_causal(config, source)
+    return ResolvedModel(spec, source, revision, config, found)
 
 
-def skeleton(resolved: ResolvedModel) -> dict[str, Shapes]:
-    """Linears and expert modules of the language model, from the config alone (nothing is allocated).
+def scored_linears(model: Any, spec: ModelSpec) -> dict[str, Shapes]:
+    """Those of :func:`language_model_linears` that are not excluded.
 
-    Returns:
-        Full module name → shapes, lm_head included.
+    Raises:
+        UserError: A pattern of ``model.exclude`` names none, or none is left.
     """
-    return language_model_linears(empty(resolved))
+    linears = language_model_linears(model)
+    kept = without_excluded(list(linears), spec.exclude, spec.name)
+    return {name: linears[name] for name in kept}
 
 
-def empty(resolved: ResolvedModel) -> Any:
-    """A model on the meta device: shapes and dtypes, nothing allocated."""
+def empty_model(resolved: ResolvedModel) -> Any:
+    """The model without numbers, on torch's meta device.
+
+    Raises:
+        UserError: The tensors of the checkpoint are not those of the model; checked where safetensors are on this
+            machine, whose headers tell.
+    """
     import torch
 
-    with torch.device("meta"):
-        return build(resolved.config, dtype_of(resolved))
+    local = Path(resolved.source)
+    if resolved.spec.random_weights or not local.is_dir() or weight_files(local)[0].suffix != ".safetensors":
+        with torch.device("meta"):
+            return build(resolved.config, dtype_of(resolved.spec.dtype, resolved.config))
+    return from_checkpoint(resolved, {"": "meta"})
 
 
 def load_tokenizer(resolved: ResolvedModel) -> Any:
     """The model's tokenizer.
 
     Raises:
-        UserError: The checkpoint holds none.
+        UserError: The checkpoint holds none, a damaged one, or one with code that is not trusted.
     """
     from transformers import AutoTokenizer
 
+    spec, source = resolved.spec, resolved.source
+    check_tokenizer_code(source, spec.trust_remote_code)
     try:
-        return AutoTokenizer.from_pretrained(resolved.source, revision=resolved.spec.revision)
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    except ImportError as error:
+        raise UserError(f"the tokenizer of {source} needs a package ({first_line(error)}); install it") from None
+    except Exception as error:  # the readers of tokenizer files raise whatever a damaged one makes of them
         raise UserError(
-            f"{resolved.source} holds no tokenizer ({_first_line(error)}); put the tokenizer files into the checkpoint"
+            f"{source} holds no tokenizer that can be read ({first_line(error)}); put the tokenizer files of the "
+            "model into the checkpoint"
         ) from None
 
 
@@ -164,7 +208,6 @@ def load(
         Unsupported: Its blocks cannot be streamed.
     """
     import torch
-    from safetensors import SafetensorError
 
     from layerbits.inputs.offload import offload
 
@@ -175,26 +218,17 @@ def load(
             "GPUs; leave one of them out"
         )
     target, device = device, "cpu" if in_host_memory else device
-    dtype = dtype_of(resolved)
+    dtype = dtype_of(spec.dtype, resolved.config)
     if spec.random_weights:
         torch.manual_seed(seed)
         with torch.device(device):
             model = build(resolved.config, dtype)
     else:
         try:
-            model = _model_class(resolved.config).from_pretrained(
-                resolved.source,
-                revision=spec.revision,
-                dtype=dtype,
-                device_map=spec.device_map or (None if device == "cpu" else {"": device}),
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise UserError(
-                    f"{spec.name} does not fit on {device}; free the GPU, or spread it with model.device_map=auto"
-                ) from None
+            model = from_checkpoint(resolved, spec.device_map or (None if device == "cpu" else {"": device}))
+        except torch.OutOfMemoryError:
             raise UserError(
-                f"cannot load the weights of {resolved.source} ({_first_line(error)}); the checkpoint may be incomplete"
+                f"{spec.name} does not fit on {device}; free the GPU, or spread it with model.device_map=auto"
             ) from None
     model.eval()
     model.config.use_cache = False
@@ -206,32 +240,51 @@ def load(
         revision=resolved.revision,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
-        language_model=_language_model(model)[0],
+        language_model=find_language_model(model)[0],
     )
-    return LoadedModel(model, tokenizer, info, language_model_linears(model))
+    return LoadedModel(model, tokenizer, info, scored_linears(model, spec))
 
 
 def language_model_linears(model: Any) -> dict[str, Shapes]:
-    """Linears and expert modules of the language model, and its head, by ModelOpt's lineage of a vision-language model.
+    """Linears and expert modules of the language model, and its head.
 
     Returns:
         Full module name → shapes of the weights, in model order.
     """
-    import torch
-
-    prefix, language_model = _language_model(model)
+    prefix, language_model = find_language_model(model)
+    foreign = tuple(f"{name}." for name in foreign_parts(model))
     linears: dict[str, Shapes] = {}
     for name, module in language_model.named_modules():
         full = f"{prefix}.{name}" if prefix else name
-        if isinstance(module, torch.nn.Linear):
-            linears[full] = ((module.out_features, module.in_features),)
+        if f"{full}.".startswith(foreign):
+            continue
+        if is_quantizable(module):
+            linears[full] = (shape_of(module),)
         elif (experts := fused_experts(module)) is not None:
             linears[full] = experts.shapes
     head = output_head(model)
     if head is not None:
-        module = model.get_submodule(head)
-        linears[head] = ((module.out_features, module.in_features),)
+        linears[head] = (shape_of(model.get_submodule(head)),)
     return linears
+
+
+def undecided(model: Any) -> Iterator[str]:
+    """Weights of the language model that ModelOpt's search makes no decision about, a line per class of module."""
+    stacked: dict[str, list[tuple[str, int]]] = {}
+    _, language_model = find_language_model(model)
+    for name, module in language_model.named_modules():
+        if not is_quantizable(module) and fused_experts(module) is None:
+            weights = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 3)
+            if weights:
+                stacked.setdefault(type(module).__name__, []).append((name, weights))
+    total = sum(p.numel() for p in language_model.parameters())
+    for kind, found in stacked.items():
+        share = sum(weights for _, weights in found) / total
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        yield (
+            f"{found[0][0]}{more} ({kind}): ModelOpt's search makes no decision about weights of this layout; "
+            f"{share:.0%} of the language model stay as they are"
+        )
 
 
 def output_head(model: Any) -> str | None:
@@ -246,15 +299,12 @@ def output_head(model: Any) -> str | None:
 
 def unscored_patterns(model: Any, scored: set[str]) -> list[str]:
     """Name patterns of everything that must stay unquantized: the largest subtrees without a scored linear."""
-    import torch
-
     # ModelOpt makes a decision for every linear, convolution and expert module that it finds.
-    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    experts = {model.get_submodule(name) for name in named_experts(model)}
+    decided = {m for m in model.modules() if is_quantizable(m) or fused_experts(m) is not None}
     patterns: list[str] = []
 
     def quantizable(module: Any) -> bool:
-        return any(isinstance(m, kinds) or m in experts for m in module.modules())
+        return any(m in decided for m in module.modules())
 
     def visit(name: str, module: Any) -> None:
         for child_name, child in module.named_children():
@@ -270,70 +320,26 @@ def unscored_patterns(model: Any, scored: set[str]) -> list[str]:
     return patterns
 
 
-def _language_model(model: Any) -> tuple[str, Any]:
-    from modelopt.torch.export.model_utils import get_language_model_from_vl
-
-    lineage = get_language_model_from_vl(model)
-    if not lineage:
-        return "", model
-    return next(name for name, module in model.named_modules() if module is lineage[-1]), lineage[-1]
-
-
-def _model_class(config: Any) -> Any:
-    import transformers
-
-    for architecture in config.architectures or []:
-        if hasattr(transformers, architecture):
-            return getattr(transformers, architecture)
-    return transformers.AutoModelForCausalLM
-
-
 def build(config: Any, dtype: Any = None) -> Any:
     """A model of a config, on torch's default device, with its random initial weights."""
-    model_class = _model_class(config)
-    build: Callable[..., Any] = getattr(model_class, "_from_config", None) or model_class.from_config
-    return build(config, **({} if dtype is None else {"dtype": dtype}))
+    found = model_class(config)
+    make: Callable[..., Any] = getattr(found, "_from_config", None) or found.from_config
+    options = {} if dtype is None else {"dtype": dtype}
+    if is_remote(config):
+        options["trust_remote_code"] = True
+    return make(config, **options)
 
 
-def dtype_of(resolved: ResolvedModel) -> Any:
-    """The torch dtype of a model's weights: as the configuration says, or the checkpoint's own."""
-    import torch
-
-    if resolved.spec.dtype != "auto":
-        return getattr(torch, resolved.spec.dtype)
-    config = resolved.config
-    text = getattr(config, "text_config", config)
-    return getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
-
-
-def _local_config(folder: Path) -> Any:
-    from transformers import AutoConfig
+def _hub_config(spec: ModelSpec) -> dict[str, Any]:
+    """``config.json`` of a model on the hub."""
+    from transformers import PreTrainedConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        said, _ = PreTrainedConfig.get_config_dict(spec.path, revision=spec.revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no readable config.json ({_first_line(error)})") from None
-
-
-def _local_digest(folder: Path, random_weights: bool) -> str:
-    """Digest over names, sizes and both ends of the files, so that a large checkpoint takes no minutes."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a checkpoint folder: it has no config.json")
-    files = sorted(
-        f for f in folder.iterdir() if f.suffix in {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
-    )
-    if not random_weights and not any(f.suffix in {".safetensors", ".bin"} for f in files):
-        raise UserError(f"{folder} is not a complete checkpoint: it has no weights (*.safetensors)")
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return f"files-{digest.hexdigest()[:16]}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        at = f" at revision {spec.revision}" if spec.revision else ""
+        raise UserError(
+            f"cannot read model {spec.path!r}{at} from the hub ({first_line(error)}); check the id and the network, "
+            "or give a local checkpoint folder as model.path"
+        ) from None
+    return dict(said)

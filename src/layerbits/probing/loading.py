@@ -42,7 +42,7 @@ class Prepared:
         """
         import torch
 
-        from layerbits.inputs.models import load, skeleton
+        from layerbits.inputs.models import empty_model, load, scored_linears
         from layerbits.scoring.placement import in_host_memory
 
         if device not in ("auto", "cpu", "cuda"):
@@ -53,7 +53,7 @@ class Prepared:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         streamed = not whole and in_host_memory(
             self.resolved,
-            list(self.scheme.modules) or list(skeleton(self.resolved)),
+            list(self.scheme.modules) or list(scored_linears(empty_model(self.resolved), self.resolved.spec)),
             tokens=max(s.input_ids.numel() for b in self.calibration for s in b.segments),
             device=device,
             wanted=self.scheme.settings.get("autoquant", {}).get("memory", "auto"),

@@ -177,7 +177,7 @@ def _weights_fit(model: Any, schemes: Sequence[Scheme]) -> bool:
     if offloaded(model) is not None:
         return False
     distinct = {(name, info.config_hash) for scheme in schemes for name, info in scheme.modules.items()}
-    weights = [model.get_parameter(f"{name}.weight") for name, _ in distinct]
+    weights = [p for name, _ in distinct for p in model.get_submodule(name).parameters(recurse=False)]
     wanted = sum(w.numel() * w.element_size() for w in weights)
     return not weights or wanted < _MAY_KEEP * free_bytes(weights[0].device)
 

@@ -12,6 +12,7 @@ import numpy as np
 from layerbits.report.wording import config_words, stability_words
 from layerbits.results.frames import groups_for_share, listed
 from layerbits.results.result import NonFinite, SensitivityResult, by_kind
+from layerbits.results.routing import FLOOR, coverage, coverage_words
 
 SCHEMA_VERSION = 1
 MOST = 0.9
@@ -32,6 +33,7 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
         "run_name": result.run_name,
         "created": result.created,
         "attention": list(_attention(result)),
+        "baseline": _baseline(result),
         "model": asdict(result.model),
         "calibration": {
             **asdict(cal),
@@ -46,10 +48,16 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
             "target_bits": _number(recipe.target_bits),
             "effective_bits": _number(recipe.effective_bits),
             "effective_bits_modelopt": _number(recipe.effective_bits_modelopt),
+            "effective_bits_active": _number(recipe.effective_bits_active),
+            "cost_model": recipe.cost_model,
             "score": _number(recipe.score),
             "groups": len(result.groups),
             "quantized_groups": None if kept is None else len(result.groups) - len(kept),
             "unquantized_modules": None if kept is None else [m for g in kept for m in g.modules],
+        },
+        "experts": {
+            "floor": FLOOR,
+            "phases": [{**asdict(c), "words": coverage_words(c)} for c in coverage(result.routing)],
         },
         "intervals": _intervals(result),
         "candidates": [_candidate(result, c) for c in range(len(result.candidates))],
@@ -59,6 +67,15 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
         "tags": dict(result.tags),
         "provenance": dict(result.provenance),
     }
+
+
+def _baseline(result: SensitivityResult) -> dict[str, Any] | None:
+    """Loss of the unquantized model and of guessing, nats per token."""
+    found = result.baseline
+    if found is None:
+        return None
+    loss, guessing = _number(found.loss_per_token), found.guessing
+    return {"loss_per_token": loss, "vocabulary": found.vocabulary, "guessing": guessing}
 
 
 def _intervals(result: SensitivityResult) -> dict[str, Any] | None:
@@ -92,6 +109,8 @@ def _candidate(result: SensitivityResult, c: int) -> dict[str, Any]:
             "score": _number(row["score"]),
             "share": _number(row["score"] / total) if total > 0 else None,
         }
+        if result.baseline is not None:
+            layer["believable"] = row["believable"]
         if chosen:
             layer["chosen"] = chosen[position[row["layer"]]]
         if result.intervals is not None:
@@ -123,6 +142,7 @@ def _candidate(result: SensitivityResult, c: int) -> dict[str, Any]:
         "predicted_kl_sum": _sum(kl),
         "score_sum": _sum(scores),
         "nonfinite": int((~np.isfinite(scores)).sum()),
+        "not_believable": int(result.beyond[:, c].sum()),
         "groups_for_most": groups_for_share(scores, MOST) or None,
         "kinds": kinds,
         "layers": layers,
@@ -149,6 +169,15 @@ def _attention(result: SensitivityResult) -> Iterator[str]:
         if known and half.any():
             names = listed([result.groups[i].key for i in np.flatnonzero(half)], _NAMED)
             yield f"{info.name}: the predicted KL of {names} is not finite and missing in its sum."
+        if (far := np.flatnonzero(result.beyond[:, c])).size and result.baseline is not None:
+            worst = sorted(far.tolist(), key=lambda g: -result.predicted_kl[g, c])
+            names = listed([f"{result.groups[g].key} {result.predicted_kl[g, c]:.3g}" for g in worst], _NAMED)
+            yield (
+                f"{info.name}: the predicted KL of {len(far)} of {len(result.groups)} groups is above "
+                f"ln({result.baseline.vocabulary:,}) = {result.baseline.guessing:.2f} nats per token and not "
+                f"believable: {names}. A prediction from small changes does not hold so far out: read these as very "
+                "sensitive, and no number into them or into the total. Figures leave them out."
+            )
     if not known and np.isfinite(result.scores).any():
         yield "The predicted KL is not known for this result: only raw scores are told."
     yield from result.warnings

@@ -12,6 +12,8 @@ from layerbits.report.wording import modules_words
 from layerbits.results.frames import listed
 from layerbits.results.result import SensitivityResult
 
+ROUTING = "routing"
+"""The figure of runs with experts."""
 FIGURES = {
     "heatmap": "by block and kind",
     "by_layer": "along the blocks",
@@ -32,9 +34,10 @@ def markdown_report(result: SensitivityResult) -> str:
         [f"# Layer sensitivity: {data['run_name']}"],
         _attention(data["attention"]),
         _headline(data),
-        _figures(),
+        _figures(data["experts"]),
         *(_ranking(data, c) for c in data["candidates"]),
         _recipe(data["recipe"], several=len(data["candidates"]) > 1, layers=data["candidates"][0]["layers"]),
+        _experts(data["experts"]),
         _run(data),
         _reading(data["method"], data["intervals"], data["engine"]),
         _cost(data),
@@ -53,11 +56,13 @@ def note(result: SensitivityResult) -> str:
         f"**{data['run_name']}** ({formats}): {data['method']}, {_k(data['engine'])}, {_k(data['device'])}, "
         f"seed {_k(data['seed'])}.{warned}",
         f"{_k(calibration['dataset'])} {calibration['size']}: {_k(calibration['score_samples'])} captions, "
-        f"{_k(calibration['score_rows'])} rows, {_k(calibration['loss_tokens'], ',')} loss tokens",
+        f"{_k(calibration['score_rows'])} rows, {_k(calibration['loss_tokens'], ',')} loss tokens{_loss(data)}",
         f"Effective bits {_k(recipe['effective_bits'], '.3f')} (ModelOpt counts "
-        f"{_k(recipe['effective_bits_modelopt'], '.3f')}), target {_k(recipe['target_bits'], 'g')}: "
+        f"{_k(recipe['effective_bits_modelopt'], '.3f')}{_active(recipe)}), target "
+        f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
         f"{_quantized(recipe)} groups quantized",
     ]
+    lines += [f"experts in {p['words']}" for p in data["experts"]["phases"][-1:]]
     for c in data["candidates"]:
         kl, name = c["predicted_kl_sum"], _kl_name(data["method"])
         total = f"{name} not known" if kl is None else f"{name} {_n(kl)} nats/token over all groups"
@@ -69,8 +74,22 @@ def note(result: SensitivityResult) -> str:
         stable = ends and ends["top_overlap"][c["name"]]
         sure = f"; other captions would share {stable:.1f} of the top {ends['top']}" if stable else ""
         lines.append(f"{_shares(c)}; {c['groups_for_most'] or '–'} of {recipe['groups']} groups make {MOST:.0%}{sure}")
-        lines += [f"**{x['rank']}** `{x['layer']}` {_n(_value(x))} ({_p(x['share'])})" for x in c["layers"][:5]]
+        lines += [
+            f"**{x['rank']}** `{x['layer']}` {_n(_value(x))} ({_p(x['share'])})"
+            f"{'' if x.get('believable', True) else ', not believable'}"
+            for x in c["layers"][:5]
+        ]
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _active(recipe: Mapping[str, Any]) -> str:
+    """Bits of the weights that a token uses, where they are others."""
+    active, bits = recipe["effective_bits_active"], recipe["effective_bits"]
+    return "" if active is None or bits is None or abs(active - bits) < 1e-9 else f", {active:.3f} of active weights"
+
+
+def _unit(recipe: Mapping[str, Any]) -> str:
+    return " of active weights" if recipe["cost_model"] == "active_moe" else ""
 
 
 def _attention(sentences: Sequence[str]) -> list[str]:
@@ -99,7 +118,8 @@ def _headline(data: Mapping[str, Any]) -> Iterator[str]:
         f"{c['name']} {_k(c['bits'], 'g')} (ModelOpt {_k(c['bits_modelopt'], 'g')})" for c in data["candidates"]
     )
     yield (
-        f"**Effective bits {_k(recipe['effective_bits'], '.3f')}** for a target of {_k(recipe['target_bits'], 'g')}: "
+        f"**Effective bits {_k(recipe['effective_bits'], '.3f')}**{_active(recipe)} for a target of "
+        f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
         f"the solver quantized {_quantized(recipe)} groups. ModelOpt counts "
         f"{_k(recipe['effective_bits_modelopt'], '.3f')} for the same choice. Ours is weight storage per weight, block "
         "scales included, over the groups of this search. ModelOpt's takes the smaller of weight and activation bits, "
@@ -108,9 +128,10 @@ def _headline(data: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _figures() -> Iterator[str]:
+def _figures(experts: Mapping[str, Any]) -> Iterator[str]:
     # Links, not images: MLflow's viewer cannot resolve a relative image, which would show as broken.
-    yield "Figures: " + ", ".join(f"[{caption}](../figures/{name}.png)" for name, caption in FIGURES.items())
+    drawn = {**FIGURES, **({ROUTING: "tokens per expert"} if experts["phases"] else {})}
+    yield "Figures: " + ", ".join(f"[{caption}](../figures/{name}.png)" for name, caption in drawn.items())
 
 
 def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
@@ -126,7 +147,8 @@ def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
     titles += ["tied with"] if sure else []
 
     def row(x: Mapping[str, Any]) -> list[str]:
-        values = [_n(x["predicted_kl"]), *(_n(x[e]) for e in ends), _n(x["score"]), _p(x["share"])]
+        doubt = " (not believable)" if not x.get("believable", True) else ""
+        values = [_n(x["predicted_kl"]) + doubt, *(_n(x[e]) for e in ends), _n(x["score"]), _p(x["share"])]
         status = [_status(x["chosen"], several)] if known else []
         rank = [str(x["rank"]), *([_range(x["rank_low"], x["rank_high"])] if sure else [])]
         others = [_tied(x["tied"])] if sure else []
@@ -177,6 +199,25 @@ def _recipe(recipe: Mapping[str, Any], several: bool, layers: Sequence[Mapping[s
     yield f"```json\n{json.dumps(names, indent=0)}\n```"
 
 
+def _experts(experts: Mapping[str, Any]) -> Iterator[str]:
+    if not experts["phases"]:
+        return
+    yield "## Experts"
+    yield _table(
+        ["phase", "experts", "saw no token", f"fewer than {experts['floor']}", "least tokens", "median"],
+        [
+            [p["phase"], *(f"{p[name]:,}" for name in ("experts", "unseen", "starved", "least")), f"{p['median']:,.0f}"]
+            for p in experts["phases"]
+        ],
+    )
+    yield (
+        "All experts of a block are one group. A token counts once for each expert that it is routed to, by the "
+        f"unquantized model. Below {experts['floor']} tokens what an expert adds to a score is uncertain: a mean of "
+        f"{experts['floor']} squares has a relative standard error of a quarter. Activation ranges are shared by all "
+        "experts of a module, so that an expert without a token has the range of the others."
+    )
+
+
 def _run(data: Mapping[str, Any]) -> Iterator[str]:
     model, cal = data["model"], data["calibration"]
     lineage = f", language model `{model['language_model']}`" if model["language_model"] else ""
@@ -202,6 +243,7 @@ def _run(data: Mapping[str, Any]) -> Iterator[str]:
                 f"{_k(cal['calib_rows'])} to calibrate, {_k(cal['score_rows'])} to score",
             ],
             ["loss tokens", f"{tokens}; {padding}"],
+            *([["loss per token, unquantized", _loss(data).removeprefix("; ")]] if data["baseline"] else []),
             *([name, value] for name, value in data["tags"].items()),
             ["made", _k(data["created"])],
         ],
@@ -280,6 +322,17 @@ def _cost(data: Mapping[str, Any]) -> Iterator[str]:
     rows += [[name, f"{value:.2f}"] for name, value in data["memory"].items()]
     rows += [[name.removeprefix("version."), str(value)] for name, value in data["provenance"].items()]
     yield _facts(rows)
+
+
+def _loss(data: Mapping[str, Any]) -> str:
+    """How well the unquantized model predicts, beside guessing; empty where it is not known."""
+    found = data["baseline"]
+    if not found:
+        return ""
+    return (
+        f"; the unquantized model loses {_k(found['loss_per_token'], '.2f')} nats per token, guessing "
+        f"ln({found['vocabulary']:,}) = {found['guessing']:.2f}"
+    )
 
 
 def _kl_name(method: str) -> str:

@@ -12,6 +12,8 @@ import pandas as pd
 
 from layerbits.results.result import KINDS, FloatArray, SensitivityResult
 
+_PREDICTED = ("predicted_kl", "low", "high")
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -23,7 +25,8 @@ class Grid:
         values: ``[kinds, blocks]``, NaN where absent or not finite; groups that share a cell are summed.
         present: Where there is a group.
         chosen: Where the solver quantized every group of the cell with this candidate.
-        unusable: Layers whose value is not finite.
+        unusable: Layers whose value is not finite, or not believable.
+        beyond: Those that are not believable.
     """
 
     kinds: tuple[str, ...]
@@ -32,13 +35,14 @@ class Grid:
     present: npt.NDArray[np.bool_]
     chosen: npt.NDArray[np.bool_]
     unusable: tuple[str, ...]
+    beyond: tuple[str, ...] = ()
 
 
 def tidy(result: SensitivityResult) -> pd.DataFrame:
     """The rows of a result as a frame.
 
     Without ``chosen`` where the recipe is not known; with ``low`` and ``high`` (of the predicted KL), ``rank_low``,
-    ``rank_high`` and ``tied`` where intervals are.
+    ``rank_high`` and ``tied`` where intervals are; with ``believable`` where the baseline is.
     """
     frame = pd.DataFrame(result.rows())
     if not result.recipe.chosen:
@@ -101,7 +105,7 @@ def grid(frame: pd.DataFrame, value: str) -> Grid:
     values, present, chosen = np.zeros(shape), np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool)
     row = {k: i for i, k in enumerate(kinds)}
     column = {b: i for i, b in enumerate(blocks)}
-    amounts = numeric(frame[value])
+    amounts = drawable(frame, value)
     picked = frame["chosen"].to_numpy(dtype=bool) if knows_choice(frame) else np.zeros(len(frame), dtype=bool)
     for kind, number, amount, pick in zip(frame["kind"], numbers, amounts, picked, strict=True):
         at = row[kind], column[None if np.isnan(number) else int(number)]
@@ -110,7 +114,32 @@ def grid(frame: pd.DataFrame, value: str) -> Grid:
         chosen[at] &= pick
     values[~present | ~np.isfinite(values)] = np.nan
     unusable = tuple(str(layer) for layer in frame["layer"][~np.isfinite(amounts)])
-    return Grid(kinds, blocks, values, present, chosen & present, unusable)
+    beyond = tuple(layer for layer in unusable if layer in set(not_believable(frame, value)))
+    return Grid(kinds, blocks, values, present, chosen & present, unusable, beyond)
+
+
+def not_believable(frame: pd.DataFrame, value: str) -> list[str]:
+    """Layers whose predicted KL is not believable; of other values, and of frames that do not say, none."""
+    if value not in _PREDICTED or "believable" not in frame:
+        return []
+    return [str(layer) for layer in frame["layer"][frame["believable"].eq(False).fillna(False)]]
+
+
+def left_out(unusable: Sequence[str], beyond: Sequence[str]) -> str:
+    """Why some layers are not drawn, for a legend.
+
+    Args:
+        unusable: All of them.
+        beyond: Those of them whose predicted KL is not believable.
+    """
+    parts = {"not finite": [layer for layer in unusable if layer not in set(beyond)], "not believable": list(beyond)}
+    return "; ".join(f"{why}: {listed(layers)}" for why, layers in parts.items() if layers)
+
+
+def drawable(frame: pd.DataFrame, value: str) -> FloatArray:
+    """A column as floats, NaN also where a predicted KL is not believable: it is never drawn as if it were."""
+    amounts = numeric(frame[value])
+    return np.where(frame["layer"].isin(not_believable(frame, value)), np.nan, amounts)
 
 
 def numeric(column: pd.Series) -> FloatArray:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.errors import UserError
+from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
 from layerbits.results.result import (
     CalibrationInfo,
@@ -42,6 +43,7 @@ def to_manifest(result: SensitivityResult) -> dict[str, Any]:
         "groups": [asdict(g) for g in result.groups],
         "recipe": _plain(result.recipe),
         "intervals": result.intervals.told([c.name for c in result.candidates]) if result.intervals else None,
+        "baseline": _plain(result.baseline) if result.baseline else None,
         "layers": [_finite(row) for row in result.rows()],
         "nonfinite": [asdict(n) for n in result.nonfinite],
         "settings": dict(result.settings),
@@ -99,6 +101,7 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
             scores=scores,
             predicted_kl=predicted_kl,
             recipe=Recipe(**recipe),
+            baseline=Baseline(**_numbers(measured, "loss_per_token")) if (measured := data.get("baseline")) else None,
             intervals=Intervals.from_told(data.get("intervals"), data["layers"], row_of, column_of),
             nonfinite=tuple(NonFinite(**n) for n in data["nonfinite"]),
             settings=data["settings"],

@@ -15,12 +15,23 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.errors import UserError
+from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
+from layerbits.results.naming import run_name
 from layerbits.results.routing import Routing
 
 SCHEMA_VERSION = 1
-KINDS = ("qkv", "o", "gate_up", "down", "lm_head", "other")
-"""Kinds of linear in the order of a decoder block."""
+KINDS = (
+    *("qkv", "mla_q", "mla_kv", "linear_attn_in", "ssm_in", "conv", "linear_attn_out", "ssm_out", "o"),
+    *("router", "gate_up", "down", "experts", "shared_gate_up", "shared_down", "lm_head", "other"),
+)
+"""Kinds of linear in the order of a decoder block.
+
+``qkv`` and ``o`` are what leads into and out of an attention (``mla_q`` and ``mla_kv`` into one with latent queries,
+keys and values), ``linear_attn_*`` and ``ssm_*`` of a linear attention and of a state-space mixer, ``conv`` its short
+convolution. ``gate_up`` and ``down`` are a dense MLP, ``experts`` all routed experts of a block, ``shared_*`` the
+expert that every token takes, ``router`` what chooses or weighs experts.
+"""
 
 COST_MODELS = ("weight", "active_moe")
 """Units of effective bits, ModelOpt's names: all weights alike, or routed experts by the share that a token uses."""
@@ -172,6 +183,7 @@ class SensitivityResult:
         sample_tokens: ``[S]`` loss tokens of each sample, or ``None``.
         recipe: The solver's choice for the target budget.
         intervals: ``None`` where they are not known.
+        baseline: The unquantized model on the scored rows, ``None`` where it is not known.
         settings: The composed configuration of the run.
         provenance: Versions, hardware, git commit.
         seconds: Wall time per phase. memory: peak GB per kind.
@@ -193,6 +205,7 @@ class SensitivityResult:
     sample_kl: FloatArray | None = None
     sample_tokens: npt.NDArray[np.int64] | None = None
     intervals: Intervals | None = None
+    baseline: Baseline | None = None
     nonfinite: tuple[NonFinite, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -222,11 +235,21 @@ class SensitivityResult:
         return 1 + max((g.block for g in self.groups if g.block is not None), default=-1)
 
     @property
+    def beyond(self) -> npt.NDArray[np.bool_]:
+        """``[G, C]`` where a predicted KL is not believable: it is above ln(vocabulary).
+
+        A prediction that far out has left the small changes that it holds for. A measured KL (``kl_div``) may be there.
+        """
+        if self.baseline is None or self.method == "kl_div":
+            return np.zeros(self.predicted_kl.shape, dtype=bool)
+        return np.asarray(self.predicted_kl > self.baseline.guessing)
+
+    @property
     def run_name(self) -> str:
-        """Name of the run: model, pair, granularity and dataset size, as far as they are known."""
+        """Name of the run: pair, dataset size, granularity and model, as far as they are known."""
         pairs = "+".join(dict.fromkeys(c.quant_pair for c in self.candidates))
         grains = "+".join(dict.fromkeys(c.granularity for c in self.candidates))
-        return " ".join(filter(None, (self.model.name, pairs, grains, self.calibration.size)))
+        return run_name(self.model.name, pairs, grains, self.calibration.size)
 
     def rows(self) -> list[dict[str, Any]]:
         """One plain record per group and candidate, most sensitive first within a candidate.
@@ -235,9 +258,11 @@ class SensitivityResult:
             Records with block, kind, layer, candidate, score, predicted_kl, bits, chosen (``None`` where the recipe
             is not known), rank (1 = most sensitive; non-finite scores come last), weights and modules. Where intervals
             are known, also low and high (of the predicted KL), rank_low and rank_high (``None`` where the predicted KL
-            is not finite), and tied: the groups whose order against this one is not supported.
+            is not finite), and tied: the groups whose order against this one is not supported. Where the baseline
+            is known, also believable.
         """
         records = []
+        beyond = self.beyond
         chosen = self.recipe.chosen
         keys = [g.key for g in self.groups]
         for c, candidate in enumerate(self.candidates):
@@ -259,6 +284,7 @@ class SensitivityResult:
                         "weights": group.weights,
                         "modules": list(group.modules),
                         **(self.intervals.row(g, c, keys) if self.intervals else {}),
+                        **({"believable": not bool(beyond[g, c])} if self.baseline else {}),
                     }
                 )
         return records

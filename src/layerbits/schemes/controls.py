@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layerbits.results.result import Group
+from layerbits.results.result import Group, costs
 from layerbits.schemes.solver import TOLERANCE, UNQUANTIZED, UNQUANTIZED_BITS, IntArray
 
 KINDS = ("random", "first_last")
@@ -14,7 +14,13 @@ _DRAWS = 500
 
 
 def control(
-    kind: str, reference: IntArray, groups: Sequence[Group], bits: Sequence[float], eligible: np.ndarray, seed: int
+    kind: str,
+    reference: IntArray,
+    groups: Sequence[Group],
+    bits: Sequence[float],
+    eligible: np.ndarray,
+    seed: int,
+    cost_model: str = "weight",
 ) -> IntArray:
     """Quantizes groups in an order that the scores have no say in, up to the bits of a reference.
 
@@ -30,13 +36,14 @@ def control(
         bits: ``[C]`` weight storage bits of the candidates.
         eligible: ``[G, C]`` whether a candidate may be used for a group.
         seed: Of the draws.
+        cost_model: What bits count.
 
     Returns:
         ``[G]`` candidate per group.
     """
     rng = np.random.default_rng(seed)
     used = reference[reference != UNQUANTIZED]
-    weights = np.array([g.weights for g in groups], dtype=np.float64)
+    weights = np.array(costs(groups, cost_model), dtype=np.float64)
     saving = weights[:, None] / weights.sum() * (UNQUANTIZED_BITS - np.asarray(bits, dtype=np.float64))
     target = float(saving[reference != UNQUANTIZED, used].sum())
     distance = _from_middle(groups) if kind == "first_last" else np.zeros(len(groups))

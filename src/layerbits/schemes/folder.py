@@ -10,22 +10,35 @@ from typing import Any
 import pandas as pd
 
 from layerbits.atomic import dated, whole_folder, write_json
-from layerbits.errors import UserError
+from layerbits.errors import Unsupported, UserError
 from layerbits.figures import pareto
 from layerbits.figures.style import save_png
+from layerbits.schemes.llm_compressor import compressor_recipe_yaml
+from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
 from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
 
 
-def write_schemes(root: Path, source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[str, float]]) -> Path:
-    """Writes ``schemes/*.json``, ``exclude/*.yaml``, ``schemes.md``, ``schemes.json`` and, with points, the curve.
+def write_schemes(
+    root: Path,
+    source: Source,
+    schemes: Sequence[Scheme],
+    points: Sequence[Mapping[str, float]] = (),
+    name: str = "",
+    more: Mapping[str, str] | None = None,
+    kv_cache: str = "none",
+) -> Path:
+    """Writes each scheme with its exclude list and as recipes, ``schemes.md``, ``schemes.json`` and the Pareto curve.
 
     Args:
         root: Output root; the folder is made below its ``tmp``.
         source: Where the schemes come from.
         schemes: What to write.
         points: The Pareto curve.
+        name: Of the folder, less the time; made of the model by default.
+        more: Further files, path → text.
+        kv_cache: What the recipes say of the KV cache.
 
     Returns:
         The folder.
@@ -33,13 +46,17 @@ def write_schemes(root: Path, source: Source, schemes: Sequence[Scheme], points:
     Raises:
         UserError: The disk is full or cannot be written.
     """
-    final = dated(root, f"schemes_{source.model.name}")
+    final = dated(root, name or f"schemes_{source.model.name}")
     with whole_folder(final) as partial:
         for scheme in schemes:
             scheme.save(partial / "schemes" / f"{scheme.name}.json")
             exclude = partial / "exclude" / f"{scheme.name}.yaml"
             exclude.parent.mkdir(exist_ok=True)
             exclude.write_text(exclude_yaml(scheme))
+            write_recipes(partial, scheme, kv_cache)
+        for path, text in (more or {}).items():
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            (partial / path).write_text(text)
         write_json(partial / "schemes.json", {"source_run_ids": list(source.run_ids), "schemes": rows(schemes)})
         (partial / "schemes.md").write_text(f"{markdown(schemes)}\n{excludes(schemes)}")
         if points:
@@ -47,6 +64,17 @@ def write_schemes(root: Path, source: Source, schemes: Sequence[Scheme], points:
         if points or schemes:
             save_png(_figure(source, schemes, points), partial / "figures" / "pareto.png")
     return final
+
+
+def write_recipes(folder: Path, scheme: Scheme, kv_cache: str = "none") -> None:
+    """Writes ``modelopt/<scheme>.yaml`` and ``llm_compressor/<scheme>.yaml``, or the reason why there is none."""
+    for kind, made in (("modelopt", ptq_recipe_yaml), ("llm_compressor", compressor_recipe_yaml)):
+        target = folder / kind / f"{scheme.name}.yaml"
+        target.parent.mkdir(exist_ok=True)
+        try:
+            target.write_text(made(scheme, kv_cache))
+        except Unsupported as error:
+            target.with_suffix(".txt").write_text(f"{error}\n")
 
 
 def load_schemes(folder: Path) -> list[Scheme]:

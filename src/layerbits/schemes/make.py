@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.results.result import CandidateInfo, FloatArray
+from layerbits.results.result import CandidateInfo, FloatArray, costs, effective_bits
 from layerbits.schemes import solver
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.controls import control
@@ -52,13 +52,14 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
     columns = source.columns(spec.candidates)
     candidates = [source.candidates[c] for c in columns]
     values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
-    solutions = solver.pareto(values, _bits(candidates), _weights(source), spec.effective_bits)
+    solutions = solver.pareto(values, _bits(candidates), _costs(source), spec.effective_bits)
     notes = _notes(spec, source, candidates, values)
     schemes = []
     for budget, solution in zip(spec.effective_bits, solutions, strict=True):
         how: dict[str, Any] = {
             "method": "budget",
             "target_effective_bits": budget,
+            "cost_model": source.cost_model,
             "objective": spec.objective,
             "candidates": [c.name for c in candidates],
         }
@@ -81,7 +82,13 @@ def controls_of(spec: SchemeSpec, reference: Scheme, source: Source) -> list[Sch
     made = []
     for seed in spec.seeds:
         choice = control(
-            str(spec.control), assigned, source.groups, _bits(source.candidates), np.isfinite(source.scores), seed
+            str(spec.control),
+            assigned,
+            source.groups,
+            _bits(source.candidates),
+            np.isfinite(source.scores),
+            seed,
+            source.cost_model,
         )
         how = {"method": spec.control, "reference": reference.name, "seed": seed}
         name = f"{reference.name}.{spec.name}" + (f"{seed}" if len(spec.seeds) > 1 else "")
@@ -102,7 +109,7 @@ def curve(spec: SchemeSpec, source: Source, points: int) -> list[dict[str, float
     """
     columns = source.columns(spec.candidates)
     values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
-    bits, weights = _bits([source.candidates[c] for c in columns]), _weights(source)
+    bits, weights = _bits([source.candidates[c] for c in columns]), _costs(source)
     budgets = np.linspace(solver.problem(values, bits, weights).floor, UNQUANTIZED_BITS, points).tolist()
     rows = []
     for budget, solution in zip(budgets, solver.pareto(values, bits, weights, budgets), strict=True):
@@ -126,8 +133,8 @@ def _scheme(
     infos = [source.candidates[columns[c]] if c != UNQUANTIZED else None for c in choice]
     picked = np.flatnonzero(choice != UNQUANTIZED)
     at = picked, np.array(columns)[choice[picked]]
-    weights = _weights(source)
-    saved = sum(w * (UNQUANTIZED_BITS - i.bits) for w, i in zip(weights, infos, strict=True) if i)
+    weights = [g.weights for g in source.groups]
+    bits = [UNQUANTIZED_BITS if info is None else info.bits for info in infos]
     saved_modelopt = sum(w * (UNQUANTIZED_BITS - i.bits_modelopt) for w, i in zip(weights, infos, strict=True) if i)
     used = {info.name for info in infos if info}
     return Scheme(
@@ -138,7 +145,8 @@ def _scheme(
         groups=source.groups,
         candidates=tuple(c for c in source.candidates if c.name in used),
         assignment=tuple(info.name if info else None for info in infos),
-        effective_bits=UNQUANTIZED_BITS - saved / sum(weights),
+        effective_bits=effective_bits(source.groups, bits, "weight"),
+        effective_bits_active=effective_bits(source.groups, bits, "active_moe"),
         effective_bits_modelopt=None
         if source.all_weights is None
         else UNQUANTIZED_BITS - saved_modelopt / source.all_weights,
@@ -181,5 +189,5 @@ def _bits(candidates: Sequence[CandidateInfo]) -> list[float]:
     return [c.bits for c in candidates]
 
 
-def _weights(source: Source) -> list[int]:
-    return [g.weights for g in source.groups]
+def _costs(source: Source) -> list[float]:
+    return costs(source.groups, source.cost_model)

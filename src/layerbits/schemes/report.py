@@ -17,8 +17,8 @@ def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
     """One plain record per scheme.
 
     Returns:
-        Records with scheme, control, bits, bits_modelopt, score, predicted_kl, groups, quantized_groups, candidates,
-        digest and same_as (the first scheme with the same digest, where there is one).
+        Records with scheme, control, bits, bits_active, bits_modelopt, score, predicted_kl, groups, quantized_groups,
+        candidates, digest and same_as (the first scheme with the same digest, where there is one).
     """
     first: dict[str, str] = {}
     records = []
@@ -29,6 +29,7 @@ def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
                 "scheme": scheme.name,
                 "control": scheme.is_control,
                 "bits": scheme.effective_bits,
+                "bits_active": scheme.effective_bits_active if math.isfinite(scheme.effective_bits_active) else None,
                 "bits_modelopt": scheme.effective_bits_modelopt,
                 "score": scheme.score,
                 "predicted_kl": scheme.predicted_kl if math.isfinite(scheme.predicted_kl) else None,
@@ -44,14 +45,20 @@ def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
 
 def markdown(schemes: Sequence[Scheme]) -> str:
     """A table of the schemes, and below it what each should be read with."""
+    told = rows(schemes)
+    # Where no group is routed experts, both units are one.
+    active = any(row["bits_active"] not in (None, row["bits"]) for row in told)
+    more = " bits of active weights |" if active else ""
     lines = [
-        "| scheme | bits | ModelOpt's bits | quantized groups | raw score | predicted KL (nats/token) | digest |",
-        "|---|---|---|---|---|---|---|",
+        f"| scheme | bits |{more} ModelOpt's bits | quantized groups | raw score | predicted KL (nats/token) "
+        "| digest |",
+        f"|---|---|{'---|' * active}---|---|---|---|---|",
     ]
-    for row in rows(schemes):
+    for row in told:
+        units = f" {_number(row['bits_active'], '.3f')} |" if active else ""
         same = f" (= {row['same_as']})" if row["same_as"] else ""
         lines.append(
-            f"| {row['scheme']} | {row['bits']:.3f} | {_number(row['bits_modelopt'], '.3f')} | "
+            f"| {row['scheme']} | {row['bits']:.3f} |{units} {_number(row['bits_modelopt'], '.3f')} | "
             f"{row['quantized_groups']} of {row['groups']} | {row['score']:.4g} | "
             f"{_number(row['predicted_kl'], '.4g')} | {row['digest']}{same} |"
         )
@@ -61,7 +68,7 @@ def markdown(schemes: Sequence[Scheme]) -> str:
 
 def metrics(schemes: Sequence[Scheme]) -> dict[str, float]:
     """Numbers for the tracking server: ``scheme/<name>/<number>``, finite ones only."""
-    names = ("bits", "bits_modelopt", "score", "predicted_kl", "quantized_groups")
+    names = ("bits", "bits_active", "bits_modelopt", "score", "predicted_kl", "quantized_groups")
     values = {f"scheme/{row['scheme']}/{name}": row[name] for row in rows(schemes) for name in names}
     return {key: float(value) for key, value in values.items() if value is not None}
 
@@ -88,6 +95,7 @@ def parameters(specs: Sequence[SchemeSpec], source: Source) -> dict[str, str]:
     }
     values = {key: ",".join(dict.fromkeys(names)) for key, names in lists.items()}
     values |= {"eff.model": source.model.name, "eff.model_revision": source.model.revision, "eff.method": source.method}
+    values |= {"eff.cost_model": source.cost_model}
     values |= {"eff.dataset": data.dataset, "eff.dataset_size": data.size}
     return {key: value for key, value in values.items() if value}
 

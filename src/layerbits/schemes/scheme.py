@@ -38,6 +38,7 @@ class Scheme:
         how: What it was made by: ``method`` (budget, coverage, random, first_last) and its parameters.
         settings: The ``model``, ``dataset``, ``autoquant`` and ``seed`` settings of the source, to load both again.
         notes: What a reader should know, a line each.
+        effective_bits_active: Weight storage bits per weight that a token uses; NaN in a file of an earlier version.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Scheme:
     how: Mapping[str, Any]
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    effective_bits_active: float = math.nan
 
     def __post_init__(self) -> None:
         """Checks the assignment.
@@ -117,7 +119,8 @@ class Scheme:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data, with its schema version, digest and exclude list."""
         data = asdict(self)
-        data["predicted_kl"] = self.predicted_kl if math.isfinite(self.predicted_kl) else None
+        for name in ("predicted_kl", "effective_bits_active"):
+            data[name] = data[name] if math.isfinite(data[name]) else None
         return {"schema_version": SCHEMA_VERSION, "digest": self.digest, **data, "exclude": self.exclude}
 
     @classmethod
@@ -153,6 +156,7 @@ class Scheme:
                 how=data["how"],
                 settings=data["settings"],
                 notes=tuple(data["notes"]),
+                effective_bits_active=math.nan if (bits := data.get("effective_bits_active")) is None else bits,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"scheme is damaged ({error!r}); make it again with experiments/scheme.py") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.results.result import COST_MODELS
 from layerbits.schemes.catalog import SchemeSpec, load_specs
 from layerbits.tracking.settings import TrackingSpec
 
@@ -22,12 +23,14 @@ class SchemeSettings:
         references: Run ids, result folders or manifests.
         specs: Schemes and controls, by name and by budget.
         base: The candidates and the objective of the budgets and of the Pareto curve.
+        cost_model: What budgets count; ``None`` = as in the runs.
         pareto: Points of the curve; 0 = none.
     """
 
     references: tuple[str, ...]
     specs: tuple[SchemeSpec, ...]
     base: SchemeSpec
+    cost_model: str | None
     pareto: int
     tracking: TrackingSpec
     output_root: Path
@@ -71,10 +74,19 @@ class SchemeSettings:
             references=tuple(references),
             specs=specs,
             base=base,
+            cost_model=_cost_model(config.get("cost_model")),
             pareto=points,
             tracking=TrackingSpec(**config["tracking"]),
             output_root=Path(config["output_root"]).expanduser().absolute(),
         )
+
+
+def _cost_model(value: object) -> str | None:
+    if value in _NONE:
+        return None
+    if value not in COST_MODELS:
+        raise UserError(f"cost_model={value} is not known; use one of {', '.join(COST_MODELS)}, or none")
+    return str(value)
 
 
 def _ordered(spec: SchemeSpec, order: str) -> SchemeSpec:

@@ -74,20 +74,20 @@ class Problem:
         return Solution(choice, float(self.bits[rows, at].sum()), float(self.scores[rows, at].sum()))
 
 
-def problem(scores: FloatArray, bits: Sequence[float], weights: Sequence[int]) -> Problem:
+def problem(scores: FloatArray, bits: Sequence[float], weights: Sequence[float]) -> Problem:
     """States a problem.
 
     Args:
         scores: ``[G, C]``, any unit; a candidate is not eligible for a group where its score is not finite.
         bits: ``[C]`` weight storage bits per weight of each candidate.
-        weights: ``[G]`` number of weights of each group.
+        weights: ``[G]`` what each group counts: its number of weights, or of those that a token uses.
     """
     share = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
     padded = np.hstack([np.where(np.isfinite(scores), scores, np.inf), np.zeros((len(scores), 1))])
     return Problem(padded, share[:, None] * np.append(np.asarray(bits, dtype=np.float64), UNQUANTIZED_BITS))
 
 
-def solve(scores: FloatArray, bits: Sequence[float], weights: Sequence[int], budget: float) -> Solution:
+def solve(scores: FloatArray, bits: Sequence[float], weights: Sequence[float], budget: float) -> Solution:
     """Least score sum under a budget; the arguments are those of :func:`problem`.
 
     Args:
@@ -102,8 +102,18 @@ def solve(scores: FloatArray, bits: Sequence[float], weights: Sequence[int], bud
     return pareto(scores, bits, weights, [budget])[0]
 
 
+def solve_problem(stated: Problem, budget: float) -> Solution:
+    """Least score sum of a stated problem under a budget of effective bits.
+
+    Raises:
+        UserError: The budget is below the feasible range.
+    """
+    _check(stated, min(budget, UNQUANTIZED_BITS))
+    return _solve(stated, _slopes(stated), budget)
+
+
 def pareto(
-    scores: FloatArray, bits: Sequence[float], weights: Sequence[int], budgets: Sequence[float]
+    scores: FloatArray, bits: Sequence[float], weights: Sequence[float], budgets: Sequence[float]
 ) -> list[Solution]:
     """:func:`solve` for many budgets.
 

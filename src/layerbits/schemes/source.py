@@ -14,7 +14,8 @@ from layerbits.errors import UserError
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
 
-_SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
+SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
+"""Parts of a run's configuration that load its model and data again."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Source:
         method: ``gradient`` or ``kl_div``.
         scores: ``[G, C]`` raw scores; NaN = not finite, or the candidate does not cover the group.
         predicted_kl: ``[G, C]`` nats per token, NaN as above.
+        cost_model: What budgets count, one of ``COST_MODELS``: that of the first run.
         all_weights: Weights in ModelOpt's denominator of effective bits; ``None`` where no run tells it.
         settings: The parts of the first run's configuration that load model and data.
     """
@@ -38,6 +40,7 @@ class Source:
     candidates: tuple[CandidateInfo, ...]
     scores: FloatArray
     predicted_kl: FloatArray
+    cost_model: str
     all_weights: int | None
     settings: Mapping[str, Any]
 
@@ -96,7 +99,7 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
     groups: dict[str, Group] = {}
     columns: dict[str, tuple[str, CandidateInfo]] = {}
     for name, result in results.items():
-        if not result.recipe.chosen:
+        if not result.recipe.chosen or any(math.isnan(c.bits) for c in result.candidates):
             raise UserError(f"{name} was imported and does not say what its formats store; score the model anew")
         _check_comparable(names[0], first, name, result)
         for group in result.groups:
@@ -124,8 +127,9 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
         candidates=tuple(candidate for _, candidate in columns.values()),
         scores=scores,
         predicted_kl=predicted_kl,
+        cost_model=first.recipe.cost_model,
         all_weights=next((n for n in map(_all_weights, results.values()) if n is not None), None),
-        settings={key: first.settings[key] for key in _SETTINGS if key in first.settings},
+        settings={key: first.settings[key] for key in SETTINGS if key in first.settings},
     )
 
 

@@ -34,6 +34,7 @@ class Reference:
     Attributes:
         vocabulary: Logits per token.
         kept_bytes: Memory of the kept logits.
+        loss: Loss of the tokens that came true, nats, summed.
     """
 
     def __init__(self, logits_of: Callable[[Any], Any], values: Any, targets: Any) -> None:
@@ -48,13 +49,16 @@ class Reference:
         keep = wanted < _MAY_KEEP * free_bytes(values.device)
         self.kept_bytes = wanted if keep else 0
         pieces, partition = [], []
-        for piece in values.split(size):
+        loss = 0.0
+        for piece, true in zip(values.split(size), targets.split(size), strict=True):
             logits = logits_of(piece)
             partition.append(log_partition(logits))
+            loss = loss + (partition[-1] - logits.gather(1, true[:, None])[:, 0].float()).double().sum()
             if keep:
                 pieces.append(logits)
         self._kept = torch.cat(pieces) if keep else None
         self._partition = torch.cat(partition)
+        self.loss = float(loss)
 
     def compare(self, span: slice, logits: Any) -> tuple[Any, Any]:
         """The :func:`divergence` of logits ``[K, n, vocabulary]`` of the tokens in a span."""

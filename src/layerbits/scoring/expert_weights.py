@@ -2,7 +2,8 @@
 
 ModelOpt gives every expert a ``TensorQuantizer`` of its own and calls them one after the other. A scale per tensor of
 an expert is a scale per slice of the whole projection, so that ModelOpt's quantizer with another ``axis`` computes the
-same numbers for all experts at once; blocks and rows do not know experts at all.
+same numbers for all experts at once; blocks and rows do not know experts at all. What is left (NVFP4 with stored block
+ranges, ranges that are searched) is quantized expert by expert.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from layerbits.scoring import quantizers
 
 AT_ONCE = 1 << 27
 """Weights that are quantized at once: 512 MB in float32, which some kernels work in."""
+_NARROW_AT_ONCE = 1 << 30
+"""The same where a kernel of ModelOpt reads and writes the model's dtype and nothing else; it counts in 32 bits."""
 
 
 class ExpertWeights:
@@ -24,18 +27,19 @@ class ExpertWeights:
     Args:
         attributes: ModelOpt's quantizer attributes for the weight of one expert.
         weight: ``[experts, out_features, in_features]``.
-
-    Raises:
-        Unsupported: Scales that are laid out in a way that is not known here.
+        search: How the ranges are searched (``mse``), ``None`` = largest magnitudes.
     """
 
-    def __init__(self, attributes: Any, weight: Any) -> None:
+    def __init__(self, attributes: Any, weight: Any, search: Any = None) -> None:
         experts, rows, width = weight.shape
-        self._layout, adapted = _layout(attributes)
-        size = max(1, AT_ONCE // (rows * width))
+        self._layout, adapted = ("each", attributes) if search is not None else _layout(attributes)
+        self._search = search
+        most = _NARROW_AT_ONCE if _narrow(attributes, self._layout, weight) else AT_ONCE
+        size = 1 if self._layout == "each" else max(1, most // (rows * width))
         self._parts = [slice(at, min(at + size, experts)) for at in range(0, experts, size)]
         self._own = self._layout == "nvfp4" and (attributes.backend == fp4.NVFP4_BACKEND or weight.is_cuda)
         self._quantizers = [quantizers.make_quantizer(adapted, weight.device) for _ in self._parts]
+        self._rows = rows
         self._amax: Any = None
 
     def calibrate(self, weight: Any, rows_amax: Any) -> None:
@@ -54,7 +58,25 @@ class ExpertWeights:
             elif self._layout == "row":
                 quantizer.amax = rows_amax[part].reshape(-1, 1)
             else:
-                quantizers.calibrate_weight(quantizer, self._seen(weight[part]))
+                quantizers.calibrate_weight(quantizer, self._seen(weight[part]), self._search)
+
+    def range_of(self, expert: int, start: int, stop: int) -> Any:
+        """Range of some rows of one expert: of the expert, of each row, or of each block of a row, ``[-1, 1]``.
+
+        Raises:
+            Unsupported: The ranges lie along another dimension.
+        """
+        if self._layout in ("nvfp4", "matrix"):
+            return self._amax[expert].clone()
+        part = next(i for i, p in enumerate(self._parts) if p.start <= expert < p.stop)
+        quantizer = self._quantizers[part]
+        if not quantizers.needs_range(quantizer):
+            return None
+        if self._layout not in ("row", "row blocks"):
+            raise Unsupported("a range per input channel of experts is not exported; use one per tensor, row or group")
+        count = self._parts[part].stop - self._parts[part].start
+        by_row = quantizer.amax.reshape(count, self._rows, -1)
+        return by_row[expert - self._parts[part].start, start:stop].reshape(-1, 1).clone()
 
     def __call__(self, weight: Any) -> Any:
         """The quantized weights, a new tensor."""
@@ -75,6 +97,8 @@ class ExpertWeights:
 
     def _seen(self, weight: Any) -> Any:
         """The weights in the shape that the quantizer gets."""
+        if self._layout == "each":
+            return weight[0]
         if self._layout == "matrix":
             return weight.reshape(len(weight), -1)
         if self._layout in ("row", "row blocks"):
@@ -105,7 +129,7 @@ def _layout(attributes: Any) -> tuple[str, Any]:
     if lengths and len(whole) < len(lengths):
         if tuple(blocks.get("scale_bits") or ()) == (4, 3) and attributes.num_bits == (2, 1):
             if blocks.get("type") != "dynamic":
-                raise Unsupported("NVFP4 with static block scales of experts; use the dynamic NVFP4 formats")
+                return "each", attributes
             return "nvfp4", attributes
         return ("row blocks" if set(lengths) == {1} else "blocks"), attributes
     if lengths:  # whole dimensions share a scale: the others are what ModelOpt calls the axis
@@ -120,6 +144,17 @@ def _layout(attributes: Any) -> tuple[str, Any]:
         frozenset({0, 1}): ("element", (0, 1, 2)),
     }[frozenset(own)]
     return layout, attributes.model_copy(update={"axis": axis, "block_sizes": None})
+
+
+def _narrow(attributes: Any, layout: str, weight: Any) -> bool:
+    """Whether quantizing takes no more memory than its result: no plain PyTorch in float32 on the way."""
+    from modelopt.torch.quantization.extensions import get_cuda_ext, get_cuda_ext_fp8
+
+    if not weight.is_cuda or attributes.backend is not None or layout not in ("matrix", "row", "row blocks", "nvfp4"):
+        return False
+    if attributes.num_bits == (4, 3):
+        return get_cuda_ext_fp8() is not None
+    return not isinstance(attributes.num_bits, int) or get_cuda_ext() is not None
 
 
 def _nvfp4_on_gpu(weight: Any, amax: Any) -> Any:

@@ -16,10 +16,11 @@ from functools import cache
 from typing import Any
 
 from layerbits.errors import Unsupported
-from layerbits.inputs.experts import Experts
+from layerbits.inputs.experts import Experts, fused_experts
 from layerbits.inputs.offload import resident
 from layerbits.scoring import quantizers
 from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
+from layerbits.scoring.grouped import several_outputs, takes_several
 from layerbits.scoring.memory import Load
 from layerbits.scoring.patches import Forward, forwards
 from layerbits.scoring.reduction import token_scores
@@ -27,6 +28,9 @@ from layerbits.scoring.tap import See, Tap
 
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k", "num_selected_experts")
 """Names of the number of experts per token in configurations, ModelOpt's list (``_auto_quantize_cost.py``)."""
+
+_ROWS_AT_ONCE = 1 << 15
+"""Routed tokens of several candidates that go side by side: two candidates of 2,048 tokens with eight experts each."""
 
 Change = Callable[[Any], Any]
 """What is done to a tensor on its way into a projection."""
@@ -58,16 +62,18 @@ class ExpertsTap(Tap):
         module: The module.
         settings: Distinct quantizer settings of the candidates.
         experts: What it consists of.
-
-    Raises:
-        Unsupported: A weight setting that is not known for experts.
     """
 
     def __init__(self, name: str, module: Any, settings: quantizers.Settings, experts: Experts) -> None:
         tensors = [getattr(resident(module), projection) for projection in experts.projections]
         super().__init__(name, module, settings, experts.projections, tensors[0].device)
         self.experts = experts
-        self._weights = [[None if s is None else ExpertWeights(s, t) for t in tensors] for s in settings.weights]
+        self.setting = (settings.weights[0], settings.inputs[0])
+        searches = settings.searches or (None,) * len(settings.weights)
+        self._weights = [
+            [None if setting is None else ExpertWeights(setting, tensor, search) for tensor in tensors]
+            for setting, search in zip(settings.weights, searches, strict=True)
+        ]
         self._routed = _zeros(experts.count + 1, self.device)
 
     def count(self, index: Any) -> None:
@@ -89,7 +95,7 @@ class ExpertsTap(Tap):
         """Input and output stay; one setting's quantized weights and the routed tokens pass."""
         (between, width), (features, inner) = self.experts.shapes
         size = self._tensors()[0].element_size()
-        routed = tokens * min(self.experts.count, self._per_token())
+        routed = max(_ROWS_AT_ONCE, tokens * min(self.experts.count, self._per_token()))
         passing = (
             self.experts.weights * size + 4 * AT_ONCE + routed * (2 * width + between + inner + 2 * features) * size
         )
@@ -113,7 +119,7 @@ class ExpertsTap(Tap):
 
         return forwards({self.module: forward})
 
-    def calibrate_weights(self) -> None:
+    def calibrate_weights(self, shared: Any = None) -> None:
         """Finds the ranges of all experts' weights."""
         for position, tensor in enumerate(self._tensors()):
             amax = largest_by_row(self.name, tensor)
@@ -144,15 +150,37 @@ class ExpertsTap(Tap):
             if not mine:
                 continue
             tensors = tuple(self.weights(setting))
-            for inputs, candidates in mine.items():
-                output = self._run(routed, tensors, *self._changes(inputs))
-                yield candidates, token_scores(gradient, output, y, signed)
+            for inputs, output in self._outputs(routed, tensors, list(mine)):
+                yield mine[inputs], token_scores(gradient, output, y, signed)
 
-    def quantized(self, pair: tuple[int, int]) -> Forward:
-        """The module with quantized experts and inputs; the weights are quantized on the fly."""
+    def _outputs(self, routed: Routed, tensors: tuple[Any, ...], settings: list[int]) -> Iterator[tuple[int, Any]]:
+        """Output under each input setting; where tokens go side by side, the weights are read once for several."""
+        changes = [self._changes(setting) for setting in settings]
+        self._check(routed)
+        if not (takes_several(self.module) and all(_by_token(change) for pair in changes for change in pair)):
+            for setting, pair in zip(settings, changes, strict=True):
+                yield setting, self._run(routed, tensors, *pair)
+            return
+        size = max(1, _ROWS_AT_ONCE // routed.index.numel())
+        for at in range(0, len(settings), size):
+            firsts, seconds = zip(*changes[at : at + size], strict=True)
+            hidden = [routed.hidden if first is None else first(routed.hidden) for first in firsts]
+            outputs = several_outputs(self.module, tensors, hidden, routed.index, routed.weights, seconds)
+            yield from zip(settings[at : at + size], outputs, strict=True)
+
+    def quantized(self, pair: tuple[int, int], keep: bool = False) -> Forward:
+        """The module with quantized experts and inputs.
+
+        Args:
+            pair: Weight and input setting.
+            keep: Whether to keep the quantized weights; otherwise they are made in every forward.
+        """
+        kept = tuple(self.weights(pair[0])) if keep else None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._run(Routed.of(args, kwargs), tuple(self.weights(pair[0])), *self._changes(pair[1]))
+            weights = tuple(self.weights(pair[0])) if kept is None else kept
+            routed = Routed(*args, *kwargs.values())  # gradients pass where the module is held quantized
+            return self._run(routed, weights, *self._changes(pair[1]))
 
         return forward
 
@@ -174,6 +202,11 @@ class ExpertsTap(Tap):
         for position, tensor in enumerate(self._tensors()):
             quantizer = None if setting is None else self._weights[setting][position]
             yield tensor if quantizer is None else quantizer(tensor)
+
+    def weight_range(self, projection: str, expert: int, start: int, stop: int, setting: int = 0) -> Any:
+        """Range of some rows of an expert's weight as a setting has it, ``None`` where it needs none."""
+        quantizer = self._weights[setting][self.experts.projections.index(projection)]
+        return None if quantizer is None else quantizer.range_of(expert, start, stop)
 
     def lighter(self) -> AbstractContextManager[None]:
         """While it lasts, the activations inside the module are made again in the backward pass."""
@@ -207,10 +240,7 @@ class ExpertsTap(Tap):
             first: Applied to what enters the first projection.
             second: Applied to what enters the second.
         """
-        if routed.hidden.dim() != 2 or routed.index.dim() != 2:
-            raise Unsupported(
-                f"{self.name} gets {routed.hidden.dim()}-dimensional hidden states; use autoquant.engine=stock"
-            )
+        self._check(routed)
         weights = dict(zip(self.experts.projections, tensors, strict=True))
         grouped = _grouped(self.module)
         if grouped is None or not (_by_token(first) and _by_token(second)):
@@ -220,6 +250,27 @@ class ExpertsTap(Tap):
         between = act if second is None else lambda x: second(act(x))
         hidden = routed.hidden if first is None else first(routed.hidden)
         return grouped(_With(self.module, {**weights, gate: between}), hidden, routed.index, routed.weights)
+
+    def _check(self, routed: Routed) -> None:
+        if routed.hidden.dim() != 2 or routed.index.dim() != 2:
+            raise Unsupported(
+                f"{self.name} gets {routed.hidden.dim()}-dimensional hidden states; use autoquant.engine=stock"
+            )
+
+
+def with_inputs(module: Any, name: str, changes: Mapping[str, Change | None]) -> None:
+    """Gives an expert module a forward that changes what enters its projections, for good.
+
+    Args:
+        module: The expert module.
+        name: Its full name in the model.
+        changes: Name of a projection → what is done to its input.
+    """
+    experts = fused_experts(module)
+    assert experts is not None
+    tap = ExpertsTap(name, module, quantizers.Settings((None,), (None,), ((0, 0),)), experts)
+    first, second = (changes.get(projection) for projection in experts.projections)
+    module.forward = lambda *args, **kwargs: tap._run(Routed.of(args, kwargs), tap._tensors(), first, second)
 
 
 class _With:

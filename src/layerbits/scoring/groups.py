@@ -2,52 +2,56 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from layerbits.inputs.experts import fused_experts, is_routed
+from layerbits.inputs.kinds import kind_by_name, kind_of, place_of
 from layerbits.results.result import Group
 
-_KIND_OF_LEAF = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv"), "qkv"),
-    **dict.fromkeys(("o_proj", "out_proj", "dense", "wo"), "o"),
-    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc"), "gate_up"),
-    **dict.fromkeys(("down_proj", "w2", "fc2"), "down"),
-}
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d+)\.")
+_ONCE = frozenset(
+    (
+        *("qkv", "o", "gate_up", "down", "experts", "shared_gate_up", "shared_down"),
+        *("linear_attn_out", "ssm_out", "conv", "lm_head"),
+    )
+)
+"""Kinds that name their groups where a block has no more than one of them."""
 
 
-def named_groups(fused: Sequence[tuple[tuple[str, ...], int]], head: str | None) -> tuple[Group, ...]:
-    """Names groups of fused linears.
+Fused = Sequence[tuple[tuple[str, ...], int]]
+"""Module names and the number of weights, per decision of a model."""
+
+
+def named_groups(model: Any, fused: Fused, head: str | None) -> tuple[Group, ...]:
+    """Names the groups of a model.
+
+    A name depends on the model alone, not on what is searched: so give all decisions of the model. A kind that occurs
+    several times in a block of the same list gives way to what the group's modules are called.
 
     Args:
-        fused: Module names and the number of weights, per group.
+        model: The whole model; ``None`` where there are only names.
+        fused: Its decisions.
         head: Module name of the output head.
 
     Returns:
         One group each, in the same order, with unique keys.
     """
+    places = [place_of(modules[0]) for modules, _ in fused]
+    known = {name for modules, _ in fused for name in modules}
+    kinds = [kind_by_name(m, head, known) if model is None else kind_of(model, m, head) for m, _ in fused]
+    times = Counter((place, kind) for place, kind in zip(places, kinds, strict=True))
+    several = {(place.blocks, kind) for (place, kind), n in times.items() if n > 1}
     groups: list[Group] = []
-    taken: Counter[str] = Counter()
-    for modules, weights in fused:
-        match = _BLOCK.search(modules[0])
-        block = int(match.group(1)) if match else None
-        leaves = {name.rpartition(".")[2] for name in modules}
-        kinds = {_KIND_OF_LEAF.get(leaf, "other") for leaf in leaves}
-        if head in modules:
-            kind = short = "lm_head"
-        elif len(kinds) == 1 and "other" not in kinds and ".experts." not in modules[0]:
-            kind = short = kinds.pop()
-        else:
-            kind, short = "other", _common_stem(modules)
-        key = short if block is None else f"B{block:02d}.{short}"
-        taken[key] += 1
-        if taken[key] > 1:
-            key = f"{key}.{taken[key]}"
-        groups.append(Group(key, block, kind, tuple(modules), weights))
+    taken: Counter[tuple[str, str]] = Counter()
+    for (modules, weights), place, kind in zip(fused, places, kinds, strict=True):
+        short = kind if kind in _ONCE and (place.blocks, kind) not in several else _leaves(modules)
+        key = short if place.block is None else f"B{place.block:02d}.{short}"
+        taken[place.blocks, key] += 1
+        if taken[place.blocks, key] > 1:
+            key = f"{key}.{taken[place.blocks, key]}"
+        groups.append(Group(key, place.block, kind, tuple(modules), weights))
     return tuple(groups)
 
 
@@ -76,13 +80,5 @@ def weights_of(hparam: Any) -> int:
     return sum(m.weight.numel() if e is None else e.weights for m, e in zip(hparam.quant_modules, experts, strict=True))
 
 
-def _common_stem(modules: Sequence[str]) -> str:
-    if len(modules) == 1:
-        return modules[0].rpartition(".")[2]
-    parts = [name.split(".") for name in modules]
-    shared = []
-    for column in zip(*parts, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return shared[-1] if shared and not shared[-1].isdigit() else "+".join(sorted({p[-1] for p in parts}))
+def _leaves(modules: Sequence[str]) -> str:
+    return "-".join(sorted({name.rpartition(".")[2] for name in modules}))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.models import LoadedModel
 from layerbits.results.result import FloatArray, Group, NonFinite
 from layerbits.results.routing import Routing
+
+if TYPE_CHECKING:
+    from layerbits.scoring.kv_cache import KvCache
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,11 @@ class ScoringJob:
         fingerprint: Digest of everything that the scores depend on.
         memory: One of ``memory.MODES``.
         cost_model: One of ``results.COST_MODELS``. active_ratio: Share of the routed experts that a token uses.
+        held: Linears that stay quantized while the others are scored → search config.
+        held_kv: Quantizer settings of keys and values meanwhile, ``None`` = as they are.
         seed: Of what is drawn. draws: Passes of ``method=fisher``, each with tokens drawn anew.
+        watch: Told the unquantized model's mean loss on the first batch, nats, and its loss tokens, to stop the pass
+            there where the loss is out of all reason.
     """
 
     loaded: LoadedModel
@@ -44,8 +51,11 @@ class ScoringJob:
     memory: str = "auto"
     cost_model: str = "weight"
     active_ratio: float | None = None
+    held: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    held_kv: Mapping[str, Any] | None = None
     seed: int = 0
     draws: int = 1
+    watch: Callable[[float, int], None] = lambda _loss, _tokens: None
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Scores:
         chosen: Candidate name → per group whether the solver quantized it at the job's target.
         states: Candidate name → ModelOpt's search state, accepted by ``mtq.get_auto_quantize_config``.
         other_weights: Weights of quantizable modules outside the search (ModelOpt's denominator has them too).
+        loss_per_token: Mean loss of the unquantized model on the scored rows, nats.
         sample_kl: ``[S, G, C]`` or ``None``. sample_tokens: ``[S]`` or ``None``.
         memory: Estimates in GB. mode: Memory mode that ran.
         resumed: Whether a search checkpoint was used.
@@ -70,6 +81,7 @@ class Scores:
     chosen: Mapping[str, tuple[bool, ...]]
     states: Mapping[str, dict[str, Any]]
     other_weights: int
+    loss_per_token: float
     sample_kl: FloatArray | None = None
     sample_tokens: npt.NDArray[np.int64] | None = None
     nonfinite: tuple[NonFinite, ...] = ()
@@ -79,6 +91,15 @@ class Scores:
     resumed: bool = False
     routing: tuple[Routing, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def held_cache(job: ScoringJob) -> KvCache | None:
+    """The KV cache that a job holds quantized."""
+    from layerbits.scoring.kv_cache import KvCache
+
+    if job.held_kv is None:
+        return None
+    return KvCache(job.loaded.model, job.held_kv, job.loaded.info.language_model)
 
 
 def kl_weights(loss_tokens: FloatArray) -> FloatArray:

@@ -16,7 +16,9 @@ import numpy as np
 
 from layerbits.inputs.calibration import Batch
 from layerbits.progress import planned
-from layerbits.scoring.job import Scores, ScoringJob
+from layerbits.scoring import distributed
+from layerbits.scoring.held import held
+from layerbits.scoring.job import Scores, ScoringJob, held_cache
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.passes import run_steps
 from layerbits.scoring.replaced import ReplacedLinears
@@ -50,6 +52,8 @@ def score(job: ScoringJob) -> Scores:
         with linears.counted():
             runner = SuffixRunner(model, blocks, batches[index])
         kept_gb = max(kept_gb, runner.kept_bytes / 1e9)
+        if index == distributed.rank():
+            job.watch(runner.loss / batches[index].loss_tokens, batches[index].loss_tokens)
         step = _step(runner, perturbations, batches[index], len(search.groups))
         return replace(step, routed=_flat(linears.take_routed()))
 
@@ -60,7 +64,7 @@ def score(job: ScoringJob) -> Scores:
         routed = calibrate(linears, job, log, search.need_logits)
         seconds = {"calibrate": clock() - start}
         start = clock()
-        with fused_norms(model):
+        with held(model, job.held, job.calibration.calib, held_cache(job)), fused_norms(model):
             steps = run_steps(log, len(batches), scored)
         seconds["score"] = clock() - start
 
@@ -87,4 +91,4 @@ def _step(runner: SuffixRunner, perturbations: list[Perturbation], batch: Batch,
 
     kl, _ = runner.measure(perturbations)
     owner = torch.cat([s.sample[s.loss_mask] for s in batch.segments])
-    return step_of(kl.unflatten(0, (groups, -1)), owner, batch, np.arange(groups), groups)
+    return step_of(kl.unflatten(0, (groups, -1)), owner, batch, np.arange(groups), groups, runner.loss)

@@ -18,6 +18,7 @@ _AUTOGRAD = 0.8
 """Bytes that autograd keeps per byte of the scored linears' inputs and outputs (attention, norms, activations)."""
 _LOGIT = 18
 """Bytes per logit of the loss: logits, their float32 copy, log-probabilities and gradients."""
+_KEEP = 0.85  # of what is free, up to which copies that could be made again are kept
 HEADROOM = 0.92
 """Of what is free: the rest is the allocator's fragments and the kernels' workspaces."""
 
@@ -186,7 +187,7 @@ def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
         wanted: One of :data:`MODES`; ``auto`` takes ``fast`` where it fits, else ``lean``.
     """
     room = HEADROOM * free
-    keep = needs.device_bytes("fast", copies=True) <= room
+    keep = needs.device_bytes("fast", copies=True) <= _KEEP * free
     fast, lean, offload = needs.device_bytes("fast", keep), needs.device_bytes("lean"), needs.device_bytes("offload")
     mode = wanted if wanted != "auto" else ("fast" if fast <= room else "lean")
     least = {"fast": fast, "lean": lean, "offload": offload}[mode]

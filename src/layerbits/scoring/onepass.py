@@ -18,8 +18,9 @@ import numpy as np
 
 from layerbits.inputs.calibration import Batch
 from layerbits.progress import part_done, planned
-from layerbits.scoring import fisher
-from layerbits.scoring.job import Scores, ScoringJob, kl_weights
+from layerbits.scoring import distributed, fisher
+from layerbits.scoring.held import held
+from layerbits.scoring.job import Scores, ScoringJob, held_cache, kl_weights
 from layerbits.scoring.memory import MemoryPlan, checkpointed, plan_memory
 from layerbits.scoring.passes import run_steps
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
@@ -62,6 +63,8 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
     def scored(index: int) -> Step:
         nonlocal way
         step, way = _step(taps, job, search, index, way)
+        if index == distributed.rank():
+            job.watch(step.loss / batches[index].loss_tokens, batches[index].loss_tokens)
         return step
 
     draws = job.draws if job.method == "fisher" else 1
@@ -70,7 +73,8 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
         routed = calibrate(taps, job, log, search.need_logits)
         seconds = {"calibrate": clock() - start}
         start = clock()
-        steps = run_steps(log, len(batches), scored)
+        with held(model, job.held, job.calibration.calib, held_cache(job)):
+            steps = run_steps(log, len(batches), scored)
         seconds["score"] = clock() - start
     return assemble(
         job,
@@ -123,7 +127,7 @@ def _step(taps: Taps, job: ScoringJob, search: Search, index: int, way: _Way) ->
     batch, groups = job.calibration.score[index], len(search.groups)
     if job.method == "gradient":
         scores, owner, way = _score_batch(taps, batch, way)
-        return step_of(scores, owner, batch, search.group_of, groups, taps.take_routed()), way
+        return step_of(scores, owner, batch, search.group_of, groups, taps.loss, taps.take_routed()), way
     device = job.loaded.model.get_input_embeddings().weight.device
     total, owner = 0, None
     routed: dict[str, Any] = {}
@@ -133,7 +137,7 @@ def _step(taps: Taps, job: ScoringJob, search: Search, index: int, way: _Way) ->
         routed = taps.take_routed()  # the same in every draw
         part_done((draw + 1) / job.draws)
         total = total + fisher.windowed(signed, owner, batch, search.group_of, groups) / job.draws
-    return step_of(total, owner, batch, np.arange(groups), groups, routed), way
+    return step_of(total, owner, batch, np.arange(groups), groups, taps.loss, routed), way
 
 
 def _details(job: ScoringJob, search: Search) -> list[tuple[int, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
-from layerbits.inputs.models import empty
+from layerbits.inputs.models import empty_model
 from layerbits.inputs.offload import parts_of
 from layerbits.scoring.memory import HEADROOM, Needs, free_bytes, free_host_bytes
 from layerbits.scoring.quantizers import Settings
@@ -50,7 +50,7 @@ def in_host_memory(
         if needs.device_bytes("lean") <= HEADROOM * free_bytes(torch.device(device)) or not needs.block:
             return False
     else:
-        parts_of(empty(resolved))  # says why it cannot be streamed
+        parts_of(empty_model(resolved))  # says why it cannot be streamed
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process of a host holds all of the weights
     wants, free = here * needs.host_bytes / 1e9, free_host_bytes() / 1e9
     if wants <= free:
@@ -66,7 +66,7 @@ def in_host_memory(
 
 def needs_of(resolved: ResolvedModel, scored: Sequence[str], tokens: int, settings: Settings = _NO_SETTINGS) -> Needs:
     """What a pass will take, from the shapes of the model alone; arguments as of :func:`in_host_memory`."""
-    model = empty(resolved)
+    model = empty_model(resolved)
     # quantizers say nothing of memory, and some cannot be made where there are no weights
     loads = Taps(model, scored, _NO_SETTINGS).loads(tokens)
     return Needs.of(model, loads, tokens, len(settings.weights))

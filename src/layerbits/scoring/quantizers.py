@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerbits.candidates import nvfp4_static
+from layerbits.candidates.algorithms import ranges_of
+from layerbits.candidates.fused import shares_range
+from layerbits.candidates.linear import E4M3, E8M0, FP4
 from layerbits.errors import Unsupported
 
 
@@ -16,12 +21,21 @@ class Settings:
     Attributes:
         weights: Distinct settings of weight quantizers; ``None`` = the weight stays as it is.
         inputs: The same for input quantizers.
+        searches: Per weight setting how its ranges are searched (``mse``), ``None`` = largest magnitudes.
+        headrooms: Per input setting its percentiles and factor (``nvfp4_act_headroom``), ``None`` likewise.
         pairs: Per candidate the positions of its (weight, input) settings.
     """
 
     weights: tuple[Any, ...]
     inputs: tuple[Any, ...]
     pairs: tuple[tuple[int, int], ...]
+    searches: tuple[Any, ...] = ()
+    headrooms: tuple[Any, ...] = ()
+
+    @property
+    def share_ranges(self) -> bool:
+        """Whether fused linears share a range: the scale of scales of NVFP4 with stored block ranges."""
+        return any(is_static_nvfp4(s) for s in self.weights)
 
 
 def distinct_settings(configs: Sequence[Mapping[str, Any]]) -> Settings:
@@ -38,27 +52,73 @@ def distinct_settings(configs: Sequence[Mapping[str, Any]]) -> Settings:
 
     weights: dict[str, Any] = {}
     inputs: dict[str, Any] = {}
+    searches: dict[str, Any] = {}
+    headrooms: dict[str, Any] = {}
     pairs = []
     for config in configs:
         checked = QuantizeConfig(**config)
-        if checked.algorithm not in (None, "max") and checked.algorithm != {"method": "max"}:
+        found = ranges_of(checked.algorithm)
+        if found is None:
             raise Unsupported(
                 f"algorithm {checked.algorithm!r} is calibrated by ModelOpt alone; use autoquant.engine=stock"
             )
         pair = []
-        for known, name in ((weights, "weight_quantizer"), (inputs, "input_quantizer")):
+        for known, hows, how, name in (
+            (weights, searches, found.weights, "weight_quantizer"),
+            (inputs, headrooms, found.inputs, "input_quantizer"),
+        ):
             attributes, enabled = _match_quantizer_cfg(checked.quant_cfg, name)
             if isinstance(attributes, list):
                 raise Unsupported("chained quantizers need ModelOpt's own search; use autoquant.engine=stock")
             if not enabled or attributes is None:
-                key, value = "none", None
+                key, value, how = "none", None, None
             else:
                 value = QuantizerAttributeConfig.model_validate(attributes)
-                key = value.model_dump_json()
+                how = dict(how) if how is not None and _affects(how, name, value) else None
+                key = value.model_dump_json() + (json.dumps(how) if how else "")
             known.setdefault(key, value)
+            hows.setdefault(key, how)
             pair.append(list(known).index(key))
         pairs.append((pair[0], pair[1]))
-    return Settings(tuple(weights.values()), tuple(inputs.values()), tuple(pairs))
+    return Settings(
+        tuple(weights.values()),
+        tuple(inputs.values()),
+        tuple(pairs),
+        tuple(searches.values()),
+        tuple(headrooms.values()),
+    )
+
+
+def is_static_nvfp4(attributes: Any) -> bool:
+    """Whether quantizer attributes are NVFP4 with stored block ranges."""
+    blocks = getattr(attributes, "block_sizes", None) or {}
+    return (
+        attributes is not None
+        and tuple(attributes.num_bits if isinstance(attributes.num_bits, tuple | list) else ()) == FP4
+        and tuple(blocks.get("scale_bits") or ()) == E4M3
+        and blocks.get("type", "static") != "dynamic"
+    )
+
+
+def is_dynamic_nvfp4(attributes: Any) -> bool:
+    """Whether quantizer attributes are NVFP4 whose block ranges are found on the fly."""
+    blocks = getattr(attributes, "block_sizes", None) or {}
+    return (
+        attributes is not None
+        and attributes.num_bits == FP4
+        and blocks.get("scale_bits") == E4M3
+        and blocks.get("type") == "dynamic"
+    )
+
+
+def _affects(how: Mapping[str, Any], name: str, attributes: Any) -> bool:
+    """Whether a search or a headroom changes the range of such a quantizer, as ModelOpt applies them."""
+    blocks = attributes.block_sizes or {}
+    if name == "input_quantizer":
+        return is_dynamic_nvfp4(attributes) and attributes.constant_amax is None
+    if attributes.type == "dynamic" or (blocks.get("type") == "dynamic" and blocks.get("scale_bits") == E8M0):
+        return False
+    return is_static_nvfp4(attributes) if how["fp8_scale_sweep"] else True
 
 
 def make_quantizer(attributes: Any, device: Any) -> Any:
@@ -73,8 +133,17 @@ def needs_range(quantizer: Any) -> bool:
     return quantizer is not None and not quantizer._dynamic and not quantizer.is_mx_format
 
 
-def calibrate_weight(quantizer: Any, weight: Any) -> None:
-    """Finds the range of a weight as ModelOpt's ``max`` calibration does."""
+def calibrate_weight(quantizer: Any, weight: Any, search: Mapping[str, Any] | None = None, shared: Any = None) -> None:
+    """Finds the ranges of a weight as ModelOpt's ``max`` or ``mse`` calibration does.
+
+    Args:
+        quantizer: Its quantizer, ``None`` = disabled.
+        weight: The weight.
+        search: Settings of ``mse``, ``None`` for ``max``.
+        shared: Largest magnitude of the weights that it is fused with; its own by default.
+    """
+    from modelopt.torch.quantization.nn import StaticBlockScaleQuantizer
+
     if not needs_range(quantizer):
         return
     quantizer.disable_quant()
@@ -83,6 +152,65 @@ def calibrate_weight(quantizer: Any, weight: Any) -> None:
     quantizer.load_calib_amax()
     quantizer.enable_quant()
     quantizer.disable_calib()
+    if quantizer.is_nvfp4_static:
+        nvfp4_static.install()
+        largest_of_all = quantizer.amax.amax() if shared is None else shared
+        StaticBlockScaleQuantizer.from_tensor_quantizer(quantizer, global_amax=largest_of_all.float())
+    if search is not None:
+        _search_ranges(quantizer, weight, search)
+
+
+def _search_ranges(quantizer: Any, weight: Any, search: Mapping[str, Any]) -> None:
+    """Replaces the largest magnitudes by the ranges of least squared error."""
+    from modelopt.torch.quantization import model_calib
+
+    if search["fp8_scale_sweep"] and not weight.is_cuda:
+        blocks = quantizer._process_for_blockquant(weight.detach())
+        quantizer.amax = nvfp4_static.sweep(blocks, quantizer.global_amax).reshape(quantizer.amax.shape)
+        return
+    names = ("step_size", "start_multiplier", "stop_multiplier", "fp8_scale_sweep")
+    calibrator = model_calib._make_weight_mse_calibrator(quantizer, *(search[name] for name in names))
+    if calibrator is not None:
+        quantizer._calibrator = calibrator
+        model_calib._run_and_load_max_stats(quantizer, lambda q: q(weight))
+
+
+def shared_largest(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Largest magnitude over each weight and those that ModelOpt has it share a range with, by its own patterns.
+
+    Args:
+        weights: Full module name → weight, of the modules that get the format.
+    """
+    import re
+
+    import torch
+    from modelopt.torch.quantization.utils.shared_input import SHARED_PATTERNS
+
+    def group(name: str) -> tuple[str, str]:
+        matches = ((pattern, re.fullmatch(pattern, name)) for pattern in SHARED_PATTERNS)
+        return next(((pattern, match.group(1) or "") for pattern, match in matches if match), ("", name))
+
+    largest_of: dict[tuple[str, str], Any] = {}
+    for name, weight in weights.items():
+        amax = weight.detach().abs().amax().float()
+        key = group(name)
+        largest_of[key] = torch.maximum(largest_of[key], amax.to(largest_of[key])) if key in largest_of else amax
+    return {name: largest_of[group(name)].to(weight.device) for name, weight in weights.items()}
+
+
+def share_ranges(quantizers: Sequence[Any]) -> None:
+    """Gives the quantizers of fused weights the largest of their ranges, where their setting says so.
+
+    Args:
+        quantizers: Of one setting, one per weight, each with its range.
+    """
+    import torch
+
+    if not quantizers or quantizers[0] is None or not shares_range(quantizers[0]):
+        return
+    shared = torch.stack([quantizer.amax.float().cpu() for quantizer in quantizers]).amax(0)
+    for quantizer in quantizers:
+        quantizer.amax = shared.to(quantizer.amax)
 
 
 def largest(x: Any, axis: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.inputs.calibration import Batch
-from layerbits.inputs.experts import named_experts
+from layerbits.inputs.experts import expert_notes, named_experts
 from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, Group, NonFinite
 from layerbits.results.routing import Routing
@@ -36,6 +36,7 @@ class Search:
         settings: Distinct quantizer settings of the candidates.
         experts: Number of experts by name, of the expert modules among ``names``, in order.
         need_logits: Whether the output head is scored.
+        notes: What the user should know.
     """
 
     found: tuple[Decision, ...]
@@ -47,6 +48,7 @@ class Search:
     settings: quantizers.Settings
     experts: Mapping[str, int]
     need_logits: bool
+    notes: tuple[str, ...]
 
     @classmethod
     def of(cls, job: ScoringJob) -> Search:
@@ -61,7 +63,8 @@ class Search:
         searched = [d for d in found if d.searched]
         head = output_head(model)
         names = tuple(n for d in searched for n in d.modules)
-        groups = named_groups([(d.modules, d.weights) for d in searched], head)
+        named = named_groups(model, [(d.modules, d.weights) for d in found], head)
+        groups = [g for g, d in zip(named, found, strict=True) if d.searched]
         experts = named_experts(model)
         return cls(
             found=tuple(found),
@@ -73,6 +76,7 @@ class Search:
             settings=quantizers.distinct_settings(list(job.configs.values())),
             experts={name: experts[name].count for name in names if name in experts},
             need_logits=head in job.scored,
+            notes=expert_notes(model),
         )
 
 
@@ -92,12 +96,19 @@ def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> d
             {n: np.sum([r[n] for r in routed if n in r], axis=0) for n in {n for r in routed for n in r}},
         )
     log.write_calibration(known)
+    known = log.read_calibration() or known  # that of another process that was faster
     taps.load_ranges(known.ranges)
     return known.routed
 
 
 def step_of(
-    by_token: Any, owner: Any, batch: Batch, group_of: Any, groups: int, routed: Mapping[str, Any] | None = None
+    by_token: Any,
+    owner: Any,
+    batch: Batch,
+    group_of: Any,
+    groups: int,
+    loss: float,
+    routed: Mapping[str, Any] | None = None,
 ) -> Step:
     """Sums per-token scores to groups, in total and per sample.
 
@@ -107,6 +118,7 @@ def step_of(
         batch: The rows that they come from.
         group_of: ``[M]`` group of each.
         groups: How many groups there are.
+        loss: Of the unquantized model on the batch, nats, summed.
         routed: Tokens per expert, by expert module.
     """
     import torch
@@ -127,6 +139,7 @@ def step_of(
         sample_raw=shares.permute(2, 0, 1).cpu().numpy(),
         sample_tokens=np.array([int((counted == s).sum()) for s in samples], dtype=np.int64),
         bad=bad,
+        loss=loss,
         routed=np.concatenate([*(routed or {}).values(), np.zeros(0, dtype=np.int64)]).astype(np.int64),
     )
 
@@ -201,6 +214,7 @@ def assemble(
         other_weights=sum(d.weights for d in search.found if not d.searched),
         sample_kl=sample_kl,
         sample_tokens=sample_tokens,
+        loss_per_token=sum(s.loss for s in steps) / sum(b.loss_tokens for b in job.calibration.score),
         nonfinite=tuple(
             NonFinite(search.groups[details[m][0]].key, candidates[c], sample=int(sample), detail=details[m][1])
             for step in steps
@@ -211,7 +225,7 @@ def assemble(
         mode=mode,
         resumed=resumed,
         routing=_routing(search, steps, routed),
-        notes=notes,
+        notes=(*search.notes, *notes),
     )
 
 

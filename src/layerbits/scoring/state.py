@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerbits.inputs.experts import fused_experts, is_routed
+from layerbits.inputs.linears import is_quantizable
 from layerbits.results.result import FloatArray
 
 _ATTRS: tuple[str, ...] = ("input_quantizer", "weight_quantizer", "output_quantizer")
@@ -41,15 +42,13 @@ def decisions(model: Any, unscored: Sequence[str]) -> list[Decision]:
     """
     import fnmatch
 
-    import torch
     from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
 
     searcher = AutoQuantizeGradientSearcher()
     searcher.model = model
-    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     grouped: dict[str, list[tuple[str, int, tuple[str, ...]]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, kinds):
+        if is_quantizable(module):
             member = name, module.weight.numel(), _ATTRS
         elif (experts := fused_experts(module)) is not None:
             quantizers = (f"{p}_{kind}_quantizer" for p in experts.projections for kind in ("input", "weight"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layerbits.atomic import write_json
+from layerbits.atomic import atomic, why_unwritable, write_json
 from layerbits.errors import UserError
 from layerbits.results.result import FloatArray
 
@@ -25,6 +26,7 @@ class Step:
         raw: ``[G, C]`` raw scores of the batch.
         samples: ``[s]`` samples that it holds. sample_raw: ``[s, G, C]`` their shares. sample_tokens: ``[s]``.
         bad: ``[n, 3]`` linear, candidate and sample of scores that are not finite.
+        loss: Loss of the unquantized model on the batch, nats, summed over its loss tokens.
         routed: Tokens per expert, the expert modules one after the other.
     """
 
@@ -33,6 +35,7 @@ class Step:
     sample_raw: FloatArray
     sample_tokens: npt.NDArray[np.int64]
     bad: npt.NDArray[np.int64]
+    loss: float
     routed: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
@@ -66,29 +69,32 @@ class StepLog:
     def __init__(self, folder: Path, fingerprint: str) -> None:
         self._folder = folder
         owner = folder / "fingerprint.json"
-        if owner.exists():
-            if json.loads(owner.read_text()) != fingerprint:
-                raise UserError(
-                    f"the search checkpoint in {folder} was made with other parameters; "
-                    "give another folder as autoquant.checkpoint or delete it"
-                )
-        else:
-            write_json(owner, fingerprint)
+        with writable(folder):
+            if not owner.exists():
+                write_json(owner, fingerprint)
+        if json.loads(owner.read_text()) != fingerprint:
+            raise UserError(
+                f"the search checkpoint in {folder} was made with other parameters; "
+                "give another folder as autoquant.checkpoint or delete it"
+            )
 
     def holds(self, index: int) -> bool:
         """Whether a step is finished."""
-        return self._path(f"step-{index:05d}.npz").exists()
+        return self.read(index) is not None  # it may be damaged
 
     def read(self, index: int) -> Step | None:
         """A finished step, ``None`` where it is not finished."""
-        path = self._path(f"step-{index:05d}.npz")
-        if not path.exists():
+        name = f"step-{index:05d}.npz"
+        found = self._read(name)
+        if found is None:
             return None
-        with np.load(path, allow_pickle=False) as data:
-            return Step(**{name: data[name] for name in data.files})
+        if "loss" not in found:  # of an earlier version
+            (self._folder / name).unlink(missing_ok=True)
+            return None
+        return Step(**{**found, "loss": float(found["loss"])})
 
     def write(self, index: int, step: Step) -> None:
-        """Keeps a finished step."""
+        """Keeps a finished step; one that another process has kept in the meantime stays."""
         self._write(f"step-{index:05d}.npz", vars(step))
 
     def finished(self, count: int) -> list[int]:
@@ -97,31 +103,49 @@ class StepLog:
 
     def read_calibration(self) -> Calibrated | None:
         """What calibration found, ``None`` where it was not finished."""
-        path = self._path("calibrated.npz")
-        if not path.exists():
+        arrays = self._read("calibrated.npz")
+        if arrays is None:
             return None
-        with np.load(path, allow_pickle=False) as data:
-            parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
-            for name in data.files:
-                parts[name.startswith(_ROUTED)][name.partition("/")[2]] = data[name]
+        parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        for name, values in arrays.items():
+            parts[name.startswith(_ROUTED)][name.partition("/")[2]] = values
         return Calibrated(*parts)
 
     def write_calibration(self, found: Calibrated) -> None:
-        """Keeps what calibration found."""
+        """Keeps what calibration found; what another process has kept in the meantime stays."""
         arrays = {f"{_RANGES}{name}": value for name, value in found.ranges.items()}
         self._write("calibrated.npz", arrays | {f"{_ROUTED}{name}": value for name, value in found.routed.items()})
 
-    def _path(self, name: str) -> Path:
-        return self._folder / name
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self._folder / name
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                return {name: data[name] for name in data.files}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # the machine went down before it was on the disk
+            path.unlink(missing_ok=True)
+            return None
 
     def _write(self, name: str, arrays: dict[str, Any]) -> None:
-        partial = self._path(f".{name}.{socket.gethostname()}.{os.getpid()}.npz")
-        try:
-            np.savez(partial, **arrays)
-            partial.replace(self._path(name))
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise UserError(
-                f"cannot write the search checkpoint in {self._folder} ({error.strerror}); free space or set "
-                "autoquant.checkpoint to another folder"
-            ) from None
+        # The first stays: of two processes with the same parameters, both go on with the same numbers.
+        with writable(self._folder), suppress(FileExistsError), atomic(self._folder / name, replace=False) as file:
+            np.savez(file, **arrays)
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Tells in one line that a search checkpoint cannot be written.
+
+    Raises:
+        UserError: That line.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (reason := why_unwritable(error)) is None:
+            raise
+        raise UserError(
+            f"cannot write the search checkpoint in {folder} ({reason}); free space or set autoquant.checkpoint to "
+            "another folder"
+        ) from None

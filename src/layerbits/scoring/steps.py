@@ -37,7 +37,7 @@ def loss_backward(
     after_segment: Callable[[], None] = lambda: None,
     chunked: bool = False,
     labels: Labels = lambda _logits, targets: targets,
-) -> None:
+) -> Any:
     """Backpropagates the mean token loss of a batch, segment by segment.
 
     Args:
@@ -46,19 +46,34 @@ def loss_backward(
         after_segment: Called after each segment's backward.
         chunked: Whether to make the logits in pieces, which saves their memory (see :func:`has_plain_head`).
         labels: The tokens that the loss is taken for; those that came true by default.
+
+    Returns:
+        Tensor ``[]``, the loss of the tokens that came true, nats, summed.
     """
     import torch
 
+    came_true = 0.0
     for segment in batch.segments:
         if chunked:
-            _chunked_backward(model, segment, batch.loss_tokens, labels)
+            came_true = came_true + _chunked_backward(model, segment, batch.loss_tokens, labels)
         else:
             logits, targets = predictions(model, segment)
             logits = logits.float()
             wanted = labels(logits.detach(), targets)
             total = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+            came_true = came_true + _loss(total, logits, wanted, targets)
             (total / batch.loss_tokens).backward()
         after_segment()
+    return came_true
+
+
+def _loss(total: Any, logits: Any, wanted: Any, targets: Any) -> Any:
+    """Summed loss of the tokens that came true, where ``total`` is that of the wanted ones."""
+    import torch
+
+    if wanted is targets:
+        return total.detach()
+    return torch.nn.functional.cross_entropy(logits.detach(), targets, reduction="sum")
 
 
 def has_plain_head(model: Any, batch: Batch) -> bool:
@@ -75,7 +90,7 @@ def has_plain_head(model: Any, batch: Batch) -> bool:
         return bool(torch.equal(model.get_output_embeddings()(hidden), whole))
 
 
-def _chunked_backward(model: Any, segment: Segment, loss_tokens: int, labels: Labels) -> None:
+def _chunked_backward(model: Any, segment: Segment, loss_tokens: int, labels: Labels) -> Any:
     import torch
 
     inputs = _inputs(model, segment)
@@ -84,13 +99,17 @@ def _chunked_backward(model: Any, segment: Segment, loss_tokens: int, labels: La
     head = model.get_output_embeddings()
     gradient = torch.empty_like(kept)
     size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    came_true = 0.0
     for start in range(0, len(kept), size):
         piece = kept[start : start + size].detach().requires_grad_()
         logits = head(piece).float()
-        wanted = labels(logits.detach(), targets[start : start + size])
+        true = targets[start : start + size]
+        wanted = labels(logits.detach(), true)
         total = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+        came_true = came_true + _loss(total, logits, wanted, true)
         (gradient[start : start + size],) = torch.autograd.grad(total / loss_tokens, piece)
     kept.backward(gradient)
+    return came_true
 
 
 def loss_logits(model: Any, batch: Batch) -> Any:
@@ -102,6 +121,14 @@ def loss_logits(model: Any, batch: Batch) -> Any:
     import torch
 
     return torch.cat([predictions(model, segment)[0] for segment in batch.segments])
+
+
+def summed_loss(logits: Any, batch: Batch) -> float:
+    """Loss of the tokens that came true, nats, summed over the :func:`loss_logits` of a batch."""
+    import torch
+
+    targets = torch.cat([s.input_ids[:, 1:][s.loss_mask[:, 1:]] for s in batch.segments])
+    return float(torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum"))
 
 
 def predictions(model: Any, segment: Segment) -> tuple[Any, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import pickle
+import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
@@ -15,13 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.atomic import write_json
+from layerbits.atomic import why_unwritable, write_json
+from layerbits.candidates.algorithms import ranges_of
 from layerbits.errors import UserError
+from layerbits.inputs.calibration import Batch
+from layerbits.inputs.experts import expert_notes
+from layerbits.inputs.limits import stock_fails
+from layerbits.inputs.linears import is_transposed
 from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, NonFinite
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of, with_active
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
-from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits
+from layerbits.scoring.steplog import writable
+from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits, summed_loss
 
 
 def score(job: ScoringJob) -> Scores:
@@ -31,60 +41,87 @@ def score(job: ScoringJob) -> Scores:
     what was done. Afterwards the model computes what it did before, with all quantizers disabled.
 
     Raises:
-        UserError: The checkpoint belongs to other parameters, or the scores are not usable.
+        UserError: The checkpoint belongs to other parameters or cannot be written, or the scores are not usable.
     """
+    with writable(job.workdir), _alone(job.workdir):
+        return _score(job)
+
+
+def _score(job: ScoringJob) -> Scores:
     import modelopt.torch.quantization as mtq
     import torch
 
     ((name, config),) = job.configs.items()
     model = job.loaded.model
     steps = _StepLog(job.workdir / "steps.json", job.fingerprint)
-    checkpoint = job.workdir / "autoquant_checkpoint.pt"
-    _discard_damaged(checkpoint)
+    checkpoint = _checkpoint(job)
+    if _discard_damaged(checkpoint):
+        warnings.warn(f"{checkpoint} is damaged (a run ended while writing it); scoring again", stacklevel=2)
     resumed = checkpoint.exists()
     head = output_head(model)
     unscored = unscored_patterns(model, set(job.scored))
     batches = list(zip_longest(job.calibration.calib, job.calibration.score))
     clock = _Clock()
+    seen: list[Any] = [None]
+
+    def watched(loss: float, batch: Batch) -> float:
+        if batch is batches[0][1]:
+            job.watch(loss / batch.loss_tokens, batch.loss_tokens)
+        return loss
 
     def forward_step(_model: Any, pair: tuple[Any, Any]) -> Any:
         # ModelOpt calls one function in both phases; it scores kl_div in inference mode and calibrates outside.
         if torch.is_inference_mode_enabled():
             clock.enter("score")
-            return loss_logits(_model, pair[1])
+            logits = loss_logits(_model, pair[1])
+            if pair is not seen[-1]:  # of each batch the unquantized model comes first
+                seen.append(pair)
+                steps.append(None, watched(summed_loss(logits, pair[1]), pair[1]))
+            return logits
         clock.enter("calibrate")
         return calibration_forward(_model, pair[0], need_logits=head in job.scored)
 
     def forward_backward_step(_model: Any, pair: tuple[Any, Any]) -> None:
         clock.enter("score")
-        loss_backward(_model, pair[1])
-        steps.append(_importances(_model))
+        loss = watched(float(loss_backward(_model, pair[1])), pair[1])
+        steps.append(_importances(_model), loss)
 
-    with _quiet(), _restored_after(model):
+    with _quiet(), _restored_after(model), _weights_kept(model, config["algorithm"], job.scored):
         clock.enter("calibrate")
-        model, state = mtq.auto_quantize(
-            model,
-            constraints={
-                "effective_bits": job.target_bits,
-                "cost_model": job.cost_model,
-                "cost": {"excluded_module_name_patterns": unscored}
-                | ({"active_moe_expert_ratio": job.active_ratio} if job.cost_model == "active_moe" else {}),
-            },
-            quantization_formats=[config],
-            data_loader=batches,
-            forward_step=forward_step,
-            forward_backward_step=forward_backward_step if job.method == "gradient" else None,
-            num_calib_steps=len(job.calibration.calib),
-            num_score_steps=len(job.calibration.score),
-            disabled_layers=unscored,
-            method=job.method,
-            checkpoint=str(checkpoint),
-        )
+        try:
+            model, state = mtq.auto_quantize(
+                model,
+                constraints={
+                    "effective_bits": job.target_bits,
+                    "cost_model": job.cost_model,
+                    "cost": {"excluded_module_name_patterns": unscored}
+                    | ({"active_moe_expert_ratio": job.active_ratio} if job.cost_model == "active_moe" else {}),
+                },
+                quantization_formats=[config],
+                data_loader=batches,
+                forward_step=forward_step,
+                forward_backward_step=forward_backward_step if job.method == "gradient" else None,
+                num_calib_steps=len(job.calibration.calib),
+                num_score_steps=len(job.calibration.score),
+                disabled_layers=unscored,
+                method=job.method,
+                checkpoint=str(checkpoint),
+            )
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever its conversion and its hooks make of an architecture
+            if why_unwritable(error):
+                raise
+            if _discard_damaged(checkpoint):  # PyTorch's writer has many words for a full disk, and no cause
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise stock_fails(model, error) from error
         clock.stop()
-        decisions = [(n, h) for n, h in recipe_hparams(model) if h.is_configurable]
-        other = sum(weights_of(h) for _, h in recipe_hparams(model) if not h.is_configurable)
-    named = named_groups([(tuple(h.quant_module_names), weights_of(h)) for _, h in decisions], head)
-    groups = with_active(named, job.active_ratio)
+        found = recipe_hparams(model)
+        decisions = [(n, h) for n, h in found if h.is_configurable]
+        other = sum(weights_of(h) for _, h in found if not h.is_configurable)
+        named = named_groups(model, [(tuple(h.quant_module_names), weights_of(h)) for _, h in found], head)
+    searched = tuple(g for g, (_, h) in zip(named, found, strict=True) if h.is_configurable)
+    groups = with_active(searched, job.active_ratio)
     raw = np.array([_stat(state, n, "scores") for n, _ in decisions], dtype=np.float64)[:, None]
     tokens = np.array([b.loss_tokens for b in job.calibration.score], dtype=np.float64)
     if job.method == "gradient":
@@ -100,10 +137,30 @@ def score(job: ScoringJob) -> Scores:
         chosen={name: tuple(state["best"]["recipe"][n].num_bits < 16 for n, _ in decisions)},
         states={name: {k: v for k, v in state.items() if k != "quantizer_states"}},
         other_weights=other,
+        loss_per_token=steps.loss(len(tokens)) / float(tokens.sum()),
         nonfinite=tuple(NonFinite(groups[g].key, name, detail="raw score") for g in np.flatnonzero(bad[:, 0])),
         seconds=clock.seconds,
         resumed=resumed,
+        notes=expert_notes(model, engine=False),
     )
+
+
+def _checkpoint(job: ScoringJob) -> Path:
+    """ModelOpt's own file."""
+    return job.workdir / "autoquant_checkpoint.pt"
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the lock of a search checkpoint: ModelOpt writes its file in place, for one process only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another process scores the same; waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _stat(state: dict[str, Any], name: str, what: str) -> float:
@@ -123,18 +180,20 @@ def _importances(model: Any) -> list[float]:
         recipe = hparam.choices[0]
         parts = [hparam._importance_dict[recipe][module] for module in hparam.score_modules]
         if any(part is None for part in parts):
-            raise UserError(f"{name.removesuffix('.quant_recipe')} was never called in a forward pass; exclude it")
+            module = name.removesuffix(".quant_recipe")
+            raise UserError(f"{module} was never called in a forward pass; leave it out with model.exclude=[{module}]")
         totals.append(torch.stack(parts).sum())
     return torch.stack(totals).double().tolist()
 
 
 class _StepLog:
-    """Running raw scores after every step, on disk beside ModelOpt's checkpoint."""
+    """Running raw scores and the loss of every step, on disk beside ModelOpt's checkpoint."""
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self._path = path
         self._fingerprint = fingerprint
         self._running: list[list[float]] = []
+        self._losses: list[float] = []
         self._from_disk = path.exists()
         if self._from_disk:
             data = json.loads(path.read_text())
@@ -144,24 +203,37 @@ class _StepLog:
                     "give another folder as autoquant.checkpoint or delete it"
                 )
             self._running = [[np.nan if v is None else v for v in step] for step in data["running"]]
+            self._losses = [np.nan if v is None else v for v in data.get("losses", [])]
         else:
             self._write()
 
-    def append(self, totals: list[float]) -> None:
+    def append(self, totals: list[float] | None, loss: float) -> None:
         if self._from_disk:  # ModelOpt scores from the start again: its own checkpoint holds no scores yet
-            self._running, self._from_disk = [], False
-        self._running.append(totals)
+            self._running, self._losses, self._from_disk = [], [], False
+        if totals is not None:
+            self._running.append(totals)
+        self._losses.append(loss)
         self._write()
+
+    def loss(self, batches: int) -> float:
+        """Loss of all batches, nats, summed."""
+        if len(self._losses) != batches:
+            raise self._incomplete()
+        return sum(self._losses)
 
     def per_batch(self, batches: int, groups: int) -> FloatArray:
         running = np.array(self._running, dtype=np.float64)
         if running.shape != (batches, groups):
-            raise UserError(f"the search checkpoint in {self._path.parent} is incomplete; delete it and run again")
+            raise self._incomplete()
         return np.diff(running, axis=0, prepend=0.0)
 
+    def _incomplete(self) -> UserError:
+        return UserError(f"the search checkpoint in {self._path.parent} is incomplete; delete it and run again")
+
     def _write(self) -> None:
-        finite = [[v if np.isfinite(v) else None for v in step] for step in self._running]
-        write_json(self._path, {"fingerprint": self._fingerprint, "running": finite})
+        finite = [[v if np.isfinite(v) else None for v in step] for step in [*self._running, self._losses]]
+        told = {"fingerprint": self._fingerprint, "running": finite[:-1], "losses": finite[-1]}
+        write_json(self._path, told)
 
 
 class _Clock:
@@ -184,17 +256,18 @@ class _Clock:
             self._phase = ""
 
 
-def _discard_damaged(checkpoint: Path) -> None:
-    """A run killed while ModelOpt wrote its checkpoint leaves a torn file; it is no result."""
+def _discard_damaged(checkpoint: Path) -> bool:
+    """Removes a torn file, which is no result; returns whether it was one."""
     import torch
 
     if not checkpoint.exists():
-        return
+        return False
     try:
         torch.load(checkpoint, map_location="cpu")
-    except (EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError):
-        warnings.warn(f"{checkpoint} is damaged (a run was killed while writing it); scoring again", stacklevel=2)
+    except (EOFError, OSError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError):
         checkpoint.unlink()
+        return True
+    return False
 
 
 @contextmanager
@@ -204,6 +277,7 @@ def _restored_after(model: Any) -> Iterator[None]:
     implementations = [(m.config, m.config._experts_implementation) for m in _with_experts(model)]
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     patched = {m for m in model.modules() if "forward" in vars(m)}
+    transposed = {m: m.weight for m in model.modules() if is_transposed(m)}
     try:
         yield
     finally:
@@ -217,6 +291,10 @@ def _restored_after(model: Any) -> Iterator[None]:
             parameter.requires_grad_(requires_grad.get(name, False))
             parameter.grad = None
         _plain_again(model, patched)
+        for module, weight in transposed.items():  # of these, ModelOpt makes linears for good
+            module.weight = weight
+            for name in ("in_features", "out_features"):
+                vars(module).pop(name, None)
 
 
 def _with_experts(model: Any) -> list[Any]:
@@ -224,8 +302,30 @@ def _with_experts(model: Any) -> list[Any]:
     return [m for m in model.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")]
 
 
+@contextmanager
+def _weights_kept(model: Any, algorithm: Any, names: Sequence[str]) -> Iterator[None]:
+    """Puts weights back that ModelOpt changes: AWQ and SmoothQuant fold their scales into those that were chosen.
+
+    Args:
+        model: The model.
+        algorithm: Of the candidate; those of one pass change nothing, so that nothing is kept for them.
+        names: The scored modules.
+    """
+    import torch
+
+    modules = {} if ranges_of(algorithm) is not None else {name: model.get_submodule(name) for name in names}
+    before = {name: [p.detach().cpu().clone() for p in module.parameters()] for name, module in modules.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, module in modules.items():
+                for parameter, kept in zip(module.parameters(), before[name], strict=True):
+                    parameter.copy_(kept)
+
+
 def _plain_again(model: Any, patched: set[Any]) -> None:
-    """Turns ModelOpt's dynamic modules back into what they were; no weight was changed."""
+    """Turns ModelOpt's dynamic modules back into what they were."""
     import torch
     from modelopt.torch.opt.conversion import ModeloptStateManager
     from modelopt.torch.opt.dynamic import DynamicModule

@@ -16,6 +16,7 @@ from typing import Any
 
 from layerbits.errors import Unsupported
 from layerbits.inputs.calibration import Batch, Segment
+from layerbits.inputs.linears import tokens_of
 from layerbits.inputs.models import output_head
 from layerbits.progress import part_done
 from layerbits.scoring.divergence import Reference
@@ -148,6 +149,11 @@ class SuffixRunner:
         feeds = sum(f.numel() * f.element_size() for kept in self._kept for f in kept.feeds)
         return feeds + sum(r.kept_bytes for r in self._references)
 
+    @property
+    def loss(self) -> float:
+        """Loss of the model without a background on the batch, nats, summed over its loss tokens."""
+        return sum(r.loss for r in self._references)
+
     def measure(self, perturbations: Sequence[Perturbation]) -> tuple[Any, Any]:
         """Measures each perturbation alone.
 
@@ -237,7 +243,7 @@ class SuffixRunner:
         def before_linear(name: str) -> Any:
             def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 x = first_input(args, kwargs)
-                called.append((name, x.numel() // x.shape[-1]))
+                called.append((name, tokens_of(_module, x)))
 
             return hook
 
@@ -266,7 +272,7 @@ class SuffixRunner:
             times = sum(n == name for n, _ in called)
             if name != blocks.head and (times != 1 or calls[name] != tokens):
                 why = f"called {times} times" if times != 1 else f"called with {calls[name]} of {tokens} tokens"
-                raise Unsupported(f"{name} is {why} in a forward pass; exclude it or use autoquant.engine=stock")
+                raise Unsupported(f"{name} is {why} in a forward pass; leave it out with model.exclude=[{name}]")
         order = {name: at for at, (name, _) in enumerate(called)}
         if blocks.head is not None:
             order[blocks.head] = len(order)

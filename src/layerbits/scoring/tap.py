@@ -7,9 +7,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from layerbits.errors import UserError
-from layerbits.inputs.offload import device_of, resident
+from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.linears import (
+    by_token,
+    features_last,
+    is_convolution,
+    outputs_of,
+    run,
+    shape_of,
+    weight_of,
+)
+from layerbits.inputs.offload import device_of
 from layerbits.scoring import quantizers
+from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import Load
 from layerbits.scoring.patches import Forward
 from layerbits.scoring.reduction import token_scores
@@ -37,6 +47,7 @@ class Tap(ABC):
         self.device = device
         self.inputs = {site: [quantizers.make_quantizer(s, device) for s in settings.inputs] for site in inputs}
         self.pairs = settings.pairs
+        self._headrooms = settings.headrooms
 
     @abstractmethod
     def load(self, tokens: int) -> Load:
@@ -47,12 +58,19 @@ class Tap(ABC):
         """While it lasts, a forward shows what is quantized to ``see``."""
 
     @abstractmethod
-    def calibrate_weights(self) -> None:
+    def calibrate_weights(self, shared: Any = None) -> None:
         """Finds the ranges of the weights.
+
+        Args:
+            shared: Largest magnitude of the weights that the module is fused with; its own by default.
 
         Raises:
             UserError: A weight is not finite.
         """
+
+    def weight_quantizers(self) -> list[Any]:
+        """Quantizers of the weight by setting, ``None`` = disabled; none where there are several weights."""
+        return []
 
     @abstractmethod
     def keep_weights(self) -> None:
@@ -93,53 +111,72 @@ class Tap(ABC):
                 if quantizers.needs_range(quantizer):
                     yield f"{self.name}.{site}.{i}" if site else f"{self.name}.{i}", site, i, quantizer
 
-    def set_ranges(self, running: Mapping[str, Mapping[Any, Any]]) -> None:
-        """Takes the largest magnitudes that calibration saw, by input and axis.
+    def range_kind(self, setting: int, quantizer: Any) -> RangeKind:
+        """What the range of an input setting is."""
+        return RangeKind.of(quantizer, self._headrooms[setting])
+
+    def set_ranges(self, running: Mapping[str, Mapping[RangeKind, InputRange]]) -> None:
+        """Takes the ranges that calibration found, by input and kind.
 
         Raises:
             UserError: The module was never called, or an input is not finite.
         """
         import torch
 
-        for _, site, _, quantizer in self.range_names():
-            known = running.get(site, {})
-            if quantizer.axis not in known:
-                raise UserError(f"{self.name} is never called in a forward pass; exclude it")
-            if not bool(torch.isfinite(known[quantizer.axis]).all()):
+        for _, site, i, quantizer in self.range_names():
+            found = running.get(site, {}).get(self.range_kind(i, quantizer))
+            if found is None:
+                raise UserError(
+                    f"{self.name} is never called in a forward pass; leave it out with model.exclude=[{self.name}]"
+                )
+            amax = found.amax
+            if not bool(torch.isfinite(amax).all()):
                 raise UserError(f"the input of {self.name} is not finite; try model.dtype=float32 or bfloat16")
-            quantizer.amax = known[quantizer.axis]
+            quantizer.amax = amax
 
 
 class LinearTap(Tap):
-    """A linear."""
+    """A linear, or a convolution over the tokens.
+
+    Raises:
+        Unsupported: A candidate has no meaning for a convolution.
+    """
 
     def __init__(self, name: str, module: Any, settings: quantizers.Settings) -> None:
         super().__init__(name, module, settings, [""], device_of(module))
+        if is_convolution(module) and any(quantizer.axis is not None for _, _, _, quantizer in self.range_names()):
+            raise Unsupported(
+                f"{name} is a convolution, where a static scale per feature would be one per position; use a format "
+                "with ModelOpt's exclusions, or another quant_granularity"
+            )
         self._runs = _runs(settings)
         self._weights = [quantizers.make_quantizer(s, self.device) for s in settings.weights]
+        self._searches = settings.searches
         self._kept: Any = None
 
     def load(self, tokens: int) -> Load:
         """Input and output stay, and the weights of all settings are made side by side."""
-        weight = self.module.weight
+        weight, (rows, width) = self.module.weight, shape_of(self.module)
         passing = 2 * weight.numel() * weight.element_size()
-        return Load(
-            weight.shape[1], sum(weight.shape), weight.numel(), weight.numel(), passing, passing_by_setting=True
-        )
+        return Load(width, rows + width, weight.numel(), weight.numel(), passing, passing_by_setting=True)
 
     def watched(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows the input to ``see``."""
         return hooked(self.module.register_forward_pre_hook(lambda _module, args: see("", args[0])))
 
-    def calibrate_weights(self) -> None:
+    def calibrate_weights(self, shared: Any = None) -> None:
         """Finds the ranges of the weight."""
         import torch
 
-        weight = resident(self.module).weight
+        weight = weight_of(self.module)
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"the weight of {self.name} is not finite; the checkpoint is damaged, fetch it again")
-        for quantizer in self._weights:
-            quantizers.calibrate_weight(quantizer, weight)
+        for quantizer, search in zip(self._weights, self._searches, strict=True):
+            quantizers.calibrate_weight(quantizer, weight, search, shared)
+
+    def weight_quantizers(self) -> list[Any]:
+        """Quantizers of the weight by setting."""
+        return self._weights
 
     def keep_weights(self) -> None:
         """Keeps the quantized weights."""
@@ -155,48 +192,51 @@ class LinearTap(Tap):
 
     def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
         """Neighbouring weight settings of one input setting share a product."""
-        import torch
-
         x, y = held
-        features = self.module.out_features
+        module = self.module
+        features, _ = shape_of(module)
+        gradient, y = features_last(module, gradient), features_last(module, y)
         weights = self._all_weights() if self._kept is None else self._kept
         for setting, quantizer in enumerate(self.inputs[""]):
             seen = x if quantizer is None else quantizer(x)
             for first, last, candidates in self._runs[setting]:
-                bias = None if self.module.bias is None else self.module.bias.repeat(last - first)
-                outputs = torch.nn.functional.linear(seen, weights[first * features : last * features], bias)
-                yield candidates, token_scores(gradient, outputs, y, signed)
+                outputs = outputs_of(module, seen, weights[first * features : last * features], last - first)
+                yield candidates, by_token(module, token_scores(gradient, outputs, y, signed), x)
 
     def quantized(self, pair: tuple[int, int]) -> Forward:
         """The linear with quantized weight and input; the weight is quantized on the fly."""
-        import torch
-
         module, quantize_weight, quantize_input = self.module, self._weights[pair[0]], self.inputs[""][pair[1]]
 
         def forward(x: Any) -> Any:
-            weight = module.weight if quantize_weight is None else quantize_weight(module.weight)
-            x = x if quantize_input is None else quantize_input(x)
-            return torch.nn.functional.linear(x, weight, module.bias)
+            weight = weight_of(module)
+            weight = weight if quantize_weight is None else quantize_weight(weight)
+            return run(module, x if quantize_input is None else quantize_input(x), weight)
 
         return forward
 
     def recomputed(self) -> Forward:
-        """The linear in two halves of its input."""
+        """The linear in two halves of its input; a convolution in two halves of its width."""
         import torch
 
         module = self.module
-        half = module.in_features // 2
+        half = shape_of(module)[1] // 2
+
+        def convolution(x: Any) -> Any:
+            low = module.weight.clone()
+            low[..., half:] = 0
+            return run(module, x, low) + module._conv_forward(x, module.weight - low, None)
 
         def forward(x: Any) -> Any:
-            low = torch.nn.functional.linear(x[..., :half], module.weight[:, :half], module.bias)
-            return low + torch.nn.functional.linear(x[..., half:], module.weight[:, half:])
+            weight = weight_of(module)
+            low = torch.nn.functional.linear(x[..., :half], weight[:, :half], module.bias)
+            return low + torch.nn.functional.linear(x[..., half:], weight[:, half:])
 
-        return forward
+        return convolution if is_convolution(module) else forward
 
     def weights(self, setting: int | None) -> Iterator[Any]:
         """The weight."""
         quantizer = None if setting is None else self._weights[setting]
-        weight = resident(self.module).weight.detach()
+        weight = weight_of(self.module).detach()
         yield weight if quantizer is None else quantizer(weight)
 
     def _all_weights(self) -> Any:

@@ -7,15 +7,18 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+from layerbits.candidates.fused import fused
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import fused_experts
+from layerbits.inputs.linears import is_quantizable, tokens_of
 from layerbits.progress import progress
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import ExpertsTap, Routed
+from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import Load
 from layerbits.scoring.steps import Labels, calibration_forward, loss_backward
-from layerbits.scoring.tap import LinearTap, Tap, hooked
+from layerbits.scoring.tap import LinearTap, Tap, first_input, hooked
 
 
 def make_tap(name: str, module: Any, settings: quantizers.Settings) -> Tap:
@@ -29,9 +32,7 @@ def make_tap(name: str, module: Any, settings: quantizers.Settings) -> Tap:
     Raises:
         Unsupported: A module of another kind.
     """
-    import torch
-
-    if isinstance(module, torch.nn.Linear):
+    if is_quantizable(module):
         return LinearTap(name, module, settings)
     experts = fused_experts(module)
     if experts is None:
@@ -59,12 +60,14 @@ class Taps:
         self.model = model
         self.taps = [make_tap(name, model.get_submodule(name), settings) for name in names]
         self._pairs = settings.pairs
+        self._share_ranges = settings.share_ranges
         self.keep_weights = False
         self._calls = [0] * len(names)
         self._tokens: Any = None
         self._sizes: list[int] = []
         self._signed = False
         self._at = 0
+        self._loss: Any = 0.0
 
     def loads(self, tokens: int) -> list[Load]:
         """What each module takes for a segment of some tokens."""
@@ -78,18 +81,18 @@ class Taps:
         """
         import torch
 
-        axes = {quantizer.axis for tap in self.taps for _, _, _, quantizer in tap.range_names()}
-        if not axes or not batches:  # a process of a torchrun may have none
+        kinds = {tap.range_kind(i, quantizer) for tap in self.taps for _, _, i, quantizer in tap.range_names()}
+        if not kinds or not batches:  # a process of a torchrun may have none
             return
-        running: list[dict[str, dict[Any, Any]]] = [{} for _ in self.taps]
+        running: list[dict[str, dict[RangeKind, InputRange]]] = [{} for _ in self.taps]
         last: list[Any] = [None, {}]  # fused linears share one input tensor; its ranges are found once
 
         def see(index: int, site: str, x: Any) -> None:
             if last[0] is not x:
-                last[:] = [x, {axis: quantizers.largest(x, axis) for axis in axes}]
+                last[:] = [x, {kind: InputRange(kind, x) for kind in kinds}]
             known = running[index].setdefault(site, {})
-            for axis, amax in last[1].items():
-                known[axis] = torch.maximum(known[axis], amax) if axis in known else amax
+            for kind, found in last[1].items():
+                known[kind] = known[kind].join(found) if kind in known else found
 
         with ExitStack() as stack, torch.no_grad():
             for index, tap in enumerate(self.taps):
@@ -138,13 +141,23 @@ class Taps:
         import torch
 
         with torch.no_grad():
+            plain = {tap.name: next(tap.weights(None)) for tap in self.taps}
+            shared = quantizers.shared_largest(plain) if self._share_ranges else {}
             for tap in self.taps:
-                dtype = next(tap.weights(None)).dtype
-                tap.calibrate_weights()
+                tap.calibrate_weights(shared.get(tap.name))
+            self._share_weight_ranges()
+            for tap in self.taps:
+                dtype = plain[tap.name].dtype
                 for name, _, _, quantizer in tap.range_names():
                     quantizer.amax = torch.as_tensor(ranges[name]).to(device=tap.device, dtype=dtype)
                 if self.keep_weights:
                     tap.keep_weights()
+
+    def _share_weight_ranges(self) -> None:
+        by_name = {tap.name: tap.weight_quantizers() for tap in self.taps}
+        for names in fused(by_name):
+            for row in zip(*(by_name[name] for name in names), strict=True):
+                quantizers.share_ranges(row)
 
     def drop_weights(self) -> None:
         """Frees the kept weights; from then on weights are quantized on the fly."""
@@ -177,16 +190,23 @@ class Taps:
         self._sizes = [s.input_ids.numel() for s in batch.segments]
         with self._observed(), _no_parameter_gradients(self.model):
             if labels is None:
-                loss_backward(self.model, batch, self._next_segment, chunked)
+                self._loss = loss_backward(self.model, batch, self._next_segment, chunked)
             else:
-                loss_backward(self.model, batch, self._next_segment, chunked, labels)
+                self._loss = loss_backward(self.model, batch, self._next_segment, chunked, labels)
         return self._tokens, owner
+
+    @property
+    def loss(self) -> float:
+        """Loss of the unquantized model on the batch that was scored last, nats, summed over its loss tokens."""
+        return float(self._loss)
 
     def _next_segment(self) -> None:
         for tap, calls in zip(self.taps, self._calls, strict=True):
             if calls != 1:
                 times = "never called" if calls == 0 else f"called {calls} times"
-                raise UserError(f"{tap.name} is {times} in a forward pass; exclude it or use autoquant.engine=stock")
+                raise UserError(
+                    f"{tap.name} is {times} in a forward pass; leave it out with model.exclude=[{tap.name}]"
+                )
         self._calls = [0] * len(self.taps)
         self._at += self._sizes.pop(0)
 
@@ -207,11 +227,11 @@ class Taps:
     def _keep(self, index: int) -> Any:
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tap = self.taps[index]
-            tokens = output.numel() // output.shape[-1]
+            tokens = tokens_of(tap.module, first_input(args, kwargs))
             if tokens != self._sizes[0]:  # an expert of its own, say: which tokens these are cannot be known here
                 raise UserError(
                     f"{tap.name} is called on {tokens} of {self._sizes[0]} tokens in a forward pass; "
-                    "exclude it or use autoquant.engine=stock"
+                    f"leave it out with model.exclude=[{tap.name}]"
                 )
             if output.requires_grad:
                 held = tap.hold(args, kwargs, output)
@@ -225,10 +245,9 @@ class Taps:
         taken = list(held)
         held.clear()  # the graph outlives this hook, the tensors need not
         self._calls[index] += 1
-        y = taken[-1]
-        span = slice(self._at, self._at + y.numel() // y.shape[-1])
         with torch.no_grad():
             for candidates, scores in self.taps[index].scores(taken, gradient, self._signed):
+                span = slice(self._at, self._at + scores.shape[1])
                 self._tokens[index, candidates, span] = scores.to(self._tokens.device)
 
 

@@ -1,241 +1,236 @@
-"""Whether a runtime serves an exported checkpoint as PyTorch computes it.
+"""Whether a runtime serves an exported checkpoint as it was scored, and how much damage it does there.
 
-A checkpoint that loads cleanly and answers with corrupted logits is a known failure, so the runtime's log-probabilities
-of given tokens are compared with those of the model that :mod:`layerbits.checkpoint.restore` makes of the same files.
-The runtime is behind :class:`Engine`; :mod:`layerbits.serving.vllm` is the one for vLLM.
+A checkpoint that loads cleanly and answers with corrupted logits is a known failure. So the distributions that the
+runtime tells are compared with those of PyTorch: of the unquantized model, of the scheme as it was scored (ModelOpt's
+fake quantization of the source's weights, not of the checkpoint's), and of the model made of the checkpoint alone.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
-from layerbits.checkpoint.structure import Check, Quantization, check_structure, read_quantization
+from layerbits.checkpoint.structure import Check, check_structure
 from layerbits.errors import Skipped, UserError
+from layerbits.schemes import Scheme
+from layerbits.serving.distributions import Distributions, shared
+from layerbits.serving.verdict import (
+    DIVERGES,
+    LOADS,
+    SKIPPED,
+    UNKNOWN,
+    Divergence,
+    Measured,
+    divergence,
+)
 
-LOADS, REFUSED, DIVERGES = "loads", "refused", "diverges"
+if TYPE_CHECKING:
+    from layerbits.results.result import FloatArray
+    from layerbits.serving.reference import Reference
+    from layerbits.serving.texts import Texts
 
-LogProbs = list[list[float]]
-"""Per prompt the log-probability of each token but the first, given those before it."""
-
-
-class Engine(Protocol):
-    """A runtime that has loaded a checkpoint."""
-
-    def logprobs(self, prompts: Sequence[Sequence[int]]) -> LogProbs:
-        """Log-probabilities of the prompts' own tokens."""
-
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
-        """Greedy continuations."""
+MANIFEST = "layerbits.json"
 
 
-@dataclass(frozen=True)
-class Served:
-    """What a runtime made of a checkpoint.
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a runtime told of a model.
 
     Attributes:
-        outcome: :data:`LOADS`, :data:`REFUSED` or :data:`DIVERGES`.
-        detail: The runtime's error, or in words how far it is from PyTorch.
-        tokens: Log-probabilities compared.
-        mean_error: Mean absolute difference from PyTorch's, nats; NaN where one is not a number.
-        max_error: The largest.
-        texts: Continuations, one per prompt.
+        distributions: At the positions that count.
+        texts: Greedy continuations of the first rows.
+        runtime: What it was: package, version, plugin.
     """
 
-    outcome: str
-    detail: str
-    tokens: int = 0
-    mean_error: float = math.nan
-    max_error: float = math.nan
-    texts: tuple[str, ...] = ()
+    distributions: Distributions
+    texts: tuple[str, ...]
+    runtime: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class ServeCheck:
-    """Everything that was checked of one checkpoint; ``served`` is ``None`` where the runtime is not installed."""
+    """Everything that was checked of one checkpoint.
+
+    Attributes:
+        structure: What its files say of themselves.
+        outcome: ``loads``, ``refused``, ``diverges`` or ``skipped``.
+        detail: In words, or the runtime's own.
+        measured: ``None`` where it was not served.
+        texts: Continuations.
+        runtime: What served it.
+    """
 
     folder: Path
     digest: str
     structure: tuple[Check, ...]
-    served: Served | None
-    skipped: str = ""
+    outcome: str
+    detail: str
+    measured: Measured | None = None
+    texts: tuple[str, ...] = ()
+    runtime: Mapping[str, str] = field(default_factory=dict)
 
     def require(self) -> None:
         """Raises unless everything was checked and is well.
 
         Raises:
             Skipped: The runtime is missing; what needs none has passed.
-            UserError: The checkpoint is not sound, or not served as PyTorch computes it.
+            UserError: The checkpoint is not sound, or not served as it was scored.
         """
         if failed := next((c for c in self.structure if not c.passed), None):
             raise UserError(f"{self.folder} is not sound: {failed.name} - not so: {failed.detail}; export it again")
-        if self.served is None:
-            raise Skipped(f"{self.skipped}; checked were the files alone, and they are sound")
-        if self.served.outcome != LOADS:
-            raise UserError(f"vLLM {self.served.outcome} {self.folder}: {self.served.detail}")
+        if self.outcome == SKIPPED:
+            raise Skipped(f"{self.detail}; checked were the files alone, and they are sound")
+        if self.outcome != LOADS:
+            raise UserError(f"vLLM {self.outcome} {self.folder}: {self.detail}")
 
     @property
     def metrics(self) -> dict[str, float]:
         """Numbers for the tracking server."""
         values = {"serve/structure_failed": float(sum(not c.passed for c in self.structure))}
-        if self.served is not None:
-            values |= {
-                "serve/tokens": float(self.served.tokens),
-                "serve/logprob_mean_error": self.served.mean_error,
-                "serve/logprob_max_error": self.served.max_error,
-            }
-        return values
+        return values | (self.measured.metrics() if self.measured else {})
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data; what is not a number becomes null."""
         data = {**asdict(self), "folder": str(self.folder)}
-        if data["served"] is not None:
-            data["served"] = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data["served"].items()
-            }
-        return data
+        if self.measured is not None:
+            data["measured"] |= {"explained": self.measured.explained, "ratio": self.measured.ratio}
+        return dict(_finite(data))
 
     def markdown(self) -> str:
         """The report to read."""
-        lines = [f"# Serve check of {self.folder.name}", "", "## Files", ""]
+        lines = [f"# Serve check of {self.folder.name}: {self.outcome}", "", "## Files", ""]
         lines += [
             f"- {'ok' if c.passed else 'NOT'}: {c.name}{'' if c.passed else f' - {c.detail}'}" for c in self.structure
         ]
-        lines += ["", "## vLLM", ""]
-        if self.served is None:
-            lines.append(f"Skipped: {self.skipped}")
-        else:
-            lines.append(f"**{self.served.outcome}**: {self.served.detail}")
-            lines += ["", *(f"- `{text!r}`" for text in self.served.texts)]
+        runtime = ", ".join(f"{key} {value}" for key, value in self.runtime.items())
+        lines += ["", f"## vLLM{f' ({runtime})' if runtime else ''}", "", f"**{self.outcome}**: {self.detail}"]
+        if self.measured is not None:
+            lines += ["", *_table(self.measured)]
+        lines += ["", *(f"- `{text!r}`" for text in self.texts)]
         return "\n".join(lines) + "\n"
 
 
-def check_serving(
-    folder: Path,
-    make_engine: Callable[[Path, str], Engine] | None,
-    device: str,
-    prompts: int = 4,
-    length: int = 64,
-    new_tokens: int = 16,
-    tolerance: float = 0.2,
-    skipped: str = "",
-) -> ServeCheck:
-    """Checks a checkpoint's files, and then whether a runtime serves it.
+def _table(m: Measured) -> list[str]:
+    told = "all tokens" if m.top_k < 0 else f"the {m.top_k} most likely tokens ({m.mass:.1%} of the mass) and the rest"
+    rows = [
+        ("**damage as served**: served scheme from the served unquantized model", m.served_damage),
+        ("damage in PyTorch: restored checkpoint from the unquantized model", m.restored_damage),
+        ("damage in PyTorch: scheme as scored from the unquantized model", m.scored_damage),
+        ("the same over the whole vocabulary", m.scored_damage_whole),
+        ("noise: served unquantized model from PyTorch's", m.noise),
+        ("served scheme from the restored checkpoint", m.from_restored),
+        ("served scheme from the scheme as scored", m.from_scored),
+        ("rounding: the scheme in the runtime's dtype from float32, in PyTorch", m.rounding),
+        ("files: restored checkpoint from the scheme as scored, in PyTorch", m.files),
+    ]
+    return [
+        f"{m.tokens:,} held-out tokens; over {told}; perplexity as served {m.perplexity:.3f}.",
+        "",
+        "| KL divergence, nats per token | mean ± SE over captions |",
+        "|---|---|",
+        *(f"| {what} | {value if math.isfinite(value.kl) else 'not served'} |" for what, value in rows),
+    ]
 
-    Args:
-        folder: The export.
-        make_engine: Loads it, given vLLM's name of its quantization; ``None`` where there is no runtime.
-        device: Where PyTorch computes what is compared: ``cpu`` or ``cuda``.
-        prompts: How many texts.
-        length: Tokens of each.
-        new_tokens: Tokens to generate.
-        tolerance: Mean absolute difference of the log-probabilities, nats, from which on it diverges. Corrupted logits
-            are off by nats; two sound runtimes round activations differently, which is a fraction of one.
-        skipped: Why there is no runtime.
+
+def check_files(folder: Path) -> tuple[Checkpoint, tuple[Check, ...]]:
+    """Opens a checkpoint and checks what its files say of themselves.
 
     Raises:
         UserError: The folder is no checkpoint that can be read.
     """
     checkpoint = open_checkpoint(folder)
-    structure = check_structure(checkpoint)
-    digest = checkpoint.digest()
-    if not all(check.passed for check in structure):
-        return ServeCheck(folder, digest, structure, None, "the files are not sound")
-    if make_engine is None:
-        return ServeCheck(folder, digest, structure, None, skipped)
-    name, load = quantization_name(read_quantization(checkpoint)), make_engine
-    texts = token_rows(folder, prompts, length)
-    expected = reference_logprobs(checkpoint, texts, device)  # first: a runtime takes most of the GPU's memory
-    return ServeCheck(
-        folder, digest, structure, serve(lambda: load(folder, name), texts, expected, new_tokens, tolerance)
-    )
+    return checkpoint, check_structure(checkpoint)
 
 
-def serve(
-    load: Callable[[], Engine], texts: Sequence[Sequence[int]], expected: LogProbs, new_tokens: int, tolerance: float
-) -> Served:
-    """Loads a runtime, lets it compute and compares."""
-    try:
-        engine = load()
-        found = engine.logprobs(texts)
-        generated = tuple(engine.generate(texts, new_tokens))
-    except Exception as error:
-        # The runtime's own words are the result here, whatever class they come in.
-        words = (str(error).strip().splitlines() or [""])[-1]
-        return Served(REFUSED, f"{type(error).__name__}: {words}".rstrip(": "))
-    return classify(found, expected, generated, tolerance)
-
-
-def classify(found: LogProbs, expected: LogProbs, texts: tuple[str, ...], tolerance: float) -> Served:
-    """Compares a runtime's log-probabilities with PyTorch's.
-
-    Args:
-        found: The runtime's.
-        expected: PyTorch's.
-        texts: What the runtime generated.
-        tolerance: Mean absolute difference, nats, that is allowed.
-    """
-    if [len(row) for row in found] != [len(row) for row in expected]:
-        return Served(DIVERGES, "it returned log-probabilities of another number of tokens", texts=texts)
-    errors = [abs(a - b) for mine, other in zip(found, expected, strict=True) for a, b in zip(mine, other, strict=True)]
-    if not all(map(math.isfinite, errors)):
-        bad = sum(not math.isfinite(error) for error in errors)
-        return Served(DIVERGES, f"{bad} of {len(errors)} log-probabilities are not finite", len(errors), texts=texts)
-    mean, largest = sum(errors) / len(errors), max(errors)
-    outcome = LOADS if mean <= tolerance else DIVERGES
-    detail = (
-        f"log-probabilities of {len(errors)} tokens differ from PyTorch's by {mean:.3g} nats in the mean, "
-        f"{largest:.3g} at most; {tolerance:g} in the mean is allowed"
-    )
-    return Served(outcome, detail, len(errors), mean, largest, texts)
-
-
-def quantization_name(quantization: Quantization) -> str:
-    """What vLLM calls the quantization of a checkpoint (its ``quantization`` argument).
-
-    https://docs.vllm.ai/en/latest/features/quantization/modelopt/ (read 2026-11-21).
-    """
-    if quantization.mixed:
-        return "modelopt_mixed"
-    algos = {label.algo for label in quantization.layers.values()}
-    return "modelopt_fp4" if algos <= {"NVFP4", "W4A16_NVFP4"} else "modelopt"
-
-
-def token_rows(folder: Path, rows: int, length: int) -> list[list[int]]:
-    """Texts to compare on: captions that come with LayerBits, in the checkpoint's own tokens.
+def read_scheme(folder: Path) -> Scheme:
+    """The scheme that a checkpoint was made from, as its ``layerbits.json`` has it.
 
     Raises:
-        UserError: The checkpoint has no tokenizer.
+        UserError: It has none.
     """
-    from transformers import AutoTokenizer
-
-    from layerbits.inputs.captions import load_captions
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError):
-        raise UserError(f"{folder} holds no tokenizer; export it again from a model that has one") from None
-    captions = load_captions("everyday", "large")
-    ids = tokenizer(" ".join(captions.held_out or captions.captions), add_special_tokens=False)["input_ids"]
-    found = [ids[start : start + length] for start in range(0, min(len(ids), rows * length), length)]
-    return [row for row in found if len(row) > 1]
+        return Scheme.from_json(json.loads((folder / MANIFEST).read_text())["scheme"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{folder} has no {MANIFEST} that can be read, so what it was made from is not known; give an export of "
+            "`-e export`"
+        ) from None
 
 
-def reference_logprobs(checkpoint: Checkpoint, texts: Sequence[Sequence[int]], device: str) -> LogProbs:
-    """What the model made of the checkpoint alone gives to the texts' own tokens, in PyTorch."""
-    import torch
+def compare(pytorch: Reference, unquantized: Told | None, served: Told, texts: Texts, top_k: int) -> Measured:
+    """All divergences between the models.
 
-    from layerbits.checkpoint.restore import restore
+    Args:
+        pytorch: PyTorch's models on the texts.
+        unquantized: The runtime's unquantized model on them, where it was served.
+        served: The runtime's scheme on them.
+        texts: Which captions the tokens belong to.
+        top_k: As the runtime was asked.
+    """
+    both = [served.distributions] if unquantized is None else [served.distributions, unquantized.distributions]
+    events = shared(*both)
+    p = {name: getattr(pytorch, name).at(events) for name in ("unquantized", "scored", "rounded", "restored")}
+    p["rounded_unquantized"] = pytorch.rounded_unquantized.at(events)
+    runtime = served.distributions.at(events.events)
+    plain = None if unquantized is None else unquantized.distributions.at(events.events)
 
-    model = restore(checkpoint, read_quantization(checkpoint), device)
-    rows = []
-    with torch.no_grad():
-        for text in texts:
-            ids = torch.tensor([list(text)], device=device)
-            logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
-            rows.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist())
-    return rows
+    def between(ours: FloatArray | None, theirs: FloatArray | None) -> Divergence:
+        if ours is None or theirs is None:
+            return UNKNOWN
+        return divergence(events.kl(ours, theirs), texts.caption)
+
+    return Measured(
+        tokens=texts.tokens,
+        top_k=top_k,
+        mass=events.mass(p["unquantized"]),
+        served_damage=between(plain, runtime),
+        restored_damage=between(p["unquantized"], p["restored"]),
+        scored_damage=between(p["unquantized"], p["scored"]),
+        scored_damage_whole=divergence(pytorch.unquantized.kl(pytorch.scored), texts.caption),
+        noise=between(p["unquantized"], plain),
+        rounding_noise=between(p["unquantized"], p["rounded_unquantized"]),
+        from_restored=between(p["restored"], runtime),
+        from_scored=between(p["scored"], runtime),
+        rounding=between(p["scored"], p["rounded"]),
+        files=between(p["scored"], p["restored"]),
+        perplexity=math.exp(-float(np.mean(served.distributions.own))),
+    )
+
+
+def judge(
+    folder: Path,
+    digest: str,
+    structure: tuple[Check, ...],
+    served: Told,
+    measure: Callable[[], Measured],
+) -> ServeCheck:
+    """The check of a checkpoint that the runtime has served.
+
+    Args:
+        folder: The checkpoint.
+        digest: Of its tensors.
+        structure: What its files say of themselves.
+        served: What the runtime told.
+        measure: Compares it; called only where it is numbers.
+    """
+    if not served.distributions.finite:
+        detail = "it tells log-probabilities that are not numbers"
+        return ServeCheck(folder, digest, structure, DIVERGES, detail, None, served.texts, served.runtime)
+    measured = measure()
+    outcome = DIVERGES if measured.diverges else LOADS
+    return ServeCheck(folder, digest, structure, outcome, measured.sentence, measured, served.texts, served.runtime)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,65 +1,154 @@
-"""A serve check from its settings to its files."""
+"""Serve checks from their settings to their files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from layerbits.atomic import write_json
+from layerbits.atomic import dated, write_json
 from layerbits.cache import cache_dir
-from layerbits.errors import UserError
-from layerbits.serving.check import ServeCheck, check_serving
+from layerbits.errors import Skipped, UserError
+from layerbits.results.experiment import made_by
+from layerbits.schemes.settings import listed
+from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
+from layerbits.serving.environment import find_environment
+from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
+from layerbits.serving.server import Launch, Refused
+from layerbits.serving.verdict import REFUSED, SKIPPED
+
+if TYPE_CHECKING:
+    from layerbits.checkpoint.reader import Checkpoint
+    from layerbits.checkpoint.structure import Check
+    from layerbits.probing.loading import Prepared
+    from layerbits.schemes import Scheme
+    from layerbits.serving.check import Told
+    from layerbits.serving.verdict import Measured
 
 _NONE = (None, "", "none", "null")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """The ``vllm`` part of ``configs/serve_check.yaml``.
+
+    Attributes:
+        python: A Python with vLLM; ``None`` = that of ``.venv-vllm``.
+        url: A running server of the checkpoint, instead of one that is started.
+        unquantized_url: A running server of its unquantized model, where ``url`` is given.
+        model: Name of the checkpoint at ``url``.
+        dtype: What the runtime computes in; ``auto`` = the model's, bfloat16 for float32.
+        port, plugin, arguments, seconds: As :class:`layerbits.serving.server.Launch` takes them.
+    """
+
+    python: str | None
+    url: str | None
+    unquantized_url: str | None
+    model: str | None
+    dtype: str
+    port: int | None
+    plugin: Path | None
+    arguments: tuple[str, ...]
+    seconds: float
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> VllmSettings:
+        """Reads it.
+
+        Raises:
+            UserError: A value is not one of its choices.
+        """
+        texts = {key: None if value in _NONE else str(value) for key, value in config.items()}
+        if texts["url"] and texts["python"]:
+            raise UserError("vllm.url talks to a running server, vllm.python starts one: set one of them")
+        if texts["unquantized_url"] and not texts["url"]:
+            raise UserError("vllm.unquantized_url goes with vllm.url; set both, or neither")
+        if config["dtype"] not in DTYPES:
+            raise UserError(f"vllm.dtype={config['dtype']} is not known; use one of {', '.join(DTYPES)}")
+        plugin = None if texts["plugin"] is None else Path(texts["plugin"]).expanduser().absolute()
+        if plugin is not None and not plugin.is_dir():
+            raise UserError(f"vllm.plugin={plugin} is no folder; name the one that holds the plugin and its dist-info")
+        return cls(
+            python=texts["python"],
+            url=texts["url"],
+            unquantized_url=texts["unquantized_url"],
+            model=texts["model"],
+            dtype=config["dtype"],
+            port=None if texts["port"] is None else _positive("vllm.port", config["port"]),
+            plugin=plugin,
+            arguments=tuple(shlex.split(texts["arguments"] or "")),
+            seconds=_positive("vllm.seconds", config["seconds"]),
+        )
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """What ``configs/serve_check.yaml`` composes to; of ``run_id`` and ``checkpoint`` one is given."""
+    """What ``configs/serve_check.yaml`` composes to; of ``run_ids`` and ``checkpoint`` one is given.
 
-    run_id: str | None
+    Attributes:
+        run_ids: Runs of exports.
+        checkpoint: A checkpoint's folder.
+        tokens: Held-out tokens to compare on, at least.
+        top_k: Tokens that the runtime is to tell per position; -1 = all.
+        new_tokens: Tokens to generate.
+        device: Where PyTorch computes.
+    """
+
+    run_ids: tuple[str, ...]
     checkpoint: Path | None
-    prompts: int
-    length: int
+    tokens: int
+    top_k: int
     new_tokens: int
-    tolerance: float
     device: str
     output_root: Path
+    vllm: VllmSettings
 
     @property
     def source(self) -> str:
-        """The checkpoint in a word."""
-        return self.run_id or str(self.checkpoint and self.checkpoint.name)
+        """The checkpoints in a few words."""
+        return ", ".join(self.run_ids) or str(self.checkpoint and self.checkpoint.name)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ServeSettings:
         """Reads a resolved configuration.
 
         Raises:
-            UserError: No checkpoint or two, or a value that is no positive number.
+            UserError: No checkpoint or two, or a value that is not one of its choices.
         """
-        run_id = None if config["run_id"] in _NONE else str(config["run_id"])
+        run_ids = tuple(listed(config["run_id"]))
         folder = None if config["checkpoint"] in _NONE else Path(config["checkpoint"]).expanduser().absolute()
-        if (run_id is None) == (folder is None):
+        if bool(run_ids) == (folder is not None):
             raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
-        for key in ("prompts", "length", "new_tokens", "tolerance"):
-            if not isinstance(config[key], int | float) or config[key] <= 0:
-                raise UserError(f"{key}={config[key]} is not a positive number")
         if config["device"] not in ("auto", "cpu", "cuda"):
             raise UserError(f"device={config['device']} is not known; use auto, cpu or cuda")
         return cls(
-            run_id=run_id,
+            run_ids=run_ids,
             checkpoint=folder,
-            prompts=int(config["prompts"]),
-            length=int(config["length"]),
-            new_tokens=int(config["new_tokens"]),
-            tolerance=float(config["tolerance"]),
+            tokens=_positive("tokens", config["tokens"]),
+            top_k=-1 if config["top_k"] == "all" else _positive("top_k", config["top_k"]),
+            new_tokens=_positive("new_tokens", config["new_tokens"]),
             device=config["device"],
             output_root=Path(config["output_root"]).expanduser().absolute(),
+            vllm=VllmSettings.from_config(config["vllm"]),
         )
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint to check, with what is known of it.
+
+    Attributes:
+        digest: Of its tensors as they were exported; ``None`` where that is not known.
+        tags: For the run.
+    """
+
+    folder: Path
+    digest: str | None
+    tags: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -72,53 +161,189 @@ class Checked:
     tags: Mapping[str, str]
 
 
-def check(settings: ServeSettings, uri: str | None) -> Checked:
-    """Finds the checkpoint, checks it and writes ``serve_check.md`` and ``.json``.
-
-    Args:
-        settings: Which one and how.
-        uri: The store of the run.
+def find_targets(settings: ServeSettings, uri: str | None) -> list[Target]:
+    """The checkpoints, those of a parent run of exports one by one.
 
     Raises:
         UserError: There is no such checkpoint.
     """
-    import torch
+    if settings.checkpoint is not None:
+        made = made_by(settings.checkpoint)
+        tags = {"export_run_id": made.run_id} if made else {}
+        return [Target(settings.checkpoint, None, tags)]
+    from layerbits.history.checkpoints import export_runs, fetch_checkpoint
+    from layerbits.history.source import connect
 
-    from layerbits.serving.vllm import load, missing
-
-    tags = {}
-    if settings.run_id is not None:
-        from layerbits.history.checkpoints import fetch_checkpoint
-        from layerbits.history.source import connect
-
-        run, folder = fetch_checkpoint(connect(uri), settings.run_id, cache_dir() / "checkpoints" / settings.run_id)
+    store = connect(uri)
+    targets = []
+    for run_id in (one for given in settings.run_ids for one in export_runs(store, given)):
+        run, folder = fetch_checkpoint(store, run_id, cache_dir() / "checkpoints" / run_id)
         tags = {key: run.tags[key] for key in ("source_run_id", "scheme") if key in run.tags}
-        tags["export_run_id"] = run.run_id
-    else:
-        assert settings.checkpoint is not None
-        folder = settings.checkpoint
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    skipped = missing()
-    done = check_serving(
-        folder,
-        None if skipped else load,
-        device,
-        settings.prompts,
-        settings.length,
-        settings.new_tokens,
-        settings.tolerance,
-        skipped,
-    )
-    if settings.run_id is not None and done.digest != run.tags.get("checkpoint.digest"):
-        raise UserError(f"{folder} is not what run {run.run_id} exported (its digest differs); export the scheme again")
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
-    out = settings.output_root / "tmp" / f"serve_check_{folder.name}-{stamp}"
-    write_json(out / "serve_check.json", done.to_json())
-    (out / "serve_check.md").write_text(done.markdown())
-    print(f"\n{done.markdown()}\nserve check: {out}")
-    tags |= {"checkpoint.path": str(folder), "checkpoint.digest": done.digest}
-    tags["serve"] = "skipped" if done.served is None else done.served.outcome
-    parameters = {"eff.prompts": str(settings.prompts), "eff.length": str(settings.length), "eff.device": device}
-    return Checked(done, out, {**parameters, "eff.tolerance": f"{settings.tolerance:g}"}, tags)
+        targets.append(Target(folder, run.tags.get("checkpoint.digest"), {**tags, "export_run_id": run.run_id}))
+    return targets
+
+
+@dataclass
+class Checker:
+    """Checks checkpoints one after the other; the unquantized model of several is served once.
+
+    Args:
+        settings: How.
+        root: The project's folder.
+    """
+
+    settings: ServeSettings
+    root: Path
+    _unquantized: dict[tuple[str, str], Remembered] = field(default_factory=dict)
+
+    def check(self, target: Target) -> Checked:
+        """Checks a checkpoint and writes ``serve_check.md`` and ``.json``, and the runtime's log.
+
+        Raises:
+            UserError: It cannot be read, or something is to be mended first.
+        """
+        checkpoint, structure = check_files(target.folder)
+        digest = checkpoint.digest()
+        if target.digest is not None and digest != target.digest:
+            run = target.tags.get("export_run_id")
+            raise UserError(f"{target.folder} is not what run {run} exported (its digest differs); export it again")
+        out = dated(self.settings.output_root, f"serve_check_{target.folder.name}")
+        out.mkdir(parents=True)
+        done = self._checked(checkpoint, structure, digest, out)
+        write_json(out / "serve_check.json", done.to_json())
+        (out / "serve_check.md").write_text(done.markdown())
+        print(f"\n{done.markdown()}\nserve check: {out}", flush=True)
+        tags = {
+            **target.tags,
+            "checkpoint.path": str(target.folder),
+            "checkpoint.digest": digest,
+            "serve": done.outcome,
+        }
+        tags |= {f"serve.{key}": value for key, value in done.runtime.items()}
+        parameters = {
+            "eff.tokens": str(self.settings.tokens),
+            "eff.top_k": str(self.settings.top_k),
+            "eff.runtime_dtype": self.settings.vllm.dtype,
+        }
+        if (target.folder / "layerbits.json").is_file():
+            scheme = read_scheme(target.folder)
+            parameters |= {"eff.model": scheme.model.name, "eff.model_revision": scheme.model.revision}
+            parameters |= {"eff.scheme": scheme.name, "eff.scheme_digest": scheme.digest}
+        return Checked(done, out, parameters, tags)
+
+    def _checked(self, checkpoint: Checkpoint, structure: tuple[Check, ...], digest: str, out: Path) -> ServeCheck:
+        folder = checkpoint.folder
+        if not all(check.passed for check in structure):
+            return ServeCheck(folder, digest, structure, SKIPPED, "not served, as its files are not sound")
+        try:
+            runtimes = self._runtimes
+        except Skipped as why:
+            return ServeCheck(folder, digest, structure, SKIPPED, str(why))
+        subject = Subject.of(read_scheme(folder), self.settings)
+        runtime, plain = runtimes(subject)
+        try:
+            served = runtime.tell(folder, folder.name, subject.question, out / "vllm.log")
+        except Refused as words:
+            return ServeCheck(folder, digest, structure, REFUSED, str(words), runtime=_about(runtime))
+        unquantized = None if plain is None else self._plain(plain, subject, out)
+        return judge(
+            folder, digest, structure, served, lambda: self._measured(subject, checkpoint, unquantized, served)
+        )
+
+    @cached_property
+    def _runtimes(self) -> Callable[[Subject], tuple[Runtime, Runtime | None]]:
+        """Gives the runtime of a checkpoint, and that of its unquantized model where there is one."""
+        vllm = self.settings.vllm
+        if vllm.url is not None:
+            url, plain = vllm.url, vllm.unquantized_url
+            return lambda _: (Running(url, vllm.model), Running(plain) if plain else None)
+        environment = find_environment(vllm.python, self.root)
+
+        def started(subject: Subject) -> tuple[Runtime, Runtime]:
+            launch = Launch(
+                environment,
+                subject.question.length,
+                self.settings.top_k,
+                subject.dtype,
+                vllm.port,
+                vllm.plugin,
+                vllm.arguments,
+                vllm.seconds,
+            )
+            return Started(launch), Started(launch)
+
+        return started
+
+    def _plain(self, runtime: Runtime, subject: Subject, out: Path) -> Told:
+        from layerbits.export.plan import source_folder
+
+        source = source_folder(subject.prepared.resolved)
+        key = (str(source), subject.texts_key)
+        remembered = self._unquantized.setdefault(key, Remembered(runtime))
+        try:
+            return remembered.tell(source, "the unquantized model", subject.question, out / "vllm-unquantized.log")
+        except Refused as words:
+            raise UserError(f"vLLM does not serve the unquantized model {source} either: {words}") from None
+
+    def _measured(self, subject: Subject, checkpoint: Checkpoint, unquantized: Told | None, served: Told) -> Measured:
+        import torch
+
+        from layerbits.serving.reference import reference
+
+        device = self.settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        texts = subject.question.texts
+        pytorch = reference(subject.prepared, checkpoint, texts.batches, subject.dtype, device)
+        return compare(pytorch, unquantized, served, texts, self.settings.top_k)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a scheme is compared on.
+
+    Attributes:
+        dtype: What the runtime computes in.
+    """
+
+    prepared: Prepared
+    question: Question
+    dtype: str
+
+    @property
+    def texts_key(self) -> str:
+        """What the texts are."""
+        data = self.prepared.scheme.calibration
+        return f"{data.digest} {data.row_shape} {self.question.texts.tokens} {self.dtype}"
+
+    @classmethod
+    def of(cls, scheme: Scheme, settings: ServeSettings) -> Subject:
+        """Finds a scheme's source and its held-out rows.
+
+        Raises:
+            UserError: They have changed since it was scored, or are too few.
+        """
+        from layerbits.probing.loading import prepare
+        from layerbits.serving.texts import held_out_texts
+
+        prepared = prepare(scheme)
+        packing, seq_len, _ = scheme.calibration.row_shape
+        texts = held_out_texts(prepared.captions.held_out, prepared.tokenizer, packing, seq_len, settings.tokens)
+        dtype = settings.vllm.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if scheme.model.dtype == "float32" else scheme.model.dtype
+        return cls(prepared, Question(texts, settings.top_k, settings.new_tokens), dtype)
+
+
+def _about(runtime: Runtime) -> Mapping[str, str]:
+    return runtime.about if isinstance(runtime, Started) else {}
+
+
+def _positive(key: str, value: object) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{key}={value} is not a positive whole number")
+    return number

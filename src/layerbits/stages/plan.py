@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
+from layerbits.candidates.formats import plain
 from layerbits.config import Settings
 from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.captions import CaptionSet
 from layerbits.inputs.models import ResolvedModel
+
+
+@dataclass(frozen=True)
+class Held:
+    """What stays quantized while other linears are scored.
+
+    Attributes:
+        modules: Linears or expert modules → their candidate.
+        kv_cache: Quantizer settings of keys and values, ``None`` = as they are.
+    """
+
+    modules: Mapping[str, tuple[Candidate, Capability]] = field(default_factory=dict)
+    kv_cache: Mapping[str, Any] | None = None
+
+    def identity(self) -> list[Any]:
+        """What of it scores depend on, as JSON data; empty where nothing is held."""
+        modules = sorted([m, c.info.config_hash, p.fp4_numerics] for m, (c, p) in self.modules.items())
+        return [modules, plain(self.kv_cache)] if modules or self.kv_cache else []
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,7 @@ class Plan:
         scored: Names of the linears that the search may touch.
         fingerprint: Digest of all that the scores depend on (not the budget: that is solved anew).
         active_ratio: Share of the routed experts that a token uses; ``None`` where the model has none.
+        held: What stays quantized while the others are scored.
         cells: Candidate name → digest by which a sweep finds the finished run.
     """
 
@@ -37,7 +57,8 @@ class Plan:
     fingerprint: str
     active_ratio: float | None
     cells: Mapping[str, str]
+    held: Held = field(default_factory=lambda: Held())
 
     def warnings(self, capability: Capability) -> tuple[str, ...]:
         """What the user should know before a candidate is scored."""
-        return (*self.calibration.warnings, *capability.notes)
+        return (*self.resolved.warnings, *self.calibration.warnings, *capability.notes)

@@ -15,9 +15,11 @@ from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
 from layerbits.config import AutoQuantSpec
 from layerbits.errors import Unsupported
+from layerbits.inputs.limits import dropout_of
 from layerbits.inputs.models import LoadedModel, load
 from layerbits.inputs.offload import offloaded
 from layerbits.provenance import peak_memory, provenance
+from layerbits.results.baseline import Baseline, check_first_batch
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, effective_bits
 from layerbits.results.routing import coverage_warnings
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 _STOCK_OFFLOAD = (
     "ModelOpt's own search needs all weights on the device, which memory=offload keeps in host memory; use "
     "autoquant.engine=onepass, or model.device_map=auto"
+)
+
+
+_DROPOUT_ON = (
+    "ModelOpt's search scores in train mode, so the model's dropout of {:g} was on: the scores are of a noisier model "
+    "than the one that is served; autoquant.engine=onepass scores without"
 )
 
 
@@ -78,6 +86,9 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
 
     Returns:
         One outcome per candidate, in the plan's order.
+
+    Raises:
+        UserError: The unquantized model predicts the captions no better than guessing.
     """
     import torch
 
@@ -107,9 +118,15 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         raise Unsupported(_STOCK_OFFLOAD)
     engine = stock if engine_name == "stock" else kl if spec.method == "kl_div" else onepass
     scores = engine.score(job)
+    baseline = Baseline(scores.loss_per_token, _vocabulary(loaded.model))
+    doubts = () if settings.model.random_weights else baseline.check(_opening(plan))
+    noisy = dropout_of(loaded.model, loaded.model.config.get_text_config())
+    on = noisy > 0 and engine is stock and spec.method == "gradient"
     notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
     captions = spec.num_score_samples or len(plan.captions.captions)
     starved = coverage_warnings(scores.routing, captions)
+    dropout = (_DROPOUT_ON.format(noisy),) if on else ()
+    switched = {"dropout": f"{noisy:g}, {'on' if on else 'off'} while scoring"} if noisy > 0 else {}
     facts = provenance(root)
     return [
         Outcome(
@@ -128,14 +145,15 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     recipe=_recipe(scores, c, candidate.info, spec),
                     sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, [c]],
                     sample_tokens=scores.sample_tokens,
+                    baseline=baseline,
                     nonfinite=tuple(n for n in scores.nonfinite if n.candidate == candidate.info.name),
                     settings=_shown(settings.composed),
                     provenance=facts,
                     seconds={**seconds, **scores.seconds},
                     memory={**peak_memory(), **scores.memory},
                     routing=scores.routing,
-                    tags={**_tags(plan, capability, scores), "cell": plan.cells[candidate.info.name]},
-                    warnings=(*plan.warnings(capability), *scores.notes, *notes, *starved),
+                    tags={**_tags(plan, capability, scores), **switched, "cell": plan.cells[candidate.info.name]},
+                    warnings=(*doubts, *dropout, *plan.warnings(capability), *scores.notes, *notes, *starved),
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
                 )
             ),
@@ -156,6 +174,11 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
     from layerbits.scoring.job import ScoringJob
 
     spec = plan.settings.autoquant
+
+    def watch(loss: float, tokens: int) -> None:
+        if not plan.settings.model.random_weights:
+            check_first_batch(loss, tokens, _vocabulary(loaded.model), _opening(plan))
+
     return ScoringJob(
         loaded=loaded,
         scored=plan.scored,
@@ -166,16 +189,33 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
         workdir=workdir,
         fingerprint=plan.fingerprint,
         memory=spec.memory,
+        held=_held_configs(plan),
+        held_kv=plan.held.kv_cache,
         seed=plan.settings.seed,
         draws=spec.draws,
         cost_model=spec.cost_model,
         active_ratio=plan.active_ratio,
+        watch=watch,
     )
 
 
 def runtime_configs(plan: Plan) -> dict[str, dict[str, Any]]:
     """Search configs of a plan's candidates by name, as they run on this machine."""
     return {c.info.name: _runtime_config(c, capability) for c, capability in plan.candidates}
+
+
+def _vocabulary(model: Any) -> int:
+    """Tokens that a model chooses among."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def _opening(plan: Plan) -> str:
+    """That rows lack the token which their tokenizer has for the beginning of a text, where they do."""
+    token = plan.tokenizer.bos_token_id
+    first = int(plan.calibration.score[0].segments[0].input_ids[0, 0])
+    if token is None or token in (first, plan.tokenizer.eos_token_id):
+        return ""
+    return f"its tokenizer has {plan.tokenizer.bos_token} to begin a text, but puts none"
 
 
 def _recipe(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuantSpec) -> Recipe:
@@ -206,6 +246,11 @@ def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, A
         return config
     fp4.register_backends()
     return fp4.with_reference_backend(config)
+
+
+def _held_configs(plan: Plan) -> dict[str, dict[str, Any]]:
+    made = {c.info.name: _runtime_config(c, capability) for c, capability in plan.held.modules.values()}
+    return {module: made[c.info.name] for module, (c, _) in plan.held.modules.items()}
 
 
 def _shown(composed: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,4 +294,6 @@ def _tags(plan: Plan, capability: Capability, scores: Scores) -> dict[str, str]:
         tags["memory_mode"] = scores.mode
     if plan.settings.model.random_weights:
         tags["weights"] = "random"
+    if plan.resolved.quantization:
+        tags["dequantized"] = plan.resolved.quantization.words
     return tags

@@ -6,34 +6,54 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from layerbits.candidates.algorithms import ranges_of
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability, check
+from layerbits.candidates.fused import shares_range
 from layerbits.config import AutoQuantSpec, Settings
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Calibration, build_calibration
 from layerbits.inputs.captions import CaptionSet, load_captions
 from layerbits.inputs.experts import active_ratio, is_routed
-from layerbits.inputs.models import ResolvedModel, Shapes, load_tokenizer, resolve, skeleton
+from layerbits.inputs.kinds import kinds_of
+from layerbits.inputs.limits import check_stock, limits_of
+from layerbits.inputs.models import (
+    ResolvedModel,
+    Shapes,
+    empty_model,
+    load_tokenizer,
+    output_head,
+    resolve,
+    scored_linears,
+    undecided,
+)
 from layerbits.provenance import provenance
-from layerbits.stages.plan import Plan
+from layerbits.stages.plan import Held, Plan
 
+NOTHING_HELD = Held()
 _FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B model about 100 MB
 
 
 @dataclass(frozen=True)
 class Workbench:
-    """A model's shape, tokenizer and rows: what the candidates of one pass share."""
+    """A model's shape, tokenizer and rows: what the candidates of one pass share.
+
+    Attributes:
+        empty: The model on the meta device, without numbers.
+    """
 
     settings: Settings
     captions: CaptionSet
     resolved: ResolvedModel
     tokenizer: Any
     calibration: Calibration
+    empty: Any
     linears: Mapping[str, Shapes]
+    kinds: Mapping[str, str]
     active_ratio: float | None
     device: str
 
@@ -44,38 +64,63 @@ class Workbench:
             UserError: It covers none.
         """
         head = self.settings.model.lm_head
-        names = tuple(n for n in self.linears if candidate.format.linear.covers(n, lm_head=head))
+        names = tuple(n for n in self.linears if candidate.format.linear.covers(n, head, self.kinds[n]))
         if not names:
             raise UserError(
                 f"{candidate.info.format_name} covers no linear of {self.settings.model.name}; choose another format"
             )
         return names
 
-    def check(self, candidate: Candidate) -> Capability:
+    def check(self, candidate: Candidate, scored: Sequence[str] | None = None) -> Capability:
         """What a candidate needs of this machine.
+
+        Args:
+            candidate: The candidate.
+            scored: Linears that it is for; those that it covers by default.
 
         Raises:
             Unsupported: It cannot run here.
         """
-        linears = _by_weight({n: self.linears[n] for n in self.scored(candidate)})
+        scored = scored or self.scored(candidate)
+        linears = _by_weight({n: self.linears[n] for n in scored})
+        kinds = {n: self.kinds[n] for n in scored}
         if self.settings.autoquant.method == "fisher" and not scored_together(candidate):
             raise Unsupported(
                 f"{candidate.info.name} needs ModelOpt's own calibration, which has no method=fisher; "
                 "use autoquant.method=gradient"
             )
-        return check(candidate, linears, self.device == "cuda", self.settings.strict)
+        if self.settings.autoquant.engine == "stock" or not scored_together(candidate):
+            check_stock(self.empty)
+        spec = self.settings.autoquant
+        if spec.engine == "stock" and any(shares_range(cfg) for _, cfg in candidate.format.linear.stages()):
+            raise Unsupported(
+                f"{candidate.info.name} shares ranges between fused linears, which ModelOpt's own search does not; "
+                "use autoquant.engine=onepass"
+            )
+        found = check(candidate, linears, self.device == "cuda", self.settings.strict, kinds)
+        return replace(found, notes=(*found.notes, *undecided(self.empty)))
 
     def cell(self, candidate: Candidate, capability: Capability) -> str:
         """Digest of what a sweep goes by to find a finished run: parameters, configuration, revision and data."""
-        spec = self.settings.autoquant
-        unit = [] if spec.cost_model == "weight" else [[spec.cost_model, self.active_ratio]]
-        return _digest([*self._identity([(candidate, capability)]), spec.effective_bits, *unit])
+        return self._cell((candidate, capability), self.scored(candidate), NOTHING_HELD)
 
-    def plan(self, candidates: Sequence[tuple[Candidate, Capability]]) -> Plan:
-        """A pass over candidates that cover the same linears."""
+    def plan(
+        self,
+        candidates: Sequence[tuple[Candidate, Capability]],
+        scored: tuple[str, ...] | None = None,
+        held: Held = NOTHING_HELD,
+    ) -> Plan:
+        """A pass over candidates that cover the same linears.
+
+        Args:
+            candidates: What is scored.
+            scored: Names of the linears, where another than the candidates themselves says which.
+            held: What stays quantized meanwhile.
+        """
+        scored = scored or self.scored(candidates[0][0])
         versions = provenance(Path.cwd())
         fingerprint = _digest(
-            [*self._identity(candidates), versions["version.modelopt"], versions["version.torch"]],
+            [*self._identity(candidates, scored, held), versions["version.modelopt"], versions["version.torch"]],
         )
         return Plan(
             self.settings,
@@ -84,21 +129,36 @@ class Workbench:
             self.resolved,
             self.tokenizer,
             self.calibration,
-            self.scored(candidates[0][0]),
+            scored,
             self.device,
             fingerprint,
             self.active_ratio,
-            {c.info.name: self.cell(c, capability) for c, capability in candidates},
+            {c.info.name: self._cell((c, capability), scored, held) for c, capability in candidates},
+            held,
         )
 
-    def _identity(self, candidates: Sequence[tuple[Candidate, Capability]]) -> list[Any]:
+    def _cell(self, candidate: tuple[Candidate, Capability], scored: tuple[str, ...], held: Held) -> str:
+        spec = self.settings.autoquant
+        unit = [] if spec.cost_model == "weight" else [[spec.cost_model, self.active_ratio]]
+        return _digest([*self._identity([candidate], scored, held), spec.effective_bits, *unit])
+
+    def _identity(
+        self,
+        candidates: Sequence[tuple[Candidate, Capability]],
+        scored: tuple[str, ...],
+        held: Held,
+    ) -> list[Any]:
         spec, data, model = self.settings.autoquant, self.settings.dataset, self.settings.model
         return [
-            [self.resolved.source, self.resolved.revision, model.dtype, model.random_weights],
-            self.scored(candidates[0][0]),
+            [
+                *(self.resolved.source, self.resolved.revision, model.dtype, model.random_weights),
+                *(["code of its own"] if model.trust_remote_code else []),
+            ],
+            scored,
             [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
             [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
             [_method(spec), spec.engine, self.settings.seed, self.device],
+            *held.identity(),
         ]
 
 
@@ -113,19 +173,24 @@ def workbench(settings: Settings) -> Workbench:
     _check_disk(settings.output_root)
     device = _device(settings.device)
     resolved = resolve(settings.model)
-    linears = skeleton(resolved)
+    empty = empty_model(resolved)
+    linears = scored_linears(empty, settings.model)
     ratio = _active_ratio(spec, resolved, linears)
+    kinds = kinds_of(empty, list(linears), output_head(empty))
     tokenizer = load_tokenizer(resolved)
     calibration = build_calibration(
         captions.captions, tokenizer, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
     )
-    return Workbench(settings, captions, resolved, tokenizer, calibration, linears, ratio, device)
+    doubts = limits_of(empty, resolved.config, settings.model.name).check(calibration, tokenizer)
+    calibration = replace(calibration, warnings=(*doubts, *calibration.warnings))
+    return Workbench(settings, captions, resolved, tokenizer, calibration, empty, linears, kinds, ratio, device)
 
 
 def scored_together(candidate: Candidate) -> bool:
     """Whether one pass can score a candidate: its calibration needs nothing but ranges (no AWQ, no SmoothQuant)."""
-    algorithm = candidate.info.config.get("algorithm")
-    return (algorithm.get("method") if isinstance(algorithm, dict) else algorithm) in (None, "max")
+    return ranges_of(candidate.info.config.get("algorithm")) is not None and not any(
+        isinstance(cfg, list) for cfg in candidate.format.linear.cfgs.values()
+    )
 
 
 def _active_ratio(spec: AutoQuantSpec, resolved: ResolvedModel, linears: Mapping[str, Shapes]) -> float | None:

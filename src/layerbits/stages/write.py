@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ def _write_files(folder: Path, outcome: Outcome) -> None:
     write_json(folder / "autoquant" / "state.json", solver_state(result))
     # without the calibrated ranges: megabytes that a new calibration finds again
     state = {key: value for key, value in outcome.state.items() if key != "quantizer_states"}
-    safe_save(state, folder / "autoquant" / "autoquant_state.pt")
+    packed = io.BytesIO()  # PyTorch's own writer does not say what keeps it from writing
+    safe_save(state, packed)
+    (folder / "autoquant" / "autoquant_state.pt").write_bytes(packed.getvalue())
 
 
 def solver_state(result: SensitivityResult) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import colorsys
 import hashlib
 import json
 import math
@@ -18,6 +17,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from layerbits.results.result import SensitivityResult, by_kind
+from layerbits.results.routing import coverage
+from layerbits.tracking.colors import color
 
 Number = TypeVar("Number", int, float)
 
@@ -36,6 +37,9 @@ DIGEST_TAG = "mlflow.layerbits.scheme."
 PROCESS = "mlflow.layerbits.process."
 """Prefix of the tags that name the process of a run, hidden likewise."""
 
+STATUS = {"ok": "FINISHED", "skipped": "FINISHED", "killed": "KILLED"}
+"""MLflow's status of a run with an ``outcome``; FAILED for all others."""
+
 LAYER_COLUMNS = ("layer", "block", "kind", "score", "predicted_kl", "chosen")
 """What those tags have a list of, most sensitive group first."""
 
@@ -44,28 +48,6 @@ INTERVAL_COLUMNS = ("low", "high", "rank_low", "rank_high")
 
 _TAG_LENGTH = 5000  # MLflow 3.17 takes 8000 characters, earlier servers 5000
 _MOST_BYTES = 1 << 26  # what a server may make us unpack
-
-# Okabe and Ito's colours for all eyes (https://jfly.uni-koeln.de/color/): hue = weights, lightness = activations.
-_HUES = {"fp4": (213, 94, 0), "fp8": (0, 114, 178), "int8": (0, 158, 115), "int4": (204, 121, 167)}
-_GREY = (110, 110, 110)
-_LIGHTER = {"fp16": 0.0, "fp8": 0.35, "int8": 0.6, "int4": 0.75}
-# What an overlay of configs/quant_granularity makes of its pair's colour: lightness and saturation times so much, hue
-# turned by so much of a circle. Each was chosen as far from those before it as could be (in OKLab, worst of 16 pairs).
-_SHADES = {
-    "a_per_token_dynamic": (0.6, 1.0, 0.0),
-    "w_per_tensor": (0.3, 0.6, 0.07),
-    "w_per_out_channel": (0.45, 0.6, -0.07),
-    "recipe_match_channel_token": (1.15, 0.2, 0.07),
-    "w_group128": (0.75, 1.0, -0.07),
-    "w_group64": (0.6, 0.6, 0.07),
-    "w_group32": (0.9, 1.0, 0.07),
-    "w_group128_a_token": (0.75, 0.2, -0.07),
-    "w_per_in_channel": (0.45, 0.6, 0.07),
-    "a_per_tensor_static": (0.75, 1.0, 0.07),
-    "a_per_tensor_dynamic": (0.9, 1.0, -0.07),
-    "a_group128": (0.6, 1.0, -0.07),
-    "a_per_hidden_channel": (0.9, 0.2, -0.04),
-}
 
 
 def parameters(result: SensitivityResult) -> dict[str, str]:
@@ -95,7 +77,10 @@ def parameters(result: SensitivityResult) -> dict[str, str]:
         "draws": _draws(result),
         "engine": result.engine,
         "target_effective_bits": result.recipe.target_bits,
+        "cost_model": result.recipe.cost_model,
         "seed": result.seed,
+        "exclude": ",".join(result.settings.get("model", {}).get("exclude") or ()),
+        "vocabulary": result.baseline.vocabulary if result.baseline else None,
         "dtype": result.model.dtype,
         "device": result.device,
     }
@@ -111,7 +96,8 @@ def _draws(result: SensitivityResult) -> object:
 def metrics(result: SensitivityResult) -> list[tuple[str, float, int]]:
     """All metrics as (key, value, step), non-finite values left out.
 
-    The step of a ``*_by_layer`` metric is the block; where a block has several groups of one kind, they are summed.
+    The step of a ``*_by_layer`` metric is the block; where a block has several groups of one kind, they are summed. A
+    predicted KL that is not believable is left out of ``predicted_kl_by_layer``, which is there to be drawn.
     """
     kinds = ("scores", "score_by_layer"), ("predicted_kl", "predicted_kl_by_layer")
     rows = [(key, value, 0) for key, value in _scalars(result)]
@@ -125,6 +111,7 @@ def tags(result: SensitivityResult) -> dict[str, str]:
     from layerbits.report import note
 
     info = result.candidates[0]
+    pair = info.quant_pair or f"w{info.weight_precision}_a{info.activation_precision}"
     return {
         **result.provenance,
         **result.tags,
@@ -135,7 +122,7 @@ def tags(result: SensitivityResult) -> dict[str, str]:
         "warnings": str(len(result.warnings)),
         "outcome": "ok",
         "mlflow.note.content": note(result),
-        "mlflow.runColor": color(info.weight_precision, info.activation_precision, info.granularity or "default"),
+        "mlflow.runColor": color(pair, info.granularity or "default"),
         # What mlflow.log_table would set; it rounds to ten decimals, and raw scores reach far below.
         "mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}]),
     }
@@ -230,19 +217,6 @@ def dataset(result: SensitivityResult) -> dict[str, str] | None:
     }
 
 
-def color(weight_precision: str, activation_precision: str, granularity: str = "default") -> str:
-    """A pair's colour under an overlay as ``#rrggbb``; grey for weights that have none."""
-    hue = next((rgb for name, rgb in _HUES.items() if name in weight_precision.lower()), _GREY)
-    lighter = _LIGHTER.get(activation_precision.lower(), 0.0)
-    rgb = [(part + (255 - part) * lighter) / 255 for part in hue]
-    if granularity != "default":
-        another = sorted(_SHADES)[zlib.crc32(granularity.encode()) % len(_SHADES)]
-        lightness, saturation, turn = _SHADES.get(granularity, _SHADES[another])
-        h, light, s = colorsys.rgb_to_hls(*rgb)
-        rgb = list(colorsys.hls_to_rgb((h + turn) % 1, min(light * lightness, 1.0), s * saturation))
-    return "#" + "".join(f"{round(255 * part):02x}" for part in rgb)
-
-
 def result_id(directory: Path) -> str:
     """What tells a result from every other: the digest of its manifest."""
     return hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()[:32]
@@ -260,6 +234,10 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
     recipe = result.recipe
     yield "summary/effective_bits", recipe.effective_bits
     yield "summary/effective_bits_modelopt", recipe.effective_bits_modelopt
+    yield "summary/effective_bits_active", recipe.effective_bits_active
+    for seen in coverage(result.routing):
+        for name in ("unseen", "starved", "least", "median"):
+            yield f"experts/{seen.phase}/{name}", float(getattr(seen, name))
     yield "summary/score_sum", result.total("scores")
     if known := not np.isnan(result.predicted_kl).all():
         yield "summary/predicted_kl_sum", result.total("predicted_kl")
@@ -271,6 +249,9 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
     yield "summary/groups", float(len(result.groups))
     finite = np.isfinite(result.scores) & (np.isfinite(result.predicted_kl) if known else True)
     yield "summary/nonfinite", float((~finite).sum())
+    if result.baseline is not None:
+        yield "summary/loss_per_token", result.baseline.loss_per_token
+        yield "summary/not_believable", float(result.beyond.sum())
     if (ends := result.intervals) is not None:
         yield f"summary/rank_stability_top{ends.top}", float(ends.top_overlap[0]) / ends.top
         yield f"summary/captions_for_stable_top{ends.top}", float(ends.top_captions[0])
@@ -286,6 +267,8 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
 
 def _lines(result: SensitivityResult, values: str) -> Iterator[tuple[str, int, float]]:
     column = getattr(result, values)[:, 0]
+    if values == "predicted_kl":
+        column = np.where(result.beyond[:, 0], np.nan, column)
     for kind, positions in by_kind(result.groups):
         blocks: dict[int, float] = {}
         for position in positions:

@@ -68,7 +68,7 @@ def log_cell(
 ) -> str:
     """Records a cell of a sweep that has no result of its own, as a run that has ended.
 
-    An alias that is recorded already is not recorded again.
+    An alias that is recorded already, with the same parameters, is not recorded again.
 
     Args:
         name: Run name.
@@ -98,10 +98,10 @@ def log_cell(
         where = client.get_run(parent).info.experiment_id if parent else experiment_id(experiment)
         if alias_of:
             tags["alias_of"] = alias_of
-            # Not by name: MLflow's filters know no escape for a quote in it.
+            # Not by name: a grid with other axes names its cells otherwise.
             known = f"tags.outcome = '{outcome}' and tags.alias_of = '{alias_of}'"
             for run in client.search_runs([where], known):
-                if run.info.run_name == name:
+                if run.data.params == (params or {}):
                     return str(run.info.run_id)
         run_id = _create(client, where, name, tags)
         client.log_batch(run_id, params=[Param(key, value) for key, value in (params or {}).items()])

@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from layerbits.errors import UserError
-from layerbits.tracking.contract import PROCESS
+from layerbits.tracking.contract import PROCESS, STATUS
 from layerbits.tracking.store import one_line, open_store, redact
 
 _PREFIXES = (PROCESS, "process.")  # the second in runs of the first days
@@ -22,10 +22,11 @@ _PREFIXES = (PROCESS, "process.")  # the second in runs of the first days
 
 @dataclass(frozen=True)
 class Reaped:
-    """A run that was closed, and why."""
+    """A run that was closed, as what, and why."""
 
     run_id: str
     name: str
+    outcome: str
     reason: str
 
 
@@ -41,19 +42,23 @@ def process_tags() -> dict[str, str]:
     return {f"{PROCESS}{name}": value for name, value in here.items()}
 
 
-def reap(tracking_uri: str | None = None, root: Path | None = None) -> list[Reaped]:
+def reap(tracking_uri: str | None = None, root: Path | None = None, named: Sequence[str] = ()) -> list[Reaped]:
     """Ends the RUNNING runs of this machine whose process is gone as KILLED, with ``outcome`` and ``reason``.
+
+    A run that was killed after it had told its outcome ends as that.
 
     Args:
         tracking_uri: The store, as :func:`~layerbits.tracking.store.open_store` takes it.
         root: Folder of the embedded store; the current one by default.
+        named: Ids of the runs to end, where the user knows that their process is gone and nobody here can say.
 
     Returns:
-        The runs that were closed. Those of other machines and containers are left alone, and those that say nothing
-        of their process.
+        The runs that were closed. Unless they are named, those of other machines and containers are left alone, and
+        those that say nothing of their process: its tags are missing where ``mlflow run`` was killed together with a
+        job that had not got as far as to open the run.
 
     Raises:
-        UserError: The store cannot be used.
+        UserError: The store cannot be used, a named run is not there, or its process is.
     """
     uri = open_store(tracking_uri, root or Path.cwd())
     from mlflow import MlflowClient
@@ -63,15 +68,22 @@ def reap(tracking_uri: str | None = None, root: Path | None = None) -> list[Reap
     client = MlflowClient(uri)
     reaped = []
     try:
-        for run in _running(client):
+        for run in map(client.get_run, named) if named else _running(client):
             reason = why_gone(run.data.tags, _last_sign(run))
+            if named and reason is None:
+                if is_here(run.data.tags):
+                    raise UserError(f"run {run.info.run_id} is held by a process of this machine; stop that instead")
+                reason = "ended by hand"
             # Asked again: a process ends its run before itself, and may have just done so.
             if reason is None or client.get_run(run.info.run_id).info.status != "RUNNING":
                 continue
-            tags = [RunTag("outcome", "killed"), RunTag("reason", reason)]
-            client.log_batch(run.info.run_id, tags=tags)
-            client.set_terminated(run.info.run_id, "KILLED", _last_sign(run))
-            reaped.append(Reaped(run.info.run_id, run.info.run_name, reason))
+            outcome = run.data.tags.get("outcome")
+            if outcome is None:
+                outcome = "killed"
+                client.log_batch(run.info.run_id, tags=[RunTag("outcome", outcome), RunTag("reason", reason)])
+            # Tags are written last: what told its outcome before it was killed has everything.
+            client.set_terminated(run.info.run_id, STATUS.get(outcome, "FAILED"), _last_sign(run))
+            reaped.append(Reaped(run.info.run_id, run.info.run_name, outcome, reason))
     except MlflowException as error:
         raise UserError(f"cannot close runs in {redact(uri)}: {one_line(error)}") from error
     return reaped
@@ -84,8 +96,7 @@ def why_gone(tags: Mapping[str, str], last_sign: int) -> str | None:
         tags: The run's.
         last_sign: When it last logged something, Unix milliseconds.
     """
-    of = next((found for prefix in _PREFIXES if (found := _below(prefix, tags))), {})
-    here = _here()
+    of, here = _process(tags), _here()
     if sys.platform != "linux" or {*here, "pid", "started"} - set(of) or of["host"] != here["host"]:
         return None
     if of["boot"] != here["boot"]:
@@ -98,6 +109,17 @@ def why_gone(tags: Mapping[str, str], last_sign: int) -> str | None:
     if _started(pid) == of["started"] or (_started(pid) is None and _exists(pid)):
         return None
     return f"process {pid} on {here['host']} is gone"
+
+
+def is_here(tags: Mapping[str, str]) -> bool:
+    """Whether the process of a run is certainly there."""
+    of, here = _process(tags), _here()
+    same = all(of.get(name) == here[name] for name in ("host", "boot", "namespace"))
+    return same and "pid" in of and _started(int(of["pid"])) == of.get("started", "") != ""
+
+
+def _process(tags: Mapping[str, str]) -> dict[str, str]:
+    return next((found for prefix in _PREFIXES if (found := _below(prefix, tags))), {})
 
 
 def _running(client: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from layerbits.errors import Skipped, Unsupported, UserError
+from layerbits.results.experiment import Experiment
 from layerbits.tracking import queue
 from layerbits.tracking.afterwards import keep_killed
 from layerbits.tracking.reap import process_tags
@@ -50,6 +51,17 @@ class RunSession:
     def link(self) -> str:
         """Address of the run in the UI."""
         return run_link(self.tracking_uri, self.experiment_id, self.run_id)
+
+    def experiment(self, name: str) -> Experiment:
+        """The run as what it makes on a disk names it.
+
+        Args:
+            name: Its name.
+        """
+        import mlflow
+
+        of = mlflow.MlflowClient(self.tracking_uri).get_experiment(self.experiment_id).name
+        return Experiment(of, name, self.run_id, self.link, redact(self.tracking_uri))
 
 
 class Terminated(SystemExit):
@@ -264,7 +276,7 @@ def _close(session: RunSession, ending: Ending) -> None:
         return
     if command := ui_command(session.tracking_uri):
         print(f"open the UI with: {command}", flush=True)
-    if ending is _OK:
+    if ending.outcome in ("ok", "partial"):
         print_view(client, session.tracking_uri, session.experiment_id)
 
 

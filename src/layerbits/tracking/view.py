@@ -16,15 +16,20 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from layerbits.results.result import KINDS
 from layerbits.tracking.store import impatient, is_server, one_line, open_store, ui_address
 
-KEY = "layerbits-1"
+KEY = "layerbits-2"
 """Key of the view. A view that shows something else gets another key: one that is there is never overwritten."""
 
-TAG = f"mlflow.sharedViewState.{KEY}"
-NAME = "LayerBits: sensitivity per layer"
+_PREFIX = "mlflow.sharedViewState."
+TAG = f"{_PREFIX}{KEY}"
+NAME = "LayerBits: damage by block"
+TITLES = {"o": "attention out", "gate_up": "gate and up"}
+"""Titles of the charts of those kinds of linear whose name says too little."""
 
-_KINDS = ("qkv", "o", "gate_up", "down")
+_BY_BLOCK = tuple(kind for kind in KINDS if kind != "lm_head")  # which is in no block
+_EARLIER = ("layerbits-1",)  # keys of views that earlier versions saved
 _LINES = "Predicted KL by block (nats per token)"
 _BARS = "Whole model"
 # Sections named as the first part of a metric take every chart of it that the UI makes by itself; they stay closed.
@@ -81,12 +86,17 @@ def print_view(client: Any, uri: str, experiment_id: str) -> None:
 def view_links(client: Any, address: str) -> dict[str, str]:
     """Experiment name → address of its view, for those that have one, the last changed first.
 
+    Those with a view of an earlier version get that of this one.
+
     Args:
         client: An ``mlflow.MlflowClient``.
         address: Of the UI, ``http://host:port``.
     """
-    found = client.search_experiments(filter_string=f"tags.`{TAG}` LIKE '%'", order_by=["last_update_time DESC"])
-    return {experiment.name: address.rstrip("/") + view_path(experiment.experiment_id) for experiment in found}
+    links = {}
+    for experiment in _viewed(client):
+        if path := ensure_view(client, experiment.experiment_id):
+            links[experiment.name] = address.rstrip("/") + path
+    return links
 
 
 def print_links(address: str, tracking_uri: str | None = None) -> None:
@@ -110,6 +120,14 @@ def print_links(address: str, tracking_uri: str | None = None) -> None:
         print("no experiment has a run with a result yet")
 
 
+def _viewed(client: Any) -> list[Any]:
+    found: dict[str, Any] = {}
+    for key in (KEY, *_EARLIER):  # MLflow's filters have no OR
+        experiments = client.search_experiments(filter_string=f"tags.`{_PREFIX}{key}` LIKE '%'")
+        found |= {experiment.experiment_id: experiment for experiment in experiments}
+    return sorted(found.values(), key=lambda experiment: experiment.last_update_time or 0, reverse=True)
+
+
 def encoded(state: dict[str, Any], milliseconds: int) -> str:
     """A page's state as the value of the tag, saved at ``milliseconds`` of Unix time."""
     packed = base64.b64encode(zlib.compress(json.dumps(state, separators=(",", ":")).encode(), 9)).decode()
@@ -119,10 +137,10 @@ def encoded(state: dict[str, Any], milliseconds: int) -> str:
 
 def view_state() -> dict[str, Any]:
     """The state of the UI's runs page: overlays first, then bars, then what else there is in closed sections."""
-    charts = [_line(kind) for kind in _KINDS]
-    charts += [_chart("BAR", "bars", f"summary/{name}") for name in ("predicted_kl_sum", "effective_bits")]
+    charts = [_line(kind) for kind in _BY_BLOCK]  # those that no run has are hidden
+    charts += [_chart("BAR", "bars", f"summary/{name}", name) for name in ("predicted_kl_sum", "effective_bits")]
     sections = [
-        _section("lines", _LINES, columns=2, cardHeight=400),
+        _section("lines", _LINES, columns=2, cardHeight=320),
         _section("bars", _BARS, columns=2),
         *(_section(name, name, display=False) for name in _CLOSED),
         _section("system", "System metrics", display=False),
@@ -140,7 +158,7 @@ def view_state() -> dict[str, Any]:
         "selectedColumns": list(_COLUMNS),
         "columnOrder": ["attributes.`Run Name`", *_COLUMNS, "runDateAndNestInfo", "duration"],
         "columnWidths": {**_FIXED_COLUMNS, **_COLUMNS},
-        "runsHiddenMode": "FIRST_10_RUNS",
+        "runsHiddenMode": "FIRST_20_RUNS",
         "compareRunCharts": charts,
         "compareRunSections": sections,
         "viewMaximized": False,
@@ -160,7 +178,7 @@ def _section(key: str, name: str, display: bool = True, **layout: int) -> dict[s
     return {"uuid": uuid, "name": name, **flags, **layout}
 
 
-def _chart(kind: str, section: str, metric: str) -> dict[str, Any]:
+def _chart(kind: str, section: str, metric: str, title: str) -> dict[str, Any]:
     return {
         "uuid": f"layerbits-{metric}",
         "type": kind,
@@ -168,14 +186,17 @@ def _chart(kind: str, section: str, metric: str) -> dict[str, Any]:
         "metricSectionId": f"layerbits-{section}",
         "deleted": False,
         "isGenerated": False,
-        "displayName": metric.rpartition("/")[2],
+        "displayName": title,
         "metricKey": metric,
     }
 
 
 def _line(kind: str) -> dict[str, Any]:
     return {
-        **_chart("LINE", "lines", f"predicted_kl_by_layer/{kind}"),
+        **_chart("LINE", "lines", f"predicted_kl_by_layer/{kind}", TITLES.get(kind, kind.replace("_", " "))),
+        "selectedMetricKeys": [f"predicted_kl_by_layer/{kind}"],
+        # Only a chart of a node's metrics shows a title of its own; with nothing but this it draws what others draw.
+        "nodeLevelSystemMetricConfiguration": {"metric": kind, "type": "layerbits"},
         "lineSmoothness": 0,
         "xAxisScaleType": "linear",
         "scaleType": "log",  # pairs differ by orders of magnitude

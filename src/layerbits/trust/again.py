@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
+from layerbits.results.experiment import made_by
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:
-    """The result of a run id, a result folder or a manifest.
+    """The result of a run id, a result folder or a manifest, or of the run whose scores are behind a checkpoint.
 
     Raises:
         UserError: There is no such run, or it does not say how it was made.
     """
+    reference = _source(reference, tracking_uri)
     if Path(reference).exists() or "/" in reference or reference.endswith(".json"):
         result = load_manifest(reference)
     else:
@@ -29,6 +31,24 @@ def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:
     if "model" not in result.settings:
         raise UserError(f"{reference} does not say how it was made (an imported run?); give a run of our own")
     return result
+
+
+def _source(reference: str, tracking_uri: str | None) -> str:
+    """The sensitivity run behind a checkpoint's folder, found through the run that exported it; else ``reference``.
+
+    Raises:
+        UserError: Several runs are behind it, or the export's run cannot be read.
+    """
+    made = made_by(Path(reference)) if Path(reference).is_dir() else None
+    if made is None:
+        return reference
+    from layerbits.history.source import connect, get_run
+
+    told = get_run(connect(tracking_uri), made.run_id).tags.get("source_run_id", "")
+    runs = [run for run in told.split(",") if run]
+    if len(runs) != 1:
+        raise UserError(f"{reference} was exported by {made} from {len(runs)} runs; give one of them: {told}")
+    return runs[0]
 
 
 def plan_again(
@@ -53,6 +73,8 @@ def plan_again(
     from layerbits.sensitivity import plan
 
     info = result.candidates[0]
+    if recipe := result.tags.get("recipe"):
+        raise UserError(f"{reference} is one format of recipe {recipe}; run the recipe again, and compare the two runs")
     cell = Cell(info.quant_pair, info.granularity, result.calibration.size)
     composed = cell_settings(result.settings, cell, configs)
     settings = Settings.from_config(composed)

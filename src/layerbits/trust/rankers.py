@@ -92,7 +92,7 @@ def _gradient_token(job: ScoringJob, linears: ReplacedLinears, search: Search) -
         with nullcontext() if offloaded(model) is None else checkpointed(model):
             signed, owner = linears.score(batch, chunked=False, labels=lambda _logits, targets: targets)
         squares = fisher.windowed(signed, owner, batch, search.group_of, groups, window=1)
-        step = step_of(squares, owner, batch, np.arange(groups), groups)
+        step = step_of(squares, owner, batch, np.arange(groups), groups, linears.loss)
         shares[step.samples] += step.sample_raw[:, :, 0] * weight
         tokens[step.samples] += step.sample_tokens
     return shares.sum(axis=0), Captions(shares * tokens.sum(), tokens)

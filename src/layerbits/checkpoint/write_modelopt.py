@@ -3,85 +3,35 @@
 ModelOpt 0.47 quantizes once more when it writes, with arithmetic of its own: it divides bf16 weights by their scale in
 bf16 (2.5 % of the FP8 values of a random tensor came out a step off) and rounds ties to MXFP4 down where its kernels
 round to even. So weights are written from their fake-quantized values, which a second rounding leaves where they are.
-Linears that runtimes fuse share ``weight_scale_2`` (NVFP4): they are fake-quantized at the range that they share.
+Linears that runtimes fuse are fake-quantized at the range that they share, where those have one scale for them.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerbits.checkpoint.compare import ScoredLayer
-from layerbits.checkpoint.labels import Label
+from layerbits.checkpoint.compare import fake_quantized
+from layerbits.checkpoint.experts import ExpertLinear
+from layerbits.checkpoint.files import copy_files
+from layerbits.checkpoint.names import names_on_disk
+from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
     from layerbits.inputs.calibration import Batch
-    from layerbits.probing.apply import Ranges
     from layerbits.schemes import Scheme
 
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.index.json")
-_OWN_FILES = ("config.json", "hf_quant_config.json")
-
-
-def scored_layers(
-    model: Any, scheme: Scheme, labels: Mapping[str, Label], ranges: Ranges, on_disk: Mapping[str, str]
-) -> list[ScoredLayer]:
-    """The quantized linears of a scheme with their calibrated settings.
-
-    Args:
-        model: As loaded.
-        scheme: What is exported.
-        labels: Candidate name → its label.
-        ranges: Static activation ranges.
-        on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
-    """
-    from layerbits.probing.apply import module_quantizers, runtime_config
-    from layerbits.scoring import quantizers
-
-    layers = []
-    for name, info in scheme.modules.items():
-        module = model.get_submodule(name)
-        weight, inputs = module_quantizers(module, name, info, ranges)
-        settings = quantizers.distinct_settings([runtime_config(info, module.weight.device)])
-        layers.append(
-            ScoredLayer(
-                module=name,
-                stored=on_disk[f"{name}.weight"].removesuffix(".weight"),
-                candidate=info.name,
-                label=labels[info.name],
-                dtype=module.weight.dtype,
-                weight=settings.weights[0],
-                inputs=settings.inputs[0],
-                weight_range=_range(weight),
-                stored_range=_range(weight),
-                input_range=_range(inputs),
-            )
-        )
-    return _with_shared_ranges(layers, scheme)
-
-
-def _with_shared_ranges(layers: Sequence[ScoredLayer], scheme: Scheme) -> list[ScoredLayer]:
-    """Linears of one group with the largest of their ranges, where their label has one scale for the whole weight."""
-    group = {module: g.key for g in scheme.groups for module in g.modules}
-    shared: dict[str, torch.Tensor] = {}
-    for layer in layers:
-        if layer.label.second_divisor and layer.weight_range is not None:
-            key = group[layer.module]
-            shared[key] = max(shared.get(key, layer.weight_range), layer.weight_range)
-    return [
-        replace(layer, stored_range=shared[group[layer.module]]) if layer.label.second_divisor else layer
-        for layer in layers
-    ]
+_MARK = re.compile(r"\.\\u0000[\w.]*name_sentinel")
+"""The mark in JSON, renamed or not."""
 
 
 def write_checkpoint(
@@ -98,7 +48,7 @@ def write_checkpoint(
     Args:
         model: The whole model, unquantized.
         scheme: What is exported.
-        layers: Its linears, from :func:`scored_layers`.
+        layers: Its linears, from :func:`layerbits.checkpoint.scored.scored_layers`.
         folder: Where to; exists.
         source: Folder of the checkpoint that was scored, for tokenizer, processor and licence files.
         kv_batches: Batches to calibrate an FP8 KV cache on; none = the cache stays in the model's dtype.
@@ -111,12 +61,13 @@ def write_checkpoint(
 
     if not model.config.architectures:
         model.config.architectures = [type(model).__name__]
+    misnamed = _misnamed(model)
     with redirect_stdout(sys.stderr):
         _quantize(model, scheme, layers)
         kv_ranges = _quantize_kv_cache(model, kv_batches, language_model) if kv_batches else {}
         export_hf_checkpoint(model, export_dir=folder)
-    _copy_files(source, folder)
-    _mend_config(source, folder)
+    copy_files(source, folder)
+    _mend_config(source, folder, misnamed)
     return kv_ranges
 
 
@@ -127,15 +78,25 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
     from layerbits.probing.apply import runtime_config
 
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    experts = {layer.expert.module for layer in layers if layer.expert is not None}
     for name, info in scheme.modules.items():
-        config = runtime_config(info, model.get_submodule(name).weight.device)
+        config = runtime_config(info, next(model.get_submodule(name).parameters()).device)
+        # The quantizers of an expert module have the names of its projections before theirs.
+        between = "*" if name in experts else ""
         entries += [
-            {"quantizer_name": f"{name}.{entry['quantizer_name'].lstrip('*')}", "cfg": entry["cfg"]}
+            {"quantizer_name": f"{name}.{between}{entry['quantizer_name'].lstrip('*')}", "cfg": entry["cfg"]}
             for entry in config["quant_cfg"]
             if "cfg" in entry
         ]
+    for name in scheme.modules:
+        module = model.get_submodule(name)
+        if isinstance(module, torch.nn.Linear):
+            module.__class__ = torch.nn.Linear  # ModelOpt's exporter passes over Falcon's own class of linears
     mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
+    _quantize_experts(model, layers)
     for layer in layers:
+        if layer.expert is not None:
+            continue
         module = model.get_submodule(layer.module)
         if layer.stored_range is not None:
             module.weight_quantizer.amax = layer.stored_range.float() * layer.label.kernel_factor
@@ -148,6 +109,34 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
         if layer.label.algo == "W4A16_AWQ":
             # The label promises a smoothing of the inputs, and runtimes read it; none was scored.
             module.input_quantizer.pre_quant_scale = torch.ones_like(module.weight[0])
+
+
+def _quantize_experts(model: Any, layers: Sequence[ScoredLayer]) -> None:
+    """Gives the experts' quantizers their ranges, and the experts their fake-quantized weights."""
+    import torch
+
+    for layer in layers:
+        if (expert := layer.expert) is None:
+            continue
+        module = model.get_submodule(expert.module)
+        quantizer = getattr(module, f"{expert.projection}_weight_quantizers")[expert.expert]
+        inputs = getattr(module, f"{expert.projection}_input_quantizer")
+        if layer.input_range is not None:
+            inputs.amax = layer.input_range
+        weight = expert.rows(getattr(module, expert.projection))
+        with torch.no_grad():
+            weight.copy_(fake_quantized(layer, weight, layer.stored_range, len(weight), 0, len(weight)))
+        if layer.stored_range is None:
+            continue
+        if layer.stored_range.numel() == 1:
+            quantizer.amax = layer.stored_range
+        elif expert.start == 0:  # ranges of rows: those of all rows of this tensor, in order
+            parts = [o.stored_range for o in layers if _same_tensor(o.expert, expert)]
+            quantizer.amax = torch.cat([part for part in parts if part is not None])
+
+
+def _same_tensor(one: ExpertLinear | None, other: ExpertLinear) -> bool:
+    return one is not None and replace(other, start=one.start, stop=one.stop, name=one.name, source=one.source) == one
 
 
 def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str) -> dict[str, torch.Tensor]:
@@ -184,25 +173,43 @@ def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str
     return ranges
 
 
-def _copy_files(source: Path, folder: Path) -> None:
-    """Everything of the source but weights and the configuration: tokenizer, processor, templates, licence."""
-    for file in sorted(source.iterdir()):
-        known = file.name in _OWN_FILES or any(fnmatch(file.name, pattern) for pattern in _WEIGHT_FILES)
-        if file.is_file() and not known and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
+def _misnamed(model: Any) -> dict[str, str]:
+    """What ModelOpt calls a module in the configuration → what its weight is called in the files, where they differ.
+
+    ModelOpt renames modules, transformers renames weights (Nemotron-H: ``embedding.weight`` for ``embeddings.weight``).
+    """
+    from modelopt.torch.export import quant_aware_conversion
+
+    try:
+        renamed = quant_aware_conversion.build_reverse_name_mapper(model)
+    except quant_aware_conversion.QuantConversionUnsupportedError:  # it keeps the names of the model then
+        return {}
+    if renamed is None:
+        return {}
+    files = {
+        name.removesuffix(".weight"): stored.removesuffix(".weight")
+        for name, stored in names_on_disk(model).items()
+        if name.endswith(".weight")
+    }
+    said = {name: str(renamed(name)).partition(".\x00")[0] for name in files}
+    return {said[name]: stored for name, stored in files.items() if said[name] != stored}
 
 
-def _mend_config(source: Path, folder: Path) -> None:
-    """``use_cache`` as the source has it: scoring switches it off."""
+def _mend_config(source: Path, folder: Path, misnamed: Mapping[str, str]) -> None:
+    """``use_cache`` as the source has it: scoring switches it off; names without what ModelOpt's renaming left on them.
+
+    ModelOpt 0.47 marks the end of a name before it renames it, and where a renaming is written without an anchor (the
+    ``model.`` of Nemotron-H) it takes the mark for a part of the name.
+    """
     original = json.loads((source / "config.json").read_text())
     file = folder / "config.json"
+    for named in (file, folder / "hf_quant_config.json"):
+        text = _MARK.sub("", named.read_text())
+        for wrong, right in misnamed.items():
+            text = text.replace(f'"{wrong}"', f'"{right}"')
+        named.write_text(text)
     config = json.loads(file.read_text())
     config.pop("use_cache", None)
     if "use_cache" in original:
         config["use_cache"] = original["use_cache"]
     file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _range(quantizer: Any) -> Any:
-    amax = None if quantizer is None else quantizer.amax
-    return None if amax is None else amax.detach().clone()

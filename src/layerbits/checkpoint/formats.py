@@ -1,0 +1,39 @@
+"""The format of an export: the one that was asked for, or the first that says what was scored and is read by vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layerbits.checkpoint.labels import AUTO, FORMATS, STAYS, Label, label_or_reason
+from layerbits.checkpoint.runtimes import reads
+from layerbits.errors import Unsupported
+from layerbits.results.result import CandidateInfo
+
+
+def choose_format(candidates: Sequence[CandidateInfo], format: str) -> tuple[str, dict[str, Label]]:
+    """The format of an export and its labels, by the names of the candidates.
+
+    Args:
+        candidates: Those of a scheme.
+        format: One of :data:`FORMATS`, or :data:`AUTO`: the first of them that has a label for every candidate that
+            vLLM reads; the first that has labels at all where vLLM reads neither.
+
+    Raises:
+        Unsupported: A candidate that no label says, in any of them.
+    """
+    found: dict[str, dict[str, Label]] = {}
+    reasons = []
+    for name in FORMATS if format == AUTO else (format,):
+        labels: dict[str, Label] = {}
+        for info in candidates:
+            label, why = label_or_reason(info, name)
+            if label is None:
+                reasons.append(f"{info.name} cannot be exported as {name}: {why}")
+                break
+            labels[info.name] = label
+        else:
+            found[name] = labels
+    if not found:
+        raise Unsupported(f"{'; '.join(reasons)}; {STAYS}")
+    best = next((name for name, labels in found.items() if all(map(reads, labels.values()))), next(iter(found)))
+    return best, found[best]

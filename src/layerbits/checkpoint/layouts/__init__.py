@@ -1,0 +1,1 @@
+"""How quantized weights lie in files: a module for each way to pack their values."""

@@ -1,0 +1,52 @@
+"""What a checkpoint's configuration says of its linears, whichever format it is in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from layerbits.checkpoint.files import read_json
+from layerbits.checkpoint.labels import COMPRESSED, Label
+from layerbits.checkpoint.reader import Checkpoint
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A checkpoint's quantization configuration.
+
+    Attributes:
+        format: ``modelopt`` or ``compressed-tensors``.
+        layers: Quantized module, named as in the checkpoint → label.
+        exclude: Patterns of modules that stay as they are; empty where every quantized one is listed instead.
+        kv_cache: ``FP8`` or ``None``.
+        mixed: Whether every layer is listed with its own label.
+    """
+
+    format: str
+    layers: Mapping[str, Label]
+    exclude: tuple[str, ...]
+    kv_cache: str | None
+    mixed: bool
+
+    def matches(self, name: str, pattern: str) -> bool:
+        """Whether a pattern of :attr:`exclude` names a module."""
+        if self.format == COMPRESSED:
+            if pattern.startswith("re:"):
+                return re.match(pattern.removeprefix("re:"), name) is not None
+            return pattern == name
+        return fnmatchcase(name, pattern)
+
+
+def read_quantization(checkpoint: Checkpoint) -> Quantization:
+    """Reads the configuration of an export.
+
+    Raises:
+        UserError: It is missing or damaged, or has a label that is not understood.
+    """
+    from layerbits.checkpoint import compressed, modelopt
+
+    embedded = read_json(checkpoint.folder / "config.json").get("quantization_config") or {}
+    module = compressed if embedded.get("quant_method") == COMPRESSED else modelopt
+    return module.read(checkpoint)

@@ -1,0 +1,46 @@
+"""What vLLM makes of a label, as its source says; ``docs/export.md`` has what was measured."""
+
+from __future__ import annotations
+
+from layerbits.checkpoint.labels import MODELOPT, Label
+
+VERSION = "0.32.0"
+READS, REFUSES = "reads it", "refuses it"
+
+_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4")
+"""``QUANT_ALGOS`` in ``vllm/model_executor/layers/quantization/modelopt.py`` among ours."""
+
+
+def vllm(label: Label) -> str:
+    """Whether vLLM reads an export of that label, in words that start with :data:`READS` or :data:`REFUSES`.
+
+    compressed-tensors: ``_get_scheme_from_parts`` and the schemes of
+    ``vllm/model_executor/layers/quantization/compressed_tensors``.
+    """
+    if label.format == MODELOPT:
+        return READS if label.algo in _MODELOPT else REFUSES
+    weights, _, inputs = label.algo.partition("-")
+    if weights.startswith("INT4"):
+        return _int4(weights, inputs)
+    if weights.startswith("INT8"):
+        grouped = "GROUP" in weights
+        served = not grouped and inputs in ("INT8_TOKEN", "INT8_TENSOR")
+        return READS if served or (inputs == "A16" and weights != "INT8_TENSOR") else REFUSES
+    if weights == "NVFP4":
+        return READS if inputs in ("A16", "NVFP4") else REFUSES
+    if label.algo == "MXFP4-A16":
+        return f"{READS}; rounds the activations too on GPUs that have FP4 units"
+    return READS
+
+
+def reads(label: Label) -> bool:
+    """Whether vLLM reads it somewhere."""
+    return vllm(label).startswith(READS)
+
+
+def _int4(weights: str, inputs: str) -> str:
+    if inputs == "A16":
+        return READS
+    if inputs == "FP8_TOKEN":
+        return f"{READS} on Hopper" if weights == "INT4_GROUP128" else REFUSES
+    return f"{READS} on CPUs" if inputs == "INT8_TOKEN" else REFUSES

@@ -1,0 +1,181 @@
+"""What a model can be given and what can run it: its vocabulary, its positions, ModelOpt's own search."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.calibration import Calibration
+from layerbits.inputs.language_model import find_language_model
+
+MOST_UNKNOWN = 0.5
+"""Share of unknown tokens in the captions from which on they are not text to the model."""
+
+MANY_UNKNOWN = 0.05
+"""Share of unknown tokens from which on a reader is told."""
+
+SMALL_TOKENIZER = 0.9
+"""A tokenizer that knows a smaller share of a model's tokens is worth a warning.
+
+Models pad their vocabulary to a round number, which is a few per cent at most.
+"""
+
+_TABLE_EXTRA = 4  # rows that a table of positions has beyond them (OPT: 2)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is known of a model before its weights are loaded.
+
+    Attributes:
+        name: Of the model, for errors.
+        vocabulary: Rows of the token embedding.
+        positions: Positions that it was made for, ``None`` where its config does not say.
+        table: Whether they are rows of a table, so that there are no others.
+        dropout: Largest probability of its dropout in training.
+    """
+
+    name: str
+    vocabulary: int
+    positions: int | None
+    table: bool
+    dropout: float
+
+    def check(self, calibration: Calibration, tokenizer: Any) -> tuple[str, ...]:
+        """Checks rows of tokens against the model.
+
+        Returns:
+            What a reader of the scores should know, a line each.
+
+        Raises:
+            UserError: Tokens that the model does not have, longer rows than it can take, or mostly unknown words.
+        """
+        segments = [s for batch in calibration.calib for s in batch.segments]
+        largest = max(int(s.input_ids.max()) for s in segments)
+        if largest >= self.vocabulary:
+            raise UserError(
+                f"the tokenizer of {self.name} gives token {largest}, the model has {self.vocabulary:,} tokens only: "
+                "they are not of one model; put the model's own tokenizer files into the checkpoint"
+            )
+        return (*self._unknown(segments, tokenizer), *self._length(segments), *self._size(tokenizer))
+
+    def _unknown(self, segments: list[Any], tokenizer: Any) -> list[str]:
+        unknown = tokenizer.unk_token_id
+        if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+            return []
+        texts = [s.input_ids[s.sample >= 0] for s in segments]
+        share = sum(int((t == unknown).sum()) for t in texts) / sum(t.numel() for t in texts)
+        told = f"{share:.0%} of the tokens are {tokenizer.unk_token}, words that the tokenizer does not know"
+        if share > MOST_UNKNOWN:
+            raise UserError(f"{told}: it is not for this text; put the model's own tokenizer files into the checkpoint")
+        return [f"{told}; scores are of a text with holes"] if share > MANY_UNKNOWN else []
+
+    def _length(self, segments: list[Any]) -> list[str]:
+        longest = max(int(s.input_ids.shape[1]) for s in segments)
+        if self.positions is None or longest <= self.positions:
+            return []
+        told = f"rows of {longest:,} tokens are longer than the {self.positions:,} positions of {self.name}"
+        if self.table:
+            raise UserError(f"{told}, which has no others; set autoquant.seq_len={self.positions} or less")
+        return [f"{told}: it was not trained so far out; set autoquant.seq_len={self.positions} or less"]
+
+    def _size(self, tokenizer: Any) -> list[str]:
+        known = len(tokenizer)
+        if known >= SMALL_TOKENIZER * self.vocabulary:
+            return []
+        return [
+            f"the tokenizer knows {known:,} tokens, the model {self.vocabulary:,}: check that it is the model's own"
+        ]
+
+
+def limits_of(model: Any, config: Any, name: str) -> Limits:
+    """Reads the limits of a model, which may be on the meta device.
+
+    Args:
+        model: The whole model.
+        config: Its config.
+        name: For errors.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    positions = positions if isinstance(positions, int) and positions > 0 else None
+    embedding = model.get_input_embeddings()
+    return Limits(
+        name=name,
+        vocabulary=int(embedding.weight.shape[0]),
+        positions=positions,
+        table=positions is not None and _has_table(model, embedding, positions),
+        dropout=dropout_of(model, text),
+    )
+
+
+def dropout_of(model: Any, config: Any) -> float:
+    """The largest probability of a model's dropout in training, of its modules and of attention."""
+    import torch
+
+    modules = [float(m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    named = [getattr(config, key, None) for key in ("dropout", "attention_dropout", "hidden_dropout", "attn_pdrop")]
+    return max([0.0, *modules, *(float(p) for p in named if isinstance(p, int | float))])
+
+
+def check_stock(model: Any) -> None:
+    """Refuses a model that ModelOpt's own search is known to fail on, as far as an empty model tells.
+
+    ModelOpt 0.47 rewrites the attention classes of a model for a quantized cache whether it is asked for or not, and
+    fails on the source of some (Bloom). Its hooks for gradients forbid a block to change the output of a linear in
+    place (Falcon).
+
+    Args:
+        model: The whole model on the meta device; it stays as it is.
+
+    Raises:
+        Unsupported: It does.
+    """
+    from modelopt.torch.quantization.plugins.huggingface import register_hf_attentions_on_the_fly
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            register_hf_attentions_on_the_fly(model)
+        _run_hooked(model)
+    except Exception as error:  # whatever its rewriting makes of a class
+        raise stock_fails(model, error) from None
+
+
+def stock_fails(model: Any, error: Exception) -> Unsupported:
+    """The one line for a model that ModelOpt's search does not run."""
+    why = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return Unsupported(
+        f"autoquant.engine=stock cannot run a {type(model).__name__}, ModelOpt's search fails on it "
+        f"({type(error).__name__}: {why}); use autoquant.engine=onepass"
+    )
+
+
+def _run_hooked(model: Any) -> None:
+    """A forward pass without numbers under hooks for gradients, as ModelOpt sets them."""
+    import torch
+
+    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    handles = [m.register_full_backward_hook(lambda *_: None) for m in linears]
+    try:
+        model(input_ids=torch.zeros((1, 4), dtype=torch.int64, device="meta"), use_cache=False)
+    except Exception as error:  # a model whose forward pass needs numbers tells nothing here
+        if "BackwardHookFunction" in str(error):
+            raise
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _has_table(model: Any, embedding: Any, positions: int) -> bool:
+    """Whether the language model holds a table with a row per position: an embedding, or a buffer of sines."""
+    import torch
+
+    _, part = find_language_model(model)
+    embeddings = [m.weight for m in part.modules() if isinstance(m, torch.nn.Embedding) and m is not embedding]
+    tables = [*embeddings, *(b for b in part.buffers() if b is not None and b.dim() == 2)]
+    return any(positions <= len(table) <= positions + _TABLE_EXTRA for table in tables)

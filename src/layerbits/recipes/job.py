@@ -1,0 +1,190 @@
+"""A recipe on a model: checked before the weights load, scored in one pass, answered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layerbits.candidates.candidate import Candidate, check_target
+from layerbits.candidates.capability import Capability
+from layerbits.config import Settings
+from layerbits.errors import Unsupported
+from layerbits.inputs.captions import load_captions
+from layerbits.recipes.recipe import LoadedRecipe
+from layerbits.recipes.solve import Answer, answer, modelopt_answer
+from layerbits.recipes.space import RecipeSpace, lay_out
+from layerbits.results.bootstrap import with_intervals
+from layerbits.results.result import FloatArray, SensitivityResult, effective_bits
+from layerbits.stages.plan import Held, Plan
+from layerbits.stages.run import Outcome
+from layerbits.stages.workbench import scored_together, workbench
+
+if TYPE_CHECKING:
+    from layerbits.inputs.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """Everything that could be checked without loading the weights.
+
+    Attributes:
+        settings: As given, with the method and the score size that the recipe asks for.
+        space: The recipe on the model.
+        passes: One for all candidates that are scored together, and one for each that ModelOpt alone can calibrate.
+        notes: What the user should know.
+    """
+
+    settings: Settings
+    space: RecipeSpace
+    passes: tuple[Plan, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RecipeOutcome:
+    """What came out of a recipe.
+
+    Attributes:
+        outcomes: A result for each candidate, on the groups that it may be chosen for.
+        raw: ``[searched slots, C]`` raw scores, never clamped.
+        found: The answer on them. stock: ModelOpt's own answer on the same scores, ``None`` for a PTQ recipe.
+    """
+
+    plan: RecipePlan
+    outcomes: tuple[Outcome, ...]
+    raw: FloatArray
+    found: Answer
+    stock: Answer | None
+
+    @property
+    def results(self) -> dict[str, SensitivityResult]:
+        """Candidate name → its result."""
+        return {o.result.candidates[0].name: o.result for o in self.outcomes}
+
+
+def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
+    """Checks a recipe on a model before anything heavy is loaded.
+
+    Raises:
+        UserError: Whatever can be known to fail by now, with the mend.
+    """
+    import torch
+
+    from layerbits.inputs.models import build
+
+    settings, notes = _with_recipe(settings, recipe)
+    bench = workbench(settings)
+    with torch.device("meta"):
+        skeleton = build(bench.resolved.config)
+    space = lay_out(recipe, skeleton, bench.linears)
+    checked: dict[int, tuple[Candidate, Capability]] = {}
+    for c, candidate in enumerate(space.candidates):
+        mine = [m for slot in space.slots if c in slot.choices for m in slot.modules]
+        if mine:
+            checked[c] = candidate, bench.check(candidate, mine)
+    scored = sorted({c for slot in space.searched for c in slot.choices})
+    for c in scored:
+        check_target(space.candidates[c], settings.autoquant.effective_bits)
+    held = Held({module: checked[c] for module, c in space.held.items()}, recipe.held_kv)
+    together = [c for c in scored if settings.autoquant.engine != "stock" and scored_together(space.candidates[c])]
+    alone = [[c] for c in scored if c not in together]
+    if alone and held.identity():
+        name = space.candidates[alone[0][0]].info.name
+        raise Unsupported(
+            f"{name} needs ModelOpt's own search, and recipe {recipe.name} keeps other linears quantized meanwhile; "
+            "leave that format out, or run the recipe with hf_ptq.py"
+        )
+    passes = [bench.plan([checked[c] for c in part], space.scored, held) for part in [together, *alone] if part]
+    return RecipePlan(settings, space, tuple(passes), (*notes, *space.notes))
+
+
+def run_recipe(plan: RecipePlan, root: Path) -> RecipeOutcome:
+    """Scores a recipe's candidates and answers it.
+
+    Args:
+        plan: From :func:`plan_recipe`.
+        root: Project folder, for the git commit.
+    """
+    from layerbits.stages.run import load_model, run
+
+    loaded: LoadedModel = load_model(plan.passes[0])
+    space = plan.space
+    raw = np.full((len(space.searched), len(space.candidates)), np.nan)
+    names = [c.info.name for c in space.candidates]
+    row_of = {slot.modules: s for s, slot in enumerate(space.searched)}
+    outcomes: dict[str, Outcome] = {}
+    for part in plan.passes:
+        for outcome in run(part, root, loaded):
+            result = outcome.result
+            name = result.candidates[0].name
+            c = names.index(name)
+            eligible = [g for g, group in enumerate(result.groups) if c in _slot(space, row_of, group.modules).choices]
+            for g in eligible:
+                raw[row_of[result.groups[g].modules], c] = result.scores[g, 0]
+            outcomes[name] = replace(outcome, result=_selected(result, eligible, space.recipe))
+    found = answer(space, raw)
+    stock = None if space.recipe.effective_bits is None else modelopt_answer(space, np.nan_to_num(raw, nan=1e30))
+    return RecipeOutcome(plan, tuple(outcomes[n] for n in names if n in outcomes), raw, found, stock)
+
+
+def _slot(space: RecipeSpace, row_of: Mapping[tuple[str, ...], int], modules: tuple[str, ...]) -> Any:
+    return space.searched[row_of[modules]]
+
+
+def _with_recipe(settings: Settings, recipe: LoadedRecipe) -> tuple[Settings, list[str]]:
+    """The settings with what the recipe says of scoring; what the user says goes before it."""
+    spec, notes = settings.autoquant, []
+    method = spec.method
+    if recipe.kind == "auto_quantize" and method == "gradient":  # the default: the recipe's own counts
+        method = recipe.method
+    elif recipe.kind == "auto_quantize" and method != recipe.method:
+        notes.append(f"recipe {recipe.name} says method={recipe.method}; scored by method={method}, as asked for")
+    samples = spec.num_score_samples
+    if samples is None and recipe.score_size is not None:
+        data = settings.dataset
+        known = len(load_captions(data.name, data.size, data.path).captions)
+        samples = recipe.score_size if recipe.score_size < known else None  # all of them, where there are fewer
+    composed = dict(settings.composed)
+    composed["autoquant"] = {**composed["autoquant"], "method": method, "num_score_samples": samples or "all"}
+    autoquant = replace(spec, method=method, num_score_samples=samples)
+    return replace(settings, autoquant=autoquant, composed=composed), notes
+
+
+def _selected(result: SensitivityResult, keep: Sequence[int], recipe: LoadedRecipe) -> SensitivityResult:
+    """A result on some of its groups, as a part of a recipe."""
+    tags = {**result.tags, "recipe": recipe.name, "recipe_digest": recipe.digest}
+    if len(keep) == len(result.groups):
+        return replace(result, tags=tags)
+    rows = list(keep)
+    groups = tuple(result.groups[g] for g in rows)
+    kept = {group.key for group in groups}
+    info, chosen = result.candidates[0], tuple(result.recipe.chosen[g] for g in rows)
+    model = result.recipe.cost_model
+
+    def bits(each: float) -> float:
+        return effective_bits(groups, [16.0 if name is None else each for name in chosen], model)
+
+    finite = [s for s, name in zip(result.scores[rows, 0], chosen, strict=True) if name is not None and np.isfinite(s)]
+    return with_intervals(
+        replace(
+            result,
+            groups=groups,
+            scores=result.scores[rows],
+            predicted_kl=result.predicted_kl[rows],
+            sample_kl=None if result.sample_kl is None else result.sample_kl[:, rows],
+            nonfinite=tuple(n for n in result.nonfinite if n.group in kept),
+            recipe=replace(
+                result.recipe,
+                chosen=chosen,
+                effective_bits=bits(info.bits),
+                effective_bits_modelopt=bits(info.bits_modelopt),
+                score=float(sum(finite)),
+            ),
+            intervals=None,
+            tags=tags,
+        )
+    )

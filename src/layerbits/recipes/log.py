@@ -1,0 +1,127 @@
+"""A recipe as runs: one parent, a child per candidate, and the recipe's answers with the parent."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerbits import entry
+from layerbits.config import Settings
+from layerbits.recipes.job import RecipeOutcome, plan_recipe, run_recipe
+from layerbits.recipes.recipe import LoadedRecipe, load_recipe
+from layerbits.recipes.report import markdown, record
+from layerbits.recipes.schemes import recipe_schemes
+from layerbits.schemes.folder import write_schemes
+from layerbits.schemes.report import digests, metrics
+from layerbits.schemes.scheme import Scheme
+from layerbits.schemes.source import combine
+from layerbits.stages.write import write
+
+KIND = "recipe"
+
+
+def recipe_job(settings: Settings, root: Path) -> None:
+    """Reads, checks, scores, answers and logs the recipe of some settings.
+
+    Args:
+        settings: With a ``recipe``.
+        root: Project folder.
+
+    Raises:
+        UserError: Whatever is wrong with the recipe, on this model or at all.
+    """
+    from layerbits.scoring import distributed
+
+    recipe = load_recipe(str(settings.recipe), settings.recipe_overrides)
+    if distributed.rank() > 0:  # under torchrun the first process writes and logs, the others only score
+        run_recipe(plan_recipe(settings, recipe), root)
+        return
+    if not settings.tracking.enabled:
+        outcome = _scored(settings, recipe, root)
+        _finish(outcome, {name: str(folder) for name, folder in _written(outcome).items()})
+        return
+    from layerbits import tracking
+
+    tracking.open_store(settings.tracking.uri, root)
+    experiment = settings.tracking.experiment
+    name = settings.tracking.run_name or f"{settings.model.name} {recipe.short_name} {settings.dataset.size}"
+    tags = {"layerbits.kind": KIND, "recipe": recipe.name, "recipe_digest": recipe.digest}
+    with tracking.parent_run(name, experiment, tags) as parent:
+        outcome = _scored(settings, recipe, root)
+        runs = {}
+        for candidate, folder in _written(outcome).items():
+            result = outcome.results[candidate]
+            with tracking.start_run(result.run_name, experiment, system_metrics=False) as session:
+                tracking.log_result(session, result, folder)
+            runs[candidate] = session.run_id
+        folder, schemes = _finish(outcome, runs)
+        text = markdown(outcome, schemes)
+        tags = {**entry.note(text), **digests({s.name: s.digest for s in schemes})}
+        tracking.log_derived(parent, folder, _metrics(outcome, schemes), parameters(outcome), tags)
+
+
+def parameters(outcome: RecipeOutcome) -> dict[str, str]:
+    """What was in force, by the names of ``docs/tracking.md``."""
+    space, spec = outcome.plan.space, outcome.plan.settings.autoquant
+    recipe, first = space.recipe, next(iter(outcome.results.values()))
+    values: dict[str, Any] = {
+        "recipe": recipe.name,
+        "recipe_digest": recipe.digest,
+        "recipe_kind": recipe.kind,
+        "candidates": ",".join(c.info.name for c in space.candidates),
+        "target_effective_bits": recipe.effective_bits,
+        "cost_model": recipe.cost_model if recipe.kind == "auto_quantize" else None,
+        "active_moe_expert_ratio": recipe.cost.get("active_moe_expert_ratio"),
+        "method": spec.method,
+        "model": first.model.name,
+        "model_revision": first.model.revision,
+        "dataset": first.calibration.dataset,
+        "dataset_size": first.calibration.size,
+        "score_samples": first.calibration.score_samples,
+    }
+    return {f"eff.{key}": str(value) for key, value in values.items() if value is not None}
+
+
+def _scored(settings: Settings, recipe: LoadedRecipe, root: Path) -> RecipeOutcome:
+    plan = plan_recipe(settings, recipe)
+    shown = dict.fromkeys((*plan.notes, *plan.passes[0].calibration.warnings))
+    for line in shown:
+        print(f"warning: {line}", file=sys.stderr)
+    return run_recipe(plan, root)
+
+
+def _written(outcome: RecipeOutcome) -> dict[str, Path]:
+    settings = outcome.plan.settings
+    return {o.result.candidates[0].name: write(o, settings) for o in outcome.outcomes}
+
+
+def _finish(outcome: RecipeOutcome, runs: dict[str, str]) -> tuple[Path, list[Scheme]]:
+    """Writes and prints the answers."""
+    recipe = outcome.plan.space.recipe
+    schemes = recipe_schemes(outcome, list(runs.values()))
+    source = combine({runs[name]: result for name, result in outcome.results.items()})
+    text = markdown(outcome, schemes)
+    name = f"recipe_{source.model.name}_{recipe.short_name}"
+    more = {
+        "recipe/resolved.yaml": yaml.safe_dump(recipe.resolved(), sort_keys=False),
+        "recipe/recipe.json": record(outcome),
+        "recipe.md": text,
+    }
+    folder = write_schemes(outcome.plan.settings.output_root, source, schemes, name=name, more=more)
+    print(f"\n{text}\nrecipe: {folder}")
+    return folder, schemes
+
+
+def _metrics(outcome: RecipeOutcome, schemes: list[Scheme]) -> dict[str, float]:
+    space, found = outcome.plan.space, outcome.found
+    values = metrics(schemes)
+    values |= {"recipe/effective_bits": found.effective_bits, "recipe/score": found.score}
+    values |= {"recipe/floor": space.floor, "recipe/ceiling": space.ceiling}
+    if outcome.stock is not None:
+        differ = sum(a != b for a, b in zip(found.choice, outcome.stock.choice, strict=True))
+        values |= {"recipe/modelopt_effective_bits": outcome.stock.effective_bits}
+        values |= {"recipe/modelopt_score": outcome.stock.score, "recipe/modelopt_differs": float(differ)}
+    return values

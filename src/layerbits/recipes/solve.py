@@ -1,0 +1,153 @@
+"""A recipe's answer: least score on raw scores, and what ModelOpt's own solver makes of the same scores."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from layerbits.recipes.space import RecipeSpace, Slot
+from layerbits.results.result import FloatArray
+from layerbits.schemes.solver import UNQUANTIZED, UNQUANTIZED_BITS, solve_problem
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What each slot becomes.
+
+    Attributes:
+        choice: ``[S]`` position of the candidate, :data:`~layerbits.schemes.solver.UNQUANTIZED` = none.
+        effective_bits: By ModelOpt's count.
+        score: Raw score summed over the searched slots that are quantized.
+    """
+
+    choice: tuple[int, ...]
+    effective_bits: float
+    score: float
+
+
+def answer(space: RecipeSpace, raw: FloatArray) -> Answer:
+    """The exact optimum on raw scores; a PTQ recipe has nothing to choose.
+
+    Args:
+        space: The recipe on its model.
+        raw: ``[searched slots, C]``, NaN where not finite.
+
+    Raises:
+        UserError: Scores that are not finite leave no choice that fits the budget.
+    """
+    if space.recipe.effective_bits is None:
+        return _told(space, raw, [slot.choices[0] if slot.choices else UNQUANTIZED for slot in space.slots])
+    solution = solve_problem(space.problem(raw), space.recipe.effective_bits)
+    return _told(space, raw, [int(c) for c in solution.choice])
+
+
+def modelopt_answer(space: RecipeSpace, raw: FloatArray) -> Answer:
+    """What ``mtq.auto_quantize`` chooses given these scores: clamped as it clamps them, by its own solver."""
+    chosen, named = search_state(space, raw)["best"]["recipe"], _recipes(space)
+    choice = [next((c for c in slot.choices if named[c] == chosen[slot.name]), UNQUANTIZED) for slot in space.slots]
+    return _told(space, raw, choice)
+
+
+def clamped_scores(space: RecipeSpace, raw: FloatArray) -> int:
+    """How many raw scores ModelOpt lowers to the score of a format with fewer bits."""
+    changed, named = 0, _recipes(space)
+    for slot, row in zip(space.searched, raw, strict=True):
+        ordered = [float(row[c]) for c in sorted(slot.choices, key=lambda c: named[c])]
+        changed += sum(score > min(ordered[:i]) for i, score in enumerate(ordered) if i)
+    return changed
+
+
+def search_state(space: RecipeSpace, raw: FloatArray) -> dict[str, Any]:
+    """The state that ``mtq.auto_quantize`` returns for a recipe, solved for its budget.
+
+    Args:
+        space: The recipe on its model.
+        raw: ``[searched slots, C]``.
+
+    Returns:
+        A state that ``mtq.get_auto_quantize_config`` accepts.
+    """
+    from modelopt.torch.quantization.algorithms import QuantRecipe, _resolve_best_recipe
+
+    recipe, unquantized, named = space.recipe, QuantRecipe(None), _recipes(space)
+    stats: dict[str, dict[str, Any]] = {}
+    rows = iter(raw)
+    for slot in space.slots:
+        scores = next(rows) if slot.searched else np.zeros(len(space.candidates))
+        stats[slot.name] = _stat(slot, scores, named, unquantized)
+    total = sum(s["uncompressed_cost"] for s in stats.values())
+    state: dict[str, Any] = {
+        "method": recipe.method,
+        "cost_model": recipe.cost_model,
+        "cost": recipe.stock_arguments()["constraints"]["cost"],
+        "active_moe_expert_ratio": recipe.cost.get("active_moe_expert_ratio"),
+        "cost_denominator": total,
+        "fixed_quantization_config": recipe.fixed,
+        "disabled_layers": list(recipe.disabled),
+        "candidate_stats": stats,
+        "quantizer_states": {},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        best = _resolve_best_recipe(state, {"effective_bits": recipe.effective_bits})
+    at = {name: stats[name]["formats"].index(chosen) for name, chosen in best.items()}
+    spent = sum(stats[name]["costs"][i] for name, i in at.items())
+    state["best"] = {
+        "recipe": best,
+        "constraints": {"effective_bits": spent / total * 16},
+        "score": sum(stats[name]["scores"][i] for name, i in at.items()),
+        "is_satisfied": spent <= total * (recipe.effective_bits or 16) / 16 * (1 + 1e-12),
+    }
+    return state
+
+
+def _stat(slot: Slot, scores: Any, named: Mapping[int, Any], unquantized: Any) -> dict[str, Any]:
+    """One entry of ``candidate_stats``, its scores clamped to those of the formats before, as ModelOpt does."""
+    by_format = {named[c]: float(scores[c]) for c in slot.choices}
+    if slot.allow_no_quant or not slot.choices:
+        by_format[unquantized] = 0.0
+    formats = sorted(by_format)
+    told, lowest = [], float("inf")
+    for form in formats:
+        lowest = min(lowest, by_format[form])
+        told.append(lowest)
+    cost = slot.weights * slot.cost_weight
+    return {
+        "formats": formats,
+        "scores": told,
+        "costs": [cost * form.compression for form in formats],
+        "module_names": list(slot.modules),
+        "quantizer_attrs": dict.fromkeys(slot.modules, slot.attrs),
+        "cost_weight": slot.cost_weight,
+        "allow_no_quant": slot.allow_no_quant,
+        "is_fixed": slot.baseline,
+        "uncompressed_cost": cost,
+    }
+
+
+def _recipes(space: RecipeSpace) -> dict[int, Any]:
+    """ModelOpt's own objects for the candidates, by position."""
+    from modelopt.torch.quantization.algorithms import QuantRecipe
+
+    made = {}
+    for i, (config, cost, candidate) in enumerate(zip(space.configs, space.costs, space.candidates, strict=True)):
+        made[i] = QuantRecipe(config, name=candidate.info.name)
+        if abs(made[i].compression * 16 - cost) > 1e-9:  # of a fixed part ModelOpt counts the weights alone
+            made[i] = QuantRecipe({**config, "effective_bits": cost}, name=candidate.info.name)
+    return made
+
+
+def _told(space: RecipeSpace, raw: FloatArray, choice: list[int]) -> Answer:
+    bits = [*space.costs, UNQUANTIZED_BITS]
+    counted = [slot.weights * slot.cost_weight for slot in space.slots]
+    score, rows = 0.0, iter(raw)
+    for slot, at in zip(space.slots, choice, strict=True):
+        if slot.searched:
+            row = next(rows)
+            score += float(row[at]) if at != UNQUANTIZED else 0.0
+    spent = sum(n * bits[at] for n, at in zip(counted, choice, strict=True))
+    return Answer(tuple(choice), spent / sum(counted), score)

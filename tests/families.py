@@ -1,0 +1,128 @@
+"""A tiny random checkpoint of every family of language models that is named in ``docs/models.md``."""
+
+from collections.abc import Callable
+from typing import Any
+
+VOCABULARY = 384
+_TEXT = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": VOCABULARY, "initializer_range": 0.1, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MROPE = {**_ROPE, "mrope_section": [8, 4, 4]}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_SHARED = {"shared_expert_intermediate_size": 128}
+_HYBRID = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"], "head_dim": 32,
+}  # fmt: skip
+_MAMBA = {"mamba_d_state": 8, "mamba_dt_rank": 8}
+_TOWER = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+_QWEN_TOWER = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 128}
+_QWEN2_TOWER = {"depth": 1, "num_heads": 2, "embed_dim": 32, "mlp_ratio": 2, "hidden_size": 128}
+_GEMMA_IMAGES = {"mm_tokens_per_image": 4, "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5}
+_DEEPSTACK = {**_QWEN_TOWER, "deepstack_visual_indexes": [0]}
+
+
+def _causal(stem: str, *, model: str = "ForCausalLM", config: str = "Config", **changes: Any) -> Any:
+    import transformers as hf
+
+    return getattr(hf, stem + model)(getattr(hf, stem + config)(**{**_TEXT, **changes}))
+
+
+def _vision(stem: str, vision: dict[str, Any], text_config: Any = None, **changes: Any) -> Any:
+    import transformers as hf
+
+    outer = {"tie_word_embeddings": False, **changes.pop("outer", {})}
+    text = {**_TEXT, **changes}
+    config = getattr(hf, f"{stem}Config")(
+        text_config=text if text_config is None else text_config(**text), vision_config=vision, **outer
+    )
+    return getattr(hf, f"{stem}ForConditionalGeneration")(config)
+
+
+def _gpt2() -> Any:
+    return _causal(
+        "GPT2", model="LMHeadModel", n_embd=128, n_layer=2, n_head=4, n_inner=256, n_positions=64,
+        resid_pdrop=0.1, attn_pdrop=0.1,
+    )  # fmt: skip
+
+
+def _llama_text(**text: Any) -> Any:
+    import transformers as hf
+
+    return hf.LlamaConfig(**text)
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": lambda: _causal("Llama"),
+    "mistral": lambda: _causal("Mistral", head_dim=32),
+    "qwen2": lambda: _causal("Qwen2"),
+    "qwen3": lambda: _causal("Qwen3", head_dim=32),
+    "gemma2": lambda: _causal("Gemma2", head_dim=32),
+    "gemma3_text": lambda: _causal("Gemma3", config="TextConfig", head_dim=32),
+    "gemma3": lambda: _vision("Gemma3", _TOWER, head_dim=32, outer=_GEMMA_IMAGES),
+    "phi3": lambda: _causal("Phi3"),
+    "smollm3": lambda: _causal("SmolLM3"),
+    "olmo2": lambda: _causal("Olmo2"),
+    "gpt2": _gpt2,
+    "gpt_neox": lambda: _causal("GPTNeoX"),
+    "opt": lambda: _causal("OPT", ffn_dim=256, word_embed_proj_dim=128, dropout=0.0),
+    "bloom": lambda: _causal("Bloom", n_layer=2, n_head=4),
+    "falcon": lambda: _causal("Falcon", ffn_hidden_size=256),
+    "qwen2_vl": lambda: _vision("Qwen2VL", _QWEN2_TOWER, rope_parameters=_MROPE),
+    "qwen2_5_vl": lambda: _vision(
+        "Qwen2_5_VL", {**_QWEN_TOWER, "fullatt_block_indexes": [0]}, rope_parameters=_MROPE
+    ),
+    "qwen3_vl": lambda: _vision("Qwen3VL", _DEEPSTACK, rope_parameters=_MROPE, head_dim=32),
+    "llava": lambda: _vision("Llava", _TOWER, _llama_text, outer={"image_token_index": 5}),
+    "smolvlm": lambda: _vision("SmolVLM", _TOWER, _llama_text, outer={"image_token_id": 5}),
+    "mixtral": lambda: _causal("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: _causal("Qwen3Moe", **_MOE, head_dim=32),
+    "qwen3_vl_moe": lambda: _vision("Qwen3VLMoe", _DEEPSTACK, **_MOE, rope_parameters=_MROPE, head_dim=32),
+    "deepseek_v3": lambda: _causal(
+        "DeepseekV3", num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128,
+        n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32,
+        qk_rope_head_dim=32, v_head_dim=32,
+    ),
+    "gpt_oss": lambda: _causal(
+        "GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=32, intermediate_size=128,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "olmoe": lambda: _causal("Olmoe", num_experts=4, num_experts_per_tok=2),
+    "phimoe": lambda: _causal("Phimoe", num_local_experts=4, num_experts_per_tok=2),
+    "glm4_moe": lambda: _causal(
+        "Glm4Moe", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, n_group=1, topk_group=1,
+        first_k_dense_replace=1, head_dim=32, n_shared_experts=1,
+    ),
+    "minimax": lambda: _causal(
+        "MiniMax", num_local_experts=4, num_experts_per_tok=2, head_dim=32, block_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "qwen3_next": lambda: _causal("Qwen3Next", **_MOE, **_SHARED, **_HYBRID),
+    "qwen3_5": lambda: _vision("Qwen3_5", _QWEN_TOWER, **_HYBRID, rope_parameters=_MROPE),
+    "qwen3_5_moe": lambda: _vision("Qwen3_5Moe", _QWEN_TOWER, **_MOE, **_SHARED, **_HYBRID, rope_parameters=_MROPE),
+    "nemotron_h": lambda: _causal(
+        "NemotronH", num_hidden_layers=4, layers_block_type=["mamba", "attention", "moe", "mlp"], head_dim=32,
+        mamba_num_heads=4, mamba_head_dim=32, ssm_state_size=16, n_groups=2, chunk_size=16, n_routed_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=128, moe_shared_expert_intermediate_size=128, n_group=1,
+        topk_group=1,
+    ),
+    "jamba": lambda: _causal(
+        "Jamba", num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+        expert_layer_offset=1, use_mamba_kernels=False, **_MAMBA,
+    ),
+}  # fmt: skip
+"""Family, as ``model_type`` names it → a builder of a random model."""
+
+
+def build(family: str) -> Any:
+    """The family's tiny model in float32 and eval mode; the same numbers on every machine."""
+    import torch
+
+    torch.manual_seed(0)
+    return FAMILIES[family]().float().eval()

@@ -1,0 +1,188 @@
+"""The families of ``docs/models.md``, tried: ``python -m tests.families_table`` writes the table anew."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerbits.checkpoint.labels import FORMATS, MODELOPT
+from layerbits.errors import Unsupported, UserError
+from layerbits.export.plan import plan_export
+from layerbits.export.scheme import export_scheme
+from layerbits.inputs.models import ModelSpec, resolve, undecided
+from layerbits.probing.loading import Prepared
+from layerbits.results.result import Group, by_kind
+from layerbits.schemes import Scheme
+from layerbits.scoring import onepass, stock
+from layerbits.scoring.job import Scores
+
+from .families import FAMILIES, build
+from .integration.export_support import FILES
+from .integration.schemes_support import CALIBRATION, DATA, INFO
+from .integration.scoring_support import candidate, configs, job, loaded
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
+BEGIN, END = "<!-- families: made by python -m tests.families_table -->", "<!-- families: end -->"
+PAIR = "wfp8_afp8"
+TOLERANCE = 1e-6
+NOTES = {"opt": "compared with dropout 0: stock scores in training mode, where a block of OPT drops activations"}
+"""What is to be known of a comparison with stock."""
+
+_COLUMNS = ("family", "what is scored, by kind", "left out by ModelOpt's presets", "one pass", "stock", "export")
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What happened to a family.
+
+    Attributes:
+        one, reference: Scores of one pass and of stock, or why there are none.
+        left_out: Keys of the groups that ModelOpt's presets leave out.
+        export: Format → why a scheme of the others is not exported, empty where it is and the proof passes.
+        undecided: What ModelOpt's search has no decision for.
+    """
+
+    family: str
+    one: Scores | str
+    reference: Scores | str
+    left_out: tuple[str, ...]
+    export: Mapping[str, str]
+    undecided: str = ""
+
+    @property
+    def difference(self) -> float | None:
+        """Largest relative difference of a score; ``None`` where one of the engines has none."""
+        if isinstance(self.one, str) or isinstance(self.reference, str):
+            return None
+        if (self.one.groups, self.one.other_weights) != (self.reference.groups, self.reference.other_weights):
+            return float("inf")
+        return float(np.abs(self.one.raw / self.reference.raw - 1).max())
+
+    def cells(self) -> tuple[str, ...]:
+        """Its row of the table."""
+        reference = "scored" if isinstance(self.reference, Scores) else "refused"
+        if (difference := self.difference) is not None:
+            reference = "equal" if difference <= TOLERANCE else f"differs by {difference:.1e}"
+        return (
+            f"`{self.family}`",
+            self._kinds(),
+            ", ".join(f"`{key}`" for key in self.left_out),
+            "scored" if isinstance(self.one, Scores) else "refused",
+            reference,
+            ", ".join(form for form, failed in self.export.items() if not failed) or "no",
+        )
+
+    def remarks(self) -> tuple[str, str, str]:
+        """What is to be known of the last three cells, a text each, empty where there is nothing."""
+        one, reference = (e if isinstance(e, str) else "" for e in (self.one, self.reference))
+        failed = [f"{form}: {said}" for form, said in self.export.items() if said]
+        return one or self.undecided, NOTES.get(self.family, reference), "; ".join(failed)
+
+    def _kinds(self) -> str:
+        if isinstance(self.one, str):
+            return ""
+        parts = []
+        for kind, positions in by_kind(self.one.groups):
+            names = ["+".join(m.rpartition(".")[2] for m in self.one.groups[i].modules) for i in positions]
+            parts.append(f"`{kind}` {', '.join(dict.fromkeys(names))}")
+        return "; ".join(parts)
+
+
+def tried(family: str) -> Tried:
+    """Scores a tiny random checkpoint of a family with both engines, head aside, and exports it."""
+    subject = loaded(build(family))
+    one, reference = (_scores(engine, subject) for engine in (onepass, stock))
+    if isinstance(one, str):
+        return Tried(family, one, reference, (), {})
+    form = candidate(PAIR).format.linear
+    covered = [g for g in one.groups if all(form.covers(name, kind=g.kind) for name in g.modules)]
+    left_out = tuple(g.key for g in one.groups if g not in covered)
+    export = {form: _exported(family, covered, form) for form in FORMATS}
+    if len(set(export.values())) == 1 and any(export.values()):
+        export = {"no format": export[MODELOPT]}
+    return Tried(family, one, reference, left_out, export, "; ".join(undecided(subject.model)))
+
+
+def table(families: Sequence[Tried]) -> str:
+    """The section between the markers of the document; remarks are numbered and follow the table."""
+    numbers: dict[str, int] = {}
+    lines = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
+    for family in families:
+        cells = list(family.cells())
+        for i, remark in enumerate(family.remarks(), start=-3):
+            if remark:
+                cells[i] += f" [{numbers.setdefault(_general(remark), len(numbers) + 1)}]"
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"{number}. {remark}" for remark, number in numbers.items()]
+    return "\n".join((BEGIN, "", *lines, "", *notes, "", END))
+
+
+def main(families: Sequence[str]) -> None:
+    """Writes the table into the document, or prints the rows of some families."""
+    if families:
+        print(table([tried(family) for family in families]))
+        return
+    before, rest = DOCUMENT.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    DOCUMENT.write_text(f"{before}{table([tried(family) for family in FAMILIES])}{after}")
+
+
+def _scores(engine: Any, subject: Any) -> Scores | str:
+    with tempfile.TemporaryDirectory() as folder:
+        found = _quietly(lambda: engine.score(job(subject, folder, configs(PAIR))), "ModelOpt cannot run it")
+    assert isinstance(found, (Scores, str))
+    return found
+
+
+def _exported(family: str, groups: Sequence[Group], form: str) -> str:
+    """Exports a checkpoint with some groups quantized: empty where the proof passes, else what was said."""
+    model, info = build(family).bfloat16(), candidate(PAIR).info
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+
+        def export() -> str:
+            model.save_pretrained(source)
+            for name, text in FILES.items():
+                (source / name).write_text(text)
+            resolved = resolve(ModelSpec(family, str(source)))
+            whole = replace(INFO, revision=resolved.revision, dtype="bfloat16")
+            chosen, how = tuple(info.name for _ in groups), {"method": "budget"}
+            scheme = Scheme("all", ("r",), whole, DATA, tuple(groups), (info,), chosen, 8.0, None, 0.0, 0.0, how)
+            plan = plan_export(
+                Prepared(scheme, resolved, None, None, CALIBRATION), Path(folder) / "out" / "all", format=form
+            )
+            return "" if export_scheme(plan, "cpu").proof.passed else "the proof fails"
+
+        return str(_quietly(export, "it fails")).partition("; the report is ")[0]
+
+
+def _quietly(function: Callable[[], Any], failed: str) -> Any:
+    """What a function returns, or why it does not."""
+    quiet = io.StringIO()
+    with warnings.catch_warnings(), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+        warnings.simplefilter("ignore")
+        try:
+            return function()
+        except (Unsupported, UserError) as error:
+            return str(error)
+        except (IndexError, RuntimeError) as error:
+            return f"{failed} ({type(error).__name__})"
+
+
+def _general(remark: str) -> str:
+    """A remark with modules by their last names."""
+    return re.sub(r"\b\w+(?:\.\w+){2,}\.(\w+)", r"`….\1`", remark)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

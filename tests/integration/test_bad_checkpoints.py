@@ -1,0 +1,355 @@
+"""What is not the model that was named is refused in one line, as early as its files can tell."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+from layerbits.errors import UserError
+from layerbits.inputs.models import ModelSpec, empty_model, load, load_tokenizer, resolve
+
+from .checkpoint_support import config, copied, only, quantized_to_fp8, save_tokenizer, sharded, tensors, write
+from .scoring_support import tiny_model
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+EXPORT = {"scheme": {"name": "fp8_full", "source_run_ids": ["abc123"], "model": {"source": "org/original"}}}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A whole checkpoint, in bfloat16 with its tokenizer."""
+    folder = tmp_path_factory.mktemp("original")
+    tiny_model("llama").bfloat16().save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return copied(original, tmp_path / "model")
+
+
+def before_weights(folder, **keys):
+    """All that is looked at before the weights are loaded."""
+    resolved = resolve(ModelSpec("tiny", str(folder), **keys))
+    empty_model(resolved)
+    load_tokenizer(resolved)
+    return resolved
+
+
+def refused(folder, **keys):
+    """The one line that a folder is refused with, before its weights are loaded."""
+    with pytest.raises(UserError) as error:
+        before_weights(folder, **keys)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def quantized(**said):
+    return lambda folder: config(folder, quantization_config=said)
+
+
+def cut(name, size):
+    def spoil(folder):
+        (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+    return spoil
+
+
+def narrow(dtype):
+    def spoil(folder):
+        tensors(folder, lambda held: held.update({DOWN: held[DOWN].to(dtype)}))
+
+    return spoil
+
+
+def without_a_shard(folder):
+    sharded(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def without_the_index(folder):
+    sharded(folder)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def inside(*parts):
+    def spoil(folder):
+        inner = folder.parent / "inner"
+        folder.rename(inner)
+        folder.joinpath(*parts[:-1]).mkdir(parents=True)
+        inner.rename(folder.joinpath(*parts))
+
+    return spoil
+
+
+def exported(folder):
+    said = {"quant_method": "modelopt", "producer": {"name": "modelopt", "version": "0.47.0"}, "quant_algo": "FP8"}
+    config(folder, quantization_config=said)
+    (folder / "layerbits.json").write_text(json.dumps(EXPORT))
+
+
+def replaced(name, value):
+    return lambda folder: tensors(folder, lambda held: held.update({name: value}))
+
+
+ADAPTER = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"})
+HF_QUANT = json.dumps({"producer": {"name": "modelopt", "version": "0.20"}, "quantization": {"quant_algo": "NVFP4"}})
+CODE = {"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
+TOKENIZER_CODE = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+
+KINDS = {
+    # no checkpoint
+    "a GGUF folder": (only("model-Q4_K.gguf"), "GGUF weights for llama.cpp; give the checkpoint"),
+    "a LoRA adapter": (write("adapter_config.json", ADAPTER), r"LORA adapter of org/base.*merge_and_unload"),
+    "a diffusion pipeline": (only("model_index.json"), "a diffusion pipeline"),
+    "the original layout": (only("params.json", "consolidated.00.pth"), "original layout of Llama"),
+    "a DeepSpeed checkpoint": (only("zero_to_fp32.py"), "DeepSpeed"),
+    "an ONNX model": (only("config.json", "model.onnx"), "an ONNX model"),
+    "a tokenizer alone": (only("tokenizer.json", "tokenizer_config.json"), "a tokenizer but no model"),
+    "weights alone": (only("model.safetensors"), "weights but no config.json"),
+    "a trainer's folder": (inside("checkpoint-500"), "give one of checkpoint-500"),
+    "a folder of the hub's cache": (inside("snapshots", "0f1e"), "give one of snapshots/0f1e"),
+    # damaged files
+    "config.json cut off": (cut("config.json", 40), "config.json is not JSON"),
+    "config.json as a list": (write("config.json", "[1]"), "no JSON object"),
+    "config.json without a type": (lambda f: config(f, "model_type"), "names no model_type"),
+    "an unknown architecture": (lambda f: config(f, model_type="own"), "is a own, which transformers .* does not know"),
+    "a value of another type": (
+        lambda f: config(f, hidden_size="wide"),
+        "cannot be read .*hidden_size. expected int, got str",
+    ),
+    "LFS pointers": (write("model.safetensors", POINTER), "pointer of Git LFS.*git lfs pull"),
+    "an LFS pointer as config.json": (write("config.json", POINTER), "pointer of Git LFS"),
+    "empty weights": (write("model.safetensors", ""), "model.safetensors is empty"),
+    "weights cut in the header": (cut("model.safetensors", 200), "header is damaged or cut off"),
+    "weights cut in the data": (cut("model.safetensors", 200_000), r"is truncated: 200,000 of"),
+    "a web page for the weights": (write("model.safetensors", "<!DOCTYPE html>" * 9), "is no safetensors file"),
+    "no weights": (only("config.json"), "it has no weights"),
+    "a missing shard": (without_a_shard, "lacks 1 of the 2 files"),
+    "shards without an index": (without_the_index, "2 shards but no model.safetensors.index.json"),
+    "weights under another name": (
+        lambda f: (f / "model.safetensors").rename(f / "weights.safetensors"),
+        "has no model.safetensors, only weights.safetensors",
+    ),
+    # quantized
+    "an export of LayerBits": (
+        exported,
+        r"FP8, modelopt, by modelopt 0.47.0.*exported it as fp8_full from run abc123.*model.path=org/original",
+    ),
+    "an export of ModelOpt": (write("hf_quant_config.json", HF_QUANT), r"NVFP4, by modelopt 0.20 \(hf_quant_config"),
+    "GPTQ": (quantized(quant_method="gptq", bits=4, group_size=128), "already quantized: gptq, 4 bits"),
+    "old GPTQ": (write("quantize_config.json", '{"bits": 4}'), r"4 bits \(quantize_config.json\)"),
+    "AWQ": (quantized(quant_method="awq", bits=4), "already quantized: awq, 4 bits"),
+    "bitsandbytes": (quantized(load_in_4bit=True), "already quantized: bitsandbytes, 4 bits"),
+    "compressed-tensors": (
+        quantized(quant_method="compressed-tensors", format="int-quantized"),
+        "compressed-tensors, int-quantized",
+    ),
+    "MXFP4": (quantized(quant_method="mxfp4"), "already quantized: mxfp4.*model.dequantize=true"),
+    "fine-grained FP8": (quantized_to_fp8, "already quantized: fp8.*model.dequantize=true"),
+    "an unnamed method": (quantized(group_size=64), "in a way that it does not name"),
+    "quantized in its text part": (
+        lambda f: config(f, text_config={"quantization_config": {"quant_method": "gptq", "bits": 8}}),
+        r"gptq, 8 bits \(text_config of config.json\)",
+    ),
+    "FP8 numbers that nobody speaks of": (narrow(torch.float8_e4m3fn), rf"1 weights .*{DOWN} is F8_E4M3"),
+    "packed numbers that nobody speaks of": (narrow(torch.uint8), f"{DOWN} is U8"),
+    # another model
+    "a missing tensor": (lambda f: tensors(f, lambda held: held.pop(DOWN)), rf"lacks 1 tensor of the model \({DOWN}"),
+    "a tensor of another shape": (
+        replaced(DOWN, torch.zeros(128, 128)),
+        r"another shape .*\[128, 128\] instead of \[128, 256\]",
+    ),
+    "a tensor too many": (
+        replaced("model.layers.0.self_attn.q_proj.bias", torch.zeros(128)),
+        "1 tensor that the model does not use .model.layers.0.self_attn.q_proj.bias",
+    ),
+    "a config of fewer blocks": (lambda f: config(f, num_hidden_layers=1), r"has 9 tensors that .* and 6 more"),
+    "an encoder-decoder": (
+        lambda f: config(f, model_type="t5", architectures=["T5ForConditionalGeneration"]),
+        "encoder-decoder",
+    ),
+    "a masked language model": (
+        lambda f: config(f, model_type="bert", architectures=["BertForMaskedLM"]),
+        "is a BertForMaskedLM, which predicts no next token",
+    ),
+    "an encoder as a language model": (
+        lambda f: config(f, model_type="bert", architectures=["BertLMHeadModel"]),
+        "attention sees later tokens",
+    ),
+    "a model without its head": (lambda f: config(f, architectures=["LlamaModel"]), "is a LlamaModel, which predicts"),
+    "a classifier": (lambda f: config(f, architectures=["LlamaForSequenceClassification"]), "predicts no next token"),
+    # code
+    "code of its own": (lambda f: config(f, **CODE), r"modeling_own.py\); read it, then set model.trust_remote_code"),
+    "a tokenizer's own code": (
+        write("tokenizer_config.json", json.dumps(TOKENIZER_CODE)),
+        r"tokenizer of .*tokenization_own.py.*trust_remote_code=true",
+    ),
+    # tokenizers
+    "no tokenizer": (only("config.json", "model.safetensors"), "holds no tokenizer that can be read"),
+    "a damaged tokenizer": (write("tokenizer.json", '{"a": 1}'), "holds no tokenizer that can be read"),
+    "an LFS pointer as tokenizer": (write("tokenizer.json", POINTER), "pointer of Git LFS"),
+}
+
+
+def test_the_original_is_not_refused(folder):
+    found = before_weights(folder)
+    assert found.quantization is None
+    assert found.warnings == ()
+
+
+def test_a_sharded_checkpoint_is_not_refused(folder):
+    sharded(folder)
+    before_weights(folder)
+
+
+def test_tied_tensors_are_not_missing(tmp_path):
+    tiny_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    before_weights(tmp_path)
+
+
+def test_an_untied_head_that_is_missing_is(folder):
+    tensors(folder, lambda held: held.pop("lm_head.weight"))
+    assert "lacks 1 tensor of the model (lm_head.weight)" in refused(folder)
+
+
+def test_what_headers_cannot_tell_is_refused_on_load(folder):
+    held = load_file(folder / "model.safetensors")
+    held.pop(DOWN)
+    torch.save(held, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    resolved = before_weights(folder)
+    with pytest.raises(UserError, match=f"lacks 1 tensor of the model .{DOWN}"):
+        load(resolved, None, "cpu")
+
+
+def test_random_weights_need_the_config_alone(folder):
+    (folder / "model.safetensors").unlink()
+    config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert before_weights(folder, random_weights=True).quantization is None
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("model.safetensors", "is a file; give the folder that holds it"),
+        ("model.gguf", "is GGUF weights for llama.cpp; give the folder"),
+        ("nothing", "there is no folder"),
+    ],
+)
+def test_a_path_that_is_no_folder_is_told_from_one(folder, path, line):
+    (folder / "model.gguf").touch()
+    with pytest.raises(UserError, match=line):
+        resolve(ModelSpec("tiny", str(folder / path)))
+
+
+# Dequantized on purpose
+
+
+def test_fp8_is_scored_as_the_numbers_that_it_holds(folder):
+    numbers = quantized_to_fp8(folder)
+    resolved = before_weights(folder, dequantize=True)
+    model = load(resolved, None, "cpu").model
+    assert len(numbers) == 14
+    for name, expected in numbers.items():
+        assert torch.equal(model.get_parameter(name), expected), name
+    (warning,) = resolved.warnings
+    assert re.match("the checkpoint is quantized .fp8. and was dequantized", warning)
+
+
+def test_what_transformers_cannot_dequantize_is_refused(folder):
+    config(folder, quantization_config={"quant_method": "compressed-tensors", "format": "int-quantized"})
+    assert "model.dequantize=true works for fp8, mxfp8, mxfp4 alone" in refused(folder, dequantize=True)
+
+
+def test_dequantizing_what_is_not_quantized_is_refused(folder):
+    assert "is not quantized; leave model.dequantize out" in refused(folder, dequantize=True)
+
+
+def test_mxfp4_experts_are_scored_as_the_numbers_that_they_hold(tmp_path):
+    """gpt-oss: blocks of 32 numbers of four bits, two a byte, with an exponent each."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    few = {
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 384,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+    model = hf.GptOssForCausalLM(hf.GptOssConfig(**sizes, **few, pad_token_id=0)).bfloat16()
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    expected, values = {}, torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+    def change(held):
+        for name in [n for n in held if n.endswith(("gate_up_proj", "down_proj"))]:
+            experts, inputs, outputs = held.pop(name).shape
+            codes = torch.randint(0, 16, (experts, outputs, inputs // 32, 32))
+            scales = torch.randint(120, 130, (experts, outputs, inputs // 32), dtype=torch.uint8)
+            numbers = values[codes] * torch.exp2(scales.float() - 127)[..., None]
+            expected[name] = numbers.reshape(experts, outputs, inputs).transpose(1, 2).bfloat16()
+            held[f"{name}_blocks"] = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+            held[f"{name}_scales"] = scales
+
+    tensors(tmp_path, change)
+    config(tmp_path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
+    assert "already quantized: mxfp4" in refused(tmp_path)
+    model = load(before_weights(tmp_path, dequantize=True), None, "cpu").model
+    assert len(expected) == 2
+    for name, numbers in expected.items():
+        assert torch.equal(model.get_parameter(name), numbers), name
+
+
+def test_an_export_of_layerbits_is_not_dequantized(folder):
+    exported(folder)
+    assert "exported it as fp8_full from run abc123" in refused(folder, dequantize=True)
+
+
+# Code that comes along
+
+_OWN = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_trusted_code_is_run_and_nobody_is_asked(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    (folder / "modeling_own.py").write_text(_OWN)
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config(folder, model_type="own", architectures=["OwnForCausalLM"], auto_map=code)
+    assert "brings code of its own (modeling_own.py)" in refused(folder)
+    model = load(before_weights(folder, trust_remote_code=True), None, "cpu")
+    assert model.info.architecture == "OwnForCausalLM"
+    assert len(model.linears) == 15
+
+
+def test_code_beside_an_architecture_that_transformers_has_is_not_needed(folder):
+    config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
+    before_weights(folder)
+
+
+# Every kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_checkpoint_is_refused_in_one_line_before_its_weights_load(folder, kind):
+    spoil, line = KINDS[kind]
+    spoil(folder)
+    said = refused(folder)
+    assert re.search(line, said), said

