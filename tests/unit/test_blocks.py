@@ -96,7 +96,7 @@ def test_modelopt_computes_stored_block_ranges_without_a_gpu():
 
 def test_fused_weights_share_a_range():
     weights = {f"model.layers.0.self_attn.{n}_proj": torch.full((2, 2), float(i)) for i, n in enumerate("qkvo", 1)}
-    assert [float(v) for v in quantizers.shared_largest(weights).values()] == [3.0, 3.0, 3.0, 4.0]
+    assert [float(v) for v in quantizers.shared_largest(weights.items()).values()] == [3.0, 3.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,9 @@ def _whole_ranges(scheme: Scheme, linears: Mapping[str, Any]) -> dict[str, Any]:
     for info in scheme.candidates:
         if quantizers.distinct_settings([runtime_config(info, "cpu")]).share_ranges:
             mine = [name for name, other in scheme.modules.items() if other.name == info.name]
-            found |= quantizers.shared_largest({n: linears[n].weight for n in mine if hasattr(linears[n], "weight")})
+            found |= quantizers.shared_largest(
+                (n, weight_of(linears[n])) for n in mine if hasattr(linears[n], "weight")
+            )
     return found
 
 

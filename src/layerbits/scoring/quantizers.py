@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,11 +175,12 @@ def _search_ranges(quantizer: Any, weight: Any, search: Mapping[str, Any]) -> No
         model_calib._run_and_load_max_stats(quantizer, lambda q: q(weight))
 
 
-def shared_largest(weights: Mapping[str, Any]) -> dict[str, Any]:
+def shared_largest(weights: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Largest magnitude over each weight and those that ModelOpt has it share a range with, by its own patterns.
 
     Args:
-        weights: Full module name → weight, of the modules that get the format.
+        weights: Full module name and weight, of the modules that get the format; each is looked at once, for it may be
+            on the device only then.
     """
     import re
 
@@ -191,11 +192,13 @@ def shared_largest(weights: Mapping[str, Any]) -> dict[str, Any]:
         return next(((pattern, match.group(1) or "") for pattern, match in matches if match), ("", name))
 
     largest_of: dict[tuple[str, str], Any] = {}
-    for name, weight in weights.items():
+    devices: dict[str, Any] = {}
+    for name, weight in weights:
+        devices[name] = weight.device
         amax = weight.detach().abs().amax().float()
         key = group(name)
         largest_of[key] = torch.maximum(largest_of[key], amax.to(largest_of[key])) if key in largest_of else amax
-    return {name: largest_of[group(name)].to(weight.device) for name, weight in weights.items()}
+    return {name: largest_of[group(name)].to(device) for name, device in devices.items()}
 
 
 def share_ranges(quantizers: Sequence[Any]) -> None:

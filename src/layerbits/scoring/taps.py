@@ -141,13 +141,13 @@ class Taps:
         import torch
 
         with torch.no_grad():
-            plain = {tap.name: next(tap.weights(None)) for tap in self.taps}
+            plain = ((tap.name, next(tap.weights(None))) for tap in self.taps)
             shared = quantizers.shared_largest(plain) if self._share_ranges else {}
             for tap in self.taps:
                 tap.calibrate_weights(shared.get(tap.name))
             self._share_weight_ranges()
             for tap in self.taps:
-                dtype = plain[tap.name].dtype
+                dtype = next(tap.module.parameters()).dtype
                 for name, _, _, quantizer in tap.range_names():
                     quantizer.amax = torch.as_tensor(ranges[name]).to(device=tap.device, dtype=dtype)
                 if self.keep_weights:
