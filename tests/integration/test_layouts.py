@@ -83,9 +83,7 @@ def test_lean_equals_fast_and_samples_sum_to_the_whole(subject, tmp_path):
 
 def test_kl_div_is_what_stock_measures(subject, tmp_path):
     found, odd = subject
-    wanted = configs(
-        "wint4_afp16"
-    )  # a damage that float32 can tell from its own rounding in stock's difference of logs
+    wanted = configs("wint4_afp16")  # damage that stock's difference of float32 logarithms can tell from rounding
     ours = kl.score(job(found, tmp_path / "ours", wanted, scored=tuple(odd), method="kl_div"))
     reference = stock.score(job(found, tmp_path / "stock", wanted, scored=tuple(odd), method="kl_div"))
     assert ours.groups == reference.groups
