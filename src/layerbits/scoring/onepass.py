@@ -11,14 +11,21 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from layerbits.inputs.calibration import Batch
+from layerbits.inputs.kinds import place_of
+from layerbits.results.kv_cache import KvScore
+from layerbits.results.result import FloatArray
 from layerbits.scoring import distributed, fisher
 from layerbits.scoring.held import held
 from layerbits.scoring.job import Scores, ScoringJob, held_cache, kl_weights
+from layerbits.scoring.kv_cache import KvTaps
 from layerbits.scoring.memory import checkpointed, plan_memory
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
 from layerbits.scoring.steplog import Step, StepLog
@@ -52,10 +59,16 @@ def score(job: ScoringJob) -> Scores:
     resumed = log.read(0) is not None
     mode = memory.mode
     chunked = memory.pieces and not search.need_logits and has_plain_head(model, batches[0])
+    kv = KvTaps(model, job.kv_formats, job.loaded.info.language_model) if job.kv_formats else None
+    if kv is not None:
+        kv.calibrate(job.calibration.calib)
     with held(model, job.held, job.calibration.calib, held_cache(job)):
         for index in progress(range(distributed.rank(), len(batches), distributed.world()), "scoring"):
             if log.read(index) is None:
-                step, mode = _step(taps, job, search, index, mode, chunked)
+                with nullcontext() if kv is None else kv.observed():
+                    step, mode = _step(taps, job, search, index, mode, chunked)
+                if kv is not None:
+                    step = replace(step, kv=kv.take())
                 if index == distributed.rank():
                     job.watch(step.loss / batches[index].loss_tokens, batches[index].loss_tokens)
                 log.write(index, step)
@@ -63,11 +76,12 @@ def score(job: ScoringJob) -> Scores:
     steps = [step for step in map(log.read, range(len(batches))) if step is not None]
     seconds["score"] = clock() - start
     fell_back = "the GPU ran out of memory in memory=fast; the pass went on in memory=lean"
-    return assemble(
+    weights = kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64))
+    made = assemble(
         job,
         search,
         steps,
-        weights=kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64)),
+        weights=weights,
         details=_details(job, search),
         seconds=seconds,
         routed=routed,
@@ -80,6 +94,17 @@ def score(job: ScoringJob) -> Scores:
         },
         mode=mode,
         notes=() if mode == memory.mode else (fell_back,),
+    )
+    return made if kv is None else replace(made, kv_cache=_kv_scores(kv, job.kv_formats, steps, weights))
+
+
+def _kv_scores(kv: KvTaps, formats: Sequence[str], steps: Sequence[Step], weights: FloatArray) -> tuple[KvScore, ...]:
+    by_batch = np.stack([step.kv for step in steps])
+    raw, kl = by_batch.sum(axis=0), np.tensordot(weights, by_batch, axes=1)
+    return tuple(
+        KvScore(form, name, place_of(name).block, float(raw[a, f]), float(kl[a, f]))
+        for f, form in enumerate(formats)
+        for a, name in enumerate(kv.modules)
     )
 
 
