@@ -36,7 +36,7 @@ def inputs(folder: Path, shape: str, steps: int, rows: int, length: int) -> int:
 
     config = SHAPES[shape]()
     config.architectures = [class_name(config)]
-    if shape == "tiny":
+    if shape.startswith("tiny"):
         config.vocab_size = _WORDS + 2
     config.save_pretrained(folder)
     words = {f"w{i}": i for i in range(_WORDS)} | {"<eos>": _WORDS, "<unk>": _WORDS + 1}
@@ -98,7 +98,7 @@ def main() -> None:
         captions = inputs(folder, arguments.shape, arguments.steps, arguments.rows, arguments.length)
         common = [
             "model=hf", f"model.path={folder}", f"model.name={arguments.shape}", "model.random_weights=true",
-            "model.dtype=" + ("float32" if arguments.shape == "tiny" else "bfloat16"),
+            "model.dtype=" + ("float32" if arguments.shape.startswith("tiny") else "bfloat16"),
             "dataset=text_file", f"dataset.path={folder}/captions.txt", f"autoquant.batch_size={arguments.rows}",
             f"autoquant.seq_len={arguments.length}", f"output_root={folder}/out",
             f"tracking.uri=sqlite:///{folder}/mlflow.db",

@@ -9,6 +9,7 @@ from typing import Any
 
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
+from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.inputs.models import ModelSpec
 from layerbits.results.naming import run_name
@@ -43,6 +44,7 @@ class AutoQuantSpec:
         cost_model: What ``effective_bits`` counts: ``weight`` = all weights alike, ``active_moe`` = routed experts by
             the share of them that a token uses.
         active_expert_ratio: That share; ``None`` = from the model's config.
+        kv_cache: Formats of the KV cache to score beside the candidates.
         memory: ``fast`` keeps activations and quantized weights, ``lean`` recomputes them, ``offload`` keeps
             the weights in host memory besides, ``auto`` picks by estimate.
         checkpoint: Folder for the search checkpoint; ``None`` = one per set of parameters in the cache.
@@ -59,6 +61,7 @@ class AutoQuantSpec:
     checkpoint: str | None
     cost_model: str = "weight"
     active_expert_ratio: float | None = None
+    kv_cache: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Settings:
                     f"autoquant.active_expert_ratio={ratio} is not in (0, 1]; give the share of the experts that a "
                     "token uses, or null to read it from the model's config"
                 )
+        autoquant["kv_cache"] = _kv_formats(autoquant)
         _choice("autoquant.cost_model", autoquant.get("cost_model", "weight"), COST_MODELS)
         _choice("autoquant.method", autoquant["method"], METHODS)
         _choice("autoquant.engine", autoquant["engine"], ENGINES)
@@ -146,6 +150,20 @@ class Settings:
 def _named(config: Mapping[str, Any], key: str) -> str | None:
     value = config.get(key)  # a record of an earlier version has none
     return None if value in (None, "", "none") else str(value)
+
+
+def _kv_formats(autoquant: Mapping[str, Any]) -> tuple[str, ...]:
+    given = autoquant.get("kv_cache")
+    names = tuple(given) if isinstance(given, list | tuple) else tuple(filter(None, str(given or "none").split("+")))
+    if names in ((), ("none",)):
+        return ()
+    for name in names:
+        _choice("autoquant.kv_cache", name, tuple(KV_FORMATS))
+    if autoquant["method"] != "gradient" or autoquant["engine"] != "onepass":
+        raise UserError(
+            "autoquant.kv_cache is scored by method=gradient and engine=onepass; use those, or kv_cache=none"
+        )
+    return names
 
 
 def _choice(key: str, value: object, choices: tuple[str, ...]) -> None:

@@ -23,8 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("load", "calibration", "scoring", "writing", "logging")
 SMALL = ("quant_pair=wint8_aint8", "autoquant.seq_len=32", "autoquant.batch_size=2", "autoquant.num_score_samples=5")
@@ -211,18 +209,14 @@ def imported() -> None:
     import layerbits.tracking.log  # noqa: F401
 
 
-def run(moments: int, seed: int, folder: Path, say: Callable[[str], None]) -> list[Trial]:
+def run(moments: int, seed: int, folder: Path, store: str, reference: Job, say: Callable[[str], None]) -> list[Trial]:
     """Kills ``moments`` runs, one phase after the other, and starts each again."""
-    from layerbits.tracking import open_store
-
-    store = open_store(f"sqlite:///{folder}/mlflow.db", folder)
-    reference = Job(folder / "reference", store, SMALL)
     lasting = times(reference)
     say("seconds of a whole run: " + ", ".join(f"{phase} {lasting[phase]:.1f}" for phase in PHASES))
     (result,) = reference.finished()
     draw, found = random.Random(seed), []
     while len(found) < moments:
-        # Later phases are shorter and rarer in the files of a project, but each has its own way to be left half done.
+        # All phases as often: the late ones are short, but each has its own way to be left half done.
         phase = PHASES[(len(found) * 2 + seed) % len(PHASES)]
         job = Job(folder / f"trial-{len(found)}-{draw.random():.8f}", store, SMALL)
         done = trial(job, phase, draw.random() * lasting[phase], store, result)
@@ -234,19 +228,12 @@ def run(moments: int, seed: int, folder: Path, say: Callable[[str], None]) -> li
     return found
 
 
-def at_once(folder: Path) -> list[str]:
+def at_once(job: Job, reference: Path) -> list[str]:
     """Two runs with the same parameters, search checkpoint and result folder; what came out otherwise than alone."""
-    from layerbits.tracking import open_store
-
-    store = open_store(f"sqlite:///{folder}/mlflow.db", folder)
-    alone, shared = (Job(folder / name, store, (*SMALL, "output_layout=publish")) for name in ("alone", "shared"))
-    statuses = [wait(alone.start())]
-    processes = [shared.start(), shared.start()]
-    statuses += [wait(pid) for pid in processes]
-    (reference,) = (path.parent for path in alone.folder.rglob("manifest.json"))
-    (result,) = (path.parent for path in shared.folder.rglob("manifest.json"))
-    wrong = [f"status {status}" for status in statuses if status]
-    return [*wrong, *differences(result, reference), *logged(store), *still_running(store)]
+    processes = [job.start("output_layout=publish") for _ in range(2)]
+    wrong = [f"status {status}" for status in map(wait, processes) if status]
+    (result,) = (path.parent for path in job.folder.rglob("manifest.json"))
+    return [*wrong, *differences(result, reference)]
 
 
 def main() -> None:
@@ -254,22 +241,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--at-once", action="store_true", help="two processes with the same parameters as well")
     options = parser.parse_args()
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         del os.environ[name]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other crawl on a busy machine
     imported()
-    np.seterr(all="ignore")
+    from layerbits.tracking import open_store
+
     with tempfile.TemporaryDirectory(prefix="layerbits-kills-") as name:
         folder = Path(name)
-        found = run(options.moments, options.seed, folder / "kills", lambda line: print(line, flush=True))
-        wrong = [line for done in found for line in done.wrong] + logged(f"sqlite:///{folder}/kills/mlflow.db")
+        store = open_store(f"sqlite:///{folder}/mlflow.db", folder)
+        reference = Job(folder / "reference", store, SMALL)
+        found = run(options.moments, options.seed, folder, store, reference, lambda line: print(line, flush=True))
         print(f"{sum(not done.wrong for done in found)} of {len(found)} equal", flush=True)
-        if options.at_once:
-            both = at_once(folder / "at-once")
-            print(f"two at once: {both or 'equal'}")
-            wrong += both
+        both = at_once(Job(folder / "at-once", store, SMALL), reference.finished()[0])
+        print(f"two at once: {both or 'equal'}")
+        wrong = [line for done in found for line in done.wrong] + both + still_running(store) + logged(store)
+        print("\n".join(wrong), end="")
     sys.exit(1 if wrong else 0)
 
 

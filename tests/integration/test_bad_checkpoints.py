@@ -110,6 +110,10 @@ KINDS = {
     "the original layout": (only("params.json", "consolidated.00.pth"), "original layout of Llama"),
     "a DeepSpeed checkpoint": (only("zero_to_fp32.py"), "DeepSpeed"),
     "an ONNX model": (only("config.json", "model.onnx"), "an ONNX model"),
+    "TensorFlow weights": (only("config.json", "tf_model.h5"), "holds TensorFlow weights"),
+    "Flax weights": (only("config.json", "flax_model.msgpack"), "holds Flax weights"),
+    "a NeMo archive": (only("model.nemo"), "a NeMo archive; export it"),
+    "a distributed checkpoint": (only("__0_0.distcp"), "a distributed checkpoint of PyTorch"),
     "a tokenizer alone": (only("tokenizer.json", "tokenizer_config.json"), "a tokenizer but no model"),
     "weights alone": (only("model.safetensors"), "weights but no config.json"),
     "a trainer's folder": (inside("checkpoint-500"), "give one of checkpoint-500"),
@@ -240,11 +244,13 @@ def test_random_weights_need_the_config_alone(folder):
     [
         ("model.safetensors", "is a file; give the folder that holds it"),
         ("model.gguf", "is GGUF weights for llama.cpp; give the folder"),
+        ("model.zip", "is an archive; unpack it"),
         ("nothing", "there is no folder"),
     ],
 )
 def test_a_path_that_is_no_folder_is_told_from_one(folder, path, line):
-    (folder / "model.gguf").touch()
+    for name in ("model.gguf", "model.zip"):
+        (folder / name).touch()
     with pytest.raises(UserError, match=line):
         resolve(ModelSpec("tiny", str(folder / path)))
 

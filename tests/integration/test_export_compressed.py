@@ -58,6 +58,8 @@ CASES = [
     ("qwen2_5_vl", "wfp4_afp16", "default", "nvfp4", "NVFP4-A16"),
     ("llama", "wfp4_afp16", "default", "mxfp4", "MXFP4-A16"),
     ("llama", "wfp4_afp8", "a_per_token_dynamic", "mxfp4", "MXFP4-FP8_TOKEN"),
+    ("qwen3_vl", "wfp4_afp4", "default", "nvfp4", "NVFP4-NVFP4"),
+    ("llama", "wmxfp8_amxfp8", "default", "mxfp4", "MXFP8-MXFP8"),
 ]
 
 

@@ -7,7 +7,7 @@ from tests.integration.tracking_support import ROOT, environment
 
 
 def test_runs_that_were_killed_come_out_the_same_when_started_again():
-    command = [sys.executable, "-m", "tests.integration.kills", "--moments", "2", "--seed", "2", "--at-once"]
+    command = [sys.executable, "-m", "tests.integration.kills", "--moments", "2", "--seed", "2"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False, timeout=600
     )

@@ -9,12 +9,12 @@ import transformers as hf
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import build_calibration
 from layerbits.inputs.language_model import find_language_model, foreign_parts
-from layerbits.inputs.limits import check_stock, dropout_of, limits_of
+from layerbits.inputs.limits import check_causality, check_stock, dropout_of, limits_of
 from layerbits.inputs.models import ModelSpec, language_model_linears, scored_linears
 from layerbits.scoring import onepass, stock
 
 from .checkpoint_support import CAPTIONS, WORDS, save_tokenizer
-from .scoring_support import VOCABULARY, configs, job, loaded, tiny_model
+from .scoring_support import VOCABULARY, configs, job, loaded, tiny_model, usual_rows
 
 TEXT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
 SIGHT = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -163,6 +163,26 @@ def test_what_is_excluded_stays_out_of_the_search():
 def test_excluding_nothing_or_everything_is_refused(patterns, line):
     with pytest.raises(UserError, match=line):
         scored_linears(tiny_model("llama"), ModelSpec("tiny", "x", exclude=tuple(patterns)))
+
+
+# Left to right
+
+
+def bert(decoder):
+    torch.manual_seed(0)
+    config = hf.BertConfig(**TEXT, intermediate_size=256, is_decoder=decoder, initializer_range=0.1)
+    return hf.BertLMHeadModel(config).float().eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "gptj"])
+def test_a_causal_model_is_taken(kind):
+    check_causality(MODELS[kind]().eval(), usual_rows(), "tiny")
+
+
+def test_the_same_architecture_is_taken_as_a_decoder_alone():
+    check_causality(bert(decoder=True), usual_rows(), "tiny")
+    with pytest.raises(UserError, match="tiny is no causal language model: a later token changes"):
+        check_causality(bert(decoder=False), usual_rows(), "tiny")
 
 
 # ModelOpt's own search

@@ -210,3 +210,13 @@ def test_strict_refuses_what_cannot_be_served():
 
 def test_strict_lets_the_rest_pass():
     assert check(candidate("wint4_afp16", "w_group64"), SMOLLM2, cuda=False, strict=True).deployable
+
+
+@pytest.mark.parametrize("kind", ["router", "conv"])
+def test_what_runtimes_keep_in_16_bits_is_scored_with_a_note_and_refused_where_it_must_be_served(kind):
+    found = check(candidate("wfp8_afp8"), SMOLLM2, False, kinds={"model.layers.0.x": kind, "model.layers.1.x": kind})
+    assert not found.deployable
+    (note,) = found.notes
+    assert note.startswith("model.layers.0.x and 1 more: runtimes keep")
+    with pytest.raises(Unsupported, match="strict=false"):
+        check(candidate("wfp8_afp8"), SMOLLM2, False, strict=True, kinds={"model.layers.0.x": kind})

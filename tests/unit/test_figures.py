@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from matplotlib.colors import LogNorm
 
 from layerbits import figures
+from layerbits.figures.style import KIND_STYLES
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.frames import grid, spearman
+from layerbits.results.result import KINDS
 
 PAIRS = ("wint8_afp16", "wfp8_afp8", "wfp4_afp16")
 
@@ -368,3 +370,9 @@ def test_pareto_marks_what_a_runtime_serves_on_the_scale_of_the_damage():
     assert "as served, measured\nin a runtime" in legend_words(served)
     by_score = figures.pareto(frame.rename(columns={"kl": "score"}), "score")
     assert not any(line.get_marker() == "D" for line in by_score.axes[0].lines)
+
+
+def test_kinds_are_told_apart_by_colour_and_without_it():
+    assert [*KIND_STYLES] == [*KINDS]
+    assert len({style["color"] for style in KIND_STYLES.values()}) == len(KINDS)
+    assert len({(style["marker"], str(style["linestyle"])) for style in KIND_STYLES.values()}) == len(KINDS)

@@ -168,7 +168,7 @@ def test_another_dtype_of_the_scales_is_refused():
     [
         (
             {"num_bits": 4},
-            r"num_bits is not granularity \(axis, block_sizes, type\); to change the dtype choose another",
+            r"num_bits is not granularity \(axis, block_sizes, type, shared\); to change the dtype choose another",
         ),
         ({"enable": True}, "enable is not granularity"),
         ({"axis": 2}, r"\*weight_quantizer: axis 2 is out of range for a Linear; use -2 to 1"),
@@ -216,10 +216,22 @@ def test_an_overlay_file_reads_through_hydras_loader(path):
 def test_the_shipped_overlays():
     assert [o.name for o in load_overlays()] == [
         "default",
-        *("w_group32", "w_group64", "w_group128", "w_per_in_channel", "w_per_out_channel", "w_per_tensor"),
+        *("w_group32", "w_group64", "w_group128", "w_per_in_channel", "w_per_out_channel", "w_per_tensor", "w_shared"),
         *("a_group128", "a_per_hidden_channel", "a_per_tensor_dynamic", "a_per_tensor_static", "a_per_token_dynamic"),
         *("recipe_match_channel_token", "w_group128_a_token"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"*weight_quantizer": {"shared": "yes"}}, "use true or false"),
+        ({"*input_quantizer": {"shared": True}}, "one input"),
+    ],
+)
+def test_a_shared_range_is_a_yes_or_no_of_weights(knobs, says):
+    with pytest.raises(UserError, match=says):
+        Overlay.from_mapping({"name": "mine", "quant_cfg_overrides": knobs})
 
 
 def test_the_default_overlay_changes_nothing():

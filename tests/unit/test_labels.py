@@ -100,6 +100,8 @@ def test_every_label_is_read_as_it_is_named():
         ("wfp4_afp16", "default", "nvfp4", "NVFP4-A16", "nvfp4-pack-quantized"),
         ("wfp4_afp16", "default", "mxfp4", "MXFP4-A16", "mxfp4-pack-quantized"),
         ("wfp4_afp8", "a_per_token_dynamic", "mxfp4", "MXFP4-FP8_TOKEN", "mxfp4-pack-quantized"),
+        ("wfp4_afp4", "default", "nvfp4", "NVFP4-NVFP4", "nvfp4-pack-quantized"),
+        ("wmxfp8_amxfp8", "default", "mxfp4", "MXFP8-MXFP8", "mxfp8-quantized"),
     ],
 )
 def test_compressed_tensors_says_weights_and_activations_apart(pair, overlay, variant, algo, storage):

@@ -188,7 +188,7 @@ def mxfp4_exponents(x: Tensor, block_size: int = 32) -> Tensor:
         x: ``[rows, n]``, whole blocks.
         block_size: As there.
     """
-    return _mxfp4_exponent(_block_magnitudes(x, block_size)).to(torch.uint8)
+    return _mxfp4_exponent(block_magnitudes(x, block_size)).to(torch.uint8)
 
 
 def nvfp4_scales(x: Tensor, global_amax: Tensor, block_size: int = 16) -> Tensor:
@@ -200,11 +200,12 @@ def nvfp4_scales(x: Tensor, global_amax: Tensor, block_size: int = 16) -> Tensor
         block_size: 16.
     """
     whole = global_amax.detach().to(x.device).float().amax().reshape(1)
-    codes = _nvfp4_code(_block_magnitudes(x, block_size)[None], _nvfp4_grid(whole)[1])[0]
+    codes = _nvfp4_code(block_magnitudes(x, block_size)[None], _nvfp4_grid(whole)[1])[0]
     return codes.clamp(min=1).to(torch.uint8).view(torch.float8_e4m3fn)
 
 
-def _block_magnitudes(x: Tensor, block_size: int) -> Tensor:
+def block_magnitudes(x: Tensor, block_size: int) -> Tensor:
+    """Largest magnitudes of whole blocks, float32 ``[rows, blocks]``."""
     return x.detach().float().reshape(len(x), -1, block_size).abs().amax(-1)
 
 

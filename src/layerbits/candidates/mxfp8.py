@@ -43,22 +43,40 @@ def mxfp8(x: Tensor, block_size: int = 32) -> Tensor:
     return fp4.block_fake_quant(x, _blocks, block_size)
 
 
+def mxfp8_exponents(x: Tensor, block_size: int = 32) -> Tensor:
+    """The scales of :func:`mxfp8` as exponents with bias 127, uint8 ``[rows, blocks]``; of zeros the smallest.
+
+    Args:
+        x: ``[rows, n]``, whole blocks.
+        block_size: As there.
+    """
+    return _exponent(_ratio(fp4.block_magnitudes(x, block_size)[..., None]))[..., 0].to(torch.uint8)
+
+
 def _blocks(blocks: Tensor) -> Tensor:
     """Quantizes ``[rows, blocks, size]`` FP32, a scale per block."""
     magnitude = torch.threshold_(blocks.abs(), fp4.FP32_LARGEST_SUBNORMAL, 0.0)
     amax = magnitude.amax(-1, keepdim=True)
-    ratio = amax.clamp(max=fp4.FP32_MAX) * fp4.device_reciprocal(torch.full_like(amax[:1, :1], _E4M3_MAX))
-    ratio = torch.threshold_(ratio, fp4.FP32_LARGEST_SUBNORMAL, 0.0)
-    bits = ratio.view(torch.int32)
-    # ceil(log2(ratio)), shifted by 127: a mantissa other than zero counts up.
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).int()
-    exponent.clamp_(1, 2 * _EXPONENT_OF_ONE - 1)
+    ratio = _ratio(amax)
+    exponent = _exponent(ratio)
     scale = ((2 * _EXPONENT_OF_ONE - exponent) << 23).view(torch.float32)
     unscale = (exponent << 23).view(torch.float32)
     unscale.masked_fill_(ratio == 0.0, 0.0)
     unscale.masked_fill_(amax.isnan(), torch.nan)
     values = magnitude.mul_(scale).nan_to_num_(nan=_E4M3_MAX).clamp_(max=_E4M3_MAX).to(torch.float8_e4m3fn).float()
     return values.mul_(unscale).copysign_(blocks)
+
+
+def _ratio(amax: Tensor) -> Tensor:
+    """Ranges ``[rows, blocks, 1]`` over 448."""
+    ratio = amax.clamp(max=fp4.FP32_MAX) * fp4.device_reciprocal(torch.full_like(amax[:1, :1], _E4M3_MAX))
+    return torch.threshold_(ratio, fp4.FP32_LARGEST_SUBNORMAL, 0.0)
+
+
+def _exponent(ratio: Tensor) -> Tensor:
+    """``ceil(log2(ratio))`` with bias 127, int32: a mantissa other than zero counts up."""
+    bits = ratio.view(torch.int32)
+    return ((bits >> 23) + ((bits & 0x7FFFFF) != 0).int()).clamp_(1, 2 * _EXPONENT_OF_ONE - 1)
 
 
 def entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:

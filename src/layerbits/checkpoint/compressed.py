@@ -22,6 +22,7 @@ from layerbits.checkpoint.labels import (
     INPUT_INT8,
     INPUT_INT8_TOKEN,
     INPUT_MXFP4,
+    INPUT_MXFP8,
     INPUT_NVFP4,
     NVFP4_DIVISOR,
     Label,
@@ -106,6 +107,7 @@ WEIGHTS = {
     "FP8 per tensor": _Weights("FP8_TENSOR", Args(8, "float", "tensor")),
     "NVFP4 per 16": _Weights("NVFP4", Args(4, "float", "tensor_group", 16, scale_dtype="torch.float8_e4m3fn")),
     "MXFP4 per 32": _Weights("MXFP4", Args(4, "float", "group", 32, scale_dtype="torch.uint8")),
+    "MXFP8 per 32": _Weights("MXFP8", Args(8, "float", "group", 32, scale_dtype="torch.uint8")),
 }
 """Weights by what they are, in the words of :func:`layerbits.candidates.table.describe`; integers in groups besides."""
 
@@ -130,6 +132,7 @@ INPUTS = {
         _global("input_global_scale"),
     ),
     "MXFP4 per 32": _Inputs("MXFP4", Args(4, "float", "group", 32, True, "torch.uint8"), INPUT_MXFP4),
+    "MXFP8 per 32": _Inputs("MXFP8", Args(8, "float", "group", 32, True, "torch.uint8"), INPUT_MXFP8),
 }
 
 
@@ -165,11 +168,10 @@ def _misread(weights: str, inputs: str) -> str:
         return "vLLM would leave the activations of FP8 weights untouched"
     if weights.startswith("INT8") and not inputs.startswith("INT8"):
         return "vLLM would take 8-bit activations of INT8 weights for INT8"
-    if inputs == "MXFP4 per 32" and weights != inputs:
-        return "no kernel is known for MXFP4 activations beside other weights"
-    if inputs == "NVFP4 per 16" and weights != inputs:
-        return "no kernel is known for NVFP4 activations beside other weights"
-    return ""
+    if weights.startswith("MXFP8") and inputs != "MXFP8 per 32":
+        return "vLLM would take the activations of MXFP8 weights for MXFP8"
+    in_blocks = " per 32" in inputs or " per 16" in inputs
+    return "no kernel is known for such activations beside these weights" if in_blocks and inputs != weights else ""
 
 
 def storage(label: Label) -> str:
@@ -178,6 +180,8 @@ def storage(label: Label) -> str:
     assert weights is not None
     if weights.word in ("NVFP4", "MXFP4"):
         return f"{weights.word.lower()}-pack-quantized"
+    if weights.word == "MXFP8":
+        return "mxfp8-quantized"
     if weights.args.type == "float":
         return "float-quantized"
     return "pack-quantized" if label.layout.tensor == "weight_packed" else "int-quantized"
@@ -286,6 +290,8 @@ def _layout(weights: _Weights, inputs: _Inputs | None) -> Layout:
         return nvfp4("weight_packed", _global("weight_global_scale"))
     if weights.word == "MXFP4":
         return mxfp4("weight_packed")
+    if weights.word == "MXFP8":
+        return values("float8_e4m3fn", 32, Scale("weight_scale", None, "uint8"))
     kind = f"{'int' if args.type == 'int' else 'fp'}{args.num_bits}"
     scale = Scale("weight_scale", _DIVISORS[kind], SCALE_DTYPE, keepdim=True)
     block = {"tensor": None, "channel": 0}.get(args.strategy, args.group_size)

@@ -14,6 +14,7 @@ from layerbits.checkpoint.labels import (
     INPUT_INT8,
     INPUT_INT8_TOKEN,
     INPUT_MXFP4,
+    INPUT_MXFP8,
     INPUT_NVFP4,
     Label,
 )
@@ -100,12 +101,14 @@ def quantize_input(x: Any, label: Label, input_scale: torch.Tensor | None) -> An
         label: The linear's.
         input_scale: What is stored for a calibrated range.
     """
-    from layerbits.candidates import fp4
+    from layerbits.candidates import fp4, mxfp8
 
     if label.arithmetic is None:
         return x
     if label.arithmetic == INPUT_MXFP4:
         return fp4.mxfp4(x)
+    if label.arithmetic == INPUT_MXFP8:
+        return mxfp8.mxfp8(x)
     wide = x.float()
     if label.arithmetic in (INPUT_FP8_TOKEN, INPUT_INT8_TOKEN):
         amax = wide.abs().amax(-1, keepdim=True)

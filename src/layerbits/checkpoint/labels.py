@@ -24,7 +24,7 @@ FORMATS = (MODELOPT, COMPRESSED)
 AUTO = "auto"
 
 INPUT_FP8, INPUT_FP8_TOKEN, INPUT_INT8, INPUT_INT8_TOKEN = "fp8", "fp8_token", "int8", "int8_token"
-INPUT_NVFP4, INPUT_MXFP4 = "nvfp4", "mxfp4"
+INPUT_NVFP4, INPUT_MXFP4, INPUT_MXFP8 = "nvfp4", "mxfp4", "mxfp8"
 STAYS = "it stays available as fake quantization"
 NVFP4_DIVISOR = 6.0 * 448.0
 """The largest E2M1 value times the largest E4M3 scale: what ModelOpt's NVFP4 kernel divides the range by."""

@@ -28,8 +28,8 @@ def vllm(label: Label) -> str:
         return READS if served or (inputs == "A16" and weights != "INT8_TENSOR") else REFUSES
     if weights == "NVFP4":
         return READS if inputs in ("A16", "NVFP4") else REFUSES
-    if label.algo == "MXFP4-A16":
-        return f"{READS}; rounds the activations too on GPUs that have FP4 units"
+    if label.algo in ("MXFP4-A16", "MXFP8-A16"):
+        return f"{READS}; rounds the activations too on GPUs that have units for it"
     return READS
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from layerbits.candidates import fp4
+from layerbits.candidates import fp4, mxfp8
 from layerbits.checkpoint import compressed
 from layerbits.checkpoint.compare import fake_quantized
 from layerbits.checkpoint.files import copy_files, read_json
@@ -83,7 +83,7 @@ def _scales(layer: ScoredLayer, weight: torch.Tensor) -> dict[str, torch.Tensor]
     if layout.second is None and amax is not None:
         return {layout.scale.part: layout.scale.stored(amax).reshape(shape).float()}
     if layout.second is None:
-        exponents = fp4.mxfp4_exponents(weight)
+        exponents = fp4.mxfp4_exponents(weight) if layout.dtype == "uint8" else mxfp8.mxfp8_exponents(weight)
         return {layout.scale.part: torch.exp2(exponents.float() - 127.0)}
     assert amax is not None
     return {

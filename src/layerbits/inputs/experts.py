@@ -78,32 +78,20 @@ def named_experts(model: Any) -> dict[str, Experts]:
     return {name: experts for name, experts in found if experts is not None}
 
 
-def expert_notes(model: Any, engine: bool = True) -> tuple[str, ...]:
-    """What a user should know about how the experts of a model are treated, a line each.
+def expert_notes(model: Any) -> tuple[str, ...]:
+    """What a user should know about how our engine runs the experts of a model, a line each.
 
     Args:
         model: The whole model.
-        engine: Whether our own engine runs the experts; ModelOpt's search sets them to its own way itself.
     """
-    left_out: dict[str, list[str]] = {}
     one_by_one: dict[str, None] = {}
     switched: dict[str, None] = {}
-    for name, module in model.named_modules():
-        several = any(p.dim() == 3 for p in module.parameters(recurse=False)) and hasattr(module, "num_experts")
-        if fused_experts(module) is None:
-            if several:
-                left_out.setdefault(type(module).__name__, []).append(name)
-        elif not hasattr(module, "has_gate"):  # not made by transformers' use_experts_implementation
-            one_by_one[type(module).__name__] = None
-        else:
+    for module in map(model.get_submodule, named_experts(model)):
+        if hasattr(module, "has_gate"):  # made by transformers' use_experts_implementation
             switched[str(getattr(module.config, "_experts_implementation", None))] = None
-    notes = [
-        f"{names[0]}{f' and {len(names) - 1} more' * (len(names) > 1)}: ModelOpt's AutoQuantize makes no decision for "
-        f"{kind}, so these experts stay unquantized and count in no budget"
-        for kind, names in left_out.items()
-    ]
-    if engine:
-        notes += [f"{kind} has no grouped forward: its experts run one after the other, slowly" for kind in one_by_one]
-        others = [name for name in switched if name not in ("grouped_mm", "None")]
-        notes += [f"the scored experts run as grouped_mm, not as experts_implementation={name}" for name in others]
+        else:
+            one_by_one[type(module).__name__] = None
+    notes = [f"{kind} has no grouped forward: its experts run one after the other, slowly" for kind in one_by_one]
+    others = [name for name in switched if name not in ("grouped_mm", "None")]
+    notes += [f"the scored experts run as grouped_mm, not as experts_implementation={name}" for name in others]
     return tuple(notes)

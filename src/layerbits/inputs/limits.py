@@ -24,6 +24,9 @@ SMALL_TOKENIZER = 0.9
 Models pad their vocabulary to a round number, which is a few per cent at most.
 """
 
+_PROBED = 8  # tokens
+_SAME = 0.05  # of the spread of the logits; rounding is far below, an attention to later tokens far above
+
 _TABLE_EXTRA = 4  # rows that a table of positions has beyond them (OPT: 2)
 
 
@@ -120,6 +123,33 @@ def dropout_of(model: Any, config: Any) -> float:
     modules = [float(m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     named = [getattr(config, key, None) for key in ("dropout", "attention_dropout", "hidden_dropout", "attn_pdrop")]
     return max([0.0, *modules, *(float(p) for p in named if isinstance(p, int | float))])
+
+
+def check_causality(model: Any, calibration: Calibration, name: str) -> None:
+    """Makes sure that a model predicts a token from those before it, by changing a later one.
+
+    A model whose attention sees later tokens has a low loss and no gradient that means anything.
+
+    Args:
+        model: The loaded model, in eval mode.
+        calibration: Its rows.
+        name: For the error.
+
+    Raises:
+        UserError: A later token changes an earlier prediction.
+    """
+    import torch
+
+    row = calibration.score[0].segments[0].input_ids[:1, :_PROBED].to(model.get_input_embeddings().weight.device)
+    other = row.clone()
+    other[0, -1] = (other[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
+    with torch.no_grad():
+        first, second = (model(input_ids=ids).logits[0, :-1].double() for ids in (row, other))
+    if len(first) and float((first - second).abs().max()) > _SAME * float(first.std()):
+        raise UserError(
+            f"{name} is no causal language model: a later token changes what it predicts before it; give a model that "
+            "reads from left to right"
+        )
 
 
 def check_stock(model: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from layerbits.candidates.candidate import Candidate, check_target
 from layerbits.candidates.capability import Capability
 from layerbits.config import Settings
-from layerbits.errors import Unsupported
+from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.captions import load_captions
 from layerbits.recipes.recipe import LoadedRecipe
 from layerbits.recipes.solve import Answer, answer, modelopt_answer
@@ -143,6 +143,10 @@ def _with_recipe(settings: Settings, recipe: LoadedRecipe) -> tuple[Settings, li
         method = recipe.method
     elif recipe.kind == "auto_quantize" and method != recipe.method:
         notes.append(f"recipe {recipe.name} says method={recipe.method}; scored by method={method}, as asked for")
+    if spec.kv_cache and method != "gradient":
+        raise UserError(
+            f"recipe {recipe.name} is scored by {method}, and autoquant.kv_cache by gradient alone; use none"
+        )
     samples = spec.num_score_samples
     if samples is None and recipe.score_size is not None:
         data = settings.dataset

@@ -10,6 +10,7 @@ from typing import Any
 from layerbits.report.content import MOST, json_report
 from layerbits.report.wording import modules_words
 from layerbits.results.frames import listed
+from layerbits.results.kv_cache import kv_sums
 from layerbits.results.result import SensitivityResult
 
 ROUTING = "routing"
@@ -63,6 +64,8 @@ def note(result: SensitivityResult) -> str:
         f"{_quantized(recipe)} groups quantized",
     ]
     lines += [f"experts in {p['words']}" for p in data["experts"]["phases"][-1:]]
+    prices = kv_sums(result.kv_cache).items()
+    lines += [f"KV cache {form}: predicted KL {_n(kl)} nats/token over all blocks" for form, kl in prices]
     for c in data["candidates"]:
         kl, name = c["predicted_kl_sum"], _kl_name(data["method"])
         total = f"{name} not known" if kl is None else f"{name} {_n(kl)} nats/token over all groups"

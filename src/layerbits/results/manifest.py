@@ -14,6 +14,7 @@ import numpy as np
 from layerbits.errors import UserError
 from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
+from layerbits.results.kv_cache import kv_from_json
 from layerbits.results.result import (
     CalibrationInfo,
     CandidateInfo,
@@ -51,6 +52,7 @@ def to_manifest(result: SensitivityResult) -> dict[str, Any]:
         "seconds": dict(result.seconds),
         "memory": dict(result.memory),
         "routing": [asdict(r) for r in result.routing],
+        "kv_cache": [asdict(s) for s in result.kv_cache],
         "tags": dict(result.tags),
         "warnings": list(result.warnings),
     }
@@ -112,6 +114,7 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
                 Routing(r["group"], r["block"], tuple(r["calibration"]), tuple(r["scoring"]))
                 for r in data.get("routing", ())
             ),
+            kv_cache=kv_from_json(data.get("kv_cache", ())),
             tags=data["tags"],
             warnings=tuple(data["warnings"]),
             created=data["created"],

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from layerbits.errors import UserError
 from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
+from layerbits.results.kv_cache import KvScore
 from layerbits.results.naming import run_name
 from layerbits.results.routing import Routing
 
@@ -187,6 +188,7 @@ class SensitivityResult:
         settings: The composed configuration of the run.
         provenance: Versions, hardware, git commit.
         seconds: Wall time per phase. memory: peak GB per kind.
+        kv_cache: What quantizing keys and values of each block costs, where it was scored.
         routing: Tokens per expert, a record per expert module.
         tags: Further facts for the tracking server (``fp4_numerics``, ``deployable``, …).
     """
@@ -212,6 +214,7 @@ class SensitivityResult:
     seconds: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, float] = field(default_factory=dict)
     routing: tuple[Routing, ...] = ()
+    kv_cache: tuple[KvScore, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     created: str = ""

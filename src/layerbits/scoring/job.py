@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.models import LoadedModel
+from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray, Group, NonFinite
 from layerbits.results.routing import Routing
 
@@ -34,6 +35,7 @@ class ScoringJob:
         memory: One of ``memory.MODES``.
         cost_model: One of ``results.COST_MODELS``. active_ratio: Share of the routed experts that a token uses.
         held: Linears that stay quantized while the others are scored → search config.
+        kv_formats: Formats of the KV cache to score beside the candidates.
         held_kv: Quantizer settings of keys and values meanwhile, ``None`` = as they are.
         seed: Of what is drawn. draws: Passes of ``method=fisher``, each with tokens drawn anew.
         watch: Told the unquantized model's mean loss on the first batch, nats, and its loss tokens, to stop the pass
@@ -53,6 +55,7 @@ class ScoringJob:
     active_ratio: float | None = None
     held: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     held_kv: Mapping[str, Any] | None = None
+    kv_formats: tuple[str, ...] = ()
     seed: int = 0
     draws: int = 1
     watch: Callable[[float, int], None] = lambda _loss, _tokens: None
@@ -73,6 +76,7 @@ class Scores:
         memory: Estimates in GB. mode: Memory mode that ran.
         resumed: Whether a search checkpoint was used.
         routing: Tokens per expert.
+        kv_cache: What quantizing keys and values costs, block by block.
     """
 
     groups: tuple[Group, ...]
@@ -90,6 +94,7 @@ class Scores:
     mode: str = ""
     resumed: bool = False
     routing: tuple[Routing, ...] = ()
+    kv_cache: tuple[KvScore, ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from layerbits.candidates import fp4
+from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.scoring import quantizers
+from layerbits.scoring.reduction import token_scores
 from layerbits.scoring.steps import calibration_forward
 
 Attention = Callable[..., Any]
@@ -94,6 +96,74 @@ class KvCache:
             made = [quantizers.make_quantizer(self._attributes, device) for _ in range(2)]
             self._found[module] = (made[0], made[1])
         return self._found[module]
+
+
+class KvTaps:
+    """Scores of keys and values in every format, at the output of each attention module.
+
+    In the backward pass of a batch, when the gradient ``g`` of an attention's output ``y`` arrives,
+    ``Σ (g · (y_c − y))²`` is added for each format ``c``, where ``y_c`` has quantized keys and values: ModelOpt's raw
+    score, of a module that its search does not know.
+
+    Args:
+        model: The whole model, unquantized.
+        formats: Names of :data:`~layerbits.candidates.kv_cache.KV_FORMATS`.
+        language_model: Name of the language model's module.
+    """
+
+    def __init__(self, model: Any, formats: Sequence[str], language_model: str = "") -> None:
+        self._caches = [KvCache(model, KV_FORMATS[name], language_model) for name in formats]
+        self._scores: dict[Any, list[float]] = {}
+
+    def calibrate(self, batches: Sequence[Batch]) -> None:
+        """Finds the ranges of all formats.
+
+        Raises:
+            UserError: As :meth:`KvCache.calibrate`.
+        """
+        for cache in self._caches:
+            cache.calibrate(batches)
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the attention modules, in model order (``A``)."""
+        return [name for module, name in self._caches[0]._names.items() if module in self._caches[0]._found]
+
+    @contextmanager
+    def observed(self) -> Iterator[None]:
+        """Scores what runs backward until the end of a ``with`` block."""
+        self._scores = {module: [0.0] * len(self._caches) for module in self._caches[0]._found}
+
+        def wrap(own: Attention) -> Attention:
+            def function(module: Any, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+                made = own(module, queries, keys, values, *args, **kwargs)
+                output = made[0]
+                if module in self._scores and output.requires_grad:
+                    held = [queries.detach(), keys.detach(), values.detach(), output.detach()]
+                    output.register_hook(lambda gradient: self._add(own, module, held, args, kwargs, gradient))
+                return made
+
+            return function
+
+        with attention(wrap):
+            yield
+
+    def take(self) -> Any:
+        """``[A, formats]`` raw scores of what was observed."""
+        import numpy as np
+
+        return np.array([self._scores[module] for module in self._caches[0]._names if module in self._scores])
+
+    def _add(self, own: Attention, module: Any, held: list[Any], args: Any, kwargs: Any, gradient: Any) -> None:
+        import torch
+
+        queries, keys, values, output = held
+        with torch.no_grad():
+            for at, cache in enumerate(self._caches):
+                of_keys, of_values = cache._found[module]
+                changed = own(module, queries, of_keys(keys), of_values(values), *args, **kwargs)[0]
+                flat = (t.flatten(2) for t in (gradient, changed, output))  # heads and their features are one
+                self._scores[module][at] += float(token_scores(*flat).double().sum())
 
 
 @contextmanager

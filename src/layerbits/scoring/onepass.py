@@ -11,16 +11,22 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from layerbits.inputs.calibration import Batch
+from layerbits.inputs.kinds import place_of
 from layerbits.progress import part_done, planned
+from layerbits.results.kv_cache import KvScore
+from layerbits.results.result import FloatArray
 from layerbits.scoring import distributed, fisher
 from layerbits.scoring.held import held
 from layerbits.scoring.job import Scores, ScoringJob, held_cache, kl_weights
+from layerbits.scoring.kv_cache import KvTaps
 from layerbits.scoring.memory import MemoryPlan, checkpointed, plan_memory
 from layerbits.scoring.passes import run_steps
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
@@ -59,28 +65,33 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
     resumed = log.holds(0)
     chunked = memory.pieces and not search.need_logits and has_plain_head(model, batches[0])
     way = _Way(memory.mode, chunked, memory.boundary_in_host_memory)
+    kv = KvTaps(model, job.kv_formats, job.loaded.info.language_model) if job.kv_formats else None
 
     def scored(index: int) -> Step:
         nonlocal way
-        step, way = _step(taps, job, search, index, way)
+        with nullcontext() if kv is None else kv.observed():
+            step, way = _step(taps, job, search, index, way)
         if index == distributed.rank():
             job.watch(step.loss / batches[index].loss_tokens, batches[index].loss_tokens)
-        return step
+        return step if kv is None else replace(step, kv=kv.take())
 
     draws = job.draws if job.method == "fisher" else 1
     with planned(calibrating=(len(job.calibration.calib), 1.0), scoring=(len(batches), _STEP_COST * draws)):
         start = clock()
         routed = calibrate(taps, job, log, search.need_logits)
+        if kv is not None:
+            kv.calibrate(job.calibration.calib)
         seconds = {"calibrate": clock() - start}
         start = clock()
         with held(model, job.held, job.calibration.calib, held_cache(job)):
             steps = run_steps(log, len(batches), scored)
         seconds["score"] = clock() - start
-    return assemble(
+    weights = kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64))
+    made = assemble(
         job,
         search,
         steps,
-        weights=kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64)),
+        weights=weights,
         details=_details(job, search),
         seconds=seconds,
         routed=routed,
@@ -94,6 +105,17 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
         },
         mode=way.mode,
         notes=_notes(job, memory, way.mode),
+    )
+    return made if kv is None else replace(made, kv_cache=_kv_scores(kv, job.kv_formats, steps, weights))
+
+
+def _kv_scores(kv: KvTaps, formats: Sequence[str], steps: Sequence[Step], weights: FloatArray) -> tuple[KvScore, ...]:
+    by_batch = np.stack([step.kv for step in steps])
+    raw, kl = by_batch.sum(axis=0), np.tensordot(weights, by_batch, axes=1)
+    return tuple(
+        KvScore(form, name, place_of(name).block, float(raw[a, f]), float(kl[a, f]))
+        for f, form in enumerate(formats)
+        for a, name in enumerate(kv.modules)
     )
 
 

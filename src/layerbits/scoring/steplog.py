@@ -27,6 +27,7 @@ class Step:
         samples: ``[s]`` samples that it holds. sample_raw: ``[s, G, C]`` their shares. sample_tokens: ``[s]``.
         bad: ``[n, 3]`` linear, candidate and sample of scores that are not finite.
         loss: Loss of the unquantized model on the batch, nats, summed over its loss tokens.
+        kv: ``[attention modules, formats]`` raw scores of the KV cache, where it is scored.
         routed: Tokens per expert, the expert modules one after the other.
     """
 
@@ -36,6 +37,7 @@ class Step:
     sample_tokens: npt.NDArray[np.int64]
     bad: npt.NDArray[np.int64]
     loss: float
+    kv: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
     routed: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 

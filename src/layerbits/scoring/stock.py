@@ -23,7 +23,6 @@ from layerbits.atomic import why_unwritable, write_json
 from layerbits.candidates.algorithms import ranges_of
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
-from layerbits.inputs.experts import expert_notes
 from layerbits.inputs.limits import stock_fails
 from layerbits.inputs.linears import is_transposed
 from layerbits.inputs.models import output_head, unscored_patterns
@@ -141,7 +140,6 @@ def _score(job: ScoringJob) -> Scores:
         nonfinite=tuple(NonFinite(groups[g].key, name, detail="raw score") for g in np.flatnonzero(bad[:, 0])),
         seconds=clock.seconds,
         resumed=resumed,
-        notes=expert_notes(model, engine=False),
     )
 
 

@@ -176,8 +176,10 @@ def compare(pytorch: Reference, unquantized: Told | None, served: Told, texts: T
     """
     both = [served.distributions] if unquantized is None else [served.distributions, unquantized.distributions]
     events = shared(*both)
-    p = {name: getattr(pytorch, name).at(events) for name in ("unquantized", "scored", "rounded", "restored")}
-    p["rounded_unquantized"] = pytorch.rounded_unquantized.at(events)
+    p = {name: getattr(pytorch, name).at(events) for name in ("scored", "rounded", "restored")}
+    p["unquantized"], p["rounded_unquantized"] = (
+        w.at(events) for w in (pytorch.plain.unquantized, pytorch.plain.rounded)
+    )
     runtime = served.distributions.at(events.events)
     plain = None if unquantized is None else unquantized.distributions.at(events.events)
 
@@ -193,7 +195,7 @@ def compare(pytorch: Reference, unquantized: Told | None, served: Told, texts: T
         served_damage=between(plain, runtime),
         restored_damage=between(p["unquantized"], p["restored"]),
         scored_damage=between(p["unquantized"], p["scored"]),
-        scored_damage_whole=divergence(pytorch.unquantized.kl(pytorch.scored), texts.caption),
+        scored_damage_whole=divergence(pytorch.plain.unquantized.kl(pytorch.scored), texts.caption),
         noise=between(p["unquantized"], plain),
         rounding_noise=between(p["unquantized"], p["rounded_unquantized"]),
         from_restored=between(p["restored"], runtime),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from layerbits.probing.loading import Prepared
     from layerbits.schemes import Scheme
     from layerbits.serving.check import Told
+    from layerbits.serving.reference import Plain
     from layerbits.serving.verdict import Measured
 
 _NONE = (None, "", "none", "null")
@@ -195,6 +196,7 @@ class Checker:
     settings: ServeSettings
     root: Path
     _unquantized: dict[tuple[str, str], Remembered] = field(default_factory=dict)
+    _plain_in_pytorch: dict[tuple[str, str], Plain] = field(default_factory=dict)
 
     def check(self, target: Target) -> Checked:
         """Checks a checkpoint and writes ``serve_check.md`` and ``.json``, and the runtime's log.
@@ -294,7 +296,10 @@ class Checker:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         texts = subject.question.texts
-        pytorch = reference(subject.prepared, checkpoint, texts.batches, subject.dtype, device)
+        key = (subject.prepared.scheme.model.revision, subject.texts_key)
+        plain = self._plain_in_pytorch.get(key)
+        pytorch = reference(subject.prepared, checkpoint, texts.batches, subject.dtype, device, plain)
+        self._plain_in_pytorch[key] = pytorch.plain
         return compare(pytorch, unquantized, served, texts, self.settings.top_k)
 
 

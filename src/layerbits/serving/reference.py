@@ -43,26 +43,42 @@ class Whole:
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
-    """Five models in PyTorch, in float32, on the same texts.
+class Plain:
+    """The source's model on the texts, in float32.
 
     Attributes:
-        unquantized: The source's model.
-        rounded_unquantized: The same, what its modules return rounded to the runtime's dtype.
+        unquantized: As it is.
+        rounded: What its modules return rounded to the runtime's dtype.
+    """
+
+    unquantized: Whole
+    rounded: Whole
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Models in PyTorch, in float32, on the same texts.
+
+    Attributes:
+        plain: Without the scheme.
         scored: With the scheme, as it was scored.
         rounded: The same, rounded too: another computation of the same scheme, which tells what rounding alone does.
         restored: The model made of the checkpoint alone.
     """
 
-    unquantized: Whole
-    rounded_unquantized: Whole
+    plain: Plain
     scored: Whole
     rounded: Whole
     restored: Whole
 
 
 def reference(
-    prepared: Prepared, checkpoint: Checkpoint, batches: Sequence[Batch], dtype: str, device: str
+    prepared: Prepared,
+    checkpoint: Checkpoint,
+    batches: Sequence[Batch],
+    dtype: str,
+    device: str,
+    plain: Plain | None = None,
 ) -> Reference:
     """Computes all of them, the checkpoint after the source.
 
@@ -72,6 +88,7 @@ def reference(
         batches: The texts.
         dtype: The runtime's, ``bfloat16`` or ``float16``; ``float32`` rounds nothing.
         device: ``cpu`` or ``cuda``.
+        plain: Of an earlier scheme of the same source on the same texts.
 
     Raises:
         UserError: The source or the checkpoint cannot be loaded.
@@ -83,16 +100,17 @@ def reference(
     model = prepared.load(device).model
     ranges = find_ranges(model, [prepared.scheme], prepared.calibration)  # as they were found when it was scored
     model.float()
-    unquantized = _logprobs(model, batches)
-    with _rounding(model, dtype):
-        rounded_unquantized = _logprobs(model, batches)
+    if plain is None:
+        unquantized = _logprobs(model, batches)
+        with _rounding(model, dtype):
+            plain = Plain(unquantized, _logprobs(model, batches))
     with apply_scheme(model, prepared.scheme, ranges):
         scored = _logprobs(model, batches)
         with _rounding(model, dtype):
             rounded = _logprobs(model, batches)
     del model
     restored = _logprobs(restore(checkpoint, read_quantization(checkpoint), device).float(), batches)
-    return Reference(unquantized, rounded_unquantized, scored, rounded, restored)
+    return Reference(plain, scored, rounded, restored)
 
 
 def _logprobs(model: Any, batches: Sequence[Batch]) -> Whole:

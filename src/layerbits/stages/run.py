@@ -15,7 +15,7 @@ from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
 from layerbits.config import AutoQuantSpec
 from layerbits.errors import Unsupported
-from layerbits.inputs.limits import dropout_of
+from layerbits.inputs.limits import check_causality, dropout_of
 from layerbits.inputs.models import LoadedModel, load
 from layerbits.inputs.offload import offloaded
 from layerbits.provenance import peak_memory, provenance
@@ -108,6 +108,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         start = time.perf_counter()
         loaded = load_model(plan)
         seconds["load"] = time.perf_counter() - start
+    check_causality(loaded.model, plan.calibration, settings.model.name)
     torch.manual_seed(settings.seed)
     workdir = Path(spec.checkpoint) if spec.checkpoint else cache_dir() / "searches" / plan.fingerprint
     job = scoring_job(plan, loaded, workdir)
@@ -152,6 +153,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     seconds={**seconds, **scores.seconds},
                     memory={**peak_memory(), **scores.memory},
                     routing=scores.routing,
+                    kv_cache=scores.kv_cache,
                     tags={**_tags(plan, capability, scores), **switched, "cell": plan.cells[candidate.info.name]},
                     warnings=(*doubts, *dropout, *plan.warnings(capability), *scores.notes, *notes, *starved),
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -191,6 +193,7 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
         memory=spec.memory,
         held=_held_configs(plan),
         held_kv=plan.held.kv_cache,
+        kv_formats=spec.kv_cache,
         seed=plan.settings.seed,
         draws=spec.draws,
         cost_model=spec.cost_model,

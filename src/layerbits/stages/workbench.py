@@ -159,6 +159,7 @@ class Workbench:
             [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
             [_method(spec), spec.engine, self.settings.seed, self.device],
             *held.identity(),
+            *([list(spec.kv_cache)] if spec.kv_cache else []),
         ]
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from layerbits.results.kv_cache import kv_lines, kv_sums
 from layerbits.results.result import SensitivityResult, by_kind
 from layerbits.results.routing import coverage
 from layerbits.tracking.colors import color
@@ -103,6 +104,8 @@ def metrics(result: SensitivityResult) -> list[tuple[str, float, int]]:
     rows = [(key, value, 0) for key, value in _scalars(result)]
     for values, prefix in kinds:
         rows += [(f"{prefix}/{kind}", value, block) for kind, block, value in _lines(result, values)]
+    for what in ("score", "predicted_kl"):
+        rows += [(f"{what}_by_layer/kv_{form}", v, block) for form, block, v in kv_lines(result.kv_cache, what)]
     return [row for row in rows if math.isfinite(row[1])]
 
 
@@ -249,6 +252,8 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
     yield "summary/groups", float(len(result.groups))
     finite = np.isfinite(result.scores) & (np.isfinite(result.predicted_kl) if known else True)
     yield "summary/nonfinite", float((~finite).sum())
+    for form, kl in kv_sums(result.kv_cache).items():
+        yield f"summary/kv_cache_{form}_predicted_kl", kl
     if result.baseline is not None:
         yield "summary/loss_per_token", result.baseline.loss_per_token
         yield "summary/not_believable", float(result.beyond.sum())
