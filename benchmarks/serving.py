@@ -5,8 +5,8 @@
 
 EXPORT is a checkpoint of `-e export` or of benchmarks/uniform.py, all of one model and calibration. A corrupted copy is
 what vLLM gets; PyTorch computes the export that was proven: as if the runtime had read a number wrongly. (Files
-that were changed since their proof are found by their digest.) `compare` may be called while vLLM still works; it takes what is
-there.
+that were changed since their proof are found by their digest.) `compare` may be called while vLLM still works; it
+takes what is there.
 """
 
 from __future__ import annotations
