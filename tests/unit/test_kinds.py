@@ -52,6 +52,7 @@ def linears(*names, out=8, into=8):
         ("mlp", ("dense_h_to_4h",), "gate_up"),
         ("mlp", ("gate_proj", "up_proj"), "gate_up"),
         ("ff", ("wo",), "down"),
+        ("shared_mlp", ("output_linear",), "shared_down"),
     ],
 )
 def test_where_a_linear_lies_says_what_its_name_means(parent, names, expected):
@@ -88,14 +89,20 @@ def test_linear_attention_without_a_decay_is_told_by_the_configuration():
 def test_what_lies_beside_experts_is_shared_or_chooses_them():
     made = model(
         ffn=module(
-            bank=experts(), chooser=Linear(8, 4), weigher=Linear(8, 1), always=module(**linears("up_proj", "down_proj"))
+            bank=experts(),
+            chooser=Linear(8, 4),
+            weigher=Linear(8, 1),
+            gate=module(wg=Linear(8, 4)),
+            always=module(**linears("up_proj", "down_proj")),
         )
     )
-    found = {n: kind(made, f"ffn.{n}") for n in ("bank", "chooser", "weigher", "always.up_proj", "always.down_proj")}
+    names = ("bank", "chooser", "weigher", "gate.wg", "always.up_proj", "always.down_proj")
+    found = {n: kind(made, f"ffn.{n}") for n in names}
     assert found == {
         "bank": "experts",
         "chooser": "router",
         "weigher": "router",
+        "gate.wg": "router",
         "always.up_proj": "shared_gate_up",
         "always.down_proj": "shared_down",
     }

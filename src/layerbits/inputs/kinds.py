@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerbits.inputs.linears import is_convolution, shape_of
+from layerbits.inputs.linears import is_convolution, is_quantizable, shape_of
 
 _QKV = frozenset(
     (
@@ -32,11 +32,24 @@ _SIDES = {
     "gate_up": frozenset(
         (
             *("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "v1", "w13", "fc1", "fc_in", "c_fc", "lin1", "up"),
-            *("dense_h_to_4h", "wi", "wi_0", "wi_1", "linear_1", "linear_fc1"),
+            *("dense_h_to_4h", "wi", "wi_0", "wi_1", "linear_1", "linear_fc1", "input_linear"),
         )
     ),
     "down": frozenset(
-        ("down_proj", "w2", "fc2", "fc_out", "c_proj", "dense_4h_to_h", "wo", "lin2", "linear_2", "linear_fc2", "down")
+        (
+            "down_proj",
+            "w2",
+            "fc2",
+            "fc_out",
+            "c_proj",
+            "dense_4h_to_h",
+            "wo",
+            "lin2",
+            "linear_2",
+            "linear_fc2",
+            "output_linear",
+            "down",
+        )
     ),
 }
 """Leaves on either side of an MLP."""
@@ -163,7 +176,8 @@ def _facts(model: Any, name: str) -> _Facts:
     shared = any("shared" in part for part in inner[:-1])
     for _, m in above:
         if experts := max(map(_experts_in, m.children()), default=0):
-            if module in set(m.children()) and shape[0] in (1, experts):
+            part = next(child for child in m.children() if any(inside is module for inside in child.modules()))
+            if shape[0] in (1, experts) and sum(map(is_quantizable, part.modules())) == 1:
                 return _Facts("router")
             shared = True
     return _Facts(shared=shared, shape=shape)
