@@ -14,10 +14,10 @@ from layerbits.candidates.known import candidates_of
 from layerbits.inputs.experts import named_experts
 from layerbits.recipes.recipe import load_recipe
 from layerbits.recipes.space import lay_out
-from layerbits.scoring import onepass
+from layerbits.scoring import kl, onepass
 from layerbits.scoring.groups import recipe_hparams
 from layerbits.scoring.job import ScoringJob
-from layerbits.scoring.steps import calibration_forward, loss_backward
+from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits
 
 from .scoring_support import loaded, usual_rows
 
@@ -62,7 +62,7 @@ def raw_scores(recipe, model, folder, rows=None):
         held={module: configs[names[c]] for module, c in space.held.items()},
         held_kv=recipe.held_kv,
     )
-    found = onepass.score(job)
+    found = (kl if recipe.method == "kl_div" else onepass).score(job)
     raw = np.full((len(space.searched), len(names)), np.nan)
     row_of = {slot.modules: s for s, slot in enumerate(space.searched)}
     for g, group in enumerate(found.groups):
@@ -86,14 +86,20 @@ def stock_search(recipe, model, rows=None):
         formats[:] = [on_cpu(config) for config in formats]
     if "fixed_quantization_config" in arguments:
         arguments["fixed_quantization_config"] = on_cpu(arguments["fixed_quantization_config"])
+
+    def forward_step(m, pair):  # ModelOpt scores kl_div in inference mode, and calibrates outside
+        if torch.is_inference_mode_enabled():
+            return loss_logits(m, pair[1])
+        return calibration_forward(m, pair[0], need_logits=head is not None)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, state = mtq.auto_quantize(
             model,
             **arguments,
             data_loader=list(zip_longest(rows.calib, rows.score)),
-            forward_step=lambda m, pair: calibration_forward(m, pair[0], need_logits=head is not None),
-            forward_backward_step=lambda m, pair: loss_backward(m, pair[1]),
+            forward_step=forward_step,
+            forward_backward_step=None if recipe.method == "kl_div" else lambda m, pair: loss_backward(m, pair[1]),
             num_calib_steps=len(rows.calib),
             num_score_steps=len(rows.score),
         )
