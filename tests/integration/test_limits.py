@@ -153,6 +153,16 @@ def test_what_is_excluded_stays_out_of_the_search():
     assert set(left) == {n for n in linears if ".layers.0." not in n and not n.endswith("down_proj")}
 
 
+def test_a_linear_that_a_text_never_reaches_is_named_and_can_be_excluded(tmp_path):
+    model = tiny_model("llama")
+    model.model.layers[1].connector = torch.nn.Linear(128, 128)
+    with pytest.raises(UserError, match=r"connector is never called .* model.exclude=.model.layers.1.connector."):
+        onepass.score(job(loaded(model), tmp_path / "all", configs("wfp8_afp8")))
+    left = scored_linears(model, ModelSpec("tiny", "x", exclude=("*.connector",)))
+    scored = tuple(n for n in left if n != "lm_head")
+    assert len(onepass.score(job(loaded(model), tmp_path / "left", configs("wfp8_afp8"), scored=scored)).groups) == 8
+
+
 @pytest.mark.parametrize(
     ("patterns", "line"),
     [
