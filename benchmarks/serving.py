@@ -3,9 +3,10 @@
     python benchmarks/serving.py prepare WORK EXPORT ...        # texts, corrupted copies, and the command to serve all
     python benchmarks/serving.py compare WORK EXPORT ...        # after it: a line per checkpoint, and a summary
 
-EXPORT is a checkpoint of `-e export` or of benchmarks/uniform.py, all of one model and calibration. The rule is judged
-alone: a digest, or a check of the files, would find every corruption made here before it. `compare` may be called while
-vLLM still works; it takes what is there.
+EXPORT is a checkpoint of `-e export` or of benchmarks/uniform.py, all of one model and calibration. A corrupted copy is
+what vLLM gets; PyTorch computes the export that was proven: as if the runtime had read a number wrongly. (Files
+that were changed since their proof are found by their digest.) `compare` may be called while vLLM still works; it takes what is
+there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
+from layerbits.checkpoint.quantization import read_quantization  # noqa: E402
+from layerbits.checkpoint.reader import open_checkpoint  # noqa: E402
+from layerbits.checkpoint.restore import restore  # noqa: E402
 from layerbits.probing.apply import apply_scheme, find_ranges  # noqa: E402
 from layerbits.probing.loading import Prepared, prepare  # noqa: E402
 from layerbits.serving.check import read_scheme  # noqa: E402
@@ -172,30 +176,41 @@ def compare_all(work: Path, exports: list[Path]) -> None:
                 scored = _logprobs(model, texts.batches).logprobs
                 with _rounding(model, "bfloat16"):
                     torch.save((scored, _logprobs(model, texts.batches).logprobs), cache)
+        files = kept / f"{export.name}.restored.pt"
+        if not files.exists():
+            checkpoint = open_checkpoint(export)
+            restored = restore(checkpoint, read_quantization(checkpoint), "cpu").float()
+            torch.save(_logprobs(restored, texts.batches).logprobs, files)
         u, _ = (Whole(x) for x in torch.load(kept / "unquantized.pt"))
         s, b = (Whole(x) for x in torch.load(cache))
+        f = Whole(torch.load(files))
         for file in mine:
             told = read_told(file, texts)
             events = shared(told, plain)
             p, q, r, v, w = u.at(events), s.at(events), b.at(events), told.at(events.events), plain.at(events.events)
             explained = events.kl(q, r).mean() + events.kl(p, w).mean()
-            away = events.kl(q, v).mean()
+            x = f.at(events)
+            away = events.kl(x, v).mean()
             note = work / "corrupted" / file.stem / "corruption.txt"
             record = {
                 "name": file.stem,
                 "corruption": note.read_text() if note.exists() else "",
                 "noise": events.kl(p, w).mean(),
                 "explained": explained,
-                "from_scored": away,
+                "from_restored": away,
+                "from_scored": events.kl(q, v).mean(),
                 "ratio": away / explained,
                 "served": events.kl(w, v).mean(),
+                "restored": events.kl(p, x).mean(),
                 "scored": events.kl(p, q).mean(),
+                "whole": u.kl(s).mean(),
                 "tokens": texts.tokens,
             }
             found.append(record)
             print(
                 f"{record['name']:60} {record['corruption']:45} ratio {record['ratio']:8.3f}  served "
-                f"{record['served']:.4g} scored {record['scored']:.4g}",
+                f"{record['served']:.4g} restored {record['restored']:.4g} scored {record['scored']:.4g} whole "
+                f"{record['whole']:.4g}",
                 flush=True,
             )
     (work / "ratios.json").write_text(json.dumps(found, indent=1))

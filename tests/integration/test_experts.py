@@ -265,7 +265,7 @@ def test_candidates_side_by_side_compute_what_each_does_alone(mixture):
     (tap,) = taps.taps
     index = torch.stack([torch.randperm(5)[:2] for _ in range(9)])  # number 4 stands for none of the four
     routed = Routed(torch.randn(9, 128), index, torch.rand(9, 2))
-    found = dict(tap._outputs(routed, tuple(tap.weights(0)), [0, 1, 2]))
+    found = dict(tap._outputs(routed, tuple(tap.weights(0)), [0, 1, 2], {}))
     assert len(found) == 3
     for setting, output in found.items():
         alone = tap._run(routed, tuple(tap.weights(0)), *tap._changes(setting))

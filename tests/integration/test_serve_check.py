@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -136,6 +137,16 @@ def test_a_changed_checkpoint_is_found_by_its_digest(checker):
     check, folder = checker
     with pytest.raises(UserError, match="is not what run abc exported"):
         check.check(Target(folder, "0" * 64, {"export_run_id": "abc"}))
+
+
+def test_a_checkpoint_that_is_not_the_proven_one_is_not_served(checker, tmp_path):
+    check, folder = checker
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("down_proj.weight_scale"))
+    save_file({**tensors, name: tensors[name] * 1.001}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="its tensors are those that were proven - not so"):
+        check.check(Target(copy, None, {})).done.require()
 
 
 def test_without_an_environment_the_check_is_skipped_and_says_how_to_make_one(checker):

@@ -160,6 +160,9 @@ def test_main_types_and_defaults():
         "seq_len": ("int", 128),
         "seed": ("int", 0),
         "fp4": ("string", "mxfp4"),
+        "kv_cache": ("string", "none"),
+        "recipe": ("string", "none"),
+        "recipe_overrides": ("string", "none"),
         "overrides": ("string", "none"),
     }
 

@@ -340,7 +340,7 @@ def test_a_folder_of_schemes_is_read_back(source, tmp_path):
     folder = write_schemes(tmp_path, source, made, curve(spec, source, 5))
     assert load_schemes(folder) == made
     assert {p.name for p in folder.iterdir()} == {
-        "schemes", "exclude", "figures", "schemes.json", "schemes.md", "pareto.json",
+        "schemes", "exclude", "modelopt", "llm_compressor", "figures", "schemes.json", "schemes.md", "pareto.json",
     }  # fmt: skip
     assert [p.name for p in (tmp_path / "tmp").iterdir()] == [folder.name]
 

@@ -20,7 +20,7 @@ from layerbits.inputs.experts import Experts, fused_experts
 from layerbits.inputs.offload import resident
 from layerbits.scoring import quantizers
 from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
-from layerbits.scoring.grouped import several_outputs, takes_several
+from layerbits.scoring.grouped import SideBySide, goes_side_by_side
 from layerbits.scoring.memory import Load
 from layerbits.scoring.patches import Forward, forwards
 from layerbits.scoring.reduction import token_scores
@@ -142,31 +142,44 @@ class ExpertsTap(Tap):
     def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
         """Candidates with the same weight setting share its quantized weights."""
         routed, y = held
-        for setting in range(len(self._weights)):
+        self._check(routed)
+        ready: dict[tuple[int, ...], SideBySide] = {}
+        for weight in range(len(self._weights)):
             mine: dict[int, list[int]] = {}
-            for candidate, (weight, inputs) in enumerate(self.pairs):
-                if weight == setting:
-                    mine.setdefault(inputs, []).append(candidate)
+            for candidate, pair in enumerate(self.pairs):
+                if pair[0] == weight:
+                    mine.setdefault(pair[1], []).append(candidate)
             if not mine:
                 continue
-            tensors = tuple(self.weights(setting))
-            for inputs, output in self._outputs(routed, tensors, list(mine)):
-                yield mine[inputs], token_scores(gradient, output, y, signed)
+            tensors = tuple(self.weights(weight))
+            for setting, output in self._outputs(routed, tensors, list(mine), ready):
+                yield mine[setting], token_scores(gradient, output, y, signed)
 
-    def _outputs(self, routed: Routed, tensors: tuple[Any, ...], settings: list[int]) -> Iterator[tuple[int, Any]]:
-        """Output under each input setting; where tokens go side by side, the weights are read once for several."""
-        changes = [self._changes(setting) for setting in settings]
-        self._check(routed)
-        if not (takes_several(self.module) and all(_by_token(change) for pair in changes for change in pair)):
-            for setting, pair in zip(settings, changes, strict=True):
-                yield setting, self._run(routed, tensors, *pair)
+    def _outputs(
+        self, routed: Routed, tensors: Sequence[Any], settings: Sequence[int], ready: dict[tuple[int, ...], SideBySide]
+    ) -> Iterator[tuple[int, Any]]:
+        """Output under each input setting; where tokens may go side by side, the weights are read once for several.
+
+        Args:
+            routed: What enters.
+            tensors: The weights of the two projections.
+            settings: Input settings.
+            ready: Tokens that were sorted for other weights, by their settings; takes what is sorted here.
+        """
+        changes = {setting: self._changes(setting) for setting in settings}
+        if not (goes_side_by_side(self.module) and all(_by_token(c) for pair in changes.values() for c in pair)):
+            for setting in settings:
+                yield setting, self._run(routed, tensors, *changes[setting])
             return
         size = max(1, _ROWS_AT_ONCE // routed.index.numel())
         for at in range(0, len(settings), size):
-            firsts, seconds = zip(*changes[at : at + size], strict=True)
-            hidden = [routed.hidden if first is None else first(routed.hidden) for first in firsts]
-            outputs = several_outputs(self.module, tensors, hidden, routed.index, routed.weights, seconds)
-            yield from zip(settings[at : at + size], outputs, strict=True)
+            several = tuple(settings[at : at + size])
+            if several not in ready:
+                firsts = [changes[setting][0] for setting in several]
+                hidden = [routed.hidden if first is None else first(routed.hidden) for first in firsts]
+                ready[several] = SideBySide(self.module, self.experts.count, hidden, routed.index, routed.weights)
+            outputs = ready[several].outputs(tensors, [changes[setting][1] for setting in several])
+            yield from zip(several, outputs, strict=True)
 
     def quantized(self, pair: tuple[int, int], keep: bool = False) -> Forward:
         """The module with quantized experts and inputs.

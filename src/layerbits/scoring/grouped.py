@@ -10,45 +10,57 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def takes_several(module: Any) -> bool:
-    """Whether an expert module computes what :func:`several_outputs` does: made by transformers, no biases."""
+def goes_side_by_side(module: Any) -> bool:
+    """Whether an expert module computes what :class:`SideBySide` does: made by transformers, no biases."""
     return hasattr(module, "has_gate") and not module.has_bias and not module.is_transposed
 
 
-def several_outputs(
-    module: Any, tensors: Sequence[Any], hidden: Sequence[Any], index: Any, weights: Any, seconds: Sequence[Any]
-) -> Any:
-    """Outputs of an expert module for several hidden states on one routing.
+class SideBySide:
+    """Several hidden states on one routing, sorted by expert, for any number of weights.
 
     Args:
         module: The expert module; its gate or activation is used.
-        tensors: Weights of the two projections, ``[experts, out, in]``.
+        experts: How many it has.
         hidden: ``n`` hidden states, each ``[tokens, features]``.
         index: ``[tokens, k]`` experts of each token; a number beyond the last stands for none.
         weights: ``[tokens, k]`` their weights.
-        seconds: Per hidden state what is done to the activations before the second projection, ``None`` = nothing.
-
-    Returns:
-        ``[n, tokens, features]`` in the dtype of the hidden states.
     """
-    import torch
-    from transformers.integrations.moe import _grouped_linear
 
-    several, (tokens, per_token), experts = len(hidden), index.shape, tensors[0].shape[0]
-    routed = tokens * per_token
-    chosen = index.reshape(-1)
-    share = weights.reshape(-1).masked_fill(chosen >= experts, 0)
-    expert, order = torch.sort(chosen.clamp(max=experts - 1).repeat(several), stable=True)
-    where = torch.empty_like(order)
-    where[order] = torch.arange(len(order), device=order.device)
-    numbers = torch.arange(experts, device=expert.device, dtype=expert.dtype)
-    offsets = torch.searchsorted(expert, numbers, right=True).int()
-    inputs = hidden[0] if several == 1 else torch.cat(list(hidden))
-    between = _grouped_linear(inputs[order // per_token], tensors[0], offsets)
-    between = module._apply_gate(between) if module.has_gate else module.act_fn(between)
-    for i, second in enumerate(seconds):
-        if second is not None:
-            mine = where[i * routed : (i + 1) * routed]
-            between[mine] = second(between[mine])
-    outputs = _grouped_linear(between, tensors[1], offsets) * share.repeat(several)[order].unsqueeze(-1)
-    return outputs[where].view(several, tokens, per_token, -1).sum(dim=2).to(hidden[0].dtype)
+    def __init__(self, module: Any, experts: int, hidden: Sequence[Any], index: Any, weights: Any) -> None:
+        import torch
+
+        self._module = module
+        self._several, (self._tokens, self._per_token) = len(hidden), index.shape
+        chosen = index.reshape(-1)
+        share = weights.reshape(-1).masked_fill(chosen >= experts, 0)
+        expert, order = torch.sort(chosen.clamp(max=experts - 1).repeat(self._several), stable=True)
+        self._where = torch.empty_like(order)
+        self._where[order] = torch.arange(len(order), device=order.device)
+        numbers = torch.arange(experts, device=expert.device, dtype=expert.dtype)
+        self._offsets = torch.searchsorted(expert, numbers, right=True).int()
+        together = hidden[0] if self._several == 1 else torch.cat(list(hidden))
+        self._inputs = together[order // self._per_token]
+        self._share = share.repeat(self._several)[order].unsqueeze(-1)
+
+    def outputs(self, tensors: Sequence[Any], seconds: Sequence[Any]) -> Any:
+        """Outputs of the module with other weights.
+
+        Args:
+            tensors: Weights of the two projections, ``[experts, out, in]``.
+            seconds: Per hidden state what is done to the activations before the second projection, ``None`` = nothing.
+
+        Returns:
+            ``[n, tokens, features]`` in the dtype of the hidden states.
+        """
+        from transformers.integrations.moe import _grouped_linear
+
+        between = _grouped_linear(self._inputs, tensors[0], self._offsets)
+        between = self._module._apply_gate(between) if self._module.has_gate else self._module.act_fn(between)
+        routed = self._tokens * self._per_token
+        for i, second in enumerate(seconds):
+            if second is not None:
+                mine = self._where[i * routed : (i + 1) * routed]
+                between[mine] = second(between[mine])
+        outputs = _grouped_linear(between, tensors[1], self._offsets) * self._share
+        by_token = outputs[self._where].view(self._several, self._tokens, self._per_token, -1)
+        return by_token.sum(dim=2).to(self._inputs.dtype)

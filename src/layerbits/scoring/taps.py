@@ -248,7 +248,8 @@ class Taps:
         with torch.no_grad():
             for candidates, scores in self.taps[index].scores(taken, gradient, self._signed):
                 span = slice(self._at, self._at + scores.shape[1])
-                self._tokens[index, candidates, span] = scores.to(self._tokens.device)
+                for candidate, row in zip(candidates, scores, strict=True):  # a list as an index would be copied over
+                    self._tokens[index, candidate, span] = row.to(self._tokens.device)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""Whether a runtime serves an exported checkpoint as it was scored, and how much damage it does there.
+"""Whether a runtime serves an exported checkpoint as it was proven, and how much damage it does there.
 
 A checkpoint that loads cleanly and answers with corrupted logits is a known failure. So the distributions that the
-runtime tells are compared with those of PyTorch: of the unquantized model, of the scheme as it was scored (ModelOpt's
-fake quantization of the source's weights, not of the checkpoint's), and of the model made of the checkpoint alone.
+runtime tells are compared with those of PyTorch: of the unquantized model, of the scheme as it was scored, and of the
+model made of the checkpoint alone. That its files are those that were proven, their digest says.
 """
 
 from __future__ import annotations
@@ -139,14 +139,23 @@ def _table(m: Measured) -> list[str]:
     ]
 
 
-def check_files(folder: Path) -> tuple[Checkpoint, tuple[Check, ...]]:
+def check_files(folder: Path) -> tuple[Checkpoint, str, tuple[Check, ...]]:
     """Opens a checkpoint and checks what its files say of themselves.
+
+    Returns:
+        The checkpoint, the digest of its tensors, and the checks; the last is whether they are those that were proven.
 
     Raises:
         UserError: The folder is no checkpoint that can be read.
     """
     checkpoint = open_checkpoint(folder)
-    return checkpoint, check_structure(checkpoint)
+    digest = checkpoint.digest()
+    try:
+        proven = json.loads((folder / MANIFEST).read_text())["record"]["weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return checkpoint, digest, check_structure(checkpoint)
+    same = Check("its tensors are those that were proven", digest == proven, f"digest {digest[:12]}, not {proven[:12]}")
+    return checkpoint, digest, (*check_structure(checkpoint), same)
 
 
 def read_scheme(folder: Path) -> Scheme:

@@ -204,8 +204,7 @@ class Checker:
         Raises:
             UserError: It cannot be read, or something is to be mended first.
         """
-        checkpoint, structure = check_files(target.folder)
-        digest = checkpoint.digest()
+        checkpoint, digest, structure = check_files(target.folder)
         if target.digest is not None and digest != target.digest:
             run = target.tags.get("export_run_id")
             raise UserError(f"{target.folder} is not what run {run} exported (its digest differs); export it again")

@@ -11,9 +11,9 @@ from layerbits.results.result import FloatArray
 LOADS, REFUSED, DIVERGES, SKIPPED = "loads", "refused", "diverges", "skipped"
 
 BOUND = 2.0
-"""Times what rounding explains that a served scheme may be away from the scheme as it was scored.
+"""Times what rounding explains that a served scheme may be away from what the checkpoint's files say.
 
-Two sound computations of one scheme are as far apart as rounding makes them, so 1 is expected; ``docs/export.md`` has
+Two sound computations of one scheme are as far apart as rounding makes them, so 1 is expected; ``docs/serving.md`` has
 what was found of good and of corrupted checkpoints.
 """
 
@@ -77,7 +77,7 @@ class Measured:
 
     @property
     def explained(self) -> float:
-        """KL between the served scheme and the scored one that rounding explains.
+        """KL between the served scheme and the restored checkpoint that rounding explains.
 
         What rounding to the runtime's dtype does to the scheme, and the runtime's own noise on the unquantized model:
         measured where that was served, but no more than :data:`NOISE_BOUND` allows, and at least what rounding does.
@@ -89,8 +89,8 @@ class Measured:
 
     @property
     def ratio(self) -> float:
-        """KL of the served scheme from the scored one / :attr:`explained`; at most :data:`BOUND` where it is sound."""
-        return self.from_scored.kl / self.explained if self.explained > 0 else math.inf
+        """KL of the served scheme from the restored checkpoint / :attr:`explained`; above :data:`BOUND` it diverges."""
+        return self.from_restored.kl / self.explained if self.explained > 0 else math.inf
 
     @property
     def diverges(self) -> bool:
@@ -101,15 +101,13 @@ class Measured:
     def sentence(self) -> str:
         """The verdict, in one line."""
         text = (
-            f"over {self.tokens} tokens the served scheme is {self.from_scored.kl:.3g} nats per token from the scheme "
-            f"as scored, {self.ratio:.2f} times what rounding explains ({self.explained:.3g}); {BOUND:g} is allowed"
+            f"over {self.tokens} tokens the served scheme is {self.from_restored.kl:.3g} nats per token from what the "
+            f"files say, {self.ratio:.2f} times what rounding explains ({self.explained:.3g}); {BOUND:g} is allowed"
         )
         if not self.diverges:
             return text
         if self.noise.kl > NOISE_BOUND * self.rounding_noise.kl:
             return f"{text}: the runtime computes another unquantized model, too"
-        if self.files.kl > BOUND * self.explained:
-            return f"{text}: the checkpoint's files are not what was scored; export it again"
         return f"{text}: the runtime computes something else than the files say"
 
     def metrics(self) -> dict[str, float]:
