@@ -38,7 +38,7 @@ def torchrun(*arguments, before=(), folder, **env):
 
 def finished(process):
     try:
-        out, _ = process.communicate(timeout=240)
+        out, _ = process.communicate(timeout=420)
     finally:
         process.kill()
     return process.returncode, out

@@ -90,7 +90,7 @@ def sweep(project, slurm, pairs, *overrides):
 
 def output(process):
     try:
-        out, _ = process.communicate(timeout=240)
+        out, _ = process.communicate(timeout=420)
     finally:
         process.kill()
     return process.returncode, out
@@ -106,7 +106,7 @@ def family(client):
     return parent, children
 
 
-def wait(condition, seconds=90):
+def wait(condition, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
