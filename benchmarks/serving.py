@@ -4,9 +4,8 @@
     python benchmarks/serving.py compare WORK EXPORT ...        # after it: a line per checkpoint, and a summary
 
 EXPORT is a checkpoint of `-e export` or of benchmarks/uniform.py, all of one model and calibration. A corrupted copy is
-what vLLM gets; PyTorch computes the export that was proven: as if the runtime had read a number wrongly. (Files
-that were changed since their proof are found by their digest.) `compare` may be called while vLLM still works; it
-takes what is there.
+what vLLM gets; PyTorch computes the export that was proven: as if the runtime had read a number wrongly. Files that
+were changed since their proof are found by their digest. `compare` may be called while vLLM still works.
 """
 
 from __future__ import annotations

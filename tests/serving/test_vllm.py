@@ -83,7 +83,9 @@ def test_each_scheme_is_served_as_scored_and_its_damage_is_in_the_store(served, 
     assert metrics["serve/ratio"] < 2
     # two computations of one scheme are two draws of its rounding, which the noise of the scheme itself measures
     allowed = WITHIN * metrics["serve/kl_restored"] + metrics["serve/noise"] + metrics["serve/rounding"] * WITHIN
-    assert metrics["serve/kl"] == pytest.approx(metrics["serve/kl_restored"], abs=allowed)
+    assert metrics["serve/kl"] < metrics["serve/kl_restored"] + allowed
+    if name != "fp8":  # of which the CPU build does half of the damage only (docs/serving.md)
+        assert metrics["serve/kl"] > metrics["serve/kl_restored"] - allowed
     assert made_by(Path(tags["checkpoint.path"])).run_id == tags["export_run_id"]
 
 
