@@ -67,7 +67,7 @@ class Job:
             return "logging"
         if any(self.results.glob(".*.partial")):
             return "writing"
-        if (self._search / "ranges-0.npz").exists():
+        if (self._search / "calibrated.npz").exists():
             return "scoring"
         return "calibration" if (self._search / "fingerprint.json").exists() else "load"
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from layerbits.errors import UserError
-from layerbits.scoring.steplog import Step, StepLog
+from layerbits.scoring.steplog import Calibrated, Step, StepLog
 
 
 def step(value):
@@ -23,17 +23,10 @@ def test_of_two_processes_with_the_same_parameters_both_go_on_with_what_the_firs
     one, other = StepLog(tmp_path, "me"), StepLog(tmp_path, "me")
     one.write(0, step(1))
     other.write(0, step(2))
-    one.write_ranges({"x": np.ones(1)})
-    other.write_ranges({"x": np.zeros(1)})
+    one.write_calibration(Calibrated({"x": np.ones(1)}, {}))
+    other.write_calibration(Calibrated({"x": np.zeros(1)}, {}))
     assert one.read(0).raw.tolist() == other.read(0).raw.tolist() == [[1.0], [1.0]]
-    assert other.read_ranges() == {"x": np.ones(1)}
-
-
-def test_ranges_of_a_part_are_those_of_the_last_start(tmp_path):
-    log = StepLog(tmp_path, "me")
-    log.write_ranges({"x": np.ones(1)}, part=1)  # of one process of four, which was killed
-    log.write_ranges({"x": np.zeros(1)}, part=1)  # of the only one
-    assert log.read_ranges(1) == {"x": np.zeros(1)}
+    assert other.read_calibration().ranges == {"x": np.ones(1)}
 
 
 def test_a_step_of_an_earlier_version_is_not_finished(tmp_path):

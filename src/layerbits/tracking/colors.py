@@ -34,6 +34,7 @@ _SHADES = {
     "a_per_tensor_dynamic": (0.03, 0.4),
     "a_group128": (-0.21, 1.0),
     "a_per_hidden_channel": (0.165, 0.4),
+    "w_shared": (-0.04, 0.7),
 }
 
 
