@@ -54,7 +54,7 @@ def groups_of(bench: Workbench, candidate: Candidate) -> tuple[Group, ...]:
         family = next((f for f in FAMILIES if leaf in f), (leaf,))
         found.setdefault((parent, family), []).append(name)
     sizes = {name: sum(rows * columns for rows, columns in shapes) for name, shapes in bench.linears.items()}
-    return named_groups([(tuple(names), sum(sizes[n] for n in names)) for names in found.values()], None)
+    return named_groups(None, [(tuple(names), sum(sizes[n] for n in names)) for names in found.values()], None)
 
 
 def scheme_of(bench: Workbench, candidate: Candidate, name: str) -> Scheme:

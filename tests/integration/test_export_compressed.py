@@ -1,6 +1,7 @@
 """compressed-tensors exports: proven by our reader, and loaded by plain transformers to the same weights and logits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,14 @@ from layerbits.checkpoint.quantization import read_quantization
 from layerbits.checkpoint.reader import INDEX, open_checkpoint
 from layerbits.checkpoint.restore import restore
 from layerbits.errors import Unsupported, UserError
+from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
+from layerbits.inputs.models import language_model_linears, output_head, unscored_patterns
+from layerbits.scoring.groups import named_groups
+from layerbits.scoring.state import decisions
+from tests.families import build
 
-from .export_support import FILES, planned, spoil
+from .export_support import FILES, planned, prepared, spoil
 from .schemes_support import HELD_OUT, logits
 from .scoring_support import candidate
 
@@ -205,3 +211,29 @@ def test_a_scheme_that_was_scored_with_shared_ranges_is_exported_as_scored(tmp_p
     made = export_scheme(plan, "cpu")
     assert all(layer.error_ratio == 1.0 for layer in made.proof.layers)
     assert made.proof.logits.drift < made.proof.logits.effect
+
+
+@pytest.mark.parametrize("format", ["modelopt", "compressed-tensors"])
+def test_what_a_hybrid_fuses_keeps_one_format(tmp_path, monkeypatch, format):
+    """Qwen3.5's gated delta nets: ``in_proj_qkv`` with ``in_proj_z``, ``in_proj_a`` with ``in_proj_b``."""
+    model = build("qwen3_5").to(torch.bfloat16)
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    scored = {n for n in language_model_linears(model) if n != output_head(model)}
+    found = [
+        d for d in decisions(model, unscored_patterns(model, scored)) if d.searched and "conv1d" not in d.modules[0]
+    ]
+    groups = named_groups(model, [(d.modules, d.weights) for d in found], None)
+    leaves = [{name.rpartition(".")[2] for name in group.modules} for group in groups]
+    assert {"in_proj_qkv", "in_proj_z"} in leaves
+    assert {"in_proj_a", "in_proj_b"} in leaves
+    names = [(NVFP4 if "out_proj" in leaf or "down_proj" in leaf else FP8).info.name for leaf in leaves]
+    made = prepared(model, source)
+    scheme = replace(made.scheme, groups=groups, candidates=(FP8.info, NVFP4.info), assignment=tuple(names))
+    plan = plan_export(replace(made, scheme=scheme), tmp_path / "out", format=format)
+    done = export_scheme(plan, "cpu")
+    assert len(done.proof.record.labels) == 2
+    tensors = load_file(done.folder / "model.safetensors")
+    scales = {n: float(t) for n, t in tensors.items() if n.endswith("linear_attn.in_proj_qkv.weight_scale")}
+    assert scales == {n: float(tensors[n.replace("in_proj_qkv", "in_proj_z")]) for n in scales}
+    assert scales
