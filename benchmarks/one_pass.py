@@ -46,15 +46,15 @@ BUDGETS = (13.0, 12.0, 11.0, 9.0)
 
 def configs(pairs: tuple[str, ...], device: str) -> dict[str, dict[str, Any]]:
     """Search configs of quant pairs at their default granularity."""
-    from layerbits.candidates import fp4
+    from layerbits.candidates import backends
 
     found = {}
     for name in pairs:
         pair = QuantPair.from_mapping(yaml.safe_load((CONFIGS / "quant_pair" / f"{name}.yaml").read_text()))
         config = resolve_candidate(pair, Overlay("default", {}), experimental=True).search_config()
         if device == "cpu":
-            fp4.register_backends()
-            config = fp4.with_reference_backend(config)
+            backends.register_backends()
+            config = backends.with_reference_backend(config)
         found[name] = config
     return found
 

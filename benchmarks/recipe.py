@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from shapes import SHAPES, random_model, random_rows
 
-from layerbits.candidates import fp4
+from layerbits.candidates import backends
 from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.models import LoadedModel
 from layerbits.provenance import provenance
@@ -57,8 +57,8 @@ class Bench:
         """A configuration with the kernels that this device has."""
         if self.device == "cuda":
             return copy.deepcopy(config)
-        fp4.register_backends()
-        return fp4.with_reference_backend(config)
+        backends.register_backends()
+        return backends.with_reference_backend(config)
 
     def one_pass(self, rows: Calibration) -> np.ndarray:
         """Raw scores, ``[searched slots, C]``."""

@@ -360,7 +360,8 @@ def main(folder: Path) -> None:
     import modelopt
     import triton
 
-    from layerbits.candidates.fp4 import MXFP4_BACKEND, NVFP4_BACKEND, cuda_kernels_available, register_backends
+    from layerbits.candidates.backends import register_backends
+    from layerbits.candidates.fp4 import MXFP4_BACKEND, NVFP4_BACKEND, cuda_kernels_available
 
     started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from layerbits.candidates import fp4
-from layerbits.candidates.fp4 import cuda_kernels_available, mxfp4, nvfp4, register_backends, with_reference_backend
+from layerbits.candidates.backends import register_backends, with_reference_backend
+from layerbits.candidates.fp4 import cuda_kernels_available, mxfp4, nvfp4
 from tests.golden.make_fp4 import DTYPES, cases, kernel, mismatches, ours, stress_cases, to_bits
 
 pytestmark = pytest.mark.skipif(not cuda_kernels_available(), reason="ModelOpt's FP4 kernels need CUDA, nvcc and ninja")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import yaml
 
-from layerbits.candidates import fp4
+from layerbits.candidates import backends
 from layerbits.candidates.known import candidates_of
 from layerbits.inputs.experts import named_experts
 from layerbits.recipes.recipe import load_recipe
@@ -39,8 +39,8 @@ def made_recipe(folder, **changes):
 
 def on_cpu(config):
     """A ModelOpt configuration whose FP4 quantizers are computed by our reference."""
-    fp4.register_backends()
-    return fp4.with_reference_backend(config)
+    backends.register_backends()
+    return backends.with_reference_backend(config)
 
 
 def raw_scores(recipe, model, folder, rows=None):

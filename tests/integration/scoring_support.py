@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from layerbits.candidates import fp4
+from layerbits.candidates import backends
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import QuantPair
@@ -138,8 +138,8 @@ def search_config(made, device="cpu"):
     """Its search config; on a CPU FP4 is computed by the reference backend."""
     config = made.search_config()
     if device == "cpu":
-        fp4.register_backends()
-        config = fp4.with_reference_backend(config)
+        backends.register_backends()
+        config = backends.with_reference_backend(config)
     return config
 
 

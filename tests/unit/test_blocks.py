@@ -9,7 +9,7 @@ import pytest
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 
-from layerbits.candidates import fp4, nvfp4_static
+from layerbits.candidates import backends, nvfp4_static
 from layerbits.candidates.algorithms import Ranges, ranges_of
 from layerbits.candidates.mxfp8 import mxfp8
 from layerbits.scoring import quantizers
@@ -79,7 +79,7 @@ def test_sweep_is_the_best_of_all_scales(dtype):
 
 
 def test_modelopt_computes_stored_block_ranges_without_a_gpu():
-    fp4.register_backends()
+    backends.register_backends()
     cfg = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "static", "scale_bits": (4, 3)}}
     found = quantizers.distinct_settings(
         [{"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": cfg}], "algorithm": "max"}]

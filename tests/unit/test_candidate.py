@@ -16,7 +16,7 @@ from modelopt.torch.quantization.conversion import set_quantizer_by_cfg
 from torch import nn
 
 import layerbits
-from layerbits.candidates import fp4
+from layerbits.candidates import backends
 from layerbits.candidates.candidate import aliases, check_target, config_hash, live_entries, resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, normalise, plain, resolve_format
@@ -229,7 +229,7 @@ def test_every_setting_of_the_grid_runs_or_is_refused(candidates):
 
     The two quantizers of a linear know nothing of each other, so that this stands for every combination of them.
     """
-    fp4.register_backends()
+    backends.register_backends()
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(256, 192), nn.Linear(192, 64))
     batches = [torch.randn(2, 7, 256), torch.randn(1, 5, 256)]
@@ -239,7 +239,7 @@ def test_every_setting_of_the_grid_runs_or_is_refused(candidates):
         if found <= seen:
             continue
         seen |= found
-        config = fp4.with_reference_backend(made.search_config())
+        config = backends.with_reference_backend(made.search_config())
         del config["effective_bits"]
         try:
             check(made, {}, cuda=False)

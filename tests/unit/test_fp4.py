@@ -10,14 +10,8 @@ import pytest
 import torch
 
 from layerbits.candidates import fp4
-from layerbits.candidates.fp4 import (
-    MXFP4_BACKEND,
-    NVFP4_BACKEND,
-    mxfp4,
-    nvfp4,
-    register_backends,
-    with_reference_backend,
-)
+from layerbits.candidates.backends import register_backends, with_reference_backend
+from layerbits.candidates.fp4 import MXFP4_BACKEND, NVFP4_BACKEND, mxfp4, nvfp4
 from layerbits.errors import UserError
 from tests.golden.make_fp4 import DTYPES, cases, digest, from_bits, mismatches, ours, to_bits
 

@@ -10,7 +10,6 @@ kernels turn into a finite number, makes its whole block NaN here, so that it is
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
 import shutil
@@ -27,14 +26,6 @@ from layerbits.errors import UserError
 
 MXFP4_BACKEND = "layerbits_mxfp4"
 NVFP4_BACKEND = "layerbits_nvfp4"
-_BACKENDS: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
-    ((2, 1), (8, 0)): MXFP4_BACKEND,
-    ((2, 1), (4, 3)): NVFP4_BACKEND,
-    ((4, 3), (8, 0)): "layerbits_mxfp8",
-}
-"""Backend by exponent and mantissa bits of the values and of the block scale."""
-BACKENDS = frozenset(_BACKENDS.values())
-"""Names under which ModelOpt's quantizers compute block formats here."""
 
 _E2M1_MAX = 6.0
 _E4M3_MAX = 448.0
@@ -51,48 +42,6 @@ _NVFP4_MIN_GLOBAL_SCALE = 1e-12
 _RECIPROCAL_ROUNDING = 2023
 """What the reciprocal unit adds to its sum before it drops the 15 lowest bits."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def register_backends() -> None:
-    """Makes ModelOpt's quantizers compute block formats without CUDA; a second call changes nothing."""
-    from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
-        is_registered_quant_backend,
-        register_quant_backend,
-    )
-
-    from layerbits.candidates import mxfp8, nvfp4_static
-
-    for name, entrypoint in (
-        (MXFP4_BACKEND, _mxfp4_entrypoint),
-        (NVFP4_BACKEND, _nvfp4_entrypoint),
-        (mxfp8.MXFP8_BACKEND, mxfp8.entrypoint),
-    ):
-        if not is_registered_quant_backend(name):
-            register_quant_backend(name, entrypoint)
-    nvfp4_static.install()
-
-
-def with_reference_backend(config: dict[str, Any]) -> dict[str, Any]:
-    """Copies a ModelOpt quantization config with its FP4 and MXFP8 quantizers set to our backends.
-
-    NVFP4 with stored block ranges names no backend: :func:`register_backends` sees to it.
-
-    Args:
-        config: ModelOpt config with an ordered ``quant_cfg`` list; left as it is.
-
-    Returns:
-        Deep copy in which every enabled quantizer of these has ``backend``; the rest is equal.
-    """
-    config = copy.deepcopy(config)
-    for entry in config["quant_cfg"]:
-        if not entry.get("enable", True):
-            continue
-        cfg = entry.get("cfg") or []
-        for attributes in cfg if isinstance(cfg, list) else [cfg]:
-            backend = _backend_of(attributes)
-            if backend is not None:
-                attributes["backend"] = backend
-    return config
 
 
 def cuda_kernels_available() -> bool:
@@ -362,18 +311,6 @@ def _check(x: Tensor) -> None:
         raise UserError("FP4 fake quantization needs a tensor with at least one dimension: reshape the scalar")
 
 
-def _backend_of(attributes: dict[str, Any]) -> str | None:
-    """Backend for one quantizer's attributes, ``None`` if it is no enabled block quantizer of ours."""
-    blocks = attributes.get("block_sizes")
-    if not attributes.get("enable", True) or not blocks or blocks.get("type") != "dynamic":
-        return None
-    return _BACKENDS.get((_bits(attributes.get("num_bits")), _bits(blocks.get("scale_bits"))))
-
-
-def _bits(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list | tuple) else ()
-
-
 def block_size_of(inputs: Tensor, quantizer: Any) -> int:
     """Values in a block of the last dimension, by a quantizer's settings.
 
@@ -386,11 +323,13 @@ def block_size_of(inputs: Tensor, quantizer: Any) -> int:
     return int(size)
 
 
-def _mxfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
+def mxfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
+    """What ModelOpt calls for :data:`MXFP4_BACKEND`."""
     return mxfp4(inputs, block_size_of(inputs, quantizer))
 
 
-def _nvfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
+def nvfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
+    """What ModelOpt calls for :data:`NVFP4_BACKEND`."""
     # The calibrated amax, a pinned one, or this tensor's: ModelOpt's own choice has no public name.
     amax = quantizer._get_amax(inputs)
     return nvfp4(inputs, amax, block_size_of(inputs, quantizer), quantizer._pass_through_bwd)

@@ -144,14 +144,14 @@ def _result(
 
 def _candidates(forms: Sequence[Any]) -> list[CandidateInfo]:
     """The formats under our names; one that is none of ours as ModelOpt names it."""
-    from layerbits.candidates import fp4
+    from layerbits.candidates import backends
     from layerbits.candidates.known import candidates_of, config_of
 
     found = []
     for form in forms:
         config = config_of(form.config)
         entries = [e for e in config["quant_cfg"] if e["quantizer_name"] != "*output_quantizer"]
-        config["quant_cfg"] = [_as_written(entry, fp4.BACKENDS) for entry in entries]
+        config["quant_cfg"] = [_as_written(entry, backends.BACKENDS) for entry in entries]
         name = str(form).partition("(")[0]
         try:
             (candidate,) = candidates_of([config], name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from layerbits.candidates import fp4
+from layerbits.candidates import backends, fp4
 from layerbits.candidates.formats import Format, normalise, plain
 from layerbits.candidates.fused import fused, shares_range
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
@@ -237,8 +237,8 @@ def runtime_config(info: CandidateInfo, device: Any) -> dict[str, Any]:
         register_backend()
     if getattr(device, "type", device) == "cuda" and fp4.cuda_kernels_available():
         return config
-    fp4.register_backends()
-    return fp4.with_reference_backend(config)
+    backends.register_backends()
+    return backends.with_reference_backend(config)
 
 
 _MARK = "_layerbits_scheme"

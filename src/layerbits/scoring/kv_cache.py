@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from layerbits.candidates import fp4
+from layerbits.candidates import backends
 from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
@@ -39,9 +39,9 @@ class KvCache:
         self._names = {m: n for n, m in model.named_modules() if n.startswith(prefix)}
         device = next(model.parameters()).device
         if device.type != "cuda":
-            fp4.register_backends()
+            backends.register_backends()
             entries = [{"quantizer_name": "*", "cfg": dict(settings)}]
-            settings = fp4.with_reference_backend({"quant_cfg": entries})["quant_cfg"][0]["cfg"]
+            settings = backends.with_reference_backend({"quant_cfg": entries})["quant_cfg"][0]["cfg"]
         self._attributes = QuantizerAttributeConfig.model_validate(settings)
         self._found: dict[Any, tuple[Any, Any]] = {}
 

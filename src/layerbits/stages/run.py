@@ -242,13 +242,13 @@ def _recipe(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuantSpe
 
 def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, Any]:
     """The search config, with our FP4 kernels named where ModelOpt's cannot run."""
-    from layerbits.candidates import fp4
+    from layerbits.candidates import backends
 
     config = candidate.search_config()
     if capability.fp4_numerics != "reference":
         return config
-    fp4.register_backends()
-    return fp4.with_reference_backend(config)
+    backends.register_backends()
+    return backends.with_reference_backend(config)
 
 
 def _held_configs(plan: Plan) -> dict[str, dict[str, Any]]:
