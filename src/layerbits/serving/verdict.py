@@ -18,7 +18,7 @@ what was found of good and of corrupted checkpoints.
 """
 
 DAMAGE_BOUND = 1.5
-"""Times the files' damage that a runtime may do, beside twice its noise: another draw of rounding does about as much."""
+"""Times the files' damage that a runtime may do, beside twice its noise."""
 
 NOISE_BOUND = 10.0
 """Times what rounding explains that the served unquantized model may be away from PyTorch's: a runtime rounds more
