@@ -17,6 +17,9 @@ Two sound computations of one scheme are as far apart as rounding makes them, so
 what was found of good and of corrupted checkpoints.
 """
 
+DAMAGE_BOUND = 1.5
+"""Times the files' damage that a runtime may do, beside twice its noise."""
+
 NOISE_BOUND = 10.0
 """Times what rounding explains that the served unquantized model may be away from PyTorch's: a runtime rounds more
 often than a module at a time (2.2 was found), but one that is further away computes another model."""
@@ -93,9 +96,14 @@ class Measured:
         return self.from_restored.kl / self.explained if self.explained > 0 else math.inf
 
     @property
+    def worse(self) -> bool:
+        """Whether the damage as served is beyond :data:`DAMAGE_BOUND` times that of the files and twice the noise."""
+        return self.served_damage.kl > DAMAGE_BOUND * self.restored_damage.kl + 2 * self.noise.kl
+
+    @property
     def diverges(self) -> bool:
         """Whether it is beyond what is explained."""
-        return not self.ratio <= BOUND
+        return not self.ratio <= BOUND or self.worse
 
     @property
     def sentence(self) -> str:
@@ -108,6 +116,8 @@ class Measured:
             return text
         if self.noise.kl > NOISE_BOUND * self.rounding_noise.kl:
             return f"{text}: the runtime computes another unquantized model, too"
+        if self.ratio <= BOUND:
+            text += f"; but it does {self.served_damage.kl:.3g} of damage, the files {self.restored_damage.kl:.3g}"
         return f"{text}: the runtime computes something else than the files say"
 
     def metrics(self) -> dict[str, float]:
