@@ -51,7 +51,7 @@ def test_every_engine_measures_the_same_loss_and_tells_that_of_the_first_batch(
     engine, method, changes = ENGINES[name]
     if changes.pop("pieces", False):
         monkeypatch.setattr("layerbits.scoring.steps.LOGITS_AT_ONCE", 5 * 384)
-        monkeypatch.setattr("layerbits.scoring.memory._free_bytes", lambda _device: 0)
+        monkeypatch.setattr("layerbits.scoring.memory.free_bytes", lambda _device: 0)
     told = []
     wanted = job(llama, tmp_path, configs("wint8_afp16"), method=method, **changes)
     scores = engine.score(replace(wanted, watch=lambda loss, tokens: told.append((loss, tokens))))

@@ -115,8 +115,13 @@ def test_runs_without_a_result_are_read_too(team_server, tmp_path):
 def test_an_alias_is_recorded_once_whatever_its_name(team_server, tmp_path):
     tracking.open_store(team_server.url, tmp_path)
     names = ("o'brien", 'say "hello"', "both ' and \"")
-    first = [tracking.log_cell(name, "skipped", "same", experiment="aliases", alias_of="0" * 32) for name in names]
-    again = [tracking.log_cell(name, "skipped", "same", experiment="aliases", alias_of="0" * 32) for name in names]
+
+    def record(name, overlay):
+        how = {"experiment": "aliases", "alias_of": "0" * 32, "params": {"eff.granularity": overlay}}
+        return tracking.log_cell(name, "skipped", "same", **how)
+
+    first = [record(name, overlay) for overlay, name in enumerate(names)]
+    again = [record(f"{name} again", overlay) for overlay, name in enumerate(names)]
     assert first == again
     assert len(set(first)) == len(names)
 

@@ -104,7 +104,7 @@ def test_a_result_survives_a_server_that_goes_away(server, tmp_path):
     assert str(failure.value).endswith(command)
     assert tracking.push(folder, server.url, run_id=opened[0]) == opened[0]
     run = mlflow.MlflowClient(server.url).get_run(opened[0])
-    assert (run.info.status, run.data.tags["outcome"], len(run.data.params)) == ("FINISHED", "ok", 22)
+    assert (run.info.status, run.data.tags["outcome"], len(run.data.params)) == ("FINISHED", "ok", 23)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
     spec, source = resolved.spec, resolved.source
     dequantize = {} if resolved.quantization is None else {"quantization_config": dequantizing(resolved.quantization)}
     try:
-        with _quiet():
+        with _quiet(bar=device_map != {"": "meta"}):
             model, info = model_class(resolved.config).from_pretrained(
                 source,
                 revision=spec.revision,
@@ -73,13 +73,21 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides what transformers prints of tensors that do not fit: it becomes one line of ours."""
+def _quiet(bar: bool) -> Iterator[None]:
+    """Hides what transformers prints of tensors that do not fit: it becomes one line of ours.
+
+    Args:
+        bar: Whether weights are loaded, so that its bar says what happens.
+    """
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    if not bar:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
