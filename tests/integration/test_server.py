@@ -117,7 +117,7 @@ def test_an_alias_is_recorded_once_whatever_its_name(team_server, tmp_path):
     names = ("o'brien", 'say "hello"', "both ' and \"")
 
     def record(name, overlay):
-        how = {"experiment": "aliases", "alias_of": "0" * 32, "params": {"eff.granularity": overlay}}
+        how = {"experiment": "aliases", "alias_of": "0" * 32, "params": {"eff.granularity": str(overlay)}}
         return tracking.log_cell(name, "skipped", "same", **how)
 
     first = [record(name, overlay) for overlay, name in enumerate(names)]

@@ -60,7 +60,7 @@ def verified(scored):
 @pytest.fixture
 def folder(scored, tmp_path):
     """A copy of a finished result to tamper with."""
-    (found,) = (scored["folder"] / "out" / "tmp").glob("*w_group64*")
+    (found,) = (scored["folder"] / "out" / "tmp").glob("wint4_afp16_*w_group64*")
     return Path(shutil.copytree(found, tmp_path / "result"))
 
 
