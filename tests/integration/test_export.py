@@ -216,7 +216,7 @@ def test_a_truncated_source_is_one_line(tmp_path):
     made = prepared(model, tmp_path, down=FP8)
     file = tmp_path / "model.safetensors"
     os.truncate(file, file.stat().st_size - 100)
-    with pytest.raises(UserError, match="cannot load the weights of .* may be incomplete") as error:
+    with pytest.raises(UserError, match=r"cannot load the weights of .* may be incomplete") as error:
         plan_export(made, tmp_path / "out")
     assert "\n" not in str(error.value)
 

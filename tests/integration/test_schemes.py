@@ -244,7 +244,16 @@ def test_schemes_of_a_grid_are_logged_and_printed(scored, made):
     assert set(run.data.params["eff.candidates"].split(",")) == {"wfp8_afp8", "wint4_afp16"}
     assert run.data.metrics["scheme/bits_6/bits"] <= 6
     paths = {a.path for a in MlflowClient(store).list_artifacts(run.info.run_id)}
-    assert paths == {"exclude", "figures", "llm_compressor", "modelopt", "pareto.json", "schemes", "schemes.json", "schemes.md"}
+    assert paths == {
+        "exclude",
+        "figures",
+        "llm_compressor",
+        "modelopt",
+        "pareto.json",
+        "schemes",
+        "schemes.json",
+        "schemes.md",
+    }
     written = [json.loads((made[2] / "schemes" / f"bits_{bits}.json").read_text()) for bits in (6, 9)]
     assert {c["name"] for data in written for c in data["candidates"]} == {"wfp8_afp8", "wint4_afp16"}
     assert "bits_9: [" in made[0].stdout
