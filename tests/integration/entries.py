@@ -69,6 +69,8 @@ def start(script: str, *arguments: object, **changes: str) -> Ended:
             os.chdir(folder)
             logging.root.handlers[:] = handlers
             GlobalHydra.instance().clear()
+            while mlflow.active_run():  # a process would have taken it along; the next script is no child of it
+                mlflow.end_run()
             mlflow.set_tracking_uri(None)
     return Ended(status, out.getvalue(), errors.getvalue())
 
