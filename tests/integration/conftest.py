@@ -1,9 +1,24 @@
 """What several integration tests share."""
 
+from contextlib import suppress
+
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 
 from layerbits import tracking
+
+
+@pytest.fixture(autouse=True)
+def no_run_stays_active():
+    """A run that a test leaves active would become the parent of the next test's."""
+    yield
+    left = []
+    while (run := mlflow.active_run()) is not None:
+        left.append(run.info.run_id)
+        with suppress(MlflowException):  # its store may be gone
+            mlflow.end_run()
+    assert not left, f"left active: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,7 @@ def test_the_store(disk, tmp_path, monkeypatch, made_store, left):
         logged()
     assert "full" in str(told.value) or FULL in str(told.value)
     assert "\n" not in str(told.value)
+    assert mlflow.active_run() is None  # MLflow would say FINISHED at exit
     disk.free()
     assert tracking.push(folder, store, run_id=opened[0]) == opened[0]
     client = mlflow.MlflowClient(store)

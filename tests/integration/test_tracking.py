@@ -11,6 +11,8 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
 
 from layerbits import progress, tracking
 from layerbits.errors import Unsupported, UserError
@@ -87,6 +89,19 @@ def test_everything_logged_reads_back(client, folder):
         for item in client.list_artifacts(run.info.run_id, top)
     }
     assert files >= {"manifest.json", "figures/heatmap.png", "report/layer-sensitivity-report.md", TABLE}
+
+
+def test_captions_that_another_run_brought_at_the_same_moment_are_logged(client, folder, monkeypatch):
+    log_inputs = mlflow.MlflowClient.log_inputs
+
+    def refused_once(self, *arguments):
+        monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", log_inputs)
+        raise MlflowException('duplicate key value violates unique constraint "dataset_pk"', BAD_REQUEST)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", refused_once)
+    with tracking.start_run("x", system_metrics=False) as session:
+        tracking.log_result(session, small_result(), folder)
+    assert len(client.get_run(session.run_id).inputs.dataset_inputs) == 1
 
 
 def test_lines_read_back_with_the_block_as_step(client, folder):

@@ -242,7 +242,7 @@ def push(
 
 
 def _log(client: Any, run_id: str, result: SensitivityResult, directory: Path) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+    from mlflow.entities import Metric, Param, RunTag
 
     start = time.perf_counter()
     at = contract.milliseconds(result)
@@ -250,8 +250,7 @@ def _log(client: Any, run_id: str, result: SensitivityResult, directory: Path) -
     client.log_artifacts(run_id, str(directory))
     client.log_text(run_id, contract.table(result), contract.TABLE)
     if captions := contract.dataset(result):
-        context = [InputTag("mlflow.data.context", "calibration")]
-        client.log_inputs(run_id, [DatasetInput(Dataset(**captions), context)])
+        _log_captions(client, run_id, captions)
     client.log_batch(run_id, params=[Param(*item) for item in contract.parameters(result).items()])
     metrics = [Metric(key, value, at, step) for key, value, step in contract.metrics(result)]
     metrics.append(Metric("seconds/log", time.perf_counter() - start, at, 0))
@@ -259,6 +258,20 @@ def _log(client: Any, run_id: str, result: SensitivityResult, directory: Path) -
         client.log_batch(run_id, metrics=metrics[first : first + _BATCH])
     # Last, for they say that the rest is there.
     client.log_batch(run_id, tags=[RunTag(*item) for item in contract.tags(result).items()])
+
+
+def _log_captions(client: Any, run_id: str, captions: Mapping[str, str]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+
+    inputs = [DatasetInput(Dataset(**captions), [InputTag("mlflow.data.context", "calibration")])]
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException as error:
+        # Of two runs that bring the same new dataset at once, PostgreSQL refuses one; now it is there.
+        if error.error_code != "BAD_REQUEST":
+            raise
+        client.log_inputs(run_id, inputs)
 
 
 def _find(client: Any, result_id: str) -> Any:

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -257,12 +257,13 @@ def _close(session: RunSession, ending: Ending) -> None:
     from mlflow.entities import RunTag
 
     client = mlflow.MlflowClient(session.tracking_uri)
+    reachable = answers(session.tracking_uri)
     try:
-        if answers(session.tracking_uri):
-            client.log_batch(session.run_id, tags=[RunTag(*tag) for tag in ending.tags.items()])
-            _end(client, session.run_id, ending.status)
-        else:
-            with impatient():  # still to be taken off MLflow's stack, or it is FINISHED at exit
+        with nullcontext() if reachable else impatient():
+            try:
+                if reachable:
+                    client.log_batch(session.run_id, tags=[RunTag(*tag) for tag in ending.tags.items()])
+            finally:  # off MLflow's stack in all cases, or it is FINISHED at exit
                 _end(client, session.run_id, ending.status)
     except Exception as error:
         message = f"run {session.run_id} could not be closed in {redact(session.tracking_uri)}: {one_line(error)}"
