@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-from layerbits.checkpoint.quantization import read_quantization  # noqa: E402
+from layerbits.checkpoint.labels import read_quantization  # noqa: E402
 from layerbits.checkpoint.reader import open_checkpoint  # noqa: E402
 from layerbits.checkpoint.restore import restore  # noqa: E402
 from layerbits.probing.apply import apply_scheme, find_ranges  # noqa: E402

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from layerbits.checkpoint.labels import FORMATS, MODELOPT
+from layerbits.checkpoint.label import FORMATS, MODELOPT
 from layerbits.errors import Unsupported, UserError
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import export_scheme

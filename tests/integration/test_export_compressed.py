@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from layerbits.checkpoint import write_compressed
+from layerbits.checkpoint.labels import read_quantization
 from layerbits.checkpoint.logits import DRIFT_BOUND
-from layerbits.checkpoint.quantization import read_quantization
 from layerbits.checkpoint.reader import INDEX, open_checkpoint
 from layerbits.checkpoint.restore import restore
 from layerbits.errors import Unsupported, UserError

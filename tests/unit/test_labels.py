@@ -9,7 +9,8 @@ from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.table import CONFIGS
 from layerbits.checkpoint import compressed
 from layerbits.checkpoint.formats import choose_format
-from layerbits.checkpoint.labels import AUTO, COMPRESSED, MODELOPT, check_shape, label_of
+from layerbits.checkpoint.label import AUTO, COMPRESSED, MODELOPT
+from layerbits.checkpoint.labels import check_shape, label_of
 from layerbits.checkpoint.modelopt import LABELS, label_of_layer
 from layerbits.errors import Unsupported, UserError
 

@@ -130,7 +130,7 @@ def _result(job: Any, name: str) -> JobReturn:
 
 
 def _dead(job: Any, name: str, state: str) -> JobReturn:
-    from layerbits.tracking.queue import record_dead
+    from layerbits.tracking.dead_jobs import record_dead
 
     reason = f"Slurm job {job.job_id} ended as {state} without a result; its output is {job.paths.stderr}"
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.checkpoint.files import read_json
-from layerbits.checkpoint.labels import (
+from layerbits.checkpoint.label import (
     COMPRESSED,
     INPUT_FP8,
     INPUT_FP8_TOKEN,

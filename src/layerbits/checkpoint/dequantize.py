@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from layerbits.checkpoint.labels import (
+from layerbits.checkpoint.label import (
     INPUT_FP8_TOKEN,
     INPUT_INT8,
     INPUT_INT8_TOKEN,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerbits.checkpoint.labels import AUTO, FORMATS, STAYS, Label, label_or_reason
+from layerbits.checkpoint.label import AUTO, FORMATS, Label
+from layerbits.checkpoint.labels import STAYS, label_or_reason
 from layerbits.checkpoint.runtimes import reads
 from layerbits.errors import Unsupported
 from layerbits.results.result import CandidateInfo

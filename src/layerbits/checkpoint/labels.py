@@ -1,74 +1,31 @@
-"""What an export calls a candidate, what the name means, and which candidates no name is right for.
+"""Which label says what a candidate is, and which candidates no label is right for.
 
-A label is all that a runtime learns about a weight. :mod:`layerbits.checkpoint.modelopt` has those of ModelOpt's
-exports, :mod:`layerbits.checkpoint.compressed` those of compressed-tensors; a candidate that neither can say is refused
-by name. :mod:`layerbits.checkpoint.table` writes all of them down.
+:mod:`layerbits.checkpoint.modelopt` has those of ModelOpt's exports, :mod:`layerbits.checkpoint.compressed` those of
+compressed-tensors; a candidate that neither can say is refused by name. :mod:`layerbits.checkpoint.table` writes all of
+them down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from layerbits.candidates.formats import algorithm_settings, normalise
 from layerbits.candidates.fused import shares_range
 from layerbits.candidates.linear import FP4, INPUT, WEIGHT, block_lengths, read_config
 from layerbits.candidates.table import SHARED, describe
-from layerbits.checkpoint.layouts.base import Layout, Scale
+from layerbits.checkpoint import compressed, modelopt
+from layerbits.checkpoint.files import read_json
+from layerbits.checkpoint.label import COMPRESSED, Label
+from layerbits.checkpoint.quantization import Quantization
+from layerbits.checkpoint.reader import Checkpoint
 from layerbits.errors import Unsupported
 from layerbits.results.result import CandidateInfo
 
-MODELOPT, COMPRESSED = "modelopt", "compressed-tensors"
-FORMATS = (MODELOPT, COMPRESSED)
-AUTO = "auto"
-
-INPUT_FP8, INPUT_FP8_TOKEN, INPUT_INT8, INPUT_INT8_TOKEN = "fp8", "fp8_token", "int8", "int8_token"
-INPUT_NVFP4, INPUT_MXFP4, INPUT_MXFP8 = "nvfp4", "mxfp4", "mxfp8"
 STAYS = "it stays available as fake quantization"
-NVFP4_DIVISOR = 6.0 * 448.0
-"""The largest E2M1 value times the largest E4M3 scale: what ModelOpt's NVFP4 kernel divides the range by."""
 
 _GRANULARITY = {"num_bits", "axis", "block_sizes", "type", "effective_bits"}
 _METHODS = {"max_calibrate", "_no_calibrate"}
-
-
-@dataclass(frozen=True)
-class Label:
-    """What an export says of a linear: what it means and how it is stored.
-
-    Attributes:
-        format: One of :data:`FORMATS`.
-        algo: ``quant_algo`` of ModelOpt, or the name that we give to a scheme of compressed-tensors.
-        weights: What the weights are, in the words of :func:`layerbits.candidates.table.describe`.
-        inputs: What the activations are, ``-`` = untouched.
-        layout: How the weight is stored.
-        arithmetic: What happens to the activations, one of the ``INPUT_*``; ``None`` = nothing.
-        input_scale: The scale of a calibrated activation range; ``None`` = none is stored.
-        one_scale: Whether runtimes have one ranged scale for the linears that they fuse.
-    """
-
-    format: str
-    algo: str
-    weights: str
-    inputs: str
-    layout: Layout
-    arithmetic: str | None = None
-    input_scale: Scale | None = None
-    one_scale: bool = False
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that a linear is stored in, apart from its bias."""
-        scales = (self.layout.scale, self.layout.second, self.input_scale)
-        more = ("weight_shape",) if self.layout.with_shape else ()
-        return (self.layout.tensor, *(scale.part for scale in scales if scale is not None), *more)
-
-    @property
-    def kernel_factor(self) -> float:
-        """What ModelOpt's NVFP4 kernel takes for the range, relative to it, to compute with the stored second scale."""
-        second = self.layout.second
-        return NVFP4_DIVISOR / second.divisor if second is not None and second.divisor else 1.0
 
 
 def label_of(info: CandidateInfo, format: str) -> Label:
@@ -85,8 +42,6 @@ def label_of(info: CandidateInfo, format: str) -> Label:
 
 def label_or_reason(info: CandidateInfo, format: str) -> tuple[Label | None, str]:
     """The label of one format that says what a candidate is, or ``None`` and why none does."""
-    from layerbits.checkpoint import compressed, modelopt
-
     config = normalise(info.config)
     cfgs = read_config(config).cfgs
     if why := _beyond_labels(config, cfgs):
@@ -115,9 +70,15 @@ def check_shape(info: CandidateInfo, label: Label, module: str, rows: int, colum
         raise Unsupported(f"{module} has {rows} rows, {label.algo} packs two in one; leave it unquantized")
 
 
-def meaning(weights: str, inputs: str) -> str:
-    """What a label means, in words."""
-    return f"{weights} x {'activations untouched' if inputs == '-' else inputs}"
+def read_quantization(checkpoint: Checkpoint) -> Quantization:
+    """Reads the configuration of an export.
+
+    Raises:
+        UserError: It is missing or damaged, or has a label that is not understood.
+    """
+    embedded = read_json(checkpoint.folder / "config.json").get("quantization_config") or {}
+    module = compressed if embedded.get("quant_method") == COMPRESSED else modelopt
+    return module.read(checkpoint)
 
 
 def _beyond_labels(config: Mapping[str, Any], cfgs: Mapping[str, Any]) -> str | None:

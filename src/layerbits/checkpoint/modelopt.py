@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from layerbits.checkpoint.files import read_json
-from layerbits.checkpoint.labels import (
+from layerbits.checkpoint.label import (
     INPUT_FP8,
     INPUT_FP8_TOKEN,
     INPUT_INT8,

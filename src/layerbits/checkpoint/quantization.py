@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from layerbits.checkpoint.files import read_json
-from layerbits.checkpoint.labels import COMPRESSED, Label
-from layerbits.checkpoint.reader import Checkpoint
+from layerbits.checkpoint.label import COMPRESSED, Label
 
 
 @dataclass(frozen=True)
@@ -37,16 +35,3 @@ class Quantization:
                 return re.match(pattern.removeprefix("re:"), name) is not None
             return pattern == name
         return fnmatchcase(name, pattern)
-
-
-def read_quantization(checkpoint: Checkpoint) -> Quantization:
-    """Reads the configuration of an export.
-
-    Raises:
-        UserError: It is missing or damaged, or has a label that is not understood.
-    """
-    from layerbits.checkpoint import compressed, modelopt
-
-    embedded = read_json(checkpoint.folder / "config.json").get("quantization_config") or {}
-    module = compressed if embedded.get("quant_method") == COMPRESSED else modelopt
-    return module.read(checkpoint)

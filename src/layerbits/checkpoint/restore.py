@@ -8,7 +8,7 @@ from typing import Any
 
 from layerbits.checkpoint.dequantize import dequantize, logical_shape, quantize_input
 from layerbits.checkpoint.experts import ExpertLinear, expert_linears
-from layerbits.checkpoint.labels import Label
+from layerbits.checkpoint.label import Label
 from layerbits.checkpoint.names import names_on_disk
 from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint

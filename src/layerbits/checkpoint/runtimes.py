@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerbits.checkpoint.labels import MODELOPT, Label
+from layerbits.checkpoint.label import MODELOPT, Label
 
 VERSION = "0.32.0"
 READS, REFUSES = "reads it", "refuses it"

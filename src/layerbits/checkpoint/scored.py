@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from layerbits.checkpoint.experts import ExpertLinear, expert_linears
-from layerbits.checkpoint.labels import COMPRESSED, Label
+from layerbits.checkpoint.label import COMPRESSED, Label
 
 if TYPE_CHECKING:
     import torch

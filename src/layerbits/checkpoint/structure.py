@@ -13,8 +13,9 @@ from layerbits.candidates.fused import fused
 from layerbits.checkpoint import compressed, modelopt
 from layerbits.checkpoint.dequantize import check_parts
 from layerbits.checkpoint.files import read_json
-from layerbits.checkpoint.labels import COMPRESSED
-from layerbits.checkpoint.quantization import Quantization, read_quantization
+from layerbits.checkpoint.label import COMPRESSED
+from layerbits.checkpoint.labels import read_quantization
+from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.errors import UserError
 

@@ -13,7 +13,8 @@ from layerbits.candidates.candidate import Candidate, resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
 from layerbits.candidates.table import load_overlays, load_pairs
-from layerbits.checkpoint.labels import COMPRESSED, FORMATS, MODELOPT, label_or_reason
+from layerbits.checkpoint.label import COMPRESSED, FORMATS, MODELOPT
+from layerbits.checkpoint.labels import label_or_reason
 from layerbits.checkpoint.runtimes import reads, vllm
 from layerbits.errors import Unsupported
 

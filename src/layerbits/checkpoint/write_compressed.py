@@ -19,7 +19,7 @@ from layerbits.candidates import fp4, mxfp8
 from layerbits.checkpoint import compressed
 from layerbits.checkpoint.compare import fake_quantized
 from layerbits.checkpoint.files import copy_files, read_json
-from layerbits.checkpoint.labels import Label
+from layerbits.checkpoint.label import Label
 from layerbits.checkpoint.reader import INDEX, Checkpoint
 from layerbits.checkpoint.scored import ScoredLayer
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerbits.checkpoint.labels import AUTO, FORMATS
+from layerbits.checkpoint.label import AUTO, FORMATS
 from layerbits.errors import UserError
 from layerbits.export.plan import KV_CACHES, ExportPlan, plan_exports
 

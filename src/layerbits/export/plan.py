@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerbits.checkpoint.formats import choose_format
-from layerbits.checkpoint.labels import AUTO, COMPRESSED, FORMATS, MODELOPT, Label, check_shape
+from layerbits.checkpoint.label import AUTO, COMPRESSED, FORMATS, MODELOPT, Label
+from layerbits.checkpoint.labels import check_shape
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
 

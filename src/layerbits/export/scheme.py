@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerbits.atomic import scratch_folder, whole_folder, why_unwritable, write_json
-from layerbits.checkpoint.labels import AUTO
+from layerbits.checkpoint.label import AUTO
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.offload import offloaded
@@ -235,7 +235,7 @@ def _write_format(
     plan: ExportPlan, loaded: LoadedModel, layers: list[ScoredLayer], folder: Path, on_disk: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
     """Writes the files in the plan's format; ranges of the KV cache by the names of their scales in memory."""
-    from layerbits.checkpoint.labels import COMPRESSED
+    from layerbits.checkpoint.label import COMPRESSED
 
     if plan.format == COMPRESSED:
         from layerbits.checkpoint.write_compressed import write_compressed
@@ -254,9 +254,9 @@ def _prove(
     plan: ExportPlan, folder: Path, scored: _Scored, known: Mapping[str, tuple[str, str]], seconds: dict[str, float]
 ) -> Proof:
     from layerbits.checkpoint.compare import compare_excluded, compare_layer, kv_problems
+    from layerbits.checkpoint.labels import read_quantization
     from layerbits.checkpoint.logits import compare_logits, logits_of
     from layerbits.checkpoint.proof import Proof, other_schemes_with
-    from layerbits.checkpoint.quantization import read_quantization
     from layerbits.checkpoint.restore import at_stored_numbers, restore
     from layerbits.checkpoint.structure import check_structure
 

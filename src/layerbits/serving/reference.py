@@ -93,7 +93,7 @@ def reference(
     Raises:
         UserError: The source or the checkpoint cannot be loaded.
     """
-    from layerbits.checkpoint.quantization import read_quantization
+    from layerbits.checkpoint.labels import read_quantization
     from layerbits.checkpoint.restore import restore
     from layerbits.probing.apply import apply_scheme, find_ranges
 
