@@ -111,14 +111,19 @@ def test_compressed_tensors_says_weights_and_activations_apart(pair, overlay, va
     assert compressed.label_of_group(compressed.scheme_of(label)) == label
 
 
-@pytest.mark.parametrize("inputs", ["-", *compressed.INPUTS])
-@pytest.mark.parametrize("weights", [*compressed.WEIGHTS, "INT4 per group of 64", "INT8 per group of 128"])
-def test_every_scheme_of_ours_is_one_of_the_library(weights, inputs):
+SCHEMES = [
+    label
+    for weights in (*compressed.WEIGHTS, "INT4 per group of 64", "INT8 per group of 128")
+    for inputs in ("-", *compressed.INPUTS)
+    if (label := compressed.find(weights, inputs)) is not None
+]
+
+
+@pytest.mark.parametrize("label", SCHEMES, ids=[label.algo for label in SCHEMES])
+def test_every_scheme_of_ours_is_one_of_the_library(label):
     from compressed_tensors.compressors.base import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    if (label := compressed.find(weights, inputs)) is None:
-        pytest.skip("no label")
     scheme = QuantizationScheme(targets=["Linear"], **compressed.scheme_of(label))
     names = set(BaseCompressor.get_value_from_registry(scheme.format).compression_param_names(scheme))
     names -= {"input_global_scale", "weight_global_scale"}  # 0.17 names them for schemes that have none as well
