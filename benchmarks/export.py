@@ -38,6 +38,7 @@ from layerbits.probing.probe import probe_schemes
 from layerbits.probing.report import markdown
 from layerbits.provenance import provenance
 from layerbits.schemes.catalog import load_specs
+from layerbits.schemes.kv_cache import with_cache
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.source import load_scores
 
@@ -175,7 +176,8 @@ def main() -> None:
     schemes = make_schemes(specs, load_scores([str(result)]))
     save("schemes", start)
     start = clock()
-    plans = plan_exports(schemes, work / "export", arguments.kv_cache)
+    schemes = [with_cache(scheme, arguments.kv_cache) for scheme in schemes]
+    plans = plan_exports(schemes, work / "export")
     ranges = export.shared_ranges(plans, device)
     save("plan and calibrate", start)
 

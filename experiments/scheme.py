@@ -6,7 +6,6 @@ python experiments/scheme.py run_id=outputs/tmp/RUN schemes=none effective_bits=
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from layerbits.schemes.folder import write_schemes
 from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import digests, excludes, markdown, metrics, parameters
 from layerbits.schemes.settings import SchemeSettings
-from layerbits.schemes.source import load_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -26,8 +24,7 @@ def scheme(config: dict[str, Any]) -> None:
     settings = SchemeSettings.from_config(config, CONFIGS / "scheme")
 
     def make(uri: str | None) -> entry.Derived:
-        source = load_scores(settings.references, uri)
-        source = source if settings.cost_model is None else replace(source, cost_model=settings.cost_model)
+        source = settings.source(uri)
         made = make_schemes(settings.specs, source)
         points = curve(settings.base, source, settings.pareto) if settings.pareto else []
         folder = write_schemes(settings.output_root, source, made, points)

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from layerbits.candidates.linear import E4M3, FP4, FP8
 
-KV_FORMATS: Mapping[str, Mapping[str, Any]] = {
-    "fp8": {"num_bits": FP8},
-    "nvfp4": {
-        "num_bits": FP4,
-        "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": E4M3},
-        "effective_bits": 4.5,
-    },
+NO_CACHE = "none"
+"""What stands for keys and values as they are."""
+
+_FP8 = {"num_bits": FP8}
+_NVFP4 = {
+    "num_bits": FP4,
+    "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": E4M3},
+    "effective_bits": 4.5,
 }
-"""Quantizer settings by name."""
+_CAST = {"use_constant_amax": True}
+
+KV_FORMATS: Mapping[str, Mapping[str, Any]] = {
+    "fp8": _FP8,
+    "nvfp4": _NVFP4,
+    "fp8_cast": {**_FP8, **_CAST},
+    "nvfp4_cast": {**_NVFP4, **_CAST},
+}
+"""Quantizer settings by the name of ModelOpt's preset; ``_cast`` has a constant for the range."""
 
 QUANTIZERS = ("k_bmm_quantizer", "v_bmm_quantizer")
+
+
+def kv_name(settings: Mapping[str, Any] | None) -> str | None:
+    """The name of some quantizer settings, ``None`` where they are none of :data:`KV_FORMATS`."""
+    if settings is None:
+        return NO_CACHE
+    said = _computed(settings)
+    return next((name for name, known in KV_FORMATS.items() if _computed(known) == said), None)
+
+
+def _computed(settings: Mapping[str, Any]) -> Any:
+    """The settings that change a value, in JSON's types."""
+    return json.loads(json.dumps({key: value for key, value in settings.items() if key != "effective_bits"}))

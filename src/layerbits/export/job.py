@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerbits.checkpoint.label import AUTO, FORMATS
 from layerbits.errors import UserError
-from layerbits.export.plan import KV_CACHES, ExportPlan, plan_exports
+from layerbits.export.plan import ExportPlan, plan_exports
 
 if TYPE_CHECKING:
     from layerbits.export.scheme import Export
@@ -32,7 +32,6 @@ class ExportSettings:
 
     root: Path | None
     output_root: Path
-    kv_cache: str
     format: str
     device: str
     artifact_bytes: float
@@ -46,8 +45,6 @@ class ExportSettings:
         Raises:
             UserError: A value is not one of its choices, or something is to be registered without tracking.
         """
-        if config["kv_cache"] not in KV_CACHES:
-            raise UserError(f"kv_cache={config['kv_cache']} is not known; use {' or '.join(KV_CACHES)}")
         if config["format"] not in (*FORMATS, AUTO):
             raise UserError(f"format={config['format']} is not known; use {', '.join(FORMATS)} or {AUTO}")
         try:
@@ -63,7 +60,6 @@ class ExportSettings:
         return cls(
             root=None if root in _NONE else Path(root).expanduser().absolute(),
             output_root=Path(config["output_root"]).expanduser().absolute(),
-            kv_cache=config["kv_cache"],
             format=config["format"],
             device=config["device"],
             artifact_bytes=size,
@@ -95,13 +91,13 @@ def run_exports(
     from layerbits.export.scheme import export_scheme, is_exported, known_exports, shared_ranges
 
     root = settings.folder(schemes[0].model.name if schemes else "")
-    done = [s for s in schemes if is_exported(root / s.name, s, settings.kv_cache, settings.format)]
+    done = [s for s in schemes if is_exported(root / s.name, s, settings.format)]
     for scheme in done:
         print(f"{scheme.name} is exported and proven already: {root / scheme.name}; delete it to do so again")
     schemes = [scheme for scheme in schemes if scheme not in done]
     if done and not schemes:
         return
-    plans = plan_exports(schemes, root, settings.kv_cache, settings.format)
+    plans = plan_exports(schemes, root, settings.format)
     ranges = shared_ranges(plans, settings.device)
     failed = []
     for plan in plans:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.checkpoint.formats import choose_format
 from layerbits.checkpoint.label import AUTO, COMPRESSED, FORMATS, MODELOPT, Label
 from layerbits.checkpoint.labels import check_shape
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from layerbits.probing.loading import Prepared
     from layerbits.schemes import Scheme
 
-KV_CACHES = ("none", "fp8")
 EXPERT_LABELS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4")
 """Labels whose export is proven for experts."""
 
@@ -39,7 +39,6 @@ class ExportPlan:
         format: ``modelopt`` or ``compressed-tensors``.
         labels: Candidate name → its label.
         target: Folder of the export; does not exist, or is empty.
-        kv_cache: ``none`` or ``fp8``.
         bytes: Estimated size of the export.
     """
 
@@ -48,7 +47,6 @@ class ExportPlan:
     format: str
     labels: Mapping[str, Label]
     target: Path
-    kv_cache: str
     bytes: int
 
     @property
@@ -57,7 +55,7 @@ class ExportPlan:
         return self.prepared.scheme
 
 
-def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none", format: str = AUTO) -> list[ExportPlan]:
+def plan_exports(schemes: Sequence[Scheme], root: Path, format: str = AUTO) -> list[ExportPlan]:
     """Checks the exports of some schemes of one model, each into a folder of its name below ``root``.
 
     Raises:
@@ -67,32 +65,35 @@ def plan_exports(schemes: Sequence[Scheme], root: Path, kv_cache: str = "none", 
     from layerbits.probing.loading import prepare_together
 
     prepared = prepare_together(schemes, "export")
-    plans = [plan_export(replace(prepared, scheme=s), root / s.name, kv_cache, format) for s in schemes]
+    plans = [plan_export(replace(prepared, scheme=s), root / s.name, format) for s in schemes]
     _check_space(plans[0].target, sum(plan.bytes for plan in plans), f"{len(plans)} schemes")
     return plans
 
 
-def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none", format: str = AUTO) -> ExportPlan:
+def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportPlan:
     """Checks an export before anything heavy is loaded.
 
     Args:
-        prepared: The scheme with its model and calibration rows.
+        prepared: The scheme with its model and calibration rows; scales of its FP8 KV cache are stored as well.
         target: Folder of the export.
-        kv_cache: ``fp8`` calibrates and stores scales of an FP8 KV cache as well.
         format: ``modelopt``, ``compressed-tensors``, or ``auto``: the first that vLLM reads.
 
     Raises:
         UserError: The folder is not empty, the disk too small, or the source checkpoint cannot be read.
-        Unsupported: A candidate whose label would not say what was scored, or a weight that does not fit it.
+        Unsupported: A candidate whose label would not say what was scored, a weight that does not fit it, or a KV cache
+            other than FP8.
     """
     from layerbits.inputs.models import empty_model, scored_linears
 
     scheme = prepared.scheme
-    if kv_cache not in KV_CACHES:
-        raise UserError(f"kv_cache={kv_cache} is not known; use {' or '.join(KV_CACHES)}")
     if format not in (*FORMATS, AUTO):
         raise UserError(f"format={format} is not known; use {', '.join(FORMATS)} or {AUTO}")
-    if kv_cache != "none":
+    if scheme.kv_cache != NO_CACHE:
+        if scheme.kv_cache != "fp8":
+            raise Unsupported(
+                f"scheme {scheme.name} has a KV cache of {scheme.kv_cache}, and checkpoints are proven with one of fp8 "
+                "alone; use kv_cache=fp8 or none"
+            )
         if format == COMPRESSED:
             raise UserError("kv_cache=fp8 is written by ModelOpt alone; use format=modelopt, or kv_cache=none")
         format = MODELOPT
@@ -118,7 +119,7 @@ def plan_export(prepared: Prepared, target: Path, kv_cache: str = "none", format
                 f"proven for experts ({', '.join(EXPERT_LABELS)} are); leave it unquantized"
             )
     source = open_checkpoint(source_folder(prepared.resolved))
-    plan = ExportPlan(prepared, source, format, labels, target, kv_cache, _estimate(scheme, source))
+    plan = ExportPlan(prepared, source, format, labels, target, _estimate(scheme, source))
     _check_space(target, plan.bytes, scheme.name)
     return plan
 

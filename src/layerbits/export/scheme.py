@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerbits.atomic import scratch_folder, whole_folder, why_unwritable, write_json
+from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.checkpoint.label import AUTO
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.offload import offloaded
+from layerbits.schemes.kv_cache import with_cache
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +122,8 @@ def shared_ranges(plans: Sequence[ExportPlan], device: str) -> Ranges:
     from layerbits.probing.apply import find_ranges
 
     prepared = plans[0].prepared
-    return find_ranges(prepared.load(device).model, [plan.scheme for plan in plans], prepared.calibration)
+    schemes = [with_cache(plan.scheme, NO_CACHE) for plan in plans]  # the exporter calibrates caches itself
+    return find_ranges(prepared.load(device).model, schemes, prepared.calibration)
 
 
 def export_scheme(
@@ -165,18 +168,17 @@ def export_scheme(
     return Export(plan.scheme, plan.target, report, proof)
 
 
-def is_exported(target: Path, scheme: Scheme, kv_cache: str, format: str) -> bool:
+def is_exported(target: Path, scheme: Scheme, format: str) -> bool:
     """Whether a folder is the proven export of a scheme, as an earlier start of the same job left it.
 
     Args:
         target: The folder.
         scheme: The scheme.
-        kv_cache: As asked for.
         format: As asked for; ``auto`` is any.
     """
     try:
         record = json.loads((target / MANIFEST).read_text())["record"]
-        same = (record["scheme_digest"], record["kv_cache"]) == (scheme.digest, kv_cache)
+        same = (record["scheme_digest"], record["kv_cache"]) == (scheme.digest, scheme.kv_cache)
         return same and format in (AUTO, record["format"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         return False
@@ -217,7 +219,8 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
     rows = some_rows(batches)
     with _timed(seconds, "logits"):
         unquantized = logits_of(model, rows)
-        with apply_scheme(model, scheme, ranges, keep_weights=False):
+        # as the restored checkpoint is compared: with the KV cache as it is
+        with apply_scheme(model, with_cache(scheme, NO_CACHE), ranges, keep_weights=False):
             applied = logits_of(model, rows)
     streaming = offloaded(model)
     if streaming is not None:  # ModelOpt exports whole models: this one fits into host memory alone
@@ -244,7 +247,7 @@ def _write_format(
         return {}
     from layerbits.checkpoint.write_modelopt import write_checkpoint
 
-    kv_batches = plan.prepared.calibration if plan.kv_cache == "fp8" else ()
+    kv_batches = plan.prepared.calibration if plan.scheme.kv_cache == "fp8" else ()
     return write_checkpoint(
         loaded.model, plan.scheme, layers, folder, plan.source.folder, kv_batches, loaded.info.language_model
     )
@@ -298,8 +301,8 @@ def _record(plan: ExportPlan, exported: Checkpoint, scored: _Scored) -> Record:
     from layerbits.checkpoint.proof import Record
 
     scheme = plan.scheme
-    static = plan.kv_cache != "none" or any(layer.label.input_scale for layer in scored.layers)
-    recipe = [scheme.digest, plan.format, scored.dtype, plan.kv_cache, asdict(scheme.calibration) if static else None]
+    static = scheme.kv_cache != NO_CACHE or any(layer.label.input_scale for layer in scored.layers)
+    recipe = [scheme.digest, plan.format, scored.dtype, scheme.kv_cache, asdict(scheme.calibration) if static else None]
     return Record(
         scheme=scheme.name,
         scheme_digest=scheme.digest,
@@ -309,7 +312,7 @@ def _record(plan: ExportPlan, exported: Checkpoint, scored: _Scored) -> Record:
         format=plan.format,
         labels=dict(Counter(layer.label.algo for layer in scored.layers)),
         effective_bits=scheme.effective_bits,
-        kv_cache=plan.kv_cache,
+        kv_cache=scheme.kv_cache,
         dtype=scored.dtype,
         device=scored.device,
         bytes=_bytes(exported),

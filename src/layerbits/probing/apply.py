@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from layerbits.candidates import backends, fp4
 from layerbits.candidates.formats import Format, normalise, plain
 from layerbits.candidates.fused import fused, shares_range
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
+from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.linears import is_quantizable, run, weight_of
@@ -25,6 +27,7 @@ from layerbits.inputs.offload import device_of, offloaded
 from layerbits.results.result import CandidateInfo
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import ExpertsTap
+from layerbits.scoring.kv_cache import KvCache, KvRanges
 from layerbits.scoring.taps import Taps
 
 if TYPE_CHECKING:
@@ -39,13 +42,15 @@ class Ranges:
     Attributes:
         amax: Full module name → settings of an input quantizer (JSON), for an expert module after the name of the
             projection, → largest magnitude.
+        kv: Format of the KV cache → its ranges.
     """
 
     amax: Mapping[str, Mapping[str, Any]]
+    kv: Mapping[str, KvRanges] = field(default_factory=dict)
 
 
 def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch]) -> Ranges:
-    """Finds the static activation ranges that some schemes need, all in one forward over the batches.
+    """Finds the static activation ranges that some schemes need, of all linears in one forward over the batches.
 
     Args:
         model: The whole model, unquantized.
@@ -53,14 +58,21 @@ def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch])
         batches: Calibration batches (``Calibration.calib``).
 
     Raises:
-        UserError: A linear of a scheme is not in the model or never called, or its input is not finite.
+        UserError: A linear of a scheme is not in the model or never called, its input is not finite, or the model
+            has no KV cache to quantize.
         Unsupported: A candidate needs more than ranges (AWQ, SmoothQuant, chained quantizers).
     """
+    kv: dict[str, KvRanges] = {}
+    for scheme in schemes:
+        if scheme.kv_cache not in (NO_CACHE, *kv):
+            cache = _cache(model, scheme)
+            cache.calibrate(batches)
+            kv[scheme.kv_cache] = cache.ranges()
     infos = {c.config_hash: c for scheme in schemes for c in scheme.candidates}
     names = list(dict.fromkeys(module for scheme in schemes for module in scheme.modules))
     linears = {name: _linear(model, name) for name in names}
     if not linears:
-        return Ranges({})
+        return Ranges({}, kv)
     device = model.get_input_embeddings().weight.device
     settings = quantizers.distinct_settings([runtime_config(c, device) for c in infos.values()])
     taps = Taps(model, names, settings)
@@ -70,22 +82,25 @@ def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch])
         {
             tap.name: {_key(settings, i, site): found[name] for name, site, i, _ in tap.range_names() if name in found}
             for tap in taps.taps
-        }
+        },
+        kv,
     )
 
 
 class AppliedScheme:
     """A scheme in force on a model until :meth:`remove`, or until the end of a ``with`` block."""
 
-    def __init__(self, scheme: Scheme, linears: Mapping[str, Any]) -> None:
+    def __init__(self, scheme: Scheme, linears: Mapping[str, Any], cache: ExitStack) -> None:
         self.scheme = scheme
         self._linears = linears
+        self._cache = cache
 
     def remove(self) -> None:
         """Takes the quantizers away; a second call does nothing."""
         for module in self._linears.values():
             _restore(module)
         self._linears = {}
+        self._cache.close()
 
     def __enter__(self) -> AppliedScheme:
         return self
@@ -138,9 +153,18 @@ def apply_scheme(
             else:
                 pair = module_quantizers(linears[name], name, info, ranges, together[name], wholes.get(name))
                 forwards[keys[name]] = _quantized_forward(linears[name], *pair, keep_weights)
+    stack = ExitStack()
+    if scheme.kv_cache != NO_CACHE:
+        cache = _cache(model, scheme)
+        cache.load_ranges(ranges.kv[scheme.kv_cache])
+        stack.enter_context(cache.active())
     for name, module in linears.items():
         _replace(module, forwards[keys[name]], scheme.name)
-    return AppliedScheme(scheme, linears)
+    return AppliedScheme(scheme, linears, stack)
+
+
+def _cache(model: Any, scheme: Scheme) -> KvCache:
+    return KvCache(model, KV_FORMATS[scheme.kv_cache], scheme.model.language_model)
 
 
 def fused_with(linears: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.results.result import FloatArray, ModelInfo
 
 SCHEMA_VERSION = 1
@@ -48,10 +49,13 @@ class SchemeProbe:
     """One scheme's measured error beside what was predicted for it.
 
     Attributes:
-        method: What made it: ``budget``, ``coverage``, or a control: ``random``, ``first_last``.
+        method: What made it: ``budget``, ``coverage``, ``kv_cache`` (a KV cache alone), or a control: ``random``,
+            ``first_last``.
         control_of: Scheme that it is a control of, ``None`` for a scheme.
-        predicted_kl: Sum of the predicted KL over the quantized groups, nats per token; NaN where there is none.
+        predicted_kl: Predicted KL of the quantized groups and of the KV cache, summed, nats per token; NaN where one of
+            them has none.
         caption_kl: ``[captions]`` KL summed over the tokens of each caption; what differences are told from chance by.
+        kv_cache: Its KV cache.
     """
 
     scheme: str
@@ -63,6 +67,7 @@ class SchemeProbe:
     difference: Difference
     caption_kl: tuple[float, ...]
     seconds: float
+    kv_cache: str = NO_CACHE
 
     @property
     def additivity(self) -> float:
@@ -131,14 +136,14 @@ class ProbeResult:
     created: str = ""
 
     def comparisons(self) -> list[Comparison]:
-        """Each scheme against its controls, then against the scheme with the next fewer bits."""
+        """Each scheme against its controls, then against that with the next fewer bits and the same KV cache."""
         by_name = {s.scheme: s for s in self.schemes}
         found = [self._compared(by_name[s.control_of], s, "control") for s in self.schemes if s.control_of in by_name]
-        own = sorted((s for s in self.schemes if s.control_of is None), key=lambda s: -s.effective_bits)
+        own = sorted((s for s in self.schemes if s.control_of is None), key=lambda s: (s.kv_cache, -s.effective_bits))
         found += [
             self._compared(more, fewer, "fewer bits")
             for more, fewer in pairwise(own)
-            if fewer.effective_bits < more.effective_bits
+            if fewer.kv_cache == more.kv_cache and fewer.effective_bits < more.effective_bits
         ]
         return found
 

@@ -27,7 +27,7 @@ _MAY_KEEP = 0.25  # of the free memory, for quantized weights
 
 
 def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device: str, root: Path) -> ProbeResult:
-    """Finds the model and the held-out rows of some schemes, and measures them.
+    """Finds the model and the held-out rows of some schemes, and measures them, and each of their KV caches alone.
 
     Args:
         schemes: Of one model and calibration.
@@ -42,7 +42,9 @@ def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device:
     """
     from layerbits.probing.loading import prepare_together
     from layerbits.provenance import provenance
+    from layerbits.schemes.kv_cache import toggles
 
+    schemes = [*schemes, *toggles(schemes)]
     prepared = prepare_together(schemes, "probe")
     data = prepared.scheme.calibration
     packing, seq_len, _ = data.row_shape
@@ -147,10 +149,11 @@ def probe(
                 method=str(scheme.how.get("method", "")),
                 control_of=scheme.how.get("reference"),
                 effective_bits=scheme.effective_bits,
-                predicted_kl=scheme.predicted_kl,
+                predicted_kl=scheme.predicted_kl + scheme.kv_predicted_kl,
                 difference=difference,
                 caption_kl=captions,
                 seconds=clock() - start,
+                kv_cache=scheme.kv_cache,
             )
         )
     seconds["probe"] = clock() - began

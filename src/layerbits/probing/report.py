@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.atomic import dated, whole_folder, write_json
+from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.probing.measured import DECIDED, Difference, ProbeResult
 
 
@@ -32,6 +33,7 @@ def markdown(result: ProbeResult) -> str:
         f"| noise floor | 16 | {result.floor.perplexity:.4f} | {_kl(result.floor)} | | | {_logits(result.floor)} |",
         "",
         f"Noise floor: {result.floor_kind}. Standard errors (SE) are over the captions.",
+        *(f"KV cache {name}: {', '.join(those)}." for name, those in _caches(result).items()),
     ]
     below = [s.scheme for s in result.schemes if s.difference.kl <= result.floor.kl]
     lines += [f"Not above the noise floor: {', '.join(below)}."] if below else []
@@ -61,6 +63,7 @@ def parameters(result: ProbeResult) -> dict[str, str]:
         "eff.seq_len": str(data.seq_len),
         "eff.rows": str(data.rows),
         "eff.schemes": ",".join(s.scheme for s in result.schemes),
+        "eff.kv_cache": ",".join(_caches(result)) or NO_CACHE,
     }
 
 
@@ -112,6 +115,15 @@ def write_probe(result: ProbeResult, root: Path) -> Path:
         if any(s.difference.kl >= 0 for s in result.schemes):
             save_png(figure(result), partial / "figures" / "probe.png")
     return final
+
+
+def _caches(result: ProbeResult) -> dict[str, list[str]]:
+    """Format of the KV cache → the schemes that have it."""
+    found: dict[str, list[str]] = {}
+    for scheme in result.schemes:
+        if scheme.kv_cache != NO_CACHE:
+            found.setdefault(scheme.kv_cache, []).append(scheme.scheme)
+    return found
 
 
 def _kl(difference: Difference) -> str:

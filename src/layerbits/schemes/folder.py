@@ -27,7 +27,6 @@ def write_schemes(
     points: Sequence[Mapping[str, float]] = (),
     name: str = "",
     more: Mapping[str, str] | None = None,
-    kv_cache: str = "none",
 ) -> Path:
     """Writes each scheme with its exclude list and as recipes, ``schemes.md``, ``schemes.json`` and the Pareto curve.
 
@@ -38,7 +37,6 @@ def write_schemes(
         points: The Pareto curve.
         name: Of the folder, less the time; made of the model by default.
         more: Further files, path → text.
-        kv_cache: What the recipes say of the KV cache.
 
     Returns:
         The folder.
@@ -53,7 +51,7 @@ def write_schemes(
             exclude = partial / "exclude" / f"{scheme.name}.yaml"
             exclude.parent.mkdir(exist_ok=True)
             exclude.write_text(exclude_yaml(scheme))
-            write_recipes(partial, scheme, kv_cache)
+            write_recipes(partial, scheme)
         for path, text in (more or {}).items():
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             (partial / path).write_text(text)
@@ -66,13 +64,13 @@ def write_schemes(
     return final
 
 
-def write_recipes(folder: Path, scheme: Scheme, kv_cache: str = "none") -> None:
+def write_recipes(folder: Path, scheme: Scheme) -> None:
     """Writes ``modelopt/<scheme>.yaml`` and ``llm_compressor/<scheme>.yaml``, or the reason why there is none."""
     for kind, made in (("modelopt", ptq_recipe_yaml), ("llm_compressor", compressor_recipe_yaml)):
         target = folder / kind / f"{scheme.name}.yaml"
         target.parent.mkdir(exist_ok=True)
         try:
-            target.write_text(made(scheme, kv_cache))
+            target.write_text(made(scheme))
         except Unsupported as error:
             target.with_suffix(".txt").write_text(f"{error}\n")
 

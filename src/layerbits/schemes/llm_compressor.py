@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from layerbits.candidates.kv_cache import KV_FORMATS
+from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.candidates.linear import E4M3, E8M0, FP4, FP8, INPUT, WEIGHT, block_lengths, read_config
 from layerbits.errors import Unsupported
 from layerbits.results.result import CandidateInfo
@@ -17,7 +17,7 @@ from layerbits.schemes.scheme import Scheme
 _VISION = ("re:.*visual.*", "re:.*vision_tower.*", "re:.*vision_model.*", "re:.*multi_modal_projector.*")
 
 
-def compressor_recipe(scheme: Scheme, kv_cache: str = "none") -> dict[str, Any]:
+def compressor_recipe(scheme: Scheme) -> dict[str, Any]:
     """The recipe as plain data.
 
     Targets are regular expressions over module names, one per kind of linear, with the blocks that it covers; every
@@ -25,7 +25,6 @@ def compressor_recipe(scheme: Scheme, kv_cache: str = "none") -> dict[str, Any]:
 
     Args:
         scheme: The scheme.
-        kv_cache: ``none``, or one of :data:`~layerbits.candidates.kv_cache.KV_FORMATS`.
 
     Raises:
         Unsupported: compressed-tensors has no such scheme: a scale per input channel, a search of weight ranges, a
@@ -44,15 +43,18 @@ def compressor_recipe(scheme: Scheme, kv_cache: str = "none") -> dict[str, Any]:
     vision = [p for p in _VISION if not any(re.match(p.removeprefix("re:"), m) for m in scheme.modules)]
     ignore = [*head, *vision, *_patterns(scheme.exclude)]
     modifier: dict[str, Any] = {"ignore": ignore, "config_groups": groups}
-    if kv_cache != "none":
-        cache = _one(KV_FORMATS[kv_cache], INPUT)
+    if scheme.kv_cache != NO_CACHE:
+        settings = KV_FORMATS[scheme.kv_cache]
+        cache = None if "use_constant_amax" in settings else _one(settings, INPUT)
         if cache is None or cache["strategy"] != "tensor":
-            raise Unsupported(f"scheme {scheme.name}: llm-compressor has no {kv_cache} KV cache; use kv_cache=fp8")
+            raise Unsupported(
+                f"scheme {scheme.name}: llm-compressor has no {scheme.kv_cache} KV cache; use kv_cache=fp8 or none"
+            )
         modifier["kv_cache_scheme"] = cache
     return {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
 
 
-def compressor_recipe_yaml(scheme: Scheme, kv_cache: str = "none") -> str:
+def compressor_recipe_yaml(scheme: Scheme) -> str:
     """The recipe as a file.
 
     Raises:
@@ -62,7 +64,7 @@ def compressor_recipe_yaml(scheme: Scheme, kv_cache: str = "none") -> str:
         f"# {scheme.name} of {scheme.model.name} (revision {scheme.model.revision}), scheme digest {scheme.digest}.\n"
         '#   oneshot(model="MODEL", recipe="THIS_FILE", dataset=...)\n'
     )
-    return head + yaml.safe_dump(compressor_recipe(scheme, kv_cache), sort_keys=False, width=120)
+    return head + yaml.safe_dump(compressor_recipe(scheme), sort_keys=False, width=120)
 
 
 def _arguments(info: CandidateInfo, name: str) -> dict[str, Any]:

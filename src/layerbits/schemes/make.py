@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.errors import UserError
 from layerbits.results.result import CandidateInfo, FloatArray, costs, effective_bits
 from layerbits.schemes import solver
@@ -155,6 +156,8 @@ def _scheme(
         how=dict(how),
         settings=source.settings,
         notes=notes,
+        kv_cache=source.kv_cache,
+        kv_prices=source.kv_prices,
     )
 
 
@@ -169,6 +172,9 @@ def _notes(
             notes.append(f"{info.name} has no finite score for {shown}: not eligible there")
     if spec.method is not None and spec.method != source.method:
         notes.append(f"made for scores by method={spec.method}; these are by {source.method}")
+    if len(source.kv_prices) > 1 and source.kv_cache == NO_CACHE:
+        formats = " and ".join(source.kv_prices)
+        notes.append(f"KV caches of {formats} were priced, and none is in the scheme; kv_cache=FORMAT takes one up")
     scored = source.calibration.score_samples
     if spec.score_samples is not None and spec.score_samples != scored:
         notes.append(f"made for scores on {spec.score_samples} captions; these are on {scored}")

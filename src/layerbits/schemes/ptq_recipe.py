@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from layerbits.candidates.kv_cache import KV_FORMATS
+from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.candidates.linear import INPUT, QUANTIZERS, WEIGHT, read_config
 from layerbits.errors import Unsupported
 from layerbits.results.result import CandidateInfo
@@ -18,7 +18,7 @@ _NOT_LANGUAGE = ("*visual*", "*vision_tower*", "*vision_model*", "*multi_modal_p
 _OWN_BACKENDS = "layerbits_"
 
 
-def ptq_recipe(scheme: Scheme, kv_cache: str = "none") -> dict[str, Any]:
+def ptq_recipe(scheme: Scheme) -> dict[str, Any]:
     """The recipe as plain data: every linear by name, in ModelOpt's spelling.
 
     Names are those below the language model, with a wildcard before them, so that they match both in the whole model
@@ -26,7 +26,6 @@ def ptq_recipe(scheme: Scheme, kv_cache: str = "none") -> dict[str, Any]:
 
     Args:
         scheme: The scheme.
-        kv_cache: ``none``, or one of :data:`~layerbits.candidates.kv_cache.KV_FORMATS`.
 
     Raises:
         Unsupported: ModelOpt cannot express it: a quantizer of our own, or formats that need different calibrations.
@@ -38,18 +37,20 @@ def ptq_recipe(scheme: Scheme, kv_cache: str = "none") -> dict[str, Any]:
             entries.append({"quantizer_name": f"{_pattern(module, scheme)}.{quantizer}", "cfg": cfg})
     vision = [p for p in _NOT_LANGUAGE if not any(fnmatch.fnmatch(module, p) for module in scheme.modules)]
     entries += [{"quantizer_name": pattern, "enable": False} for pattern in vision]
-    if kv_cache != "none":
-        entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _listed(KV_FORMATS[kv_cache])})
+    if scheme.kv_cache != NO_CACHE:
+        entries.append({"quantizer_name": "*[kv]_bmm_quantizer", "cfg": _listed(KV_FORMATS[scheme.kv_cache])})
     bits = f"{scheme.effective_bits:.4g} effective bits"
     description = f"{scheme.name} of {scheme.model.name}: {', '.join(cfgs)} at {bits}, scheme digest {scheme.digest}."
     algorithm = calibration(scheme.candidates, scheme.name)
+    if algorithm is None and scheme.kv_cache != NO_CACHE:
+        algorithm = "max"  # ranges of keys and values
     return {
         "metadata": {"recipe_type": "ptq", "description": description},
         "quantize": {"algorithm": algorithm, "quant_cfg": entries},
     }
 
 
-def ptq_recipe_yaml(scheme: Scheme, kv_cache: str = "none") -> str:
+def ptq_recipe_yaml(scheme: Scheme) -> str:
     """The recipe as a file.
 
     Raises:
@@ -59,7 +60,7 @@ def ptq_recipe_yaml(scheme: Scheme, kv_cache: str = "none") -> str:
         f"# {scheme.name} of {scheme.model.name} (revision {scheme.model.revision}), scheme digest {scheme.digest}.\n"
         "#   python hf_ptq.py --pyt_ckpt_path MODEL --recipe THIS_FILE --export_path OUT\n"
     )
-    return head + yaml.dump(ptq_recipe(scheme, kv_cache), Dumper=_Dumper, sort_keys=False, width=120)
+    return head + yaml.dump(ptq_recipe(scheme), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def calibration(candidates: Sequence[CandidateInfo], name: str) -> Any:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
@@ -17,8 +18,9 @@ def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
     """One plain record per scheme.
 
     Returns:
-        Records with scheme, control, bits, bits_active, bits_modelopt, score, predicted_kl, groups, quantized_groups,
-        candidates, digest and same_as (the first scheme with the same digest, where there is one).
+        Records with scheme, control, bits, bits_active, bits_modelopt, score, predicted_kl, kv_cache, kv_predicted_kl,
+        groups, quantized_groups, candidates, digest and same_as (the first scheme with the same digest, where there is
+        one).
     """
     first: dict[str, str] = {}
     records = []
@@ -33,6 +35,8 @@ def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
                 "bits_modelopt": scheme.effective_bits_modelopt,
                 "score": scheme.score,
                 "predicted_kl": scheme.predicted_kl if math.isfinite(scheme.predicted_kl) else None,
+                "kv_cache": scheme.kv_cache,
+                "kv_predicted_kl": scheme.kv_predicted_kl if math.isfinite(scheme.kv_predicted_kl) else None,
                 "groups": len(scheme.groups),
                 "quantized_groups": sum(name is not None for name in scheme.assignment),
                 "candidates": [c.name for c in scheme.candidates],
@@ -49,18 +53,20 @@ def markdown(schemes: Sequence[Scheme]) -> str:
     # Where no group is routed experts, both units are one.
     active = any(row["bits_active"] not in (None, row["bits"]) for row in told)
     more = " bits of active weights |" if active else ""
+    caches = any(row["kv_cache"] != NO_CACHE for row in told)
     lines = [
-        f"| scheme | bits |{more} ModelOpt's bits | quantized groups | raw score | predicted KL (nats/token) "
-        "| digest |",
-        f"|---|---|{'---|' * active}---|---|---|---|---|",
+        f"| scheme | bits |{more} ModelOpt's bits | quantized groups | raw score | predicted KL (nats/token) |"
+        f"{' KV cache | its predicted KL |' * caches} digest |",
+        f"|---|---|{'---|' * active}---|---|---|---|{'---|---|' * caches}---|",
     ]
     for row in told:
         units = f" {_number(row['bits_active'], '.3f')} |" if active else ""
         same = f" (= {row['same_as']})" if row["same_as"] else ""
+        cache = f" {row['kv_cache']} | {_number(row['kv_predicted_kl'], '.4g')} |" if caches else ""
         lines.append(
             f"| {row['scheme']} | {row['bits']:.3f} |{units} {_number(row['bits_modelopt'], '.3f')} | "
             f"{row['quantized_groups']} of {row['groups']} | {row['score']:.4g} | "
-            f"{_number(row['predicted_kl'], '.4g')} | {row['digest']}{same} |"
+            f"{_number(row['predicted_kl'], '.4g')} |{cache} {row['digest']}{same} |"
         )
     notes = [f"- {scheme.name}: {note}" for scheme in schemes for note in scheme.notes]
     return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
@@ -69,7 +75,10 @@ def markdown(schemes: Sequence[Scheme]) -> str:
 def metrics(schemes: Sequence[Scheme]) -> dict[str, float]:
     """Numbers for the tracking server: ``scheme/<name>/<number>``, finite ones only."""
     names = ("bits", "bits_active", "bits_modelopt", "score", "predicted_kl", "quantized_groups")
-    values = {f"scheme/{row['scheme']}/{name}": row[name] for row in rows(schemes) for name in names}
+    told = rows(schemes)
+    values = {f"scheme/{row['scheme']}/{name}": row[name] for row in told for name in names}
+    cached = [row for row in told if row["kv_cache"] != NO_CACHE]
+    values |= {f"scheme/{row['scheme']}/kv_predicted_kl": row["kv_predicted_kl"] for row in cached}
     return {key: float(value) for key, value in values.items() if value is not None}
 
 
@@ -95,7 +104,7 @@ def parameters(specs: Sequence[SchemeSpec], source: Source) -> dict[str, str]:
     }
     values = {key: ",".join(dict.fromkeys(names)) for key, names in lists.items()}
     values |= {"eff.model": source.model.name, "eff.model_revision": source.model.revision, "eff.method": source.method}
-    values |= {"eff.cost_model": source.cost_model}
+    values |= {"eff.cost_model": source.cost_model, "eff.kv_cache": source.kv_cache}
     values |= {"eff.dataset": data.dataset, "eff.dataset_size": data.size}
     return {key: value for key, value in values.items() if value}
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerbits.schemes.kv_cache import AUTO, kv_choice, with_cache
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.scheme import Scheme, load_scheme
 from layerbits.schemes.settings import SchemeSettings, listed, source_name
-from layerbits.schemes.source import load_scores
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,12 @@ class SchemeRequest:
     Attributes:
         files: Scheme files.
         settings: What to make where there are no files.
+        kv_cache: What the schemes of the files do to keys and values; ``auto`` = as they say.
     """
 
     files: tuple[str, ...]
     settings: SchemeSettings | None
+    kv_cache: str
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], folder: Path) -> SchemeRequest:
@@ -33,7 +35,8 @@ class SchemeRequest:
             UserError: As :meth:`SchemeSettings.from_config`, where no files are given.
         """
         files = tuple(listed(config["scheme_files"]))
-        return cls(files, None if files else SchemeSettings.from_config(config, folder))
+        made = None if files else SchemeSettings.from_config(config, folder)
+        return cls(files, made, kv_choice(config.get("kv_cache", AUTO)))
 
     @property
     def source_name(self) -> str:
@@ -49,6 +52,6 @@ class SchemeRequest:
         Raises:
             UserError: No such file or run, or schemes that cannot be made of it.
         """
-        if self.settings is None:
-            return [load_scheme(path) for path in self.files]
-        return make_schemes(self.settings.specs, load_scores(self.settings.references, tracking_uri))
+        if self.settings is not None:
+            return make_schemes(self.settings.specs, self.settings.source(tracking_uri))
+        return [with_cache(load_scheme(path), self.kv_cache) for path in self.files]

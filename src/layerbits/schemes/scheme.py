@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.atomic import write_json
+from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.errors import UserError
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo
 
@@ -39,6 +40,8 @@ class Scheme:
         settings: The ``model``, ``dataset``, ``autoquant`` and ``seed`` settings of the source, to load both again.
         notes: What a reader should know, a line each.
         effective_bits_active: Weight storage bits per weight that a token uses; NaN in a file of an earlier version.
+        kv_cache: Format of keys and values (:data:`~layerbits.candidates.kv_cache.KV_FORMATS`), in no bits and sums.
+        kv_prices: Such a format → nats per token that it costs, for those that the runs priced.
     """
 
     name: str
@@ -56,6 +59,8 @@ class Scheme:
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     effective_bits_active: float = math.nan
+    kv_cache: str = NO_CACHE
+    kv_prices: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks the assignment.
@@ -67,6 +72,8 @@ class Scheme:
             raise ValueError(f"{len(self.assignment)} assignments for {len(self.groups)} groups")
         if {c.name for c in self.candidates} != {name for name in self.assignment if name is not None}:
             raise ValueError("the candidates are not those that the assignment uses")
+        if self.kv_cache not in (NO_CACHE, *KV_FORMATS):
+            raise ValueError(f"{self.kv_cache} is no format of the KV cache")
 
     @property
     def source_run_id(self) -> str:
@@ -98,10 +105,18 @@ class Scheme:
         """
         return [m for g, name in zip(self.groups, self.assignment, strict=True) if name is None for m in g.modules]
 
+    @property
+    def kv_predicted_kl(self) -> float:
+        """What its KV cache costs, nats per token; NaN where no run priced that."""
+        return 0.0 if self.kv_cache == NO_CACHE else self.kv_prices.get(self.kv_cache, math.nan)
+
     @cached_property
     def digest(self) -> str:
-        """Content hash: model revision, and per quantized linear the hash of its configuration; no name, no numbers."""
-        content = [self.model.revision, sorted((module, c.config_hash) for module, c in self.modules.items())]
+        """Content hash: model revision, configuration of each quantized linear, KV cache; no name, no numbers."""
+        linears = sorted((module, c.config_hash) for module, c in self.modules.items())
+        content: list[Any] = [self.model.revision, linears]
+        if self.kv_cache != NO_CACHE:
+            content.append(self.kv_cache)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def check_revision(self, revision: str) -> None:
@@ -151,12 +166,14 @@ class Scheme:
                 assignment=tuple(data["assignment"]),
                 effective_bits=data["effective_bits"],
                 effective_bits_modelopt=data["effective_bits_modelopt"],
-                predicted_kl=math.nan if data["predicted_kl"] is None else data["predicted_kl"],
+                predicted_kl=_number(data["predicted_kl"]),
                 score=data["score"],
                 how=data["how"],
                 settings=data["settings"],
                 notes=tuple(data["notes"]),
-                effective_bits_active=math.nan if (bits := data.get("effective_bits_active")) is None else bits,
+                effective_bits_active=_number(data.get("effective_bits_active")),
+                kv_cache=data.get("kv_cache", NO_CACHE),
+                kv_prices=data.get("kv_prices", {}),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"scheme is damaged ({error!r}); make it again with experiments/scheme.py") from error
@@ -168,6 +185,10 @@ class Scheme:
         """Writes the scheme, whole or not at all."""
         write_json(path, self.to_json())
         return path
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def load_scheme(path: str | Path) -> Scheme:

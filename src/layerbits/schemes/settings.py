@@ -10,6 +10,8 @@ from typing import Any
 from layerbits.errors import UserError
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.catalog import SchemeSpec, load_specs
+from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
+from layerbits.schemes.source import Source, load_scores
 from layerbits.tracking.settings import TrackingSpec
 
 _NONE = (None, "", "none", "null")
@@ -24,6 +26,7 @@ class SchemeSettings:
         specs: Schemes and controls, by name and by budget.
         base: The candidates and the objective of the budgets and of the Pareto curve.
         cost_model: What budgets count; ``None`` = as in the runs.
+        kv_cache: What the schemes do to keys and values; ``auto`` = the one format that the runs priced, if any.
         pareto: Points of the curve; 0 = none.
     """
 
@@ -32,6 +35,7 @@ class SchemeSettings:
     base: SchemeSpec
     cost_model: str | None
     pareto: int
+    kv_cache: str
     tracking: TrackingSpec
     output_root: Path
 
@@ -39,6 +43,22 @@ class SchemeSettings:
     def source_name(self) -> str:
         """The sources in a few words."""
         return source_name(self.references)
+
+    def source(self, tracking_uri: str | None) -> Source:
+        """Reads the scores, to be made into schemes as asked for.
+
+        Args:
+            tracking_uri: The store of the runs.
+
+        Raises:
+            UserError: As :func:`~layerbits.schemes.source.load_scores`.
+        """
+        found = load_scores(self.references, tracking_uri)
+        return replace(
+            found,
+            cost_model=self.cost_model or found.cost_model,
+            kv_cache=chosen_cache(self.kv_cache, found.kv_prices),
+        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], folder: Path) -> SchemeSettings:
@@ -76,6 +96,7 @@ class SchemeSettings:
             base=base,
             cost_model=_cost_model(config.get("cost_model")),
             pareto=points,
+            kv_cache=kv_choice(config.get("kv_cache", AUTO)),
             tracking=TrackingSpec(**config["tracking"]),
             output_root=Path(config["output_root"]).expanduser().absolute(),
         )

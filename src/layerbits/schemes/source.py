@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.errors import UserError
+from layerbits.results.kv_cache import kv_sums
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
+from layerbits.schemes.kv_cache import AUTO, chosen_cache
 
 SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
 """Parts of a run's configuration that load its model and data again."""
@@ -29,6 +32,8 @@ class Source:
         predicted_kl: ``[G, C]`` nats per token, NaN as above.
         cost_model: What budgets count, one of ``COST_MODELS``: that of the first run.
         all_weights: Weights in ModelOpt's denominator of effective bits; ``None`` where no run tells it.
+        kv_prices: Format of the KV cache → nats per token that it costs over all blocks, where the runs scored it.
+        kv_cache: What schemes made of it do to keys and values.
         settings: The parts of the first run's configuration that load model and data.
     """
 
@@ -43,6 +48,8 @@ class Source:
     cost_model: str
     all_weights: int | None
     settings: Mapping[str, Any]
+    kv_prices: Mapping[str, float] = field(default_factory=dict)
+    kv_cache: str = NO_CACHE
 
     def columns(self, names: Sequence[str]) -> list[int]:
         """Positions of the candidates with these names or quant pairs; all without a name.
@@ -113,6 +120,9 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
                 raise UserError(f"{other} and {name} both scored {candidate.name}; give one of them")
     row = {key: i for i, key in enumerate(groups)}
     column = {key: i for i, key in enumerate(columns)}
+    kv_prices: dict[str, float] = {}
+    for result in results.values():
+        kv_prices = {**kv_sums(result.kv_cache), **kv_prices}
     scores = np.full((len(row), len(column)), np.nan)
     predicted_kl = np.full_like(scores, np.nan)
     for result in results.values():
@@ -130,6 +140,8 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
         cost_model=first.recipe.cost_model,
         all_weights=next((n for n in map(_all_weights, results.values()) if n is not None), None),
         settings={key: first.settings[key] for key in SETTINGS if key in first.settings},
+        kv_prices=kv_prices,
+        kv_cache=chosen_cache(AUTO, kv_prices),
     )
 
 

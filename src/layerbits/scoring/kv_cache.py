@@ -20,6 +20,11 @@ from layerbits.scoring.steps import calibration_forward
 
 Attention = Callable[..., Any]
 """Takes the attention module, queries, keys, values, the mask and keyword arguments."""
+Wrap = Callable[[Attention], Attention]
+KvRanges = Mapping[str, tuple[Any, Any]]
+"""Name of an attention module → largest magnitude of its keys and of its values, ``None`` where a format needs none."""
+
+_WRAPS: list[Wrap] = []
 
 
 class KvCache:
@@ -55,7 +60,7 @@ class KvCache:
 
         def watch(module: Any, keys: Any, values: Any) -> tuple[Any, Any]:
             for quantizer, x in zip(self._quantizers(module), (keys, values), strict=True):
-                if quantizers.needs_range(quantizer) and not quantizer._use_constant_amax:
+                if _ranged(quantizer):
                     amax = quantizers.largest(x, quantizer.axis)
                     known = quantizer.amax
                     quantizer.amax = amax if known is None else torch.maximum(known, amax)
@@ -68,18 +73,41 @@ class KvCache:
             kind = type(self._model).__name__
             raise UserError(f"no attention of {kind} goes through transformers' registry; use kv_cache=none")
 
+    @property
+    def modules(self) -> list[str]:
+        """Names of the attention modules that were found, in model order."""
+        return [name for module, name in self._names.items() if module in self._found]
+
+    def ranges(self) -> KvRanges:
+        """What was calibrated."""
+        return {self._names[m]: (_range(keys), _range(values)) for m, (keys, values) in self._found.items()}
+
+    def load_ranges(self, ranges: KvRanges) -> None:
+        """Takes up ranges of the same model and settings instead of calibrating."""
+        modules = {name: module for module, name in self._names.items()}
+        for name, found in ranges.items():
+            for quantizer, amax in zip(self._quantizers(modules[name]), found, strict=True):
+                if amax is not None:
+                    quantizer.amax = amax.to(next(modules[name].parameters()).device)
+
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Quantizes keys and values until the end of a ``with`` block; calibrate before."""
+    def active(self, name: str | None = None) -> Iterator[None]:
+        """Quantizes keys and values until the end of a ``with`` block; calibrate before.
+
+        Args:
+            name: Of the only attention module to do so in; all of them by default.
+        """
 
         def quantize(module: Any, keys: Any, values: Any) -> tuple[Any, Any]:
+            if name not in (None, self._names[module]):
+                return keys, values
             of_keys, of_values = self._found[module]
             return of_keys(keys), of_values(values)
 
         with attention(self._wrapped(quantize)):
             yield
 
-    def _wrapped(self, change: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[[Attention], Attention]:
+    def _wrapped(self, change: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Wrap:
         def wrap(own: Attention) -> Attention:
             def function(module: Any, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
                 if module in self._names:
@@ -127,7 +155,7 @@ class KvTaps:
     @property
     def modules(self) -> list[str]:
         """Names of the attention modules, in model order (``A``)."""
-        return [name for module, name in self._caches[0]._names.items() if module in self._caches[0]._found]
+        return self._caches[0].modules
 
     @contextmanager
     def observed(self) -> Iterator[None]:
@@ -166,20 +194,30 @@ class KvTaps:
                 self._scores[module][at] += float(token_scores(*flat).double().sum())
 
 
+def _ranged(quantizer: Any) -> bool:
+    return quantizers.needs_range(quantizer) and not quantizer._use_constant_amax
+
+
+def _range(quantizer: Any) -> Any:
+    return quantizer.amax if _ranged(quantizer) else None
+
+
 @contextmanager
-def attention(wrap: Callable[[Attention], Attention]) -> Iterator[None]:
+def attention(wrap: Wrap) -> Iterator[None]:
     """Puts a function around every attention function that transformers' models fetch, for a while."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as registry
 
     def get_interface(name: str, default: Attention) -> Attention:
-        return wrap(type(registry).get_interface(registry, name, default))
+        function = type(registry).get_interface(registry, name, default)
+        for each in _WRAPS:
+            function = each(function)
+        return function
 
-    before = vars(registry).get("get_interface")
+    _WRAPS.append(wrap)
     registry.get_interface = get_interface
     try:
         yield
     finally:
-        if before is None:
+        _WRAPS.remove(wrap)
+        if not _WRAPS:
             del registry.get_interface
-        else:
-            registry.get_interface = before
