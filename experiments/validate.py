@@ -44,6 +44,7 @@ def validation(config: dict[str, Any]) -> None:
             "eff.rows": str(found.data.rows),
             "eff.disable_one": str(settings.disable_one).lower(),
             "eff.rankers": ",".join(settings.rankers),
+            "eff.kv_cache": "+".join(one.format for one in found.kv) or "none",
         }
         tags = {**found.provenance, "source_run_id": reference, **entry.note(text)}
         return entry.Derived(folder, found.metrics(), params, tags)

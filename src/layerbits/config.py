@@ -9,7 +9,7 @@ from typing import Any
 
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
-from layerbits.candidates.kv_cache import KV_FORMATS
+from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
 from layerbits.inputs.models import ModelSpec
 from layerbits.results.naming import run_name
@@ -153,12 +153,9 @@ def _named(config: Mapping[str, Any], key: str) -> str | None:
 
 
 def _kv_formats(autoquant: Mapping[str, Any]) -> tuple[str, ...]:
-    given = autoquant.get("kv_cache")
-    names = tuple(given) if isinstance(given, list | tuple) else tuple(filter(None, str(given or "none").split("+")))
-    if names in ((), ("none",)):
+    names = kv_formats(autoquant.get("kv_cache"), "autoquant.kv_cache")
+    if not names:
         return ()
-    for name in names:
-        _choice("autoquant.kv_cache", name, tuple(KV_FORMATS))
     if autoquant["method"] != "gradient" or autoquant["engine"] != "onepass":
         raise UserError(
             "autoquant.kv_cache is scored by method=gradient and engine=onepass; use those, or kv_cache=none"

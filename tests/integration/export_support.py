@@ -38,8 +38,9 @@ def prepared(model, folder, name="mine", **assigned):
 def planned(kind, folder, target=None, kv_cache="none", format="auto", dtype=torch.bfloat16, **assigned):
     """The plan of a tiny model's export."""
     source = folder / "source"
-    model = saved(kind, source, dtype)
-    return plan_export(prepared(model, source, **assigned), target or folder / "exports" / "mine", kv_cache, format)
+    ready = prepared(saved(kind, source, dtype), source, **assigned)
+    ready = replace(ready, scheme=replace(ready.scheme, kv_cache=kv_cache))
+    return plan_export(ready, target or folder / "exports" / "mine", format)
 
 
 def spoil(monkeypatch, change):

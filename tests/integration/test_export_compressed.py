@@ -177,6 +177,8 @@ def test_an_fp8_cache_is_left_to_modelopt(tmp_path):
     with pytest.raises(UserError, match="use format=modelopt, or kv_cache=none"):
         planned("llama", tmp_path, format="compressed-tensors", kv_cache="fp8", **everywhere(FP8))
     assert planned("llama", tmp_path, kv_cache="fp8", **everywhere(FP8)).format == "modelopt"
+    with pytest.raises(Unsupported, match="proven with one of fp8 alone"):
+        planned("llama", tmp_path, kv_cache="nvfp4", **everywhere(FP8))
 
 
 def test_a_format_that_no_runtime_computes_is_refused_before_loading(tmp_path):

@@ -36,7 +36,7 @@ def planned(kind, folder, made, format="auto", module=None):
     resolved = resolve(ModelSpec("tiny", str(source)))
     scheme = replace(scheme, model=replace(scheme.model, revision=resolved.revision, dtype="bfloat16"))
     prepared = Prepared(scheme, resolved, None, None, CALIBRATION)
-    return plan_export(prepared, folder / "exports" / "mine", "none", format)
+    return plan_export(prepared, folder / "exports" / "mine", format)
 
 
 def tensors(folder):

@@ -1,18 +1,15 @@
 """Schemes as recipes of others: ModelOpt computes what we computed."""
 
 import copy
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
 
-from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.probing.apply import apply_scheme
 from layerbits.recipes.recipe import load_recipe
 from layerbits.recipes.space import lay_out
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
-from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.steps import calibration_forward
 
 from .recipes_support import on_cpu
@@ -47,6 +44,11 @@ SCHEMES = {
     [
         *((name, "llama", "none") for name in SCHEMES),
         *((name, "qwen3_vl", "fp8") for name in ("nvfp4_and_fp8", "int8")),
+        ("fp8", "llama", "fp8"),
+        ("fp8", "llama", "fp8_cast"),
+        ("mxfp8", "llama", "fp8"),
+        ("int8", "llama", "nvfp4"),
+        ("int8", "llama", "nvfp4_cast"),
     ],
 )
 def test_ptq_recipe_gives_the_same_quantizers_and_logits(name, kind, kv_cache, tmp_path):
@@ -54,17 +56,13 @@ def test_ptq_recipe_gives_the_same_quantizers_and_logits(name, kind, kv_cache, t
     assigned = {where: candidate(*which) for where, which in SCHEMES[name].items()}
     scheme = scheme_of(model, **assigned)
     language_model = "model.language_model" if kind == "qwen3_vl" else ""
-    scheme = replace(scheme, model=replace(scheme.model, language_model=language_model))
-    with ExitStack() as stack:
-        cache = None if kv_cache == "none" else KvCache(model, KV_FORMATS[kv_cache], language_model)
-        if cache is not None:
-            cache.calibrate(CALIBRATION)
-        stack.enter_context(apply_scheme(model, scheme, CALIBRATION))  # all ranges are those of the unquantized model
-        if cache is not None:
-            stack.enter_context(cache.active())
+    scheme = replace(scheme, kv_cache=kv_cache, model=replace(scheme.model, language_model=language_model))
+    with apply_scheme(model, scheme, CALIBRATION):
         mine = logits(model)
+    with apply_scheme(model, replace(scheme, kv_cache="none"), CALIBRATION):
+        assert torch.equal(logits(model), mine) == (kv_cache == "none")
     path = tmp_path / "scheme.yaml"
-    path.write_text(ptq_recipe_yaml(scheme, kv_cache))
+    path.write_text(ptq_recipe_yaml(scheme))
     quantized = quantized_by_modelopt(model, load_recipe(str(path)))
     enabled = {
         name.removesuffix(".weight_quantizer")

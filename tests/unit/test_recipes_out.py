@@ -1,6 +1,7 @@
 """Recipes of schemes as plain data, read by those that they are for."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,10 +89,24 @@ def test_groups_and_ignored_linears_are_those_of_the_scheme():
 
 
 def test_an_fp8_cache_is_in_both_recipes():
-    mine = scheme({"qkv": candidate("wfp8_afp8")})
-    assert compressed(compressor_recipe(mine, "fp8"))["kv_cache_scheme"]["num_bits"] == 8
-    entries = ptq_recipe(mine, "fp8")["quantize"]["quant_cfg"]
+    mine = replace(scheme({"qkv": candidate("wfp8_afp8")}), kv_cache="fp8")
+    assert compressed(compressor_recipe(mine))["kv_cache_scheme"]["num_bits"] == 8
+    entries = ptq_recipe(mine)["quantize"]["quant_cfg"]
     assert entries[-1] == {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": {"num_bits": [4, 3]}}
+
+
+@pytest.mark.parametrize("kv_cache", ["nvfp4", "fp8_cast", "nvfp4_cast"])
+def test_a_cache_that_llm_compressor_has_not_is_refused(kv_cache):
+    mine = replace(scheme({"qkv": candidate("wfp8_afp8")}), kv_cache=kv_cache)
+    with pytest.raises(Unsupported, match=f"no {kv_cache} KV cache"):
+        compressor_recipe(mine)
+    assert ptq_recipe(mine)["quantize"]["quant_cfg"][-1]["quantizer_name"] == "*[kv]_bmm_quantizer"
+
+
+def test_a_cache_is_calibrated_where_no_linear_is():
+    mine = scheme({"qkv": candidate("wmxfp8_amxfp8")})
+    assert ptq_recipe(mine)["quantize"]["algorithm"] is None
+    assert ptq_recipe(replace(mine, kv_cache="fp8"))["quantize"]["algorithm"] == "max"
 
 
 @pytest.mark.parametrize("pair", ["wfp8_afp8", "wint8_aint8", "wfp4_afp4", "wmxfp8_amxfp8", "wfp4_mse_afp4"])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerbits.candidates.linear import E4M3, FP4, FP8
+from layerbits.errors import UserError
 
 NO_CACHE = "none"
 """What stands for keys and values as they are."""
@@ -28,6 +29,21 @@ KV_FORMATS: Mapping[str, Mapping[str, Any]] = {
 """Quantizer settings by the name of ModelOpt's preset; ``_cast`` has a constant for the range."""
 
 QUANTIZERS = ("k_bmm_quantizer", "v_bmm_quantizer")
+
+
+def kv_formats(given: object, key: str = "kv_cache") -> tuple[str, ...]:
+    """Formats of a configuration: a list, or names joined by ``+``; ``none`` is no format.
+
+    Raises:
+        UserError: One of them is not known.
+    """
+    names = tuple(given) if isinstance(given, list | tuple) else tuple(filter(None, str(given or NO_CACHE).split("+")))
+    if names in ((), (NO_CACHE,)):
+        return ()
+    for name in names:
+        if name not in KV_FORMATS:
+            raise UserError(f"{key}={name} is not known; use one of {', '.join(KV_FORMATS)}, several joined by +")
+    return names
 
 
 def kv_name(settings: Mapping[str, Any] | None) -> str | None:

@@ -181,7 +181,7 @@ class ProbeResult:
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
-def standard_error(sums: Sequence[float] | FloatArray, tokens: Sequence[int]) -> tuple[float, float]:
+def standard_error(sums: Sequence[float] | FloatArray, tokens: Sequence[int] | FloatArray) -> tuple[float, float]:
     """Mean per token and its standard error, where captions are what was drawn and not tokens.
 
     A mean over tokens is the ratio of two sums over captions; its variance is that of a ratio estimator (Cochran,

@@ -11,6 +11,7 @@ import numpy as np
 
 from layerbits.candidates.candidate import Candidate, check_target
 from layerbits.candidates.capability import Capability
+from layerbits.candidates.kv_cache import NO_CACHE, kv_name
 from layerbits.config import Settings
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.captions import load_captions
@@ -19,6 +20,7 @@ from layerbits.recipes.solve import Answer, answer, modelopt_answer
 from layerbits.recipes.space import RecipeSpace, lay_out
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import FloatArray, SensitivityResult, effective_bits
+from layerbits.schemes.kv_cache import AUTO
 from layerbits.stages.plan import Held, Plan
 from layerbits.stages.run import Outcome
 from layerbits.stages.workbench import scored_together, workbench
@@ -35,12 +37,14 @@ class RecipePlan:
         settings: As given, with the method and the score size that the recipe asks for.
         space: The recipe on the model.
         passes: One for all candidates that are scored together, and one for each that ModelOpt alone can calibrate.
+        kv_cache: The KV cache of its schemes; ``auto`` where the recipe has none.
         notes: What the user should know.
     """
 
     settings: Settings
     space: RecipeSpace
     passes: tuple[Plan, ...]
+    kv_cache: str
     notes: tuple[str, ...]
 
 
@@ -77,6 +81,9 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
     from layerbits.inputs.models import build
 
     settings, notes = _with_recipe(settings, recipe)
+    cache = kv_name(recipe.cache_settings)
+    if cache is None:
+        notes.append(f"recipe {recipe.name}: its format of the KV cache has no name here; the schemes leave it out")
     bench = workbench(settings)
     with torch.device("meta"):
         skeleton = build(bench.resolved.config)
@@ -99,7 +106,8 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
             "leave that format out, or run the recipe with hf_ptq.py"
         )
     passes = [bench.plan([checked[c] for c in part], space.scored, held) for part in [together, *alone] if part]
-    return RecipePlan(settings, space, tuple(passes), (*notes, *space.notes))
+    carried = AUTO if cache == NO_CACHE else cache or NO_CACHE
+    return RecipePlan(settings, space, tuple(passes), carried, (*notes, *space.notes))
 
 
 def run_recipe(plan: RecipePlan, root: Path) -> RecipeOutcome:
@@ -146,6 +154,11 @@ def _with_recipe(settings: Settings, recipe: LoadedRecipe) -> tuple[Settings, li
     if spec.kv_cache and method != "gradient":
         raise UserError(
             f"recipe {recipe.name} is scored by {method}, and autoquant.kv_cache by gradient alone; use none"
+        )
+    if spec.kv_cache and recipe.held_kv is not None:
+        raise UserError(
+            f"recipe {recipe.name} keeps keys and values quantized while it scores, so that autoquant.kv_cache would "
+            "price them on top of that; use none"
         )
     samples = spec.num_score_samples
     if samples is None and recipe.score_size is not None:

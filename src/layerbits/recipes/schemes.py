@@ -7,7 +7,9 @@ from typing import Any
 
 from layerbits.recipes.job import RecipeOutcome
 from layerbits.recipes.solve import Answer
+from layerbits.results.kv_cache import kv_sums
 from layerbits.results.result import Group, SensitivityResult
+from layerbits.schemes.kv_cache import chosen_cache
 from layerbits.schemes.scheme import UNQUANTIZED_BITS, Scheme
 from layerbits.schemes.solver import UNQUANTIZED
 from layerbits.schemes.source import SETTINGS
@@ -38,6 +40,7 @@ def _scheme(outcome: RecipeOutcome, answer: Answer, name: str, run_ids: Sequence
         assignment.append(None if info is None else info.name)
         if info is not None and info.name in results:
             kl += _predicted_kl(results[info.name], group.key)
+    prices = kv_sums(first.kv_cache)
     infos = {c.info.name: c.info for c in space.candidates}
     used = {name for name in assignment if name is not None}
     weights = [group.weights for group, _ in groups]
@@ -67,6 +70,8 @@ def _scheme(outcome: RecipeOutcome, answer: Answer, name: str, run_ids: Sequence
         how=how,
         settings={key: first.settings[key] for key in SETTINGS if key in first.settings},
         notes=outcome.plan.notes,
+        kv_cache=chosen_cache(outcome.plan.kv_cache, prices),
+        kv_prices=prices,
     )
 
 

@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from layerbits.atomic import dated, whole_folder, write_json
+from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
 from layerbits.results.result import FloatArray, SensitivityResult
 from layerbits.stages.run import load_model, scoring_job
 from layerbits.trust.again import plan_again
 from layerbits.trust.agreement import Captions
-from layerbits.trust.validation import HeldOut, Prediction, Validation, markdown
+from layerbits.trust.kv_cache import measure_kv, wanted_scores
+from layerbits.trust.validation import ABOVE_FLOOR, HeldOut, Prediction, Validation, markdown
 
 if TYPE_CHECKING:
     from layerbits.scoring.job import ScoringJob
@@ -35,6 +38,7 @@ class ValidateSettings:
         disable_one: Whether to measure leaving one group unquantized among quantized ones too.
         rankers: Further metrics to rank on the rows of the run (:data:`layerbits.trust.rankers.RANKERS`).
         device: ``auto``, ``cpu`` or ``cuda``.
+        kv_cache: Formats of the KV cache to measure block by block; ``None`` = all that the run scored.
     """
 
     rows: int
@@ -42,6 +46,7 @@ class ValidateSettings:
     disable_one: bool
     rankers: tuple[str, ...]
     device: str
+    kv_cache: tuple[str, ...] | None
 
 
 def validate(
@@ -66,6 +71,7 @@ def validate(
     from layerbits.trust.measure import measure_damage
     from layerbits.trust.rankers import IN_NATS, rank
 
+    priced = wanted_scores(reference, result.kv_cache, settings.kv_cache)
     planned = plan_again(reference, result, settings.device, configs)
     data, seq_len = planned.settings.dataset, planned.settings.autoquant.seq_len
     held_out = planned.captions.held_out
@@ -85,6 +91,17 @@ def validate(
     start = clock()
     damage = measure_damage(loaded.model, linears, search, batches, settings.disable_one)
     seconds["measure"] = clock() - start
+
+    start = clock()
+    kv = measure_kv(
+        loaded.model,
+        priced,
+        loaded.info.language_model,
+        job.calibration.calib,
+        batches,
+        ABOVE_FLOOR * float(damage.floor.max()),
+    )
+    seconds["kv_cache"] = clock() - start
 
     own = Prediction(result.method, result.predicted_kl[:, 0], True, _captions(result), math.nan)
     rankings = [rank(name, job, linears, search) for name in settings.rankers]
@@ -110,6 +127,7 @@ def validate(
         seconds=seconds,
         provenance=provenance(root),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        kv=kv,
     )
 
 
@@ -127,7 +145,7 @@ def write_validation(found: Validation, root: Path) -> Path:
         write_json(partial / "validation.json", found.to_json())
         (partial / "validation.md").write_text(markdown(found))
         frame = found.frame()
-        frame.to_csv(partial / "validation.csv", index=False)
+        pd.concat([frame, *(one.frame() for one in found.kv)]).to_csv(partial / "validation.csv", index=False)
         counted = frame[frame["status"] == "ok"]
         if ((counted["predicted_kl"] > 0) & (counted["measured_kl"] > 0)).any():
             drawn = scatter_agreement(
@@ -178,4 +196,5 @@ def settings_of(config: Mapping[str, Any], rankers: Sequence[str]) -> ValidateSe
         disable_one=bool(config["disable_one"]),
         rankers=chosen_rankers(rankers),
         device=str(config["device"]),
+        kv_cache=None if config["kv_cache"] == "auto" else kv_formats(config["kv_cache"]),
     )

@@ -13,6 +13,7 @@ import pandas as pd
 from layerbits.results.bootstrap import TOP
 from layerbits.results.result import KINDS, FloatArray, Group, ModelInfo
 from layerbits.trust.agreement import Agreement, Captions, agreement
+from layerbits.trust.kv_cache import KvValidation, kv_markdown
 
 SCHEMA_VERSION = 1
 ABOVE_FLOOR = 2.0
@@ -54,6 +55,7 @@ class Validation:
         floor: ``[G]`` KL per token of rounding alone, where it begins in that group.
         repeated: Largest relative difference of the scores of the run's method when computed anew; NaN where they
             were not.
+        kv: What quantizing keys and values does, where the run scored that; in no figure of the groups.
     """
 
     source_run_id: str
@@ -72,6 +74,7 @@ class Validation:
     seconds: Mapping[str, float]
     provenance: Mapping[str, str]
     created: str
+    kv: tuple[KvValidation, ...] = ()
 
     @property
     def status(self) -> list[str]:
@@ -141,6 +144,8 @@ class Validation:
                     values |= {f"{prefix}{key}_low": estimate.low, f"{prefix}{key}_high": estimate.high}
         for kind in self.kinds:
             values[f"validate_by_kind/{kind}"] = self.agreement(self.predictions[0], kind).spearman.value
+        for one in self.kv:
+            values |= one.metrics()
         return values
 
     @property
@@ -168,6 +173,7 @@ class Validation:
             "agreement": {p.name: _plain(asdict(self.agreement(p))) for p in self.predictions},
             "agreement_by_kind": {k: _plain(asdict(self.agreement(self.predictions[0], k))) for k in self.kinds},
             "layers": [_plain(row) for row in self.frame().to_dict("records")],
+            "kv_cache": [_plain(one.to_json()) for one in self.kv],
             "seconds": {**self.seconds, **{f"rank_{p.name}": p.seconds for p in self.predictions[1:]}},
             "provenance": dict(self.provenance),
         }
@@ -214,6 +220,7 @@ def markdown(found: Validation) -> str:
         a = found.agreement(own, kind)
         share = _percent(a.within_2x.value)
         lines.append(f"| {kind} | {a.groups} | {a.spearman} | {a.kendall} | {a.median_ratio} | {share} |")
+    lines += kv_markdown(found.kv)
     frame = found.frame()
     counted = frame[frame["status"] == "ok"].copy()
     counted["off"] = np.abs(np.log(counted["ratio"].where(counted["ratio"] > 0)))
@@ -251,6 +258,8 @@ def _ratio(measured: Any, predicted: Any) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
     return _number(value) if isinstance(value, float) else value
 
 
