@@ -10,6 +10,7 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoTokenizer
 
+from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.history.probed import probed_kl
 from layerbits.inputs import smollm2
@@ -19,7 +20,9 @@ from layerbits.probing.baseline import Baseline
 from layerbits.probing.loading import prepare
 from layerbits.probing.probe import held_out_rows
 from layerbits.schemes import load_scheme
+from layerbits.schemes.kv_cache import toggles
 from layerbits.schemes.source import load_scores
+from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.steps import calibration_forward
 
 from .entries import start
@@ -163,6 +166,24 @@ def test_a_bf16_model_has_a_noise_floor_and_its_weights_back():
     assert all(torch.equal(v, weights[n]) and v.dtype == weights[n].dtype for n, v in model.state_dict().items())
 
 
+def test_a_kv_cache_is_in_force_with_the_scheme_and_away_after_it():
+    model = tiny_model("llama")
+    before = logits(model)
+    plain = scheme_of(model, qkv=candidate("wfp8_afp8"))
+    cached = replace(plain, kv_cache="nvfp4", kv_prices={"nvfp4": 0.5})
+    (toggle,) = toggles([cached])
+    alone, both, without = probed(model, [toggle, cached, plain]).schemes
+    assert both.difference.kl > alone.difference.kl > without.difference.kl > 0
+    assert (alone.predicted_kl, both.predicted_kl, without.predicted_kl) == (0.5, 0.51, 0.01)
+    assert torch.equal(logits(model), before)
+    cache = KvCache(model, KV_FORMATS["nvfp4"])
+    cache.calibrate(CALIBRATION)
+    with cache.active():
+        expected = logits(model)
+    with apply_scheme(model, toggle, CALIBRATION):
+        assert torch.equal(logits(model), expected)
+
+
 def test_another_revision_is_refused_before_anything_runs():
     model = tiny_model("llama")
     with pytest.raises(UserError, match="revision r0, the model here is revision r1"):
@@ -214,6 +235,7 @@ def scored(tmp_path_factory):
     done = run_script(
         "grid", store, out, "model=hf", f"model.path={folder}/model", "model.name=tiny", "model.dtype=float32",
         "quant_pairs=wfp8_afp8,wint4_afp16", "autoquant.seq_len=32", f"autoquant.checkpoint={folder}/search",
+        "autoquant.kv_cache=fp8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ids = {r.data.params.get("eff.quant_pair", "grid"): r.info.run_id for r in runs(store)}
@@ -272,6 +294,21 @@ def test_a_probe_of_scheme_files_is_logged(scored, made):
         "probe.json",
         "probe.md",
     }
+
+
+def test_the_kv_cache_that_the_grid_priced_is_carried_and_measured(scored, made):
+    (made_run,), (run,) = (runs(scored[0], layerbits__kind=kind) for kind in ("schemes", "probe"))
+    assert {r.data.params["eff.kv_cache"] for r in (made_run, run)} == {"fp8"}
+    price = made_run.data.metrics["scheme/bits_9/kv_predicted_kl"]
+    found = run.data.metrics
+    assert found["probe/kv_fp8/predicted_kl"] == price > 0
+    assert found["probe/kv_fp8/bits"] == 16
+    assert 0.3 < found["probe/kv_fp8/additivity"] < 3
+    told = made_run.data.metrics["scheme/bits_9/predicted_kl"] + price
+    assert found["probe/bits_9/predicted_kl"] == pytest.approx(told)
+    assert "KV cache fp8: bits_6, bits_9, kv_fp8." in run.data.tags["mlflow.note.content"]
+    assert "k_bmm" not in (made[2] / "exclude" / "bits_9.yaml").read_text()
+    assert "[kv]_bmm_quantizer" in (made[2] / "modelopt" / "bits_9.yaml").read_text()
 
 
 def test_the_measured_kl_of_a_scheme_is_found_by_what_it_is(scored, made):

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     store = [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}/out"]
     scored = start(
         "sensitivity", "model=hf", f"model.path={folder}/model", "model.dtype=float32", "quant_pair=wint4_afp16",
-        "autoquant.seq_len=32", "dataset.size=32", *store,
+        "autoquant.seq_len=32", "dataset.size=32", "autoquant.kv_cache=fp8+nvfp4", *store,
     )  # fmt: skip
     assert scored.returncode == 0, scored.stderr
     client = MlflowClient(store[0].partition("=")[2])
@@ -42,7 +42,8 @@ def run(tmp_path_factory):
 
 def frame(run):
     (file,) = run["folder"].glob("out/tmp/validation_*/validation.csv")
-    return pd.read_csv(file)
+    rows = pd.read_csv(file)
+    return rows[~rows["kind"].str.startswith("kv_")]
 
 
 def test_each_group_is_measured_and_judged(run):
@@ -51,6 +52,23 @@ def test_each_group_is_measured_and_judged(run):
     assert (rows["status"] == "ok").all()
     assert (rows["measured_kl"] > 0).all()
     assert run["run"].data.metrics["validate/groups"] == 12
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4"])
+def test_the_kv_cache_of_each_block_is_measured_beside_its_price(run, form):
+    (file,) = run["folder"].glob("out/tmp/validation_*/validation.csv")
+    rows = pd.read_csv(file)
+    rows = rows[rows["kind"] == f"kv_{form}"]
+    metrics = run["run"].data.metrics
+    assert list(rows["block"]) == [0, 1, 2]
+    assert (rows["measured_kl"] > 0).all()
+    summed = run["source"].data.metrics[f"summary/kv_cache_{form}_predicted_kl"]
+    assert rows["predicted_kl"].sum() == pytest.approx(summed)
+    assert 0.3 < metrics[f"validate/kv_{form}/median_ratio"] < 3
+    assert metrics[f"validate/kv_{form}/measured_kl_sum"] == pytest.approx(rows["measured_kl"].sum())
+    assert metrics[f"validate/kv_{form}/measured_kl_together_se"] > 0
+    assert run["run"].data.params["eff.kv_cache"] == "fp8+nvfp4"
+    assert f"| {form} | 3 of 3 |" in run["text"]
 
 
 def test_the_run_is_linked_to_the_one_that_it_judges(run):
@@ -103,6 +121,8 @@ def test_the_report_names_intervals_and_the_worst(run):
         (["run_id=none"], "set run_id"),
         (["run_id=0123456789abcdef0123456789abcdef"], "0123456789abcdef0123456789abcdef"),
         (["rankers=magic"], "magic is no ranker"),
+        (["kv_cache=int8"], "kv_cache=int8 is not known"),
+        (["kv_cache=fp8_cast"], "did not score a KV cache of fp8_cast (it has fp8, nvfp4)"),
         (["rows=100000"], "rows"),
     ],
 )
