@@ -1,6 +1,7 @@
-"""MXFP8 fake quantization in plain PyTorch, bit for bit what ModelOpt's CUDA kernel computes.
+"""MXFP8 fake quantization in plain PyTorch, as ModelOpt's CUDA kernel computes it.
 
-E4M3 values, one power-of-two scale per block. The arithmetic follows ``tensor_quant_mx.cu``
+E4M3 values, one power-of-two scale per block: bit for bit those of ModelOpt's ``MXFP8QTensor``, but for blocks whose
+scale is a subnormal number. The arithmetic follows ``tensor_quant_mx.cu``
 (``compute_scale_e8m0_NV``), built with ``--use_fast_math`` as for MXFP4: subnormal FP32 numbers count as zero, and
 ``amax / 448`` is ``amax`` times the hardware's reciprocal of 448. A NaN makes its whole block NaN here, so that it is
 seen.

@@ -1,4 +1,4 @@
-"""NVFP4 with stored block ranges in plain PyTorch, as ModelOpt's CUDA kernels compute it, and the search for them.
+"""NVFP4 with stored block ranges in plain PyTorch, as ModelOpt's Triton kernels compute it, and the search for them.
 
 A weight's blocks have ranges that calibration chose (``max``, the ``mse`` sweep over FP8 scales, four-over-six), and
 its scales are those ranges over 6, rounded to E4M3 under one scale per group of fused linears. The arithmetic follows
