@@ -183,6 +183,7 @@ KINDS = {
     "scale2": wrong_scale(2.0),
     "scale1.25": wrong_scale(1.25),
     "scale1.05": wrong_scale(1.05),
+    "scale1.02": wrong_scale(1.02),
     "kv-swapped": swapped("self_attn.k_proj", "self_attn.v_proj"),
     "gate-up-swapped": swapped("mlp.gate_proj", "mlp.up_proj"),
     "transposed": transposed,
@@ -303,7 +304,7 @@ def compare_all(work: Path, checkpoints: list[Path], chosen_on: set[str], out: P
                     "other_damage": measured.other_damage,
                     **{
                         k: round(getattr(measured, k).kl, 6)
-                        for k in ("served_damage", "restored_damage", "from_restored")
+                        for k in ("served_damage", "restored_damage", "rounded_damage", "from_restored")
                     },
                     **{k: round(getattr(measured, k).kl, 6) for k in ("noise", "rounding", "rounding_noise")},
                 }

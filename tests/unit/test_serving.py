@@ -90,7 +90,7 @@ def test_log_probabilities_of_another_text_are_refused():
 
 
 def measured(from_restored=0.0179, rounding=0.0169, noise=0.0013, rounding_noise=0.0006, t=2.0, damage=0.01, off=0.05):
-    values = {name: Divergence(0.01, 0.001) for name in ("restored_damage", "scored_damage")}
+    values = {name: Divergence(0.01, 0.001) for name in ("restored_damage", "rounded_damage", "scored_damage")}
     return Measured(
         tokens=1000,
         top_k=1000,
@@ -163,8 +163,13 @@ def test_a_linear_whose_output_is_off_diverges_and_is_named(t, words):
     assert not measured(t=4.9).diverges
 
 
-def test_a_gain_that_is_off_no_more_than_scales_are_rounded_does_not_diverge():
-    assert not measured(t=50.0, off=0.009).diverges
+def test_only_what_a_gain_is_off_beyond_the_rounding_of_scales_counts():
+    scores = 1 + np.random.default_rng(0).normal(0, 0.1, (1, 50))
+    t = scores.mean() / (scores.std(ddof=1) / 50**0.5)
+    off = scores.sum() * np.array([1.0])
+    assert largest_gain(["a"], scores, off / 0.009).t == 0.0
+    assert not largest_gain(["a"], scores, off / 0.0101).wrong
+    assert largest_gain(["a"], scores, off / 0.02).t == pytest.approx(t / 2)
 
 
 def test_the_linear_with_the_largest_t_is_found():
@@ -174,7 +179,8 @@ def test_the_linear_with_the_largest_t_is_found():
     found = largest_gain(list("abcde"), scores, np.full(5, 1000.0))
     assert found.linear == "d"
     assert found.off == pytest.approx(scores[3].sum() / 1000)
-    assert found.t == pytest.approx(scores[3].mean() / (scores[3].std(ddof=1) / 40**0.5))
+    beyond = 1 - 0.01 / abs(found.off)
+    assert found.t == pytest.approx(beyond * scores[3].mean() / (scores[3].std(ddof=1) / 40**0.5))
 
 
 def test_chance_blames_one_sound_checkpoint_in_a_thousand_at_most():

@@ -125,6 +125,7 @@ def _table(m: Measured) -> list[str]:
     rows = [
         ("**damage as served**: served scheme from the served unquantized model", m.served_damage),
         ("damage in PyTorch: restored checkpoint from the unquantized model", m.restored_damage),
+        ("the same, both rounded to the runtime's dtype, in PyTorch", m.rounded_damage),
         ("damage in PyTorch: scheme as scored from the unquantized model", m.scored_damage),
         ("the same over the whole vocabulary", m.scored_damage_whole),
         ("noise: served unquantized model from PyTorch's", m.noise),
@@ -141,8 +142,9 @@ def _table(m: Measured) -> list[str]:
         "|---|---|",
         *(f"| {what} | {value if math.isfinite(value.kl) else 'not served'} |" for what, value in rows),
         "",
-        f"Of {gain.linears} linears, the output of `{gain.linear}` is off most surely: by about {gain.off:+.1%}, t = "
-        f"{gain.t:.2f} over {gain.captions} captions; {gain.allowed:.2f} and {GAIN_BOUND:.0%} are allowed.",
+        f"Of {gain.linears} linears, the output of `{gain.linear}` is off most surely: by about {gain.off:+.1%}. "
+        f"Of what is beyond {GAIN_BOUND:.0%}, t is {gain.t:.2f} over {gain.captions} captions; {gain.allowed:.2f} is "
+        "allowed.",
     ]
 
 
@@ -211,6 +213,7 @@ def compare(pytorch: Reference, unquantized: Told | None, served: Told, texts: T
         mass=events.mass(p["unquantized"]),
         served_damage=between(plain, runtime),
         restored_damage=between(p["unquantized"], p["restored"]),
+        rounded_damage=between(p["rounded_unquantized"], p["rounded"]),
         scored_damage=between(p["unquantized"], p["scored"]),
         scored_damage_whole=divergence(pytorch.plain.unquantized.kl(pytorch.scored), texts.caption),
         noise=between(p["unquantized"], plain),

@@ -25,7 +25,8 @@ FALSE_ALARM = 1e-3
 """Probability that a sound checkpoint is blamed for the gain of some linear, were the captions' sums normal."""
 
 GAIN_BOUND = 0.01
-"""Share that a linear's gain may be off, however significant: a scale in bfloat16 is itself rounded by up to 0.4 %."""
+"""Share that a linear's gain may be off: a scale in bfloat16 is itself rounded by up to 0.4 %, and where rounding is
+all the noise there is, what one runtime rounds and another does not is significant long before it matters."""
 
 NOISE_BOUND = 10.0
 """Times what rounding explains that the served unquantized model may be away from PyTorch's: a runtime rounds more
@@ -52,7 +53,8 @@ class Gain:
 
     Attributes:
         linear: Its name.
-        t: Student's t of its score over the captions; positive: its output comes out too large.
+        t: Student's t, over the captions, of what its gain is off beyond :data:`GAIN_BOUND`; 0 within it, positive
+            where its output comes out too large.
         off: By what share it is, roughly (to a fifth for small ones).
         captions: Their number.
         linears: Of how many it is the one with the largest ``|t|``.
@@ -74,8 +76,8 @@ class Gain:
 
     @property
     def wrong(self) -> bool:
-        """Whether neither chance nor the rounding of a scale explains it."""
-        return not (abs(self.t) <= self.allowed or abs(self.off) <= GAIN_BOUND)
+        """Whether chance does not explain it."""
+        return not abs(self.t) <= self.allowed
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Measured:
         mass: Mean mass of the events that are told one by one, under the unquantized model.
         served_damage: The served scheme from the served unquantized model; unknown where that was not served.
         restored_damage: The restored checkpoint from the unquantized model, in PyTorch.
+        rounded_damage: The same with both models rounded to the runtime's dtype: what a sound runtime measures.
         scored_damage: The scheme as it was scored from the unquantized model, in PyTorch.
         scored_damage_whole: The same over the whole vocabulary.
         noise: The served unquantized model from PyTorch's.
@@ -108,6 +111,7 @@ class Measured:
     mass: float
     served_damage: Divergence
     restored_damage: Divergence
+    rounded_damage: Divergence
     scored_damage: Divergence
     scored_damage_whole: Divergence
     noise: Divergence
@@ -173,6 +177,7 @@ class Measured:
         named = {
             "serve/kl": self.served_damage,
             "serve/kl_restored": self.restored_damage,
+            "serve/kl_rounded": self.rounded_damage,
             "serve/kl_scored": self.scored_damage,
             "serve/kl_scored_whole": self.scored_damage_whole,
             "serve/noise": self.noise,
@@ -219,6 +224,7 @@ def largest_gain(linears: Sequence[str], scores: FloatArray, information: FloatA
     with np.errstate(divide="ignore", invalid="ignore"):
         t = scores.mean(1) / (scores.std(1, ddof=1) / np.sqrt(captions))
         off = scores.sum(1) / information
+        t *= np.maximum(0.0, 1.0 - GAIN_BOUND / np.abs(off))
     t, off = (np.where((scores == 0).all(1), 0.0, x) for x in (t, off))
     worst = int(np.argmax(np.where(np.isfinite(t), np.abs(t), np.inf)))
     return Gain(linears[worst], float(t[worst]), float(off[worst]), captions, len(linears))
