@@ -61,6 +61,7 @@ def tell(folder: Path, rows: list[list[int]], target: Path) -> None:
         max_model_len=max(map(len, rows)) + 1,
         max_logprobs=TOP_K,
         max_num_seqs=1,
+        max_num_batched_tokens=max(map(len, rows)) + 1,  # else it warms up with thousands
         enforce_eager=True,
     )
     settings = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=TOP_K, detokenize=False, flat_logprobs=True)

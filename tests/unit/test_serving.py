@@ -18,7 +18,17 @@ from layerbits.serving.client import Client, Served, ServerError, check_length, 
 from layerbits.serving.distributions import read, select, shared
 from layerbits.serving.environment import find_environment
 from layerbits.serving.server import NAME, Launch, Refused, last_error, serving
-from layerbits.serving.verdict import DIVERGES, LOADS, REFUSED, SKIPPED, UNKNOWN, Divergence, Measured
+from layerbits.serving.verdict import (
+    DIVERGES,
+    LOADS,
+    REFUSED,
+    SKIPPED,
+    UNKNOWN,
+    Divergence,
+    Gain,
+    Measured,
+    largest_gain,
+)
 
 FAKE = Path(__file__).parent / "fake_vllm"
 SRC = Path(__file__).parents[2] / "src"
@@ -79,13 +89,14 @@ def test_log_probabilities_of_another_text_are_refused():
         read([told({0: 0.5})], [[0, 7]])
 
 
-def measured(from_restored, rounding, noise, rounding_noise=0.0006):
-    values = {name: Divergence(0.01, 0.001) for name in ("served_damage", "restored_damage", "scored_damage")}
+def measured(from_restored=0.0179, rounding=0.0169, noise=0.0013, rounding_noise=0.0006, t=2.0, damage=0.01, off=0.05):
+    values = {name: Divergence(0.01, 0.001) for name in ("restored_damage", "rounded_damage", "scored_damage")}
     return Measured(
         tokens=1000,
         top_k=1000,
         mass=0.95,
         **values,
+        served_damage=Divergence(damage, 0.001),
         scored_damage_whole=Divergence(0.011, 0.001),
         noise=noise if noise is UNKNOWN else Divergence(noise, 0.0),
         rounding_noise=Divergence(rounding_noise, 0.0),
@@ -93,6 +104,7 @@ def measured(from_restored, rounding, noise, rounding_noise=0.0006):
         from_scored=Divergence(0.0, 0.0),
         rounding=Divergence(rounding, 0.0),
         files=Divergence(0.0, 0.0),
+        gain=Gain("layers.3.mlp.up_proj", t, off, 64, 210),
         perplexity=9.0,
     )
 
@@ -122,8 +134,63 @@ def test_a_runtime_cannot_explain_itself_by_a_broken_unquantized_model():
     assert "the runtime computes another unquantized model, too" in made.sentence
 
 
-def test_a_number_that_is_none_diverges():
-    assert measured(from_restored=float("nan"), rounding=0.01, noise=0.001).diverges
+@pytest.mark.parametrize("changes", [{"from_restored": float("nan")}, {"t": float("nan")}])
+def test_a_number_that_is_none_diverges(changes):
+    assert measured(**changes).diverges
+
+
+@pytest.mark.parametrize("damage", [0.0177, 0.004])
+def test_damage_that_is_not_that_of_the_files_diverges(damage):
+    made = measured(damage=damage)
+    assert made.diverges
+    assert f"it does {damage:.3g} of damage, the files 0.01" in made.sentence
+
+
+@pytest.mark.parametrize("damage", [0.0175, 0.0042])
+def test_damage_within_its_bound_and_the_noise_does_not_diverge(damage):
+    assert not measured(damage=damage).diverges
+
+
+@pytest.mark.parametrize(("t", "words"), [(5.1, "5% too large"), (-5.1, "5% too small")])
+def test_a_linear_whose_output_is_off_diverges_and_is_named(t, words):
+    made = measured(t=t, off=0.05 * np.sign(t))
+    assert made.diverges
+    assert (
+        f"the output of layers.3.mlp.up_proj, or of one beside it, is about {words} (t {t}, 5.0 is allowed)"
+        in made.sentence
+    )
+    assert made.metrics()["serve/gain_t"] == 5.1
+    assert not measured(t=4.9).diverges
+
+
+def test_only_what_a_gain_is_off_beyond_the_rounding_of_scales_counts():
+    scores = 1 + np.random.default_rng(0).normal(0, 0.1, (1, 50))
+    t = scores.mean() / (scores.std(ddof=1) / 50**0.5)
+    off = scores.sum() * np.array([1.0])
+    assert largest_gain(["a"], scores, off / 0.009).t == 0.0
+    assert not largest_gain(["a"], scores, off / 0.0101).wrong
+    assert largest_gain(["a"], scores, off / 0.02).t == pytest.approx(t / 2)
+
+
+def test_the_linear_with_the_largest_t_is_found():
+    random = np.random.default_rng(0)
+    scores = random.normal(0, 1, (5, 40))
+    scores[3] -= 2
+    found = largest_gain(list("abcde"), scores, np.full(5, 1000.0))
+    assert found.linear == "d"
+    assert found.off == pytest.approx(scores[3].sum() / 1000)
+    beyond = 1 - 0.01 / abs(found.off)
+    assert found.t == pytest.approx(beyond * scores[3].mean() / (scores[3].std(ddof=1) / 40**0.5))
+
+
+def test_chance_blames_one_sound_checkpoint_in_a_thousand_at_most():
+    random = np.random.default_rng(0)
+    blamed = sum(largest_gain(range(20), random.normal(0, 1, (20, 12)), np.ones(20)).wrong for _ in range(4000))
+    assert blamed <= 12  # 4 are expected; more than 12 in one of 3,000 runs
+
+
+def test_one_caption_tells_nothing_of_gains():
+    assert not largest_gain(["a"], np.ones((1, 1)), np.ones(1)).wrong
 
 
 @pytest.mark.parametrize("outcome", [REFUSED, DIVERGES])

@@ -217,4 +217,11 @@ def _even_pieces(checkpoint: Checkpoint, module: str, label: Label) -> list[tupl
 
 def _round_inputs(module: Any, checkpoint: Checkpoint, layer: str, label: Label) -> None:
     scale = None if label.input_scale is None else checkpoint.rows(f"{layer}.{label.input_scale.part}")
-    module.register_forward_pre_hook(lambda _module, args: (quantize_input(args[0], label, scale), *args[1:]))
+
+    def rounded(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        found = quantize_input(args[0], label, scale)
+        if args[0].requires_grad:  # the gradient as if there was no rounding
+            found = args[0] + (found - args[0]).detach()
+        return (found, *args[1:])
+
+    module.register_forward_pre_hook(rounded)

@@ -23,12 +23,14 @@ from layerbits.schemes import Scheme
 from layerbits.serving.distributions import Distributions, shared
 from layerbits.serving.verdict import (
     DIVERGES,
+    GAIN_BOUND,
     LOADS,
     SKIPPED,
     UNKNOWN,
     Divergence,
     Measured,
     divergence,
+    largest_gain,
 )
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ class ServeCheck:
         data = {**asdict(self), "folder": str(self.folder)}
         if self.measured is not None:
             data["measured"] |= {"explained": self.measured.explained, "ratio": self.measured.ratio}
+            data["measured"]["gain"]["allowed"] = self.measured.gain.allowed
         return dict(_finite(data))
 
     def markdown(self) -> str:
@@ -122,20 +125,26 @@ def _table(m: Measured) -> list[str]:
     rows = [
         ("**damage as served**: served scheme from the served unquantized model", m.served_damage),
         ("damage in PyTorch: restored checkpoint from the unquantized model", m.restored_damage),
+        ("the same, both rounded to the runtime's dtype, in PyTorch", m.rounded_damage),
         ("damage in PyTorch: scheme as scored from the unquantized model", m.scored_damage),
         ("the same over the whole vocabulary", m.scored_damage_whole),
         ("noise: served unquantized model from PyTorch's", m.noise),
         ("served scheme from the restored checkpoint", m.from_restored),
         ("served scheme from the scheme as scored", m.from_scored),
-        ("rounding: the scheme in the runtime's dtype from float32, in PyTorch", m.rounding),
+        ("rounding: restored checkpoint in the runtime's dtype from float32, in PyTorch", m.rounding),
         ("files: restored checkpoint from the scheme as scored, in PyTorch", m.files),
     ]
+    gain = m.gain
     return [
         f"{m.tokens:,} held-out tokens; over {told}; perplexity as served {m.perplexity:.3f}.",
         "",
         "| KL divergence, nats per token | mean ± SE over captions |",
         "|---|---|",
         *(f"| {what} | {value if math.isfinite(value.kl) else 'not served'} |" for what, value in rows),
+        "",
+        f"Of {gain.linears} linears, the output of `{gain.linear}` is off most surely: by about {gain.off:+.1%}. "
+        f"Of what is beyond {GAIN_BOUND:.0%}, t is {gain.t:.2f} over {gain.captions} captions; {gain.allowed:.2f} is "
+        "allowed.",
     ]
 
 
@@ -185,7 +194,7 @@ def compare(pytorch: Reference, unquantized: Told | None, served: Told, texts: T
     """
     both = [served.distributions] if unquantized is None else [served.distributions, unquantized.distributions]
     events = shared(*both)
-    p = {name: getattr(pytorch, name).at(events) for name in ("scored", "rounded", "restored")}
+    p = {name: getattr(pytorch, name).at(events) for name in ("scored", "rounded", "restored", "expected")}
     p["unquantized"], p["rounded_unquantized"] = (
         w.at(events) for w in (pytorch.plain.unquantized, pytorch.plain.rounded)
     )
@@ -197,20 +206,23 @@ def compare(pytorch: Reference, unquantized: Told | None, served: Told, texts: T
             return UNKNOWN
         return divergence(events.kl(ours, theirs), texts.caption)
 
+    gains = pytorch.gain_scores(events, np.exp(runtime) - np.exp(p["expected"]))
     return Measured(
         tokens=texts.tokens,
         top_k=top_k,
         mass=events.mass(p["unquantized"]),
         served_damage=between(plain, runtime),
         restored_damage=between(p["unquantized"], p["restored"]),
+        rounded_damage=between(p["rounded_unquantized"], p["rounded"]),
         scored_damage=between(p["unquantized"], p["scored"]),
         scored_damage_whole=divergence(pytorch.plain.unquantized.kl(pytorch.scored), texts.caption),
         noise=between(p["unquantized"], plain),
         rounding_noise=between(p["unquantized"], p["rounded_unquantized"]),
         from_restored=between(p["restored"], runtime),
         from_scored=between(p["scored"], runtime),
-        rounding=between(p["scored"], p["rounded"]),
+        rounding=between(p["restored"], p["rounded"]),
         files=between(p["scored"], p["restored"]),
+        gain=largest_gain(gains.linears, gains.scores, gains.information),
         perplexity=math.exp(-float(np.mean(served.distributions.own))),
     )
 

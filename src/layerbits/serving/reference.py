@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerbits.serving.distributions import Events
+from layerbits.serving.gains import GainScores, gain_scores
 
 if TYPE_CHECKING:
     from layerbits.checkpoint.reader import Checkpoint
     from layerbits.inputs.calibration import Batch
     from layerbits.probing.loading import Prepared
     from layerbits.results.result import FloatArray
+
+
+REPLICAS = 3
+"""Computations of the restored checkpoint in the runtime's dtype whose mean is what a sound runtime is expected to
+tell: each adds 1 / ``REPLICAS`` of its rounding to that of the served one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,14 +68,18 @@ class Reference:
     Attributes:
         plain: Without the scheme.
         scored: With the scheme, as it was scored.
-        rounded: The same, rounded too: another computation of the same scheme, which tells what rounding alone does.
         restored: The model made of the checkpoint alone.
+        rounded: The same, rounded too: another computation of it, which tells what rounding alone does.
+        expected: Logarithm of the mean probabilities of several such computations.
+        gain_scores: Of events and a deviation from ``expected``, :func:`layerbits.serving.gains.gain_scores`.
     """
 
     plain: Plain
     scored: Whole
-    rounded: Whole
     restored: Whole
+    rounded: Whole
+    expected: Whole
+    gain_scores: Callable[[Events, FloatArray], GainScores]
 
 
 def reference(
@@ -101,19 +111,36 @@ def reference(
     ranges = find_ranges(model, [prepared.scheme], prepared.calibration)  # as they were found when it was scored
     model.float()
     if plain is None:
-        unquantized = _logprobs(model, batches)
-        with _rounding(model, dtype):
-            plain = Plain(unquantized, _logprobs(model, batches))
+        unquantized = logprobs(model, batches)
+        with rounding(model, dtype):
+            plain = Plain(unquantized, logprobs(model, batches))
     with apply_scheme(model, prepared.scheme, ranges):
-        scored = _logprobs(model, batches)
-        with _rounding(model, dtype):
-            rounded = _logprobs(model, batches)
+        scored = logprobs(model, batches)
     del model
-    restored = _logprobs(restore(checkpoint, read_quantization(checkpoint), device).float(), batches)
-    return Reference(plain, scored, rounded, restored)
+    restored = restore(checkpoint, read_quantization(checkpoint), device).float()
+    exact = logprobs(restored, batches)
+    rounded, expected = replicas(restored, batches, dtype)
+    return Reference(plain, scored, exact, rounded, expected, lambda e, d: gain_scores(restored, batches, e, d))
 
 
-def _logprobs(model: Any, batches: Sequence[Batch]) -> Whole:
+def replicas(model: Any, batches: Sequence[Batch], dtype: str, count: int = REPLICAS) -> tuple[Whole, Whole]:
+    """A model in the runtime's dtype: once, and the logarithm of the mean probabilities of ``count`` such computations.
+
+    The others start from embeddings that are off by up to a unit in the last place, after which they round elsewhere.
+    """
+    import torch
+
+    with rounding(model, dtype):
+        first = logprobs(model, batches)
+        mean = first.logprobs.exp()
+        for seed in range(1, count):
+            with _jitter(model, dtype, seed):
+                mean += logprobs(model, batches).logprobs.exp_()
+    return first, Whole(torch.log_(mean.div_(count).clamp_min_(torch.finfo(mean.dtype).tiny)))
+
+
+def logprobs(model: Any, batches: Sequence[Batch]) -> Whole:
+    """What a model tells of the texts."""
     import torch
 
     from layerbits.scoring.steps import predictions
@@ -124,7 +151,7 @@ def _logprobs(model: Any, batches: Sequence[Batch]) -> Whole:
 
 
 @contextmanager
-def _rounding(model: Any, dtype: str) -> Iterator[None]:
+def rounding(model: Any, dtype: str) -> Iterator[None]:
     """Rounds what every module without children returns, as a runtime does that computes in that dtype."""
     import torch
 
@@ -140,3 +167,21 @@ def _rounding(model: Any, dtype: str) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _jitter(model: Any, dtype: str, seed: int) -> Iterator[None]:
+    import torch
+
+    unit = torch.finfo(getattr(torch, dtype)).eps
+    generator = torch.Generator().manual_seed(seed)
+
+    def jittered(_module: Any, _inputs: Any, out: Any) -> Any:
+        noise = torch.rand(out.shape, generator=generator).to(out.device) - 0.5
+        return out * (1 + unit * noise)
+
+    hook = model.get_input_embeddings().register_forward_hook(jittered, prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layerbits.probing.measured import standard_error
@@ -18,7 +19,14 @@ what was found of good and of corrupted checkpoints.
 """
 
 DAMAGE_BOUND = 1.5
-"""Times the files' damage that a runtime may do, beside twice its noise."""
+"""Times the files' damage that a runtime may do, or the files times the runtime's, beside twice its noise."""
+
+FALSE_ALARM = 1e-3
+"""Probability that a sound checkpoint is blamed for the gain of some linear, were the captions' sums normal."""
+
+GAIN_BOUND = 0.01
+"""Share that a linear's gain may be off: a scale in bfloat16 is itself rounded by up to 0.4 %, and where rounding is
+all the noise there is, what one runtime rounds and another does not is significant long before it matters."""
 
 NOISE_BOUND = 10.0
 """Times what rounding explains that the served unquantized model may be away from PyTorch's: a runtime rounds more
@@ -40,6 +48,39 @@ UNKNOWN = Divergence(math.nan, math.nan)
 
 
 @dataclass(frozen=True)
+class Gain:
+    """The linear whose gain would best explain how a served model deviates (:mod:`layerbits.serving.gains`).
+
+    Attributes:
+        linear: Its name.
+        t: Student's t, over the captions, of what its gain is off beyond :data:`GAIN_BOUND`; 0 within it, positive
+            where its output comes out too large.
+        off: By what share it is, roughly (to a fifth for small ones).
+        captions: Their number.
+        linears: Of how many it is the one with the largest ``|t|``.
+    """
+
+    linear: str
+    t: float
+    off: float
+    captions: int
+    linears: int
+
+    @property
+    def allowed(self) -> float:
+        """``|t|`` that the largest of so many exceeds with probability :data:`FALSE_ALARM` or less (Bonferroni)."""
+        from scipy.stats import t
+
+        freedom = self.captions - 1
+        return float(t.isf(FALSE_ALARM / (2 * self.linears), freedom)) if freedom > 0 else math.inf
+
+    @property
+    def wrong(self) -> bool:
+        """Whether chance does not explain it."""
+        return not abs(self.t) <= self.allowed
+
+
+@dataclass(frozen=True)
 class Measured:
     """KL divergences between models on the same tokens.
 
@@ -52,14 +93,16 @@ class Measured:
         mass: Mean mass of the events that are told one by one, under the unquantized model.
         served_damage: The served scheme from the served unquantized model; unknown where that was not served.
         restored_damage: The restored checkpoint from the unquantized model, in PyTorch.
+        rounded_damage: The same with both models rounded to the runtime's dtype: what a sound runtime measures.
         scored_damage: The scheme as it was scored from the unquantized model, in PyTorch.
         scored_damage_whole: The same over the whole vocabulary.
         noise: The served unquantized model from PyTorch's.
         rounding_noise: The unquantized model rounded to the runtime's dtype from that in float32, in PyTorch.
         from_restored: The served scheme from the restored checkpoint.
         from_scored: The served scheme from the scheme as it was scored.
-        rounding: The scheme rounded to the runtime's dtype from that in float32, in PyTorch.
+        rounding: The restored checkpoint rounded to the runtime's dtype from that in float32, in PyTorch.
         files: The restored checkpoint from the scheme as it was scored, in PyTorch.
+        gain: The linear that deviates most.
         perplexity: Of the served scheme.
     """
 
@@ -68,6 +111,7 @@ class Measured:
     mass: float
     served_damage: Divergence
     restored_damage: Divergence
+    rounded_damage: Divergence
     scored_damage: Divergence
     scored_damage_whole: Divergence
     noise: Divergence
@@ -76,6 +120,7 @@ class Measured:
     from_scored: Divergence
     rounding: Divergence
     files: Divergence
+    gain: Gain
     perplexity: float
 
     @property
@@ -96,28 +141,35 @@ class Measured:
         return self.from_restored.kl / self.explained if self.explained > 0 else math.inf
 
     @property
-    def worse(self) -> bool:
-        """Whether the damage as served is beyond :data:`DAMAGE_BOUND` times that of the files and twice the noise."""
-        return self.served_damage.kl > DAMAGE_BOUND * self.restored_damage.kl + 2 * self.noise.kl
+    def other_damage(self) -> bool:
+        """Whether the damage as served is not that of the files, by :data:`DAMAGE_BOUND` and twice the noise."""
+        served, files, noise = self.served_damage.kl, self.restored_damage.kl, 2 * self.noise.kl
+        return served > DAMAGE_BOUND * files + noise or files > DAMAGE_BOUND * (served + noise)
 
     @property
     def diverges(self) -> bool:
         """Whether it is beyond what is explained."""
-        return not self.ratio <= BOUND or self.worse
+        return not self.ratio <= BOUND or self.other_damage or self.gain.wrong
 
     @property
     def sentence(self) -> str:
         """The verdict, in one line."""
+        gain = self.gain
         text = (
             f"over {self.tokens} tokens the served scheme is {self.from_restored.kl:.3g} nats per token from what the "
             f"files say, {self.ratio:.2f} times what rounding explains ({self.explained:.3g}); {BOUND:g} is allowed"
         )
         if not self.diverges:
-            return text
+            return f"{text}; and no linear is off (t of {gain.linear} {gain.t:.1f}, {gain.allowed:.1f} is allowed)"
         if self.noise.kl > NOISE_BOUND * self.rounding_noise.kl:
             return f"{text}: the runtime computes another unquantized model, too"
-        if self.ratio <= BOUND:
-            text += f"; but it does {self.served_damage.kl:.3g} of damage, the files {self.restored_damage.kl:.3g}"
+        if self.other_damage:
+            text += f"; it does {self.served_damage.kl:.3g} of damage, the files {self.restored_damage.kl:.3g}"
+        if gain.wrong:
+            text += (
+                f"; the output of {gain.linear}, or of one beside it, is about {abs(gain.off):.0%} too "
+                f"{'large' if gain.t > 0 else 'small'} (t {gain.t:.1f}, {gain.allowed:.1f} is allowed)"
+            )
         return f"{text}: the runtime computes something else than the files say"
 
     def metrics(self) -> dict[str, float]:
@@ -125,6 +177,7 @@ class Measured:
         named = {
             "serve/kl": self.served_damage,
             "serve/kl_restored": self.restored_damage,
+            "serve/kl_rounded": self.rounded_damage,
             "serve/kl_scored": self.scored_damage,
             "serve/kl_scored_whole": self.scored_damage_whole,
             "serve/noise": self.noise,
@@ -136,6 +189,8 @@ class Measured:
         for key, value in named.items():
             values |= {key: value.kl, f"{key}_se": value.se}
         values |= {"serve/explained": self.explained, "serve/ratio": self.ratio, "serve/perplexity": self.perplexity}
+        values |= {"serve/gain_t": abs(self.gain.t), "serve/gain_t_allowed": self.gain.allowed}
+        values |= {"serve/gain_off": self.gain.off}
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
@@ -151,3 +206,25 @@ def divergence(per_token: FloatArray, caption: object) -> Divergence:
     numbers = np.asarray(caption)
     sums = np.bincount(numbers, per_token).astype(np.float64)
     return Divergence(*standard_error(sums, np.bincount(numbers).tolist()))
+
+
+def largest_gain(linears: Sequence[str], scores: FloatArray, information: FloatArray) -> Gain:
+    """The linear with the largest ``|t|``.
+
+    Args:
+        linears: Names of ``L`` linears.
+        scores: ``[L, captions]`` as :class:`layerbits.serving.gains.GainScores` has them.
+        information: ``[L]`` likewise.
+    """
+    import numpy as np
+
+    captions = scores.shape[1]
+    if captions < 2:
+        return Gain(linears[0], 0.0, 0.0, captions, len(linears))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = scores.mean(1) / (scores.std(1, ddof=1) / np.sqrt(captions))
+        off = scores.sum(1) / information
+        t *= np.maximum(0.0, 1.0 - GAIN_BOUND / np.abs(off))
+    t, off = (np.where((scores == 0).all(1), 0.0, x) for x in (t, off))
+    worst = int(np.argmax(np.where(np.isfinite(t), np.abs(t), np.inf)))
+    return Gain(linears[worst], float(t[worst]), float(off[worst]), captions, len(linears))

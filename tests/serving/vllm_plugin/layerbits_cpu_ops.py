@@ -1,4 +1,4 @@
-"""Operators for FP8 activations that vLLM's CPU build (0.32) lacks or only declares, in plain PyTorch.
+"""What vLLM's CPU build (0.32) lacks for FP8 activations, in plain PyTorch: operators, and the rounding itself.
 
 A plugin of vLLM (``vllm.general_plugins``) for the tests alone: ``vllm.plugin=tests/serving/vllm_plugin`` puts this
 folder on the server's path, where vLLM finds it. An operator that a build has is left alone.
@@ -16,6 +16,35 @@ def register() -> None:
         if declared is None or not declared.default._schema.arguments:
             function.default = getattr(declared, "default", None)  # named by compilation passes; eager mode has none
             setattr(torch.ops._C, function.__name__, function)
+    _round_inputs()
+
+
+def _round_inputs() -> None:
+    """Lets the kernel for one scale per tensor round its inputs.
+
+    On CPUs with AMX, but without its FP8 instructions, vLLM computes FP8 x FP8 linears as FP8 x BF16 ones
+    (``CPUFp8PerTensorScaledMMLinearKernel``), and never reads a checkpoint's ``input_scale``. E4M3 is exact in BF16:
+    the kernel gets the rounded inputs, and their scale as a part of that of the weights.
+    """
+    from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8PerTensorScaledMMLinearKernel as Kernel
+
+    load, compute = Kernel.process_weights_after_loading, Kernel.apply_weights
+
+    def process_weights_after_loading(self, layer):
+        load(self, layer)
+        _, weight_scale, input_scale, _ = self._get_layer_params(layer)
+        if input_scale is not None:  # otherwise a scale of each batch's own: left as it is
+            weight_scale.data.mul_(input_scale.float())
+
+    def apply_weights(self, layer, x, bias=None):
+        input_scale = self._get_layer_params(layer)[2]
+        if input_scale is not None:
+            rounded = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+            static_scaled_fp8_quant(rounded, x, input_scale)
+            x = rounded.to(x.dtype)
+        return compute(self, layer, x, bias)
+
+    Kernel.process_weights_after_loading, Kernel.apply_weights = process_weights_after_loading, apply_weights
 
 
 def static_scaled_fp8_quant(result, input, scale, group_shape=None):
