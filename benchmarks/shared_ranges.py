@@ -7,7 +7,8 @@ For each format on the default model, all linears quantized, three ways to get o
 ``own`` a range for each linear (what was scored so far, and nothing that a runtime with one scale can compute),
 ``shared`` the largest range from the start (overlay ``w_shared``), ``twice`` weights rounded at their own range and
 then again at the largest, which is what a runtime makes of a checkpoint with ``own``. Predicted KL by ``gradient`` for
-the first two, measured KL on held-out rows for all three, both in nats per token; the standard error is over the rows.
+the first two, measured KL on held-out rows for all three, both in nats per token. Standard errors are over the rows;
+``from_own`` is the difference to ``own`` on the same rows, with the standard error of that difference.
 """
 
 from __future__ import annotations
@@ -46,11 +47,15 @@ def log_probabilities(model: Any, rows: tuple[Batch, ...]) -> list[torch.Tensor]
     return found
 
 
-def divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) -> tuple[float, float]:
-    """KL per token and its standard error over rows."""
+def divergence(reference: list[torch.Tensor], other: list[torch.Tensor]) -> torch.Tensor:
+    """KL per token of each row."""
     rows = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in zip(reference, other, strict=True)]
-    values = torch.tensor(rows, dtype=torch.float64)
-    return float(values.mean()), float(values.std() / len(rows) ** 0.5)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def mean(values: torch.Tensor) -> dict[str, float]:
+    """Mean and standard error over rows."""
+    return {"kl": float(values.mean()), "se": float(values.std() / len(values) ** 0.5)}
 
 
 def measured(bench: Workbench, own: Candidate, shared: Candidate, rows: int, device: str) -> dict[str, Any]:
@@ -82,7 +87,7 @@ def measured(bench: Workbench, own: Candidate, shared: Candidate, rows: int, dev
             module.weight.copy_(scaled[name](once) if len(together[name]) > 1 else module.weight)
     with apply_scheme(model, schemes["shared"], ranges, keep_weights=False):
         result["twice"] = divergence(reference, log_probabilities(model, held_out))
-    return {name: {"kl": kl, "se": se} for name, (kl, se) in result.items()}
+    return {name: {**mean(rows), "from_own": mean(rows - result["own"])} for name, rows in result.items()}
 
 
 def main() -> None:

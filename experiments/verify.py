@@ -29,23 +29,25 @@ def verification(config: dict[str, Any]) -> None:
     track = TrackingSpec(**config["tracking"])
     output = Path(config["output_root"]).expanduser().absolute()
 
-    def repeat(uri: str | None) -> tuple[Verification, Path]:
-        found, folder = verify(reference, str(config["bound"]), config["device"], CONFIGS, output, ROOT, uri)
+    def repeat(run: str, uri: str | None) -> tuple[Verification, Path]:
+        found, folder = verify(run, str(config["bound"]), config["device"], CONFIGS, output, ROOT, uri)
         print(f"\n{found.markdown()}\nverification: {folder}")
         return found, folder
 
     if not track.enabled:
-        found, _ = repeat(track.uri)
+        found, _ = repeat(reference, track.uri)
         check(found)
         return
     from layerbits import tracking
     from layerbits.provenance import provenance
+    from layerbits.trust.again import scored_run
 
     uri = tracking.open_store(track.uri, ROOT)
+    run = scored_run(reference, uri)
     name = track.run_name or f"verification of {source_name(references)}"
-    tags = {"layerbits.kind": "verify", "source_run_id": reference}
+    tags = {"layerbits.kind": "verify", "source_run_id": run}
     with tracking.start_run(name, track.experiment, tags=tags, system_metrics=track.system_metrics) as session:
-        found, folder = repeat(uri)
+        found, folder = repeat(run, uri)
         about = {**provenance(ROOT), **entry.note(found.markdown())}
         tracking.log_derived(session, folder, found.metrics(), {"eff.device": found.device}, about)
         check(found)  # within the run, which fails with it

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from layerbits.errors import UserError
 from layerbits.inputs.models import ModelSpec, empty_model, load, load_tokenizer, resolve
+from layerbits.results.experiment import Experiment
 
 from .checkpoint_support import config, copied, only, quantized_to_fp8, save_tokenizer, sharded, tensors, write
 from .scoring_support import tiny_model
@@ -316,6 +317,15 @@ def test_mxfp4_experts_are_scored_as_the_numbers_that_they_hold(tmp_path):
 def test_an_export_of_layerbits_is_not_dequantized(folder):
     exported(folder)
     assert "exported it as fp8_full from run abc123" in refused(folder, dequantize=True)
+
+
+def test_the_run_that_made_a_quantized_checkpoint_is_named(folder):
+    made = Experiment("exp", "export fp8", "def456", "http://h/#/experiments/1/runs/def456", "http://h")
+    exported(folder)
+    made.save(folder)
+    assert "(config.json; made by run def456 (export fp8, experiment exp)); LayerBits exported it" in refused(folder)
+    (folder / "layerbits.json").unlink()  # as ModelOpt's own scripts leave one
+    assert "made by run def456 (export fp8, experiment exp)); give the checkpoint" in refused(folder)
 
 
 # Code that comes along

@@ -31,7 +31,6 @@ from .entries import start
 from .export_support import FILES, planned, prepared, saved, spoil
 from .scoring_support import VOCABULARY, candidate
 
-ROOT = Path(__file__).resolve().parents[2]
 FP8 = candidate("wfp8_afp8")
 EVERY = ("qkv", "o", "gate_up", "down")
 LAYER = "model.layers.0.mlp.down_proj"
@@ -290,7 +289,7 @@ def run(script, *arguments):
 
 
 def test_from_the_command_line_to_the_registry(tmp_path):
-    """Run, artifacts, registered version, and a serve check that is skipped."""
+    """Run, artifacts, registered version, and what leads back from the checkpoint."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -336,10 +335,3 @@ def test_from_the_command_line_to_the_registry(tmp_path):
 
     made = made_by(Path(data.tags["checkpoint.path"]))
     assert (made.run_id, made.experiment) == (runs[0].info.run_id, "layerbits")
-
-    if (ROOT / ".venv-vllm").exists():
-        return  # tests/serving has the check with it
-    checked = run("serve_check.py", f"run_id={runs[0].info.run_id}", *wanted)
-    assert "skipped: there is no vLLM environment" in checked.stdout
-    found = client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'")[0]
-    assert (found.info.status, found.data.tags["outcome"], found.data.tags["serve"]) == ("FINISHED", *["skipped"] * 2)

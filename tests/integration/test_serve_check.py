@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from layerbits import history
 from layerbits.errors import Skipped, UserError
 from layerbits.inputs.captions import load_captions
 from layerbits.results.experiment import made_by
+from layerbits.serving import environment
 from layerbits.serving.environment import find_environment
 from layerbits.serving.job import Checker, ServeSettings, Target
 from layerbits.serving.server import Launch, serving
@@ -118,9 +120,48 @@ def test_a_running_server_is_asked_and_left_running(exported, python, tmp_path):
         assert client.healthy()
         ended, _, _ = checked(exported, None, f"vllm.url={client.url}", "new_tokens=4", "top_k=9")
         assert "serve it with --max-logprobs 9, or set top_k to what it allows" in ended.stderr
+        ended, _, run = checked(exported, None, f"vllm.url={client.url}", "vllm.model=other")
+        assert f"{client.url} serves checkpoint (from {folder}/exports/int8), not other; name one" in ended.stderr
+        assert (ended.returncode, run.info.status) == (2, "FAILED")
         ended, _, _ = checked(exported, None, f"vllm.url={client.url}", "new_tokens=100")
         assert "takes 64 tokens" in ended.stderr
         assert ended.returncode == 2
+
+
+def test_a_running_server_of_the_unquantized_model_gives_the_damage_as_served(exported, python, tmp_path):
+    folder, _ = exported
+    launch = Launch(find_environment(str(python), Path()), 64, 8)
+    with (
+        serving(launch, folder / "exports" / "int8", "it", tmp_path / "log") as quantized,
+        serving(launch, folder / "source", "the unquantized model", tmp_path / "plain.log") as plain,
+    ):
+        urls = (f"vllm.url={quantized.url}", f"vllm.unquantized_url={plain.url}")
+        _, _, run = checked(exported, None, *urls, "new_tokens=4")
+        assert run.data.metrics["serve/kl"] == 0.0  # what both serve is the same
+        assert run.data.metrics["serve/noise"] > 0.0
+        ended, _, _ = checked(exported, None, urls[0], f"vllm.unquantized_url={quantized.url}", "new_tokens=4")
+        assert f"{quantized.url} serves checkpoint (from {folder}/exports/int8), not source" in ended.stderr
+
+
+def test_a_port_in_use_fails_the_run_in_one_line(exported, python):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended, _, run = checked(exported, python, f"vllm.port={port}")
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last == f"error: port {port} is in use or not allowed; name another with vllm.port, or none for any free one"
+    assert (ended.returncode, run.info.status) == (2, "FAILED")
+
+
+def test_without_an_environment_the_run_ends_as_skipped(exported, monkeypatch):
+    monkeypatch.setattr(environment, "FOLDER", "none/.venv-vllm")
+    ended, _, run = checked(exported, None)
+    assert ended.returncode == 0
+    assert "skipped: there is no vLLM environment at " in ended.stdout
+    assert "`make vllm` makes one" in ended.stdout
+    tags = run.data.tags
+    assert (run.info.status, tags["outcome"], tags["serve"]) == ("FINISHED", "skipped", "skipped")
 
 
 @pytest.fixture
@@ -181,10 +222,10 @@ def test_history_has_the_latest_kl_that_was_served_of_the_same_scheme(made_store
 
 
 def test_a_run_is_verified_from_the_checkpoint_that_it_led_to(exported):
-    from layerbits.trust.again import _source
+    from layerbits.trust.again import scored_run
 
     folder, run_id = exported
     store = f"sqlite:///{folder}/mlflow.db"
-    assert _source(str(folder / "exports" / "int8"), store) == "run"  # the scheme's source
-    assert _source("another", store) == "another"
+    assert scored_run(str(folder / "exports" / "int8"), store) == "run"  # the scheme's source
+    assert scored_run("another", store) == "another"
     assert MlflowClient(store).get_run(run_id).data.tags["source_run_id"] == "run"

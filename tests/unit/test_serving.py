@@ -362,11 +362,11 @@ def test_the_last_error_is_the_cause_and_not_what_followed_from_it(tmp_path):
 def test_a_server_with_another_model_is_refused():
     models = [Served("llama", "/models/llama", 2048)]
     with pytest.raises(UserError, match=r"http://h serves llama \(from /models/llama\), not mine; serve mine there"):
-        choose(models, "http://h", None, "mine")
+        choose(models, "http://h", None, ["mine"])
     with pytest.raises(UserError, match=r"not other; name one of these with vllm\.model"):
-        choose(models, "http://h", "other", "mine")
-    assert choose(models, "http://h", None, "llama") == models[0]
-    assert choose(models, "http://h", "llama", "mine") == models[0]
+        choose(models, "http://h", "other", ["mine"])
+    assert choose(models, "http://h", None, ["mine", "llama"]) == models[0]
+    assert choose(models, "http://h", "llama", ["mine"]) == models[0]
 
 
 def test_a_token_limit_below_the_texts_is_refused():
@@ -433,7 +433,22 @@ def test_layerbits_serve_becomes_the_server_and_prints_a_request(python, tmp_pat
     assert command[command.index("--port") + 1] == "8123"
     assert command[-2:] == ["--seed", "1"]
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "curl http://127.0.0.1:8123/v1/completions" in capsys.readouterr().out
+
+
+def test_layerbits_serve_says_that_its_port_is_in_use(python, tmp_path, capsys):
+    from layerbits import cli
+
+    (tmp_path / "config.json").write_text("{}")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["serve", str(tmp_path), "--port", str(port), "--python", str(python)])
+    assert ended.value.code == 2
+    assert f"port {port} is in use or not allowed; name another with --port" in capsys.readouterr().err
 
 
 def test_layerbits_serve_says_what_is_no_checkpoint(python, tmp_path, capsys):

@@ -1,11 +1,13 @@
-"""Which candidates export and as what, as Markdown: ``python -m layerbits.checkpoint.table`` prints it.
+"""Which candidates export and as what, and what vLLM makes of it, as Markdown.
 
-``docs/export.md`` holds it between two comments; a test says when it is stale, ``--write`` writes it anew.
+``python -m layerbits.checkpoint.table`` prints it. ``docs/export.md`` holds it between two comments; a test says when
+it is stale, ``--write`` writes it anew.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,27 +15,55 @@ from layerbits.candidates.candidate import Candidate, resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
 from layerbits.candidates.table import load_overlays, load_pairs
-from layerbits.checkpoint.label import COMPRESSED, FORMATS, MODELOPT
+from layerbits.checkpoint.label import COMPRESSED, FORMATS, MODELOPT, Label
 from layerbits.checkpoint.labels import label_or_reason
-from layerbits.checkpoint.runtimes import reads, vllm
+from layerbits.checkpoint.runtimes import VERSION, reads, vllm
+from layerbits.checkpoint.served import Served, read_served
 from layerbits.errors import Unsupported
 
 PAGE = Path(__file__).parents[3] / "docs" / "export.md"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 _NAMES = {MODELOPT: "ModelOpt", COMPRESSED: "compressed-tensors"}
-_HEADER = ("granularity", "bits", "ModelOpt", "vLLM", "compressed-tensors", "vLLM")
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A candidate that at least one format has a label for.
+
+    Attributes:
+        pair, variant, granularity: Where it comes from; the variant of FP4 is empty for other weights.
+        labels: Format → its label, ``None`` where it has none.
+    """
+
+    pair: str
+    variant: str
+    granularity: str
+    candidate: Candidate
+    labels: Mapping[str, Label | None]
+
+
+def exportable() -> Iterator[Exportable]:
+    """The distinct candidates of the shipped pairs that are not experimental and have a label, in the table's order."""
+    for pair in _pairs():
+        for variant in _variants(pair):
+            yield from _exportable(pair, variant)
 
 
 def table() -> str:
     """A section per shipped pair that is not experimental (FP4 weights: one per variant), and how many are served."""
-    pairs = [pair for pair in load_pairs() if not pair.experimental]
-    sections = {pair.name: [_section(pair, variant) for variant in _variants(pair)] for pair in pairs}
-    served = [name for name, parts in sections.items() if any(part.served for part in parts)]
+    pairs, served = _pairs(), read_served()
+    read = {row.pair for row in exportable() if any(reads(label) for label in row.labels.values() if label)}
+    loaded = {
+        row.pair
+        for row in exportable()
+        if any((answer := served.answer(label)) and answer.loads for label in row.labels.values() if label)
+    }
     lines = [
-        f"vLLM reads {len(served)} of the {len(pairs)} pairs in some format: {', '.join(f'`{n}`' for n in served)}."
+        f"vLLM {VERSION} reads {len(read)} of the {len(pairs)} pairs in some format, by its source: {_listed(read)}.",
+        f"{served.runtime} loaded {len(loaded)} of them on a CPU ({served.date}): {_listed(loaded)}.",
     ]
-    lines += [part.text for parts in sections.values() for part in parts]
+    lines += [_section(pair, variant, served) for pair in pairs for variant in _variants(pair)]
     return "\n\n".join(lines) + "\n"
 
 
@@ -44,41 +74,58 @@ def page(text: str) -> str:
     return f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
 
 
-@dataclass(frozen=True)
-class _Section:
-    text: str
-    served: bool
+def _pairs() -> list[QuantPair]:
+    return [pair for pair in load_pairs() if not pair.experimental]
 
 
 def _variants(pair: QuantPair) -> tuple[str, ...]:
     return FP4_VARIANTS if pair.weight == "fp4" else ("",)
 
 
-def _section(pair: QuantPair, variant: str) -> _Section:
-    """The granularities of a pair that export, and why the default does not where it does not."""
-    made = {o.name: resolve_candidate(pair, o, variant or "mxfp4", experimental=True) for o in load_overlays()}
-    title = f"**`{pair.name}`**" + (f", `fp4={variant}`" if variant else "")
+def _made(pair: QuantPair, variant: str) -> dict[str, Candidate]:
+    return {o.name: resolve_candidate(pair, o, variant or "mxfp4", experimental=True) for o in load_overlays()}
+
+
+def _exportable(pair: QuantPair, variant: str) -> Iterator[Exportable]:
     seen: set[str] = set()
-    rows, labels = [], []
-    for name, candidate in made.items():
+    for name, candidate in _made(pair, variant).items():
         if candidate.info.config_hash in seen or not _computed(candidate):
             continue
         seen.add(candidate.info.config_hash)
-        found = [label_or_reason(candidate.info, format)[0] for format in FORMATS]
-        if not any(found):
-            continue
-        labels += [label for label in found if label is not None]
-        cells = [cell for label in found for cell in ((f"`{label.algo}`", vllm(label)) if label else ("", ""))]
-        rows.append((f"`{name}`", f"{candidate.info.bits:g}", *cells))
+        labels = {format: label_or_reason(candidate.info, format)[0] for format in FORMATS}
+        if any(labels.values()):
+            yield Exportable(pair.name, variant, name, candidate, labels)
+
+
+def _section(pair: QuantPair, variant: str, served: Served) -> str:
+    """The granularities of a pair that export, and why the default does not where it does not."""
+    title = f"**`{pair.name}`**" + (f", `fp4={variant}`" if variant else "")
+    rows = [_row(row, label, served) for row in _exportable(pair, variant) for label in row.labels.values() if label]
+    about = ("granularity", "bits", "format", "label", "vLLM's source", served.runtime)
+    header = (*about, "served KL", "restored", "scored", "probed")
     lines = [title, ""]
     if rows:
-        lines += [
-            f"| {' | '.join(_HEADER)} |",
-            f"|{'---|' * len(_HEADER)}",
-            *(f"| {' | '.join(row)} |" for row in rows),
+        lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *rows]
+    return "\n".join([*lines, *_refusals(_made(pair, variant)["default"])])
+
+
+def _row(row: Exportable, label: Label, served: Served) -> str:
+    answer, damage = served.answer(label), served.measured(label)
+    asked = "not run" if answer is None else str(answer)
+    if answer is not None and not answer.loads and reads(label):
+        asked += "; on a GPU: not run"
+    kl = [""] * 4
+    if damage is not None:
+        kl = [
+            f"{damage.served:.4f} ({damage.se:.1g})",
+            *(f"{v:.4f}" for v in (damage.restored, damage.scored, damage.probed)),
         ]
-    lines += _refusals(made["default"])
-    return _Section("\n".join(lines), any(map(reads, labels)))
+    cells = (f"`{row.granularity}`", f"{row.candidate.info.bits:g}", _NAMES[label.format], f"`{label.algo}`")
+    return f"| {' | '.join((*cells, vllm(label), asked, *kl))} |"
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(f"`{pair.name}`" for pair in _pairs() if pair.name in names) or "none"
 
 
 def _refusals(candidate: Candidate) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.inputs.folder import few, read_header, read_json, weight_files
+from layerbits.results.experiment import made_by
 
 EXPORT = "layerbits.json"
 """What an export of LayerBits leaves beside its weights."""
@@ -88,7 +89,8 @@ def check_quantization(
         if dequantize:
             raise UserError(f"model.dequantize=true, but {source} is not quantized; leave model.dequantize out")
         return None
-    quantized = f"{source} is already quantized: {found.words} ({found.said})"
+    made = None if folder is None else made_by(folder)
+    quantized = f"{source} is already quantized: {found.words} ({found.said}{f'; made by {made}' if made else ''})"
     if folder is not None and (origin := _origin(folder)):
         raise UserError(f"{quantized}; {origin}")
     original = "give the checkpoint that it was made from"

@@ -128,14 +128,14 @@ class Client:
             raise ServerError("its answer is not JSON") from None
 
 
-def choose(models: Sequence[Served], url: str, name: str | None, checkpoint: str) -> Served:
+def choose(models: Sequence[Served], url: str, name: str | None, folders: Sequence[str]) -> Served:
     """The model of a running server that is a checkpoint.
 
     Args:
         models: What it serves.
         url: For the errors.
-        name: Its name there, as the user gave it; ``None`` = the one whose folder is called like the checkpoint's.
-        checkpoint: Name of the checkpoint's folder.
+        name: Its name there, as the user gave it; ``None`` = the one whose folder has one of the names.
+        folders: Names that the checkpoint's folder may have there, the usual one first.
 
     Raises:
         UserError: It serves another model.
@@ -145,10 +145,10 @@ def choose(models: Sequence[Served], url: str, name: str | None, checkpoint: str
         found = [m for m in models if m.name == name]
         mend = "name one of these with vllm.model"
     else:
-        found = [m for m in models if PurePath(m.root).name == checkpoint]
-        mend = f"serve {checkpoint} there, or name it with vllm.model if it is under another folder's name"
+        found = [m for m in models if PurePath(m.root).name in folders]
+        mend = f"serve {folders[0]} there, or name it with vllm.model if it is under another folder's name"
     if not found:
-        raise UserError(f"{url} serves {told}, not {name or checkpoint}; {mend}")
+        raise UserError(f"{url} serves {told}, not {name or folders[0]}; {mend}")
     return found[0]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
 from layerbits.serving.environment import find_environment
-from layerbits.serving.server import Launch
+from layerbits.serving.server import Launch, free_port
 
 
 def serve(
@@ -27,9 +27,10 @@ def serve(
         uri: The store of the run.
 
     Raises:
-        UserError: There is no such checkpoint, or no vLLM.
+        UserError: There is no such checkpoint, or no vLLM, or the port is in use.
     """
     folder = _checkpoint(reference, uri)
+    free_port(port, "--port")
     launch = Launch(find_environment(python, Path.cwd()), plugin=plugin, arguments=tuple(arguments))
     name = folder.name
     command = launch.command(folder, port, name)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from layerbits.atomic import dated, write_json
@@ -257,7 +257,12 @@ class Checker:
         vllm = self.settings.vllm
         if vllm.url is not None:
             url, plain = vllm.url, vllm.unquantized_url
-            return lambda _: (Running(url, vllm.model), Running(plain) if plain else None)
+
+            def running(subject: Subject) -> tuple[Runtime, Runtime | None]:
+                source = PurePath(subject.prepared.scheme.model.source).name
+                return Running(url, vllm.model), Running(plain, called=(source,)) if plain else None
+
+            return running
         environment = find_environment(vllm.python, self.root)
 
         def started(subject: Subject) -> tuple[Runtime, Runtime]:

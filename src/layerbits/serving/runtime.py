@@ -83,15 +83,17 @@ class Running:
     Attributes:
         url: Its address.
         model: Name of the model there; ``None`` = the one from a folder called like the checkpoint's.
+        called: What the folder may be called there, beside its name here: a hub's name.
     """
 
     url: str
     model: str | None = None
+    called: tuple[str, ...] = ()
 
     def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
         """As :class:`Runtime`."""
         client = Client(self.url)
-        served = choose(client.models(), self.url, self.model, folder.name)
+        served = choose(client.models(), self.url, self.model, (folder.name, *self.called))
         check_length(served, self.url, question.length)
         try:
             return _ask(client, served.name, question, {"vllm": client.version(), "at": self.url})

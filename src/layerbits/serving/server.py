@@ -81,6 +81,8 @@ class Launch:
         values = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
         if self.environment.on_cpu:  # by default it takes half of the memory for its cache, and leaves a core idle
             values |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            # One process for engine and worker (each imports vLLM anew); threads that wait leave the core to others.
+            values |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_WAIT_POLICY": "PASSIVE"}
             values |= {"VLLM_CPU_INT4_W4A8": "0"}  # on CPUs with AMX it rounds the inputs of INT4 weights to INT8
             values |= {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} if sys.platform == "linux" else {}
         values |= os.environ
@@ -107,7 +109,7 @@ def serving(launch: Launch, folder: Path, what: str, log: Path) -> Iterator[Clie
         Refused: It ended while loading; in its own words.
         UserError: The port is in use, or it did not get ready in time.
     """
-    port = _port(launch.port)
+    port = free_port(launch.port, "vllm.port, or none for any free one")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, keeper.__file__, *launch.command(folder, port)]
     with _stop_signals(), log.open("wb") as out:
@@ -136,15 +138,22 @@ def last_error(log: Path, otherwise: str = "") -> str:
     return found[-1].strip()[:600]
 
 
-def _port(wanted: int | None) -> int:
+def free_port(wanted: int | None, other: str) -> int:
+    """A port of this machine that nobody listens at.
+
+    Args:
+        wanted: ``None`` = any.
+        other: How to name another.
+
+    Raises:
+        UserError: The one that is wanted is not free.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted or 0))
         except (OSError, OverflowError):
-            raise UserError(
-                f"port {wanted} is in use or not allowed; name another with vllm.port, or none for any free one"
-            ) from None
+            raise UserError(f"port {wanted} is in use or not allowed; name another with {other}") from None
         return int(probe.getsockname()[1])
 
 

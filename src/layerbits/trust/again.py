@@ -21,7 +21,7 @@ def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:
     Raises:
         UserError: There is no such run, or it does not say how it was made.
     """
-    reference = _source(reference, tracking_uri)
+    reference = scored_run(reference, tracking_uri)
     if Path(reference).exists() or "/" in reference or reference.endswith(".json"):
         result = load_manifest(reference)
     else:
@@ -33,8 +33,8 @@ def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:
     return result
 
 
-def _source(reference: str, tracking_uri: str | None) -> str:
-    """The sensitivity run behind a checkpoint's folder, found through the run that exported it; else ``reference``.
+def scored_run(reference: str, tracking_uri: str | None) -> str:
+    """The sensitivity run behind a checkpoint's folder, found through the run that made it; else ``reference``.
 
     Raises:
         UserError: Several runs are behind it, or the export's run cannot be read.
