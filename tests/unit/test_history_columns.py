@@ -80,7 +80,15 @@ def test_a_recipe_that_is_not_known_is_missing_not_false():
 
 def test_a_derived_run_has_a_row_per_scheme():
     metrics = {"probe/top25/kl": 0.1, "probe/top25/bits": 9.0, "probe/a.random0/kl": 0.2, "seconds/probe": 3.0}
-    run = RawRun({"run_id": "r", "start_time": 1}, {"eff.model": "tiny"}, metrics, {"source_run_id": "s"})
+    params = {"eff.model": "tiny", "eff.kv_cache": "fp8"}
+    run = RawRun({"run_id": "r", "start_time": 1}, params, metrics, {"source_run_id": "s"})
     found = _rows(run, "probe/")
     assert [(r["scheme"], r["kl"], r.get("bits")) for r in found] == [("a.random0", 0.2, None), ("top25", 0.1, 9.0)]
-    assert {(r["run_id"], r["source_run_id"], r["model"]) for r in found} == {("r", "s", "tiny")}
+    assert {(r["run_id"], r["source_run_id"], r["model"], r["kv_cache"]) for r in found} == {("r", "s", "tiny", "fp8")}
+
+
+def test_the_price_of_a_kv_cache_is_a_column():
+    info = {"run_id": "r", "experiment_id": "7", "status": "FINISHED"}
+    run = RawRun(info, {}, {"summary/kv_cache_fp8_predicted_kl": 0.01}, {})
+    found = rows.row_of(run)
+    assert (found["kv_cache_fp8_predicted_kl"], found["kv_cache_nvfp4_predicted_kl"]) == (0.01, None)

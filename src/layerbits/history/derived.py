@@ -10,7 +10,7 @@ from layerbits.history.source import RawRun, connect, experiment_id, search, tol
 from layerbits.tracking.contract import DIGEST_TAG
 
 _PREFIXES = {"schemes": "scheme/", "probe": "probe/"}
-_FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "scheme", "served_kl")
+_FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "kv_cache", "scheme", "served_kl")
 
 
 def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -18,9 +18,10 @@ def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -
 
     Returns:
         A row per run and scheme: ``run_id``, ``run_name``, ``source_run_id`` (several separated by commas), ``model``,
-        ``start_time`` in UTC, ``scheme``, ``served_kl`` (nats per token, as the latest serve check of the same scheme
-        in the experiment measured it in a runtime; NaN without one), and the numbers that were logged of it
-        (``bits``, ``score``, ``predicted_kl``, …), missing where a run has none. Without rows where no such run exists.
+        ``start_time`` in UTC, ``kv_cache`` of the run's schemes, ``scheme``, ``served_kl`` (nats per token, as the
+        latest serve check of the same scheme in the experiment measured it in a runtime; NaN without one), and the
+        numbers that were logged of it (``bits``, ``score``, ``predicted_kl``, ``kv_predicted_kl``, …), missing where a
+        run has none. Without rows where no such run exists.
 
     Raises:
         UserError: The store cannot be read, or there is no such experiment.
@@ -67,6 +68,7 @@ def _rows(run: RawRun, prefix: str) -> list[dict[str, Any]]:
         "source_run_id": run.tags.get("source_run_id"),
         "model": run.params.get("eff.model"),
         "start_time": run.info.get("start_time"),
+        "kv_cache": run.params.get("eff.kv_cache"),
     }
     return [
         {**facts, "scheme": scheme, "served_kl": run.tags.get(f"{DIGEST_TAG}{scheme}"), **numbers}

@@ -68,7 +68,8 @@ def runs(
         One row per run: ``run_id``, ``run_name``, the parameters in force (``model``, ``model_revision``,
         ``quant_pair``, ``granularity``, ``dataset``, ``dataset_size``, ``dataset_digest``, ``method``, ``engine``,
         ``config_hash``, …), ``effective_bits`` and other sums of the recipe, ``loss_per_token`` of the unquantized
-        model (guessing loses ln(``vocabulary``)), how many groups are ``not_believable``, tags, ``start_time`` in UTC.
+        model (guessing loses ln(``vocabulary``)), how many groups are ``not_believable``, what a KV cache costs
+        over all blocks (``kv_cache_fp8_predicted_kl``, …), tags, ``start_time`` in UTC.
         What a run does not have is missing. ``attrs["tracking_uri"]`` names the store.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.history.source import RawRun, fetch
 from layerbits.tracking.contract import INTERVAL_COLUMNS, LAYER_COLUMNS, SCHEMA_VERSION, TABLE, read_layer_tags
@@ -22,6 +23,7 @@ _COUNT_PARAMS = ("seq_len", "batch_size", "calib_samples", "score_samples", "see
 _METRICS = (
     *("effective_bits", "effective_bits_modelopt", "score_sum", "predicted_kl_sum", "score_chosen"),
     *("predicted_kl_chosen", "loss_per_token"),
+    *(f"kv_cache_{name}_predicted_kl" for name in KV_FORMATS),
 )
 _COUNTS = ("groups", "quantized_groups", "nonfinite", "not_believable")
 _TAGS = {
