@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py prepare WORK EXPORT ...     # texts, mixtures, corrupted copies; what to serve
     python benchmarks/serving.py compare WORK CHECKPOINT ... # after it: a line per checkpoint, and a record
+    python benchmarks/serving.py table RECORD                # it as tables
 
 EXPORT is a checkpoint of `-e export` or of benchmarks/uniform.py, all of one model and calibration. A mixture takes
 each group of linears that runtimes fuse from one of the exports named by `--mix`, or unquantized; the draw is its seed.
@@ -36,6 +37,7 @@ from layerbits.serving.distributions import Distributions, select  # noqa: E402
 from layerbits.serving.gains import gain_scores  # noqa: E402
 from layerbits.serving.reference import Plain, Reference, Whole, logprobs, replicas, rounding  # noqa: E402
 from layerbits.serving.texts import Texts, held_out_texts  # noqa: E402
+from layerbits.serving.verdict import BOUND  # noqa: E402
 
 TOKENS, TOP_K, DTYPE = 1000, 1000, "bfloat16"
 SCALE = "weight_scale"
@@ -312,19 +314,62 @@ def compare_all(work: Path, checkpoints: list[Path], chosen_on: set[str], out: P
             print(f"{name:58} {found[-1]['corruption'] or '':48} {measured.sentence}", flush=True)
             out.write_text(json.dumps({"tokens": texts.tokens, "top_k": TOP_K, "checkpoints": found}, indent=1) + "\n")
     for which in ("development", "fresh"):
-        good = [r for r in found if r["set"] == which and r["corruption"] is None]
-        bad = [r for r in found if r["set"] == which and r["corruption"] is not None]
-        print(
-            f"{which}: of {len(good)} good {sum(r['diverges'] for r in good)} blamed, of {len(bad)} corrupted "
-            f"{sum(r['diverges'] for r in bad)} found"
+        print(summary(found, which))
+
+
+def table(record: Path) -> None:
+    """Prints a record as Markdown: the good checkpoints one by one, the corrupted ones by kind and base."""
+    found = json.loads(record.read_text())["checkpoints"]
+    good = [r for r in found if r["corruption"] is None]
+    print(
+        "| good checkpoint | ratio | t | damage as served | restored | both rounded |\n|---|---:|---:|---:|---:|---:|"
+    )
+    for r in good:
+        name = (
+            f"{r['name']}{' (chosen on)' if r['set'] == 'development' else ''}{' **blamed**' if r['diverges'] else ''}"
         )
+        damage = " | ".join(f"{r[f'{k}_damage']:.4f}" for k in ("served", "restored", "rounded"))
+        print(f"| {name} | {r['ratio']:.2f} | {r['gain']['t']:.1f} | {damage} |")
+    cells = {tuple(r["name"].split("--")): r for r in found if r["corruption"] is not None}
+    bases = [r["name"] for r in good if any(base == r["name"] for base, _ in cells)]
+    print("\n| what vLLM got | " + " | ".join(bases) + " |\n|---|" + "---|" * len(bases))
+    for kind in dict.fromkeys(kind for _, kind in cells):
+        row = [_cell(cells.get((base, kind))) for base in bases]
+        print(f"| {kind} | " + " | ".join(row) + " |")
+    for which in ("development", "fresh"):
+        print(f"\n{summary(found, which)}", end="")
+    print()
+
+
+def _cell(r: dict[str, Any] | None) -> str:
+    if r is None:
+        return ""
+    by = "".join(
+        letter
+        for letter, yes in zip(
+            "RDG",
+            (not r["ratio"] <= BOUND, r["other_damage"], not abs(r["gain"]["t"]) <= r["t_allowed"]),
+            strict=True,
+        )
+        if yes
+    )
+    return f"{r['ratio']:.2f}, {r['gain']['t']:.1f}: {by or '**not found**'}"
+
+
+def summary(found: list[dict[str, Any]], which: str) -> str:
+    """How many of a set were told rightly."""
+    good, bad = ([r for r in found if r["set"] == which and (r["corruption"] is None) == is_good] for is_good in (1, 0))
+    return (
+        f"{which}: of {len(good)} good {sum(r['diverges'] for r in good)} blamed, of {len(bad)} corrupted "
+        f"{sum(r['diverges'] for r in bad)} found"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("prepare", "compare"))
-    parser.add_argument("work", type=Path)
-    parser.add_argument("checkpoints", type=Path, nargs="+", help="the first has to be an export")
+    parser.add_argument("step", choices=("prepare", "compare", "table"))
+    parser.add_argument("work", type=Path, help="a folder; of `table` a record")
+    parser.add_argument("checkpoints", type=Path, nargs="*", help="the first has to be an export")
     parser.add_argument("--mix", default="", help="prepare: names of the exports to mix, separated by commas")
     parser.add_argument("--mixtures", type=int, default=0, help="prepare: how many mixtures")
     parser.add_argument("--corrupt", default="", help="prepare: names of the checkpoints to corrupt")
@@ -332,7 +377,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="compare: the record; WORK/record.json")
     a = parser.parse_args()
     split = {key: set(filter(None, getattr(a, key).split(","))) for key in ("mix", "corrupt", "chosen_on")}
-    if a.step == "prepare":
+    if a.step == "table":
+        table(a.work)
+    elif a.step == "prepare":
         prepare_all(a.work, a.checkpoints, split["mix"], a.mixtures, split["corrupt"])
     else:
         compare_all(a.work, a.checkpoints, split["chosen_on"], a.out)
