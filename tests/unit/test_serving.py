@@ -351,6 +351,13 @@ def test_the_last_error_is_the_cause_and_not_what_followed_from_it(tmp_path):
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert last_error(log) == "Value error, Unknown quantization method: gguf2."
+    log.write_text(
+        "(Worker pid=1) ERROR 11-25 14:21:31 [core.py:1510] ValueError: Failed to find a kernel. Reasons: \n"
+        "(Worker pid=1) ERROR 11-25 14:21:31 [core.py:1510]  A cannot: no\n"
+        "(Worker pid=1) ERROR 11-25 14:21:31 [core.py:1510]  B cannot: never\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert last_error(log) == "ValueError: Failed to find a kernel. Reasons: A cannot: no; B cannot: never"
     log.write_text("no room\n")
     assert last_error(log) == "no room"
     assert last_error(log, "the server's answer") == "the server's answer"

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 
@@ -132,10 +133,18 @@ def last_error(log: Path, otherwise: str = "") -> str:
         otherwise: The answer where it tells none; empty = its last line.
     """
     lines = [_PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines()]
-    errors = [m.group(1).strip() for line in lines if (m := _ERROR.match(line))]
+    errors = [_whole(m.group(1).strip(), lines[i + 1 :]) for i, line in enumerate(lines) if (m := _ERROR.match(line))]
     telling = [e for e in errors if not any(words in e for words in _ABOUT_OTHERS)]
     found = telling or ([otherwise] if otherwise else errors or [line for line in lines if line.strip()] or [""])
     return found[-1].strip()[:600]
+
+
+def _whole(error: str, after: Sequence[str]) -> str:
+    """An error with the indented lines below it, where it announces them by a colon."""
+    if not error.endswith(":"):
+        return error
+    reasons = "; ".join(line.strip() for line in takewhile(lambda line: line[:1].isspace(), after))
+    return f"{error} {reasons}" if reasons else error
 
 
 def free_port(wanted: int | None, other: str) -> int:

@@ -11,6 +11,8 @@ def register() -> None:
     """Puts a function in the place of each operator that is missing, or has no arguments: then it is only declared."""
     import vllm._custom_ops  # noqa: F401  (loads the operators that there are)
 
+    if torch.cpu._is_amx_tile_supported():  # its INT4 kernel takes AMX for granted, and dies where nobody asked for it
+        torch.cpu._init_amx()
     for function in (static_scaled_fp8_quant, silu_and_mul_quant):
         declared = getattr(torch.ops._C, function.__name__, None)
         if declared is None or not declared.default._schema.arguments:
