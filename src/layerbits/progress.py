@@ -98,6 +98,7 @@ class _Work:
 
 
 _works: list[_Work] = []
+_hidden: list[bool] = []
 _bars: list[Callable[[float], None]] = []
 
 
@@ -115,6 +116,16 @@ def planned(**phases: tuple[int, float]) -> Iterator[None]:
         _works.pop()
 
 
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Shows no bars meanwhile: what runs is no run of the user's."""
+    _hidden.append(True)
+    try:
+        yield
+    finally:
+        _hidden.pop()
+
+
 def progress(items: Sequence[Any], what: str, done: int = 0) -> Iterator[Any]:
     """The items under a progress bar.
 
@@ -130,7 +141,7 @@ def progress(items: Sequence[Any], what: str, done: int = 0) -> Iterator[Any]:
     work.start(what, total, done)
     # a log file need not have a line for each step
     seconds = 0.1 if sys.stderr.isatty() else REPORT_SECONDS
-    quiet = int(os.environ.get("RANK", "0")) > 0
+    quiet = bool(_hidden) or int(os.environ.get("RANK", "0")) > 0
     with tqdm(
         total=total, initial=done, desc=what, unit="batch", mininterval=seconds, miniters=0, disable=quiet
     ) as bar:

@@ -14,7 +14,10 @@ from layerbits.inputs.offload import device_of, offload, offloaded, parts_of, re
 from layerbits.probing.measured import Rows
 from layerbits.probing.probe import probe
 from layerbits.scoring import kl, memory, onepass, placement
+from layerbits.scoring.search import Search
 from layerbits.scoring.steps import calibration_forward
+from layerbits.trust.measure import measure_damage
+from layerbits.trust.validate import calibrated_linears
 from tests.integration.export_support import planned, saved
 from tests.integration.schemes_support import scheme_of
 from tests.integration.scoring_support import candidate, configs, job, loaded, tiny_model, usual_rows
@@ -178,6 +181,37 @@ def test_an_export_of_a_streamed_model_is_proven(tmp_path):
     made = export_scheme(plan, "cpu")
     assert made.proof.passed
     assert made.proof.logits.deviation == 0.0
+
+
+def test_an_export_of_a_streamed_model_is_the_same_file(tmp_path):
+    files = []
+    for memory_mode in ("lean", "offload"):
+        folder = tmp_path / memory_mode
+        plan = planned("llama", folder, **dict.fromkeys(("qkv", "down"), candidate("wfp8_afp8")))
+        scheme = replace(plan.scheme, settings={**plan.scheme.settings, "autoquant": {"memory": memory_mode}})
+        plan = replace(plan, prepared=replace(plan.prepared, scheme=scheme))
+        made = export_scheme(plan, "cpu")
+        assert made.proof.passed
+        files.append((folder / "exports" / "mine" / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_a_validation_of_a_streamed_model_measures_the_same(kind, tmp_path, strict):
+    found = []
+    for streamed in (False, True):
+        subject = model(kind)
+        if streamed:
+            offload(subject.model, "cpu")
+        made = job(subject, tmp_path / str(streamed), configs("wfp8_afp8"))
+        search = Search.of(made)
+        linears = calibrated_linears(made, search)
+        found.append(measure_damage(subject.model, linears, search, made.calibration.score, disable_one=True))
+    lean, away = found
+    assert (lean.alone.kl.sum(axis=0) > 0).all()
+    np.testing.assert_allclose(away.alone.kl, lean.alone.kl, rtol=1e-6)
+    np.testing.assert_allclose(away.all_but.kl, lean.all_but.kl, rtol=1e-6)
+    np.testing.assert_allclose(away.loss_change, lean.loss_change, rtol=1e-6)
 
 
 def test_a_probe_of_a_streamed_model_finds_the_same(strict):

@@ -48,7 +48,8 @@ def test_the_table_has_every_mode_and_the_command(plan):
     assert status == 0
     assert "2 candidates in one pass" in out
     assert [line.split()[0] for line in out.splitlines()[4:7]] == ["fast", "lean", "offload"]
-    assert "mlflow run . -e grid -P quant_pairs=wfp8_afp8,wint8_afp16 -P overrides=" in out
+    assert "mlflow run . --env-manager local --experiment-name layerbits -e grid" in out
+    assert "-P quant_pairs=wfp8_afp8,wint8_afp16 -P overrides=" in out
     assert "autoquant.batch_size=4" in out
 
 
@@ -93,10 +94,11 @@ def test_the_estimate_follows_the_line_of_two_small_models(work, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["fast", "lean", "offload"])
-def test_a_few_blocks_are_scored(work, mode):
+def test_a_few_blocks_are_scored_without_a_bar(work, mode, capsys):
     found = measure(work, choose(needs_of(work.resolved, work.scored, 32), 1e12, mode), 2)
     assert 0 < found.calibrate_seconds + found.seconds < 60
     assert math.isnan(found.device_gb)
+    assert "batch" not in capsys.readouterr().err
 
 
 def test_device_cpu_is_measured_here(monkeypatch):
@@ -104,3 +106,5 @@ def test_device_cpu_is_measured_here(monkeypatch):
     found = forecast(["quant_pair=wint8_afp16", "device=cpu"], CONFIGS)
     assert "measured on this CPU" in found.how
     assert [round(row.step_seconds, 6) for row in found.rows] == [3.0, 3.0, 3.0]
+    assert [row.fits for row in found.rows] == ["yes", "yes", "yes"]
+    assert found.best == "fast"

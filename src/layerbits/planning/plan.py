@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerbits.errors import Unsupported, UserError
+from layerbits.planning.table import Card, Seconds
 
 if TYPE_CHECKING:
     from layerbits.planning.sample import Work
@@ -81,17 +80,17 @@ def forecast(overrides: Sequence[str], configs: Path) -> Forecast:
     if spec.engine == "stock" or spec.method == "kl_div":
         raise Unsupported("plan knows one pass with method=gradient or fisher, not autoquant.engine=stock or kl_div")
     work, needs = _work(planned)
-    free, host = _free(planned.device)
+    free, host = _free(planned)
     costs, how = _costs(work, needs, free, planned)
     calibration = planned.calibration
     rows = []
     for mode in MODES:
         if mode not in costs:
             continue
-        step, calibrate, device_gb = costs[mode]
+        seconds, device_gb = costs[mode]
         host_gb = needs.host_bytes / 1e9 if mode == "offload" else 0.0
-        total = step * len(calibration.score) + calibrate * len(calibration.calib)
-        rows.append(Row(mode, device_gb, host_gb, step, total, _fits(device_gb, host_gb, free, host)))
+        total = seconds.total(len(calibration.score), len(calibration.calib))
+        rows.append(Row(mode, device_gb, host_gb, seconds.step, total, _fits(device_gb, host_gb, free, host)))
     best = next((r.mode for r in rows if r.fits == "yes"), "")
     return Forecast(
         model=planned.settings.model.name,
@@ -203,58 +202,52 @@ def _work(planned: Plan) -> tuple[Work, Needs]:
     return work, needs_of(planned.resolved, planned.scored, tokens, distinct_settings(list(configs.values())))
 
 
-def _free(device: str) -> tuple[float, float]:
-    """Free memory of the largest GPU (NaN without one) and of the host, in bytes."""
+def _free(planned: Plan) -> tuple[float, float]:
+    """Free memory of what computes (NaN where a GPU would and there is none) and of the host, in bytes."""
     import torch
 
     from layerbits.scoring.memory import free_bytes, free_host_bytes
 
-    cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if device == "cuda" else []
-    return max((float(free_bytes(card)) for card in cards), default=math.nan), float(free_host_bytes())
+    host = float(free_host_bytes())
+    if planned.settings.device == "cpu":
+        return host, host
+    cards = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if planned.device == "cuda" else []
+    return max((float(free_bytes(card)) for card in cards), default=math.nan), host
 
 
-def _costs(work: Work, needs: Needs, free: float, planned: Plan) -> tuple[dict[str, tuple[float, float, float]], str]:
-    """Mode → seconds a step, seconds a calibration batch, GB of the device; and how they were found."""
+def _costs(work: Work, needs: Needs, free: float, planned: Plan) -> tuple[dict[str, tuple[Seconds, float]], str]:
+    """Mode → seconds and GB of the device; and how they were found."""
     from layerbits.planning.sample import estimate
     from layerbits.scoring.memory import choose
 
     modes = [m for m in MODES if m != "offload" or needs.block]
-    if work.device == "cuda" or planned.settings.device == "cpu":
-        found = {}
-        for mode in modes:
-            room = free if math.isfinite(free) else needs.device_bytes("fast") * 2
-            try:
-                cost = estimate(work, choose(needs, room, mode))
-            except UserError:
-                found[mode] = (math.nan, math.nan, needs.device_bytes(mode) / 1e9)
-                continue
-            peak = cost.device_gb if math.isfinite(cost.device_gb) else needs.device_bytes(mode) / 1e9
-            found[mode] = (cost.seconds, cost.calibrate_seconds, peak)
-        where = "GPU" if work.device == "cuda" else "CPU"
-        return found, f"measured on this {where} with a few blocks of the same shape and random weights"
-    card = _cards()[0]
-    return {mode: _from_table(mode, work, needs, card) for mode in modes}, (
-        f"from a table, for {card['card']} (no GPU here; device=cpu measures this CPU)"
-    )
+    if math.isnan(free):
+        card = Card.read()
+        how = f"from a table, for {card.name} (no GPU here; device=cpu measures this CPU)"
+        return {mode: _from_table(mode, work, needs, card) for mode in modes}, how
+    found = {}
+    for mode in modes:
+        memory = choose(needs, free, mode)
+        try:
+            cost = estimate(work, memory)
+            seconds, measured = Seconds(cost.seconds, cost.calibrate_seconds, 0.0), cost.device_gb
+        except UserError:
+            seconds, measured = Seconds(math.nan, math.nan, math.nan), math.nan
+        found[mode] = (seconds, measured if math.isfinite(measured) else memory.estimate_gb)
+    where = "GPU" if work.device == "cuda" else "CPU"
+    return found, f"measured on this {where} with a few blocks of the same shape and random weights"
 
 
-def _cards() -> list[dict[str, Any]]:
-    text = resources.files("layerbits").joinpath("data/step_costs.json").read_text()
-    cards: list[dict[str, Any]] = json.loads(text)
-    return cards
+def _from_table(mode: str, work: Work, needs: Needs, card: Card) -> tuple[Seconds, float]:
+    from layerbits.scoring.memory import choose
+    from layerbits.scoring.quantizers import distinct_settings
 
-
-def _from_table(mode: str, work: Work, needs: Needs, card: Mapping[str, Any]) -> tuple[float, float, float]:
-    cost = card["seconds_per_weight_and_token"]
-    way = cost["fast" if mode == "fast" else "lean"]
-    many = work.draws if work.method == "fisher" else 1
-    scale = needs.weights * sum(rows * length for rows, length in work.shapes)
-    step = many * scale * (way["step"] + len(work.configs) * way["candidate"])
-    calibrate = scale * cost["calibrate"]
-    if mode == "offload":  # every block is copied once a forward and once a backward, beside the computing
-        copy = (needs.own - needs.resident) / 1e9 / card["copy_gb_per_second"]
-        step, calibrate = max(step, many * 2 * copy), max(calibrate, copy)
-    return step, calibrate, needs.device_bytes(mode) / 1e9
+    memory = choose(needs, card.memory_gb * 1e9, mode)
+    settings = len(distinct_settings(list(work.configs.values())).weights)
+    tokens = sum(rows * length for rows, length in work.shapes)
+    seconds = card.seconds(needs, memory, tokens, len(work.configs), settings)
+    draws = work.draws if work.method == "fisher" else 1
+    return replace(seconds, step=seconds.step * draws), memory.estimate_gb
 
 
 def _fits(device_gb: float, host_gb: float, free: float, host: float) -> str:
@@ -271,7 +264,7 @@ def _fits(device_gb: float, host_gb: float, free: float, host: float) -> str:
 
 def _command(overrides: Sequence[str], best: str) -> str:
     own = ("model", "quant_pairs", "quant_granularities", "dataset", "dataset_sizes", "seed", "fp4", "force")
-    parts, rest = ["mlflow run . -e grid"], []
+    parts, rest = ["mlflow run . --env-manager local --experiment-name layerbits -e grid"], []
     for override in overrides:
         key, _, value = override.partition("=")
         key = _SINGLE.get(key, key)
@@ -294,5 +287,5 @@ def _duration(seconds: float) -> str:
     if math.isnan(seconds):
         return "?"
     if seconds < 120:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -19,6 +19,7 @@ from layerbits.inputs.calibration import Batch, Calibration, Segment
 from layerbits.inputs.loading import dtype_of
 from layerbits.inputs.models import LoadedModel, ResolvedModel, build, language_model_linears
 from layerbits.inputs.offload import offload
+from layerbits.progress import hidden
 from layerbits.results.result import ModelInfo
 from layerbits.scoring import onepass
 from layerbits.scoring.job import ScoringJob
@@ -141,7 +142,7 @@ def _measure(work: Work, memory: MemoryPlan, blocks: int) -> Cost:
     info = ModelInfo("sample", "sample", "0", type(model).__name__, str(model.dtype))
     loaded = LoadedModel(model, None, info, language_model_linears(model))
     scored = tuple(n for n in loaded.linears if n in set(work.scored))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, hidden():
         job = ScoringJob(
             loaded=loaded,
             scored=scored,

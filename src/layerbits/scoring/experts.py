@@ -95,11 +95,14 @@ class ExpertsTap(Tap):
         """Input and output stay; one setting's quantized weights and the routed tokens pass."""
         (between, width), (features, inner) = self.experts.shapes
         size = self._tensors()[0].element_size()
-        routed = max(_ROWS_AT_ONCE, tokens * min(self.experts.count, self._per_token()))
-        passing = (
-            self.experts.weights * size + 4 * AT_ONCE + routed * (2 * width + between + inner + 2 * features) * size
-        )
-        return Load(width, width + features, self.experts.weights, 0, passing, passing_by_setting=False)
+        count, met = self.experts.weights, min(self.experts.count, self._per_token())
+        routed = max(_ROWS_AT_ONCE, tokens * met)
+        passing = count * size + 12 * AT_ONCE  # three float32 tensors on the way
+        of_routed = 2 * width + between + inner + 2 * features
+        outputs = routed * of_routed * size
+        active = count * met // self.experts.count
+        kept = width + features
+        return Load(width, kept, kept + met * of_routed, count, active, 0, passing, outputs, passing_by_setting=False)
 
     def watched(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows what enters the two projections to ``see``."""

@@ -14,10 +14,13 @@ from layerbits.scoring.steps import LOGITS_AT_ONCE
 
 MODES = ("auto", "fast", "lean", "offload")
 
-_AUTOGRAD = 0.8
-"""Bytes that autograd keeps per byte of the scored linears' inputs and outputs (attention, norms, activations)."""
-_LOGIT = 18
-"""Bytes per logit of the loss: logits, their float32 copy, log-probabilities and gradients."""
+_AUTOGRAD = 0.5
+"""Bytes that autograd keeps per byte of the scored modules' inputs and outputs (attention, norms, activations): counted
+on a CPU in bf16 0.48 for the blocks of Qwen3-4B, 0.42 for 8B, 0.29 for SmolLM2."""
+_AUTOGRAD_EXPERTS = 0.85
+"""The same where experts keep but what enters them: 0.84 for Qwen3-30B-A3B."""
+LOGIT = 12
+"""Bytes per logit of the loss at its peak: log-probabilities and two gradients in float32."""
 _KEEP = 0.85  # of what is free, up to which copies that could be made again are kept
 HEADROOM = 0.92
 """Of what is free: the rest is the allocator's fragments and the kernels' workspaces."""
@@ -30,34 +33,48 @@ class Load:
     Attributes:
         width: Features of its input.
         kept: Features per token that are kept until the gradient comes.
-        scored: Weights of the module.
+        moved: Features per token that it reads and writes.
+        scored: Weights of the module. active: Of these, what a token meets.
         weights: Weights of which ``fast`` may keep quantized copies; 0 where it never does.
-        passing: Bytes of quantized weights and activations while the module is scored, per candidate or setting.
-        passing_by_setting: Whether that is for each weight setting at once.
+        passing: Bytes of quantized weights while the module is scored.
+        outputs: Bytes of its outputs and inputs under one candidate.
+        passing_by_setting: Whether both are there for each weight setting at once.
     """
 
     width: int
     kept: int
+    moved: int
     scored: int
+    active: int
     weights: int
     passing: float
+    outputs: float
     passing_by_setting: bool
+
+    def together(self, settings: int) -> tuple[float, float]:
+        """Weights and outputs that are there at once, for some weight settings."""
+        many = settings if self.passing_by_setting else 1
+        return self.passing * many, self.outputs * many
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a pass takes, by what they are for; known from the shapes alone.
+    """What a pass takes, bytes but for the first four; known from the shapes alone.
 
     Attributes:
-        weights: Scored weights. own: The model.
+        weights: Scored weights. active: Of these, what a token meets. copied: Of these, what ``fast`` may copy.
+        features: What the scored modules read and write for a token. own: The model.
         resident: What of it is not streamed. block: Its largest block, 0 where it has none to stream.
-        kept: What autograd keeps of all blocks. blocks: How many there are. boundary: Their inputs.
+        kept: What autograd and the taps keep of all blocks. blocks: How many there are. boundary: Their inputs.
         copies: Quantized weights that may be kept. largest: What passes while a module is scored, weights included.
         transient: The same where those weights are kept.
         logits: The loss with whole logits. piece: The loss with logits in pieces.
     """
 
     weights: int
+    active: int
+    copied: int
+    features: int
     own: int
     resident: int
     block: int
@@ -88,35 +105,45 @@ class Needs:
             block, resident = 0, own
         blocks = max(1, getattr(getattr(model.config, "text_config", model.config), "num_hidden_layers", 1))
         size, settings = model.get_input_embeddings().weight.element_size(), max(1, weight_settings)
-        logits = tokens * model.get_output_embeddings().weight.shape[0] * _LOGIT
+        autograd = _AUTOGRAD if all(load.weights for load in loads) else _AUTOGRAD_EXPERTS
+        logits = tokens * model.get_output_embeddings().weight.shape[0] * LOGIT
+        passing = [load.together(settings) for load in loads]
         return cls(
             weights=sum(load.scored for load in loads),
+            active=sum(load.active for load in loads),
+            copied=sum(load.weights for load in loads),
+            features=sum(load.moved for load in loads),
             own=own,
             resident=resident,
             block=block,
-            kept=sum(load.kept for load in loads) * tokens * size * (1 + _AUTOGRAD),
+            kept=sum(load.kept for load in loads) * tokens * size * (1 + autograd),
             blocks=blocks,
             boundary=blocks * tokens * loads[0].width * size,
             copies=weight_settings * sum(load.weights for load in loads) * size,
-            largest=max(load.passing * (settings if load.passing_by_setting else 1) for load in loads),
-            transient=max((load.passing for load in loads if not load.passing_by_setting), default=0),
+            largest=max(weights + outputs for weights, outputs in passing),
+            transient=max(
+                outputs if load.weights else weights + outputs
+                for load, (weights, outputs) in zip(loads, passing, strict=True)
+            ),
             logits=logits,
-            piece=min(logits, LOGITS_AT_ONCE * _LOGIT),
+            piece=min(logits, LOGITS_AT_ONCE * LOGIT),
         )
 
-    def device_bytes(self, mode: str, copies: bool = False) -> float:
-        """What a mode takes on the device at least, with logits in pieces.
+    def device_bytes(self, mode: str, copies: bool = False, whole: bool = False) -> float:
+        """What a mode takes on the device at its peak: when the loss is made, or in the block that takes most.
 
         Args:
             mode: The mode.
             copies: Whether ``fast`` keeps quantized weights.
+            whole: Whether logits are made whole, not in pieces.
         """
         # The logits are gone before the first block's gradient comes, so that they never meet what passes there.
+        loss = self.logits if whole else self.piece
         if mode == "fast":
-            passing = self.copies + max(self.piece, self.transient) if copies else max(self.piece, self.largest)
-            return self.own + self.kept + passing
+            copied, passing = (self.copies, self.transient) if copies else (0, self.largest)
+            return self.own + self.kept + copied + max(loss, passing)
         weights = self.own if mode == "lean" else self.on_device
-        return weights + self.kept / self.blocks + self.boundary + max(self.piece, self.largest)
+        return weights + self.boundary + max(loss, self.kept / self.blocks + self.largest)
 
     @property
     def on_device(self) -> int:
@@ -190,15 +217,15 @@ def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
     keep = needs.device_bytes("fast", copies=True) <= _KEEP * free
     fast, lean, offload = needs.device_bytes("fast", keep), needs.device_bytes("lean"), needs.device_bytes("offload")
     mode = wanted if wanted != "auto" else ("fast" if fast <= room else "lean")
-    least = {"fast": fast, "lean": lean, "offload": offload}[mode]
+    keep = keep and mode == "fast"
+    least, whole = (needs.device_bytes(mode, keep, whole=whole) for whole in (False, True))
     crowded = mode == "offload" and least > room
     if crowded:
-        least -= needs.boundary
-    whole = least - needs.piece + needs.logits
+        least, whole = least - needs.boundary, whole - needs.boundary
     pieces = whole > room
     return MemoryPlan(
         mode=mode,
-        keep_weights=keep and mode == "fast",
+        keep_weights=keep,
         pieces=pieces,
         boundary_in_host_memory=crowded,
         estimate_gb=(least if pieces else whole) / 1e9,

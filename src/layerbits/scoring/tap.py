@@ -155,10 +155,12 @@ class LinearTap(Tap):
         self._kept: Any = None
 
     def load(self, tokens: int) -> Load:
-        """Input and output stay, and the weights of all settings are made side by side."""
+        """Input and output stay, and the weights and outputs of all settings are made side by side."""
         weight, (rows, width) = self.module.weight, shape_of(self.module)
-        passing = 2 * weight.numel() * weight.element_size()
-        return Load(width, rows + width, weight.numel(), weight.numel(), passing, passing_by_setting=True)
+        count, size = weight.numel(), weight.element_size()
+        passing, outputs = 2 * count * size, tokens * rows * size
+        kept = rows + width
+        return Load(width, kept, kept, count, count, count, passing, outputs, passing_by_setting=True)
 
     def watched(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows the input to ``see``."""

@@ -1,0 +1,246 @@
+"""What ``layerbits plan`` foretells of passes that were measured: memory by its formula, seconds by its table.
+
+    python benchmarks/plan_records.py            # a table of deviations, no GPU needed
+    python benchmarks/plan_records.py --write    # fits the table (src/layerbits/data/step_costs.json) anew
+
+Records of one-pass runs with known shape, candidates and tokens are in ``results/``. The seconds are fitted to those
+marked so, by non-negative least squares of relative errors; the others are held against the fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from one_pass import SIX, TWELVE, configs
+from scipy.optimize import nnls
+from shapes import SHAPES, class_name
+
+from layerbits.inputs.models import ModelSpec, ResolvedModel, empty_model, scored_linears
+from layerbits.planning.table import Card, calibration_work, step_work
+from layerbits.scoring.memory import LOGIT, MemoryPlan, Needs, choose
+from layerbits.scoring.placement import needs_of
+from layerbits.scoring.quantizers import distinct_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TABLE = ROOT / "src" / "layerbits" / "data" / "step_costs.json"
+FIRST, THEN = 14, 16
+"""Bytes per logit at the peak of the loss in the code of the records: until 2026-11-21 before ``fisher``, and after it;
+the loss now lets its float32 logits go first (:data:`layerbits.scoring.memory.LOGIT`)."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured pass.
+
+    Attributes:
+        file: Its record, without date and ending. key: Its row there. mode: Memory mode.
+        pairs: Candidates. logit: Bytes per logit of its code.
+        cards: GPUs that shared the steps. draws: Of ``fisher``.
+        fitted: Whether the table's seconds are fitted to it.
+    """
+
+    file: str
+    key: str
+    mode: str
+    pairs: tuple[str, ...] = SIX
+    logit: int = THEN
+    cards: int = 1
+    draws: int = 1
+    fitted: bool = False
+
+
+POINTS = (
+    Point("21-one-pass-h200", "fast_six", "fast", logit=FIRST),
+    Point("21-one-pass-h200", "fast_twelve", "fast", TWELVE, FIRST),
+    Point("21-one-pass-h200", "lean_six", "lean", logit=FIRST),
+    Point("21-one-pass-h200", "fast_single", "fast", ("wint8_afp16",), FIRST),
+    Point("21-fisher-h200", "fisher_4_six_0", "fast", draws=4),
+    Point("25-one-pass-h100", "fast_six", "fast", fitted=True),
+    Point("25-one-pass-h100", "fast_twelve", "fast", TWELVE, fitted=True),
+    Point("25-one-pass-before-h100", "fast_six", "fast"),
+    Point("25-one-pass-h100-x2", "fast_six", "fast", cards=2),
+    Point("25-one-pass-h100-x2", "fast_twelve", "fast", TWELVE, cards=2),
+    Point("25-offload-8b-h100", "lean", "lean", fitted=True),
+    Point("25-offload-8b-h100", "offload", "offload"),
+    Point("25-offload-32b-h100", "lean", "lean", fitted=True),
+    Point("25-offload-32b-h100", "offload", "offload"),
+    Point("25-experts-h100", "one_six", "fast", fitted=True),
+    Point("25-experts-h100-x1-of-2", "one_six", "fast"),
+    Point("25-experts-h100-x2", "one_six", "fast", cards=2),
+    Point("25-experts-order-h100", "one_six", "fast", fitted=True),
+)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A measured pass beside what is foretold of it.
+
+    Attributes:
+        point: The pass. card: Its GPU.
+        gb: Measured peak. told_gb: By the formula, for the bytes per logit of its code.
+        seconds: Measured, calibration and scoring. told_seconds: By the table; NaN for a card that it does not have.
+    """
+
+    point: Point
+    card: str
+    gb: float
+    told_gb: float
+    seconds: float
+    told_seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A point with the numbers of its record."""
+
+    point: Point
+    record: dict[str, Any]
+
+    @classmethod
+    def of(cls, point: Point) -> Measured:
+        """Reads its record."""
+        return cls(point, json.loads((RESULTS / f"2026-11-{point.file}.json").read_text()))
+
+    @property
+    def row(self) -> dict[str, float]:
+        """Its numbers."""
+        found: dict[str, float] = self.record[self.point.key]
+        return found
+
+    @property
+    def card(self) -> str:
+        """Name of its GPU."""
+        return str(self.record["provenance"]["gpu.name"])
+
+    @property
+    def steps(self) -> float:
+        """Batches that one GPU scored."""
+        return float(self.record["arguments"]["steps"]) / self.point.cards
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a batch."""
+        return int(self.record["arguments"]["rows"]) * int(self.record["arguments"]["length"])
+
+    @property
+    def settings(self) -> int:
+        """Distinct weight quantizers."""
+        return len(_settings(self.point.pairs).weights)
+
+    @property
+    def needs(self) -> Needs:
+        """What the pass takes by the formula, with the logits of its code."""
+        found = _needs(self.record["arguments"]["shape"], self.tokens, self.point.pairs)
+        share = self.point.logit / LOGIT
+        return replace(found, logits=int(found.logits * share), piece=int(found.piece * share))
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """How it was run: copies as they fit, logits in pieces where its record says so."""
+        mode, needs = self.point.mode, self.needs
+        made = choose(needs, self.row["free_gb"] * 1e9, mode)
+        least = self.row.get(f"{mode}_estimate_gb")
+        pieces = self.row.get("estimate_gb") == least
+        told = needs.device_bytes(mode, made.keep_weights, whole=not pieces)
+        return replace(made, pieces=pieces, estimate_gb=told / 1e9)
+
+    def told_seconds(self, card: Card) -> float:
+        """Of calibration and scoring."""
+        found = card.seconds(self.needs, self.memory, self.tokens, len(self.point.pairs), self.settings)
+        return replace(found, step=found.step * self.point.draws).total(self.steps, self.steps)
+
+
+@cache
+def _settings(pairs: tuple[str, ...]) -> Any:
+    return distinct_settings(list(configs(pairs, "cuda").values()))
+
+
+@cache
+def _needs(shape: str, tokens: int, pairs: tuple[str, ...]) -> Needs:
+    config = SHAPES[shape]()
+    config.architectures = [class_name(config)]
+    resolved = ResolvedModel(ModelSpec(shape, shape, dtype="bfloat16", random_weights=True), shape, "0", config)
+    model = empty_model(resolved)
+    head = model.get_output_embeddings()
+    scored = [n for n in scored_linears(model, resolved.spec) if model.get_submodule(n) is not head]
+    return needs_of(resolved, scored, tokens, _settings(pairs))
+
+
+def held(card: Card, points: tuple[Point, ...] = POINTS) -> list[Held]:
+    """Measured passes beside what is foretold of them.
+
+    Args:
+        card: The table.
+        points: The passes.
+    """
+    found = []
+    for measured in map(Measured.of, points):
+        row = measured.row
+        found.append(
+            Held(
+                measured.point,
+                measured.card,
+                row["peak_gb"],
+                measured.memory.estimate_gb,
+                row["seconds_calibrate"] + row["seconds_score"],
+                measured.told_seconds(card) if measured.card == card.name else float("nan"),
+            )
+        )
+    return found
+
+
+def fitted(points: tuple[Point, ...] = POINTS) -> Card:
+    """The table's row from the points that are marked for it; copies as fast as the slowest record of them."""
+    used = [Measured.of(p) for p in points if p.fitted]
+    step, calibrate = [], []
+    for m in used:
+        work = step_work(m.needs, m.memory, m.tokens, len(m.point.pairs), m.settings)
+        step.append((*(kind * m.steps for kind in work), m.row["seconds_score"]))
+        ranges = (*(kind * m.steps for kind in calibration_work(m.needs, m.tokens)), m.needs.weights)
+        calibrate.append((*ranges, m.row["seconds_calibrate"]))
+    copies = [m.record["into_host_memory"]["copy_gb_s"] for m in used if "into_host_memory" in m.record]
+    *calibrated, once = _least_squares(np.array(calibrate))
+    return Card(
+        name=used[0].card,
+        memory_gb=round(max(m.row["free_gb"] for m in used), 1),
+        copy_gb_per_second=round(min(copies), 1),
+        step=tuple(_least_squares(np.array(step))),
+        calibrate=tuple(calibrated),
+        once=once,
+        records=tuple(sorted({f"benchmarks/results/2026-11-{m.point.file}.json" for m in used})),
+    )
+
+
+def _least_squares(rows: Any) -> list[float]:
+    """Seconds per unit of the kinds of work in the first columns; the last has the seconds."""
+    work, seconds = rows[:, :-1], rows[:, -1]
+    scale = work.max(axis=0)
+    found, _ = nnls(work / scale / seconds[:, None], np.ones_like(seconds))
+    return [float(f"{value:.4g}") for value in found / scale]
+
+
+def main() -> None:
+    """Prints the table of deviations as Markdown; with ``--write`` fits first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    if parser.parse_args().write:
+        TABLE.write_text(json.dumps(asdict(fitted()), indent=1) + "\n")
+    columns = ("record", "row", "peak GB", "foretold", "off", "seconds", "foretold", "off", "")
+    print("| " + " | ".join(columns) + " |\n|---|---|---:|---:|---:|---:|---:|---:|---|")
+    for h in held(Card.read()):
+        told = h.told_seconds
+        time = f"{told:.2f} | {told / h.seconds - 1:+.0%}" if told == told else "– | –"
+        memory = f"{h.gb:.1f} | {h.told_gb:.1f} | {h.told_gb / h.gb - 1:+.1%}"
+        used = "fitted" if h.point.fitted else ""
+        print(f"| {h.point.file[3:]} | `{h.point.key}` | {memory} | {h.seconds:.2f} | {time} | {used} |")
+
+
+if __name__ == "__main__":
+    main()

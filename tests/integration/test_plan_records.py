@@ -1,0 +1,47 @@
+"""What ``layerbits plan`` foretells, held against passes that were measured on GPUs (``benchmarks/results``)."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from layerbits.planning.table import Card
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def records():
+    """The module of the script."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import plan_records
+
+        yield plan_records
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def held(records):
+    return records.held(Card.read())
+
+
+def test_memory_is_foretold_within_five_percent(held):
+    off = {(h.point.file, h.point.key): h.told_gb / h.gb - 1 for h in held}
+    experts = {key: value for key, value in off.items() if "experts" in key[0]}
+    assert max(abs(value) for key, value in off.items() if key not in experts) < 0.05
+    assert max(map(abs, experts.values())) < 0.07, "their code has changed since, which no GPU has seen"
+
+
+def test_seconds_are_foretold_within_fifteen_percent(held):
+    alone = [h for h in held if h.point.cards == 1 and h.told_seconds == h.told_seconds]
+    assert {h.point.mode for h in alone} == {"fast", "lean", "offload"}
+    assert any(not h.point.fitted for h in alone)
+    assert max(abs(h.told_seconds / h.seconds - 1) for h in alone) < 0.15
+
+
+def test_the_table_is_what_its_records_make(records):
+    assert json.loads(records.TABLE.read_text()) == json.loads(json.dumps(asdict(records.fitted())))
