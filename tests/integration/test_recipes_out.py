@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from layerbits.inputs.experts import named_experts
 from layerbits.probing.apply import apply_scheme
 from layerbits.recipes.recipe import load_recipe
 from layerbits.recipes.space import lay_out
+from layerbits.results.result import Group
+from layerbits.schemes import Scheme
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
 from layerbits.scoring.steps import calibration_forward
 
 from .recipes_support import on_cpu
-from .schemes_support import CALIBRATION, logits, scheme_of
+from .schemes_support import CALIBRATION, DATA, INFO, logits, scheme_of
 from .scoring_support import candidate, loaded, tiny_model
 
 
@@ -87,3 +90,21 @@ def test_headroom_of_activations_is_modelopts(tmp_path):
     path = tmp_path / "scheme.yaml"
     path.write_text(ptq_recipe_yaml(scheme))
     assert torch.equal(logits(quantized_by_modelopt(model, load_recipe(str(path)))), mine)
+
+
+@pytest.mark.parametrize("pair", [("wfp8_afp8",), NVFP4], ids=lambda pair: pair[0])
+def test_ptq_recipe_of_fused_experts_gives_the_same_logits(pair, tmp_path):
+    model = tiny_model("qwen3_moe")
+    model.set_experts_implementation("eager")  # what ModelOpt's wrapper of fused experts can intercept
+    made = candidate(*pair)
+    names = list(named_experts(model))
+    groups = tuple(Group(f"B{b:02d}.experts", b, "experts", (name,), 1000) for b, name in enumerate(names))
+    assigned = (made.info.name,) * len(groups)
+    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), assigned, 9.0, None, 0.01, 1e-6, {})
+    before = logits(model)
+    with apply_scheme(model, scheme, CALIBRATION):
+        mine = logits(model)
+    assert not torch.equal(mine, before)
+    path = tmp_path / "scheme.yaml"
+    path.write_text(ptq_recipe_yaml(scheme))
+    torch.testing.assert_close(logits(quantized_by_modelopt(model, load_recipe(str(path)))), mine, rtol=1e-5, atol=1e-6)

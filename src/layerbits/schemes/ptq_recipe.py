@@ -32,9 +32,11 @@ def ptq_recipe(scheme: Scheme) -> dict[str, Any]:
     """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     cfgs = {info.name: _cfgs(info, scheme.name) for info in scheme.candidates}
+    experts = {module for group in scheme.groups if group.kind == "experts" for module in group.modules}
     for module, info in scheme.modules.items():
+        between = "*" if module in experts else ""  # its quantizers have the names of its projections before theirs
         for quantizer, cfg in cfgs[info.name].items():
-            entries.append({"quantizer_name": f"{_pattern(module, scheme)}.{quantizer}", "cfg": cfg})
+            entries.append({"quantizer_name": f"{_pattern(module, scheme)}.{between}{quantizer}", "cfg": cfg})
     vision = [p for p in _NOT_LANGUAGE if not any(fnmatch.fnmatch(module, p) for module in scheme.modules)]
     entries += [{"quantizer_name": pattern, "enable": False} for pattern in vision]
     if scheme.kv_cache != NO_CACHE:
