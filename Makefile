@@ -63,7 +63,7 @@ endif
 vllm: .venv-vllm/stamp
 
 test-serving: .venv/test.stamp .venv-vllm/stamp
-	$(VENV_PATH) OMP_WAIT_POLICY=PASSIVE pytest $(or $(ARGS),-n 2 --dist loadgroup tests/serving)
+	$(VENV_PATH) OMP_WAIT_POLICY=PASSIVE pytest $(or $(ARGS),-n 2 --dist loadfile tests/serving)
 
 server: server-env
 	PATH="$(CURDIR)/.venv-server/bin:$$PATH" deploy/serve

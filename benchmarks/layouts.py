@@ -22,7 +22,7 @@ from typing import Any
 from uniform import compose, prepared, scheme_of
 
 from layerbits.atomic import write_json
-from layerbits.checkpoint.labels import FORMATS
+from layerbits.checkpoint.label import FORMATS
 from layerbits.checkpoint.served import DATA
 from layerbits.checkpoint.table import exportable
 from layerbits.errors import UserError
