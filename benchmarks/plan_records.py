@@ -143,13 +143,13 @@ class Measured:
 
     @property
     def memory(self) -> MemoryPlan:
-        """How it was run: copies as they fit, logits in pieces where its record says so."""
+        """How it was run: copies of linears as they fit, of experts none, logits in pieces where its record says so."""
         mode, needs = self.point.mode, self.needs
         made = choose(needs, self.row["free_gb"] * 1e9, mode)
         least = self.row.get(f"{mode}_estimate_gb")
         pieces = self.row.get("estimate_gb") == least
         told = needs.device_bytes(mode, made.keep_weights, whole=not pieces)
-        return replace(made, pieces=pieces, estimate_gb=told / 1e9)
+        return replace(made, pieces=pieces, keep_experts=False, estimate_gb=told / 1e9)
 
     def told_seconds(self, card: Card) -> float:
         """Of calibration and scoring."""

@@ -58,7 +58,7 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
     largest = max(s.input_ids.numel() for b in batches for s in b.segments)
     if memory is None:
         memory = plan_memory(model, taps.loads(largest), largest, len(search.settings.weights), job.memory)
-    taps.keep_weights = memory.keep_weights
+    taps.keep_weights, taps.keep_experts = memory.keep_weights, memory.keep_experts
     log = StepLog(job.workdir, job.fingerprint)
 
     clock = time.perf_counter
