@@ -21,7 +21,8 @@ from one_pass import SIX, TWELVE, configs
 from scipy.optimize import nnls
 from shapes import SHAPES, class_name
 
-from layerbits.inputs.models import ModelSpec, ResolvedModel, empty_model, scored_linears
+from layerbits.inputs.loading import empty_model
+from layerbits.inputs.models import ModelSpec, ResolvedModel, scored_linears
 from layerbits.planning.table import Card, calibration_work, step_work
 from layerbits.scoring.memory import LOGIT, MemoryPlan, Needs, choose
 from layerbits.scoring.placement import needs_of

@@ -83,7 +83,8 @@ def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportP
         Unsupported: A candidate whose label would not say what was scored, a weight that does not fit it, or a KV cache
             other than FP8.
     """
-    from layerbits.inputs.models import empty_model, scored_linears
+    from layerbits.inputs.loading import empty_model
+    from layerbits.inputs.models import scored_linears
 
     scheme = prepared.scheme
     if format not in (*FORMATS, AUTO):

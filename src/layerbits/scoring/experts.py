@@ -17,7 +17,7 @@ from typing import Any
 
 from layerbits.errors import Unsupported
 from layerbits.inputs.experts import Experts, fused_experts
-from layerbits.inputs.offload import resident
+from layerbits.inputs.residence import resident
 from layerbits.scoring import quantizers
 from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
 from layerbits.scoring.grouped import SideBySide, goes_side_by_side

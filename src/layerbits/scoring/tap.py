@@ -17,7 +17,7 @@ from layerbits.inputs.linears import (
     shape_of,
     weight_of,
 )
-from layerbits.inputs.offload import device_of
+from layerbits.inputs.residence import device_of
 from layerbits.scoring import quantizers
 from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import Load
