@@ -19,7 +19,8 @@ import torch
 from one_pass import CONFIGS, TWELVE, configs
 from shapes import qwen3, tiny_llama
 
-from layerbits.inputs.models import ModelSpec, ResolvedModel, empty_model, scored_linears
+from layerbits.inputs.loading import empty_model
+from layerbits.inputs.models import ModelSpec, ResolvedModel, scored_linears
 from layerbits.planning.sample import Work, estimate, measure
 from layerbits.provenance import provenance
 from layerbits.scoring.memory import choose, free_bytes

@@ -21,7 +21,8 @@ from one_pass import SIX, TWELVE, configs
 from scipy.optimize import nnls
 from shapes import SHAPES, class_name
 
-from layerbits.inputs.models import ModelSpec, ResolvedModel, empty_model, scored_linears
+from layerbits.inputs.loading import empty_model
+from layerbits.inputs.models import ModelSpec, ResolvedModel, scored_linears
 from layerbits.planning.table import Card, calibration_work, step_work
 from layerbits.scoring.memory import LOGIT, MemoryPlan, Needs, choose
 from layerbits.scoring.placement import needs_of
@@ -143,13 +144,13 @@ class Measured:
 
     @property
     def memory(self) -> MemoryPlan:
-        """How it was run: copies as they fit, logits in pieces where its record says so."""
+        """How it was run: copies of linears as they fit, of experts none, logits in pieces where its record says so."""
         mode, needs = self.point.mode, self.needs
         made = choose(needs, self.row["free_gb"] * 1e9, mode)
         least = self.row.get(f"{mode}_estimate_gb")
         pieces = self.row.get("estimate_gb") == least
         told = needs.device_bytes(mode, made.keep_weights, whole=not pieces)
-        return replace(made, pieces=pieces, estimate_gb=told / 1e9)
+        return replace(made, pieces=pieces, keep_experts=False, estimate_gb=told / 1e9)
 
     def told_seconds(self, card: Card) -> float:
         """Of calibration and scoring."""

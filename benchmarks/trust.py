@@ -71,7 +71,7 @@ def windows(found: Validation, folder: Path, arguments: argparse.Namespace) -> d
     for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
         for labels, count in draws.items():
             for draw in range(count):
-                drawn = fisher.drawn_labels(job.loaded.model.device, job.seed, index, draw)
+                drawn = fisher.drawn_labels(job.seed, index, draw)
                 came_true = lambda _logits, targets: targets  # noqa: E731
                 signed, owner = linears.score(batch, False, came_true if labels == "came_true" else drawn)
                 for w in sizes:

@@ -5,6 +5,7 @@ python experiments/grid.py 'quant_pairs="wfp8_afp8,wint8_aint8"' quant_granulari
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,10 @@ def _show(outcomes: list[CellOutcome]) -> None:
     for outcome in outcomes:
         if outcome.reason and outcome.status != "ok":
             print(f"{outcome.cell.candidate} {outcome.cell.dataset_size} {outcome.status}: {outcome.reason}")
+        if outcome.status == "failed":  # a queue goes by the exit status
+            entry.failed.append(outcome.reason)
 
 
 if __name__ == "__main__":
     entry.start(grid, CONFIGS, "grid", lists=("quant_pairs", "quant_granularities", "dataset_sizes"))
+    sys.exit(entry.USER_ERROR_STATUS if entry.failed else 0)

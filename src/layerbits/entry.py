@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 USER_ERROR_STATUS = 2
 
 failed: list[str] = []
-"""Why jobs of this process's multirun failed, one line each."""
+"""Why jobs of this process's multirun, or cells of its grid, failed, one line each."""
 _TAG_SIZE = 8000  # MLflow's limit, in characters
 
 

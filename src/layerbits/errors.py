@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read, and what another library's says in a line."""
 
 
 class UserError(Exception):
@@ -14,3 +14,8 @@ class Skipped(UserError):
 
 class Unsupported(UserError):
     """A combination that cannot run here (no kernel, no such granularity); a sweep records it and goes on."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -96,7 +96,7 @@ def everyday_tokens(size="32"):
 
 
 def loaded(model):
-    """A model as ``layerbits.inputs.models.load`` hands it over."""
+    """A model as ``layerbits.inputs.loading.load`` hands it over."""
     model.config.use_cache = False
     name = type(model).__name__
     return LoadedModel(model, None, ModelInfo(name, name, "0", name, "float32"), language_model_linears(model))

@@ -11,7 +11,8 @@ from layerbits.inputs.experts import named_experts
 from layerbits.probing.apply import apply_scheme
 from layerbits.results.result import Group
 from layerbits.schemes import Scheme
-from layerbits.scoring import kl, onepass, stock
+from layerbits.scoring import kl, memory, onepass, stock
+from layerbits.scoring.expert_weights import ExpertWeights
 from layerbits.scoring.experts import ExpertsTap, Routed
 from layerbits.scoring.quantizers import distinct_settings
 from layerbits.scoring.search import Search
@@ -180,6 +181,23 @@ def test_active_experts_alone_count_in_the_budget_of_that_cost_model(mixture, tm
     assert state["cost_denominator"] == theirs["cost_denominator"]
     for name, stats in state["candidate_stats"].items():
         assert stats["costs"] == theirs["candidate_stats"][name]["costs"]
+
+
+def test_experts_are_quantized_once_a_pass_where_copies_fit(mixture, tmp_path, monkeypatch):
+    calls = []
+    quantize = ExpertWeights.__call__
+    monkeypatch.setattr(ExpertWeights, "__call__", lambda self, weight: calls.append(1) or quantize(self, weight))
+    found = []
+    for free in (1e12, 1e7):
+        monkeypatch.setattr(memory, "free_bytes", lambda _device, free=free: free)
+        before = len(calls)
+        made = onepass.score(job(mixture, tmp_path / str(free), configs(*PAIRS), memory="fast"))
+        found.append((made.raw, len(calls) - before))
+    (kept, once), (passing, each) = found
+    np.testing.assert_array_equal(kept, passing)
+    modules, settings, segments = 2, 2, 3
+    assert once == modules * settings * 2, "two projections"
+    assert each == once * segments
 
 
 def test_another_implementation_of_the_experts_is_switched_and_told(mixture, tmp_path):

@@ -87,3 +87,12 @@ def test_bad_grids_end_with_one_line(tmp_path, arguments, message):
     assert ended.returncode == 2
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_grid_with_a_failed_cell_ends_with_its_status(tmp_path):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    ended = run_grid(store, tmp_path, "quant_pairs=wint8_afp16", "autoquant.effective_bits=2")
+    assert ended.returncode == 2
+    assert "wint8_afp16 small failed: " in ended.stdout
+    (cell,), (parent,) = children(store)
+    assert [r.data.tags["outcome"] for r in (cell, parent)] == ["failed", "failed"]

@@ -10,7 +10,8 @@ from torch.nn.functional import linear
 from layerbits.errors import Unsupported
 from layerbits.inputs.calibration import Batch, Segment, build_calibration
 from layerbits.inputs.captions import load_captions
-from layerbits.inputs.models import ModelSpec, load, load_tokenizer, resolve
+from layerbits.inputs.loading import load
+from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve
 from layerbits.scoring import divergence, kl, stock
 from layerbits.scoring.patches import forwards
 from layerbits.scoring.steps import loss_logits

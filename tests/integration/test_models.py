@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from layerbits.errors import UserError
-from layerbits.inputs.models import ModelSpec, empty_model, load, resolve, scored_linears, unscored_patterns
+from layerbits.inputs.loading import empty_model, load
+from layerbits.inputs.models import ModelSpec, resolve, scored_linears, unscored_patterns
 
 from .scoring_support import candidate, tiny_model
 

@@ -10,7 +10,8 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.export.scheme import export_scheme
 from layerbits.inputs import offload as module
 from layerbits.inputs.models import ModelSpec, resolve
-from layerbits.inputs.offload import device_of, offload, offloaded, parts_of, resident
+from layerbits.inputs.offload import offload, offloaded, parts_of
+from layerbits.inputs.residence import device_of, resident
 from layerbits.probing.measured import Rows
 from layerbits.probing.probe import probe
 from layerbits.scoring import kl, memory, onepass, placement

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from layerbits import cli
-from layerbits.inputs import models
+from layerbits.inputs import loading, models
 from layerbits.inputs.models import ModelSpec, ResolvedModel
 from layerbits.planning import sample
 from layerbits.planning.plan import forecast
@@ -24,7 +24,7 @@ def plan(capsys, monkeypatch):
     def no_weights(*_arguments, **_options):
         raise AssertionError("a plan must load no weights")
 
-    monkeypatch.setattr(models, "load", no_weights)
+    monkeypatch.setattr(loading, "load", no_weights)
 
     def run(*arguments):
         with pytest.raises(SystemExit) as exit:
@@ -39,7 +39,7 @@ def work():
     config = tiny_model("llama").config
     config.num_hidden_layers, config.architectures = 6, ["LlamaForCausalLM"]
     resolved = ResolvedModel(ModelSpec("tiny", "tiny", dtype="float32"), "tiny", "0", config)
-    names = tuple(n for n in models.scored_linears(models.empty_model(resolved), resolved.spec) if n != "lm_head")
+    names = tuple(n for n in models.scored_linears(loading.empty_model(resolved), resolved.spec) if n != "lm_head")
     return Work(resolved, names, configs("wint8_afp16"), [(2, 16), (1, 9)], "gradient", 1, "cpu")
 
 

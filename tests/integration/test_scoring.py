@@ -5,11 +5,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Batch, Segment
 from layerbits.scoring import onepass, stock
+from layerbits.scoring.quantizers import distinct_settings
 from layerbits.scoring.steplog import StepLog
+from layerbits.scoring.taps import Taps
 
 from .scoring_support import (
     SIX,
@@ -211,3 +214,32 @@ def test_other_calibration_algorithms_are_left_to_stock(algorithm, llama, tmp_pa
 def test_a_batch_counts_its_own_loss_tokens():
     batch = Batch((random_segment(2, 8), random_segment(1, 5)))
     assert batch.loss_tokens == 2 * 7 + 4
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_candidates_with_the_same_input_share_a_product():
+    """Six pairs have two activation precisions, twelve have three: that many products a linear, not one a pair."""
+    subject = loaded(tiny_model("llama"))
+    batch = rows([random_segment(2, 20, seed=1)])
+    scored = [n for n in subject.linears if n != "lm_head"]
+    weights, activations = ("fp4", "fp8", "int8", "int4"), ("fp16", "fp8", "int8")
+    every = [f"w{weight}_a{activation}" for weight in weights for activation in activations]
+    for pairs, inputs in ((SIX, 2), (every, 3)):
+        taps = Taps(subject.model, scored, distinct_settings(list(configs(*pairs).values())))
+        taps.calibrate(batch.calib, need_logits=False)
+        taps.load_ranges(taps.ranges())
+        with Products() as products:
+            taps.score(batch.score[0], chunked=False)
+        forward_and_backward = 2 * len(subject.linears)
+        assert products.calls == forward_and_backward + inputs * len(scored)

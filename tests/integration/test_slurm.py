@@ -1,5 +1,6 @@
 """Multirun on a real Slurm: one parent with a child a job, whatever becomes of the jobs."""
 
+import re
 import subprocess
 import sys
 import time
@@ -150,12 +151,18 @@ def test_a_preempted_job_is_requeued_and_its_run_goes_on(project, slurm, client)
     assert "reason" not in slow.data.tags
 
 
-def test_a_partition_that_does_not_exist_is_one_line_and_ends_the_parent(project, slurm, client):
-    status, out = output(sweep(project, slurm, "a,b", "hydra.launcher.partition=nowhere"))
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("partition=nowhere", r"nvalid partition.*see `sinfo`"),
+        ("gpus_per_node=1", r"nvalid generic resource.*hydra\.launcher\.gpus_per_node=null asks for no GPU"),
+    ],
+)
+def test_what_slurm_does_not_have_is_one_line_and_ends_the_parent(project, slurm, client, wrong, says):
+    status, out = output(sweep(project, slurm, "a,b", f"hydra.launcher.{wrong}"))
     assert status == 2, out
     (line,) = [line for line in out.splitlines() if line.startswith("error: ")]
-    assert "Slurm did not take the jobs" in line
-    assert "nvalid partition" in line
+    assert re.search(f"Slurm did not take the jobs.*{says}", line)
     parent, children = family(client)
     assert (parent.info.status, children) == ("FAILED", {})
-    assert "nvalid partition" in parent.data.tags["reason"]
+    assert re.search(says, parent.data.tags["reason"])

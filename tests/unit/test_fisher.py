@@ -37,12 +37,23 @@ def test_padding_counts_nothing():
 
 def test_drawn_tokens_follow_the_prediction():
     logits = torch.log(torch.tensor([0.7, 0.2, 0.1])).expand(20_000, 3)
-    drawn = drawn_labels("cpu", seed=0, batch=0, draw=0)(logits, None)
+    drawn = drawn_labels(seed=0, batch=0, draw=0)(logits, None)
     np.testing.assert_allclose(torch.bincount(drawn) / 20_000, [0.7, 0.2, 0.1], atol=0.02)
 
 
 def test_the_same_seed_batch_and_draw_draw_the_same_tokens():
     logits = torch.zeros(50, 1000)
-    first, again, other = (drawn_labels("cpu", 3, 5, draw)(logits, None) for draw in (1, 1, 2))
+    first, again, other = (drawn_labels(3, 5, draw)(logits, None) for draw in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_pieces_of_the_logits_draw_on_from_one_another_where_they_are(monkeypatch):
+    made = []
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device: made.append(device) or generator(device))
+    logits = torch.zeros(50, 1000)
+    labels = drawn_labels(0, 0, 0)
+    first, second = labels(logits, None), labels(logits, None)
+    assert made == [logits.device]
+    assert not torch.equal(first, second)

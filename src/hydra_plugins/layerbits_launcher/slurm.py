@@ -86,9 +86,11 @@ if SlurmLauncher is not None:
                 return list(executor.map_array(self, *zip(*calls, strict=True)))
             except (RuntimeError, submitit.core.utils.FailedJobError, NameError) as error:
                 lines = [line for line in str(error).splitlines() if "rror" in line] or str(error).splitlines()
+                gpus = "generic resource" in lines[-1]
+                mend = "hydra.launcher.gpus_per_node=null asks for no GPU" if gpus else "see `sinfo`"
                 raise UserError(
-                    f"Slurm did not take the jobs ({lines[-1].strip()}); see `sinfo`, and hydra.launcher.* "
-                    "in docs/cluster.md"
+                    f"Slurm did not take the jobs ({lines[-1].strip()}); {mend}, and hydra.launcher.* are in "
+                    "docs/cluster.md"
                 ) from None
 
 

@@ -83,7 +83,8 @@ def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportP
         Unsupported: A candidate whose label would not say what was scored, a weight that does not fit it, or a KV cache
             other than FP8.
     """
-    from layerbits.inputs.models import empty_model, scored_linears
+    from layerbits.inputs.loading import empty_model
+    from layerbits.inputs.models import scored_linears
 
     scheme = prepared.scheme
     if format not in (*FORMATS, AUTO):
@@ -98,7 +99,7 @@ def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportP
             raise UserError("kv_cache=fp8 is written by ModelOpt alone; use format=modelopt, or kv_cache=none")
         format = MODELOPT
     if not scheme.modules:
-        raise UserError(f"scheme {scheme.name} quantizes nothing; give it fewer bits")
+        raise UserError(f"scheme {scheme.name} quantizes nothing; give it fewer bits, or leave it out of schemes")
     target = target.expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty; name another folder, or delete it")

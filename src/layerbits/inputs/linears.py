@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from layerbits.inputs.offload import resident
+from layerbits.inputs.residence import resident
 
 
 def is_quantizable(module: Any) -> bool:

@@ -1,21 +1,93 @@
-"""The weights of a checkpoint as a model: all of its tensors and no others."""
+"""A model made of a checkpoint: without numbers, or with all of its tensors and no others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from layerbits.errors import UserError
+from layerbits.errors import UserError, first_line
 from layerbits.inputs.architecture import is_remote, model_class
+from layerbits.inputs.folder import weight_files
+from layerbits.inputs.language_model import find_language_model
+from layerbits.inputs.models import LoadedModel, ResolvedModel, build, scored_linears
+from layerbits.inputs.offload import offload
 from layerbits.inputs.quantized import check_dequantized, dequantizing
 from layerbits.inputs.tensors import check_tensors
-
-if TYPE_CHECKING:
-    from layerbits.inputs.models import ResolvedModel
+from layerbits.results.result import ModelInfo
 
 
-def from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
+def empty_model(resolved: ResolvedModel) -> Any:
+    """A model without numbers, on torch's meta device.
+
+    Raises:
+        UserError: The tensors of the checkpoint are not those of the model; checked where safetensors are on this
+            machine, whose headers tell.
+    """
+    import torch
+
+    local = Path(resolved.source)
+    if resolved.spec.random_weights or not local.is_dir() or weight_files(local)[0].suffix != ".safetensors":
+        with torch.device("meta"):
+            return build(resolved.config, dtype_of(resolved.spec.dtype, resolved.config))
+    return _from_checkpoint(resolved, {"": "meta"})
+
+
+def load(
+    resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0, in_host_memory: bool = False
+) -> LoadedModel:
+    """Loads the weights onto a device.
+
+    Args:
+        resolved: From :func:`layerbits.inputs.models.resolve`.
+        tokenizer: From :func:`layerbits.inputs.models.load_tokenizer`.
+        device: ``cpu`` or ``cuda``; with ``device_map`` the GPUs are chosen by accelerate.
+        seed: For ``random_weights``.
+        in_host_memory: Leaves the weights of the decoder blocks in host memory (:mod:`layerbits.inputs.offload`); the
+            device never holds more than two blocks.
+
+    Raises:
+        UserError: The weights cannot be read.
+        Unsupported: Its blocks cannot be streamed.
+    """
+    import torch
+
+    spec = resolved.spec
+    if in_host_memory and spec.device_map:
+        raise UserError(
+            f"memory=offload keeps the weights in host memory and model.device_map={spec.device_map} spreads them over "
+            "GPUs; leave one of them out"
+        )
+    target, device = device, "cpu" if in_host_memory else device
+    dtype = dtype_of(spec.dtype, resolved.config)
+    if spec.random_weights:
+        torch.manual_seed(seed)
+        with torch.device(device):
+            model = build(resolved.config, dtype)
+    else:
+        try:
+            model = _from_checkpoint(resolved, spec.device_map or (None if device == "cpu" else {"": device}))
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"{spec.name} does not fit on {device}; free the GPU, or spread it with model.device_map=auto"
+            ) from None
+    model.eval()
+    model.config.use_cache = False
+    if in_host_memory:
+        offload(model, target)
+    info = ModelInfo(
+        name=spec.name,
+        source=spec.path,
+        revision=resolved.revision,
+        architecture=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        language_model=find_language_model(model)[0],
+    )
+    return LoadedModel(model, tokenizer, info, scored_linears(model, spec))
+
+
+def _from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
     """Loads a model.
 
     Args:
@@ -65,11 +137,6 @@ def dtype_of(name: str, config: Any) -> Any:
         return getattr(torch, name)
     text = getattr(config, "text_config", config)
     return getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

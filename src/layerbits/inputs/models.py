@@ -1,4 +1,4 @@
-"""What is scored: loading a model and finding the linears of its language model."""
+"""What is scored: a model as it is named, found and built, and the linears of its language model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerbits.errors import UserError
+from layerbits.errors import UserError, first_line
 from layerbits.inputs import smollm2
 from layerbits.inputs.architecture import check_causal, check_code, check_tokenizer_code, is_remote, model_class
 from layerbits.inputs.experts import fused_experts
-from layerbits.inputs.folder import check_folder, digest_of, weight_files
+from layerbits.inputs.folder import check_folder, digest_of
 from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
 from layerbits.inputs.linears import is_quantizable, shape_of
-from layerbits.inputs.loading import dtype_of, first_line, from_checkpoint
 from layerbits.inputs.quantized import Quantization, check_quantization
 from layerbits.results.result import ModelInfo
 
@@ -153,22 +152,6 @@ def scored_linears(model: Any, spec: ModelSpec) -> dict[str, Shapes]:
     return {name: linears[name] for name in kept}
 
 
-def empty_model(resolved: ResolvedModel) -> Any:
-    """The model without numbers, on torch's meta device.
-
-    Raises:
-        UserError: The tensors of the checkpoint are not those of the model; checked where safetensors are on this
-            machine, whose headers tell.
-    """
-    import torch
-
-    local = Path(resolved.source)
-    if resolved.spec.random_weights or not local.is_dir() or weight_files(local)[0].suffix != ".safetensors":
-        with torch.device("meta"):
-            return build(resolved.config, dtype_of(resolved.spec.dtype, resolved.config))
-    return from_checkpoint(resolved, {"": "meta"})
-
-
 def load_tokenizer(resolved: ResolvedModel) -> Any:
     """The model's tokenizer.
 
@@ -188,61 +171,6 @@ def load_tokenizer(resolved: ResolvedModel) -> Any:
             f"{source} holds no tokenizer that can be read ({first_line(error)}); put the tokenizer files of the "
             "model into the checkpoint"
         ) from None
-
-
-def load(
-    resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0, in_host_memory: bool = False
-) -> LoadedModel:
-    """Loads the weights onto a device.
-
-    Args:
-        resolved: From :func:`resolve`.
-        tokenizer: From :func:`load_tokenizer`.
-        device: ``cpu`` or ``cuda``; with ``device_map`` the GPUs are chosen by accelerate.
-        seed: For ``random_weights``.
-        in_host_memory: Leaves the weights of the decoder blocks in host memory (:mod:`layerbits.inputs.offload`); the
-            device never holds more than two blocks.
-
-    Raises:
-        UserError: The weights cannot be read.
-        Unsupported: Its blocks cannot be streamed.
-    """
-    import torch
-
-    from layerbits.inputs.offload import offload
-
-    spec = resolved.spec
-    if in_host_memory and spec.device_map:
-        raise UserError(
-            f"memory=offload keeps the weights in host memory and model.device_map={spec.device_map} spreads them over "
-            "GPUs; leave one of them out"
-        )
-    target, device = device, "cpu" if in_host_memory else device
-    dtype = dtype_of(spec.dtype, resolved.config)
-    if spec.random_weights:
-        torch.manual_seed(seed)
-        with torch.device(device):
-            model = build(resolved.config, dtype)
-    else:
-        try:
-            model = from_checkpoint(resolved, spec.device_map or (None if device == "cpu" else {"": device}))
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"{spec.name} does not fit on {device}; free the GPU, or spread it with model.device_map=auto"
-            ) from None
-    model.eval()
-    model.config.use_cache = False
-    if in_host_memory:
-        offload(model, target)
-    info = ModelInfo(
-        name=spec.name,
-        source=spec.path,
-        revision=resolved.revision,
-        architecture=type(model).__name__,
-        dtype=str(dtype).removeprefix("torch."),
-        language_model=find_language_model(model)[0],
-    )
-    return LoadedModel(model, tokenizer, info, scored_linears(model, spec))
 
 
 def language_model_linears(model: Any) -> dict[str, Shapes]:

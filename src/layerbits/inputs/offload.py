@@ -19,11 +19,12 @@ from itertools import islice
 from typing import Any
 
 from layerbits.errors import Unsupported, UserError
+from layerbits.inputs.models import language_model_linears, output_head
+from layerbits.inputs.residence import MARK
 
 SLOTS = 2
 """Blocks that are on the device at once: the one that computes, and the next."""
 _ALIGN = 256  # bytes, of a tensor within a block
-_MARK = "_layerbits_offload"
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,6 @@ def parts_of(model: Any) -> Parts:
         Unsupported: Its linears are in no list of blocks, or in several.
     """
     import torch
-
-    from layerbits.inputs.models import language_model_linears, output_head
 
     lists: dict[str, None] = {}
     head = output_head(model)
@@ -111,26 +110,8 @@ def offload(model: Any, device: Any) -> Offloaded:
 
 def offloaded(model: Any) -> Offloaded | None:
     """The streaming of a model, ``None`` where its weights are where it computes."""
-    found: Offloaded | None = vars(model).get(_MARK)
+    found: Offloaded | None = vars(model).get(MARK)
     return found
-
-
-def resident(module: Any) -> Any:
-    """Makes sure that the weights of a module are where it computes, until another block is asked for.
-
-    Returns:
-        The module.
-    """
-    place = vars(module).get(_MARK)
-    if place is not None:
-        place[0].fetch(place[1])
-    return module
-
-
-def device_of(module: Any) -> Any:
-    """Where a module computes, its weights being there now or not."""
-    place = vars(module).get(_MARK)
-    return next(module.parameters()).device if place is None else place[0].device
 
 
 class _Block:
@@ -209,10 +190,10 @@ class Offloaded:
         self.pinned = self._cuda and all(_lock(block.host, locked) for block in self._blocks)
         for index, block in enumerate(self._blocks):
             for module in block.module.modules():
-                vars(module)[_MARK] = (self, index)
+                vars(module)[MARK] = (self, index)
             self._forwards.append(vars(block.module).get("forward"))
             block.module.forward = self._streamed(index, block.module.forward)
-        vars(model)[_MARK] = self
+        vars(model)[MARK] = self
 
     def fetch(self, index: int, visit: bool = False) -> None:
         """Makes a block resident and starts to copy the one that will be wanted next.
@@ -247,12 +228,12 @@ class Offloaded:
         self._evict()
         for block, forward in zip(self._blocks, self._forwards, strict=True):
             for module in block.module.modules():
-                vars(module).pop(_MARK, None)
+                vars(module).pop(MARK, None)
             if forward is None:
                 del vars(block.module)["forward"]
             else:
                 block.module.forward = forward
-        vars(self._model).pop(_MARK, None)
+        vars(self._model).pop(MARK, None)
         self._slots.clear()
         self._unlock()
 

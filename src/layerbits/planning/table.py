@@ -92,7 +92,8 @@ def _dot(seconds: tuple[float, ...], work: tuple[float, ...]) -> float:
 def step_work(needs: Needs, memory: MemoryPlan, tokens: int, candidates: int, settings: int) -> tuple[float, ...]:
     """The work of scoring a batch, by kind; arguments as of :meth:`Card.seconds`."""
     again = memory.mode != "fast"
-    made = needs.weights - (needs.copied if memory.keep_weights else 0)
+    linears = 0 if memory.keep_weights else needs.weights - needs.experts
+    made = linears + (0 if memory.keep_experts else needs.experts)
     return (
         float(tokens * needs.active * (2 + again + candidates)),
         tokens * needs.features * (1 + _AGAIN * again),

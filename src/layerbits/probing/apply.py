@@ -23,7 +23,8 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.linears import is_quantizable, run, weight_of
 from layerbits.inputs.models import output_head
-from layerbits.inputs.offload import device_of, offloaded
+from layerbits.inputs.offload import offloaded
+from layerbits.inputs.residence import device_of
 from layerbits.results.result import CandidateInfo
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import ExpertsTap

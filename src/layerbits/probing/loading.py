@@ -42,7 +42,8 @@ class Prepared:
         """
         import torch
 
-        from layerbits.inputs.models import empty_model, load, scored_linears
+        from layerbits.inputs.loading import empty_model, load
+        from layerbits.inputs.models import scored_linears
         from layerbits.scoring.placement import in_host_memory
 
         if device not in ("auto", "cpu", "cuda"):

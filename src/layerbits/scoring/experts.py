@@ -17,7 +17,7 @@ from typing import Any
 
 from layerbits.errors import Unsupported
 from layerbits.inputs.experts import Experts, fused_experts
-from layerbits.inputs.offload import resident
+from layerbits.inputs.residence import resident
 from layerbits.scoring import quantizers
 from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
 from layerbits.scoring.grouped import SideBySide, goes_side_by_side
@@ -74,6 +74,7 @@ class ExpertsTap(Tap):
             [None if setting is None else ExpertWeights(setting, tensor, search) for tensor in tensors]
             for setting, search in zip(settings.weights, searches, strict=True)
         ]
+        self._kept: list[tuple[Any, ...]] | None = None
         self._routed = _zeros(experts.count + 1, self.device)
 
     def count(self, index: Any) -> None:
@@ -102,7 +103,7 @@ class ExpertsTap(Tap):
         outputs = routed * of_routed * size
         active = count * met // self.experts.count
         kept = width + features
-        return Load(width, kept, kept + met * of_routed, count, active, 0, passing, outputs, passing_by_setting=False)
+        return Load(width, kept, kept + met * of_routed, count, active, True, passing, outputs)
 
     def watched(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows what enters the two projections to ``see``."""
@@ -131,10 +132,12 @@ class ExpertsTap(Tap):
                     quantizer.calibrate(tensor, amax)
 
     def keep_weights(self) -> None:
-        """Does nothing: the weights of experts are most of a model, copies of them would not fit."""
+        """Keeps the quantized weights of all experts."""
+        self._kept = [tuple(self.weights(setting)) for setting in range(len(self._weights))]
 
     def drop_weights(self) -> None:
-        """Does nothing: they are always quantized on the fly."""
+        """Quantizes them on the fly from now on."""
+        self._kept = None
 
     def hold(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> list[Any]:
         """The routed tokens and the output."""
@@ -154,7 +157,7 @@ class ExpertsTap(Tap):
                     mine.setdefault(pair[1], []).append(candidate)
             if not mine:
                 continue
-            tensors = tuple(self.weights(weight))
+            tensors = tuple(self.weights(weight)) if self._kept is None else self._kept[weight]
             for setting, output in self._outputs(routed, tensors, list(mine), ready):
                 yield mine[setting], token_scores(gradient, output, y, signed)
 

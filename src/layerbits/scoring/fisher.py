@@ -22,11 +22,10 @@ WINDOW = 32
 ``docs/trust.md`` compares 1 to 128."""
 
 
-def drawn_labels(device: Any, seed: int, batch: int, draw: int) -> Labels:
+def drawn_labels(seed: int, batch: int, draw: int) -> Labels:
     """Draws tokens from the model's predictions; the same ones for the same seed, batch and draw.
 
     Args:
-        device: Of the logits.
         seed: The run's.
         batch: Position of the batch.
         draw: Number of the draw.
@@ -34,10 +33,12 @@ def drawn_labels(device: Any, seed: int, batch: int, draw: int) -> Labels:
     import torch
 
     (number,) = np.random.SeedSequence((seed % (1 << 63), batch, draw)).generate_state(1)
-    generator = torch.Generator(device).manual_seed(int(number))
+    generators: list[Any] = []  # one, where the logits are: in a model spread over GPUs not where its tokens enter
 
     def labels(logits: Any, _targets: Any) -> Any:
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        if not generators:
+            generators.append(torch.Generator(logits.device).manual_seed(int(number)))
+        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generators[0])[:, 0]
 
     return labels
 

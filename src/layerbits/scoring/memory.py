@@ -35,10 +35,10 @@ class Load:
         kept: Features per token that are kept until the gradient comes.
         moved: Features per token that it reads and writes.
         scored: Weights of the module. active: Of these, what a token meets.
-        weights: Weights of which ``fast`` may keep quantized copies; 0 where it never does.
+        experts: Whether they are those of experts.
         passing: Bytes of quantized weights while the module is scored.
-        outputs: Bytes of its outputs and inputs under one candidate.
-        passing_by_setting: Whether both are there for each weight setting at once.
+        outputs: Bytes of its outputs and inputs under one candidate. Of a linear, both are there for each weight
+            setting at once.
     """
 
     width: int
@@ -46,14 +46,13 @@ class Load:
     moved: int
     scored: int
     active: int
-    weights: int
+    experts: bool
     passing: float
     outputs: float
-    passing_by_setting: bool
 
     def together(self, settings: int) -> tuple[float, float]:
         """Weights and outputs that are there at once, for some weight settings."""
-        many = settings if self.passing_by_setting else 1
+        many = 1 if self.experts else settings
         return self.passing * many, self.outputs * many
 
 
@@ -62,18 +61,19 @@ class Needs:
     """What a pass takes, bytes but for the first four; known from the shapes alone.
 
     Attributes:
-        weights: Scored weights. active: Of these, what a token meets. copied: Of these, what ``fast`` may copy.
+        weights: Scored weights. active: Of these, what a token meets. experts: Of these, those of experts.
         features: What the scored modules read and write for a token. own: The model.
         resident: What of it is not streamed. block: Its largest block, 0 where it has none to stream.
         kept: What autograd and the taps keep of all blocks. blocks: How many there are. boundary: Their inputs.
-        copies: Quantized weights that may be kept. largest: What passes while a module is scored, weights included.
-        transient: The same where those weights are kept.
+        copies: Quantized weights of linears that may be kept. expert_copies: Of experts.
+        largest: What passes while a module is scored, weights included. transient: The same where copies of linears
+            are kept. outputs: Where all are.
         logits: The loss with whole logits. piece: The loss with logits in pieces.
     """
 
     weights: int
     active: int
-    copied: int
+    experts: int
     features: int
     own: int
     resident: int
@@ -82,8 +82,10 @@ class Needs:
     blocks: int
     boundary: int
     copies: int
+    expert_copies: int
     largest: float
     transient: float
+    outputs: float
     logits: int
     piece: int
 
@@ -105,13 +107,15 @@ class Needs:
             block, resident = 0, own
         blocks = max(1, getattr(getattr(model.config, "text_config", model.config), "num_hidden_layers", 1))
         size, settings = model.get_input_embeddings().weight.element_size(), max(1, weight_settings)
-        autograd = _AUTOGRAD if all(load.weights for load in loads) else _AUTOGRAD_EXPERTS
+        experts = sum(load.scored for load in loads if load.experts)
+        weights = sum(load.scored for load in loads)
+        autograd = _AUTOGRAD_EXPERTS if experts else _AUTOGRAD
         logits = tokens * model.get_output_embeddings().weight.shape[0] * LOGIT
         passing = [load.together(settings) for load in loads]
         return cls(
-            weights=sum(load.scored for load in loads),
+            weights=weights,
             active=sum(load.active for load in loads),
-            copied=sum(load.weights for load in loads),
+            experts=experts,
             features=sum(load.moved for load in loads),
             own=own,
             resident=resident,
@@ -119,29 +123,33 @@ class Needs:
             kept=sum(load.kept for load in loads) * tokens * size * (1 + autograd),
             blocks=blocks,
             boundary=blocks * tokens * loads[0].width * size,
-            copies=weight_settings * sum(load.weights for load in loads) * size,
-            largest=max(weights + outputs for weights, outputs in passing),
+            copies=weight_settings * (weights - experts) * size,
+            expert_copies=weight_settings * experts * size,
+            largest=max(made + outputs for made, outputs in passing),
             transient=max(
-                outputs if load.weights else weights + outputs
-                for load, (weights, outputs) in zip(loads, passing, strict=True)
+                made + outputs if load.experts else outputs
+                for load, (made, outputs) in zip(loads, passing, strict=True)
             ),
+            outputs=max(outputs for _, outputs in passing),
             logits=logits,
             piece=min(logits, LOGITS_AT_ONCE * LOGIT),
         )
 
-    def device_bytes(self, mode: str, copies: bool = False, whole: bool = False) -> float:
+    def device_bytes(self, mode: str, copies: bool = False, experts: bool = False, whole: bool = False) -> float:
         """What a mode takes on the device at its peak: when the loss is made, or in the block that takes most.
 
         Args:
             mode: The mode.
-            copies: Whether ``fast`` keeps quantized weights.
+            copies: Whether ``fast`` keeps quantized weights of linears.
+            experts: Whether it keeps those of experts.
             whole: Whether logits are made whole, not in pieces.
         """
         # The logits are gone before the first block's gradient comes, so that they never meet what passes there.
         loss = self.logits if whole else self.piece
         if mode == "fast":
-            copied, passing = (self.copies, self.transient) if copies else (0, self.largest)
-            return self.own + self.kept + copied + max(loss, passing)
+            kept = (self.copies if copies else 0) + (self.expert_copies if experts else 0)
+            passing = self.outputs if experts else self.transient if copies else self.largest
+            return self.own + self.kept + kept + max(loss, passing)
         weights = self.own if mode == "lean" else self.on_device
         return weights + self.boundary + max(loss, self.kept / self.blocks + self.largest)
 
@@ -164,7 +172,7 @@ class MemoryPlan:
         mode: ``fast`` keeps activations and, where they fit, quantized weights; ``lean`` recomputes activations block
             by block and quantizes weights on the fly; ``offload`` is ``lean`` with the weights of the blocks in host
             memory.
-        keep_weights: Whether quantized weights are kept.
+        keep_weights: Whether quantized weights of linears are kept. keep_experts: Those of experts too.
         pieces: Whether the loss must make its logits in pieces to fit.
         boundary_in_host_memory: Whether the inputs of the blocks must wait there for their backward.
         estimate_gb: Estimated peak of the chosen mode.
@@ -175,6 +183,7 @@ class MemoryPlan:
 
     mode: str
     keep_weights: bool
+    keep_experts: bool
     pieces: bool
     boundary_in_host_memory: bool
     estimate_gb: float
@@ -215,10 +224,12 @@ def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
     """
     room = HEADROOM * free
     keep = needs.device_bytes("fast", copies=True) <= _KEEP * free
-    fast, lean, offload = needs.device_bytes("fast", keep), needs.device_bytes("lean"), needs.device_bytes("offload")
+    both = bool(needs.experts) and needs.device_bytes("fast", copies=True, experts=True) <= _KEEP * free
+    fast, lean = needs.device_bytes("fast", keep, both), needs.device_bytes("lean")
+    offload = needs.device_bytes("offload")
     mode = wanted if wanted != "auto" else ("fast" if fast <= room else "lean")
-    keep = keep and mode == "fast"
-    least, whole = (needs.device_bytes(mode, keep, whole=whole) for whole in (False, True))
+    keep, both = keep and mode == "fast", both and mode == "fast"
+    least, whole = (needs.device_bytes(mode, keep, both, whole) for whole in (False, True))
     crowded = mode == "offload" and least > room
     if crowded:
         least, whole = least - needs.boundary, whole - needs.boundary
@@ -226,6 +237,7 @@ def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
     return MemoryPlan(
         mode=mode,
         keep_weights=keep,
+        keep_experts=both,
         pieces=pieces,
         boundary_in_host_memory=crowded,
         estimate_gb=(least if pieces else whole) / 1e9,

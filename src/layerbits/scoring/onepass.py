@@ -58,7 +58,7 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
     largest = max(s.input_ids.numel() for b in batches for s in b.segments)
     if memory is None:
         memory = plan_memory(model, taps.loads(largest), largest, len(search.settings.weights), job.memory)
-    taps.keep_weights = memory.keep_weights
+    taps.keep_weights, taps.keep_experts = memory.keep_weights, memory.keep_experts
     log = StepLog(job.workdir, job.fingerprint)
 
     clock = time.perf_counter
@@ -150,11 +150,10 @@ def _step(taps: Taps, job: ScoringJob, search: Search, index: int, way: _Way) ->
     if job.method == "gradient":
         scores, owner, way = _score_batch(taps, batch, way)
         return step_of(scores, owner, batch, search.group_of, groups, taps.loss, taps.take_routed()), way
-    device = job.loaded.model.get_input_embeddings().weight.device
     total, owner = 0, None
     routed: dict[str, Any] = {}
     for draw in range(job.draws):
-        labels = fisher.drawn_labels(device, job.seed, index, draw)
+        labels = fisher.drawn_labels(job.seed, index, draw)
         signed, owner, way = _score_batch(taps, batch, way, labels)
         routed = taps.take_routed()  # the same in every draw
         part_done((draw + 1) / job.draws)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
-from layerbits.inputs.models import empty_model
+from layerbits.inputs.loading import empty_model
 from layerbits.inputs.offload import parts_of
 from layerbits.scoring.memory import HEADROOM, Needs, free_bytes, free_host_bytes
 from layerbits.scoring.quantizers import Settings

@@ -17,7 +17,7 @@ from layerbits.inputs.linears import (
     shape_of,
     weight_of,
 )
-from layerbits.inputs.offload import device_of
+from layerbits.inputs.residence import device_of
 from layerbits.scoring import quantizers
 from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import Load
@@ -160,7 +160,7 @@ class LinearTap(Tap):
         count, size = weight.numel(), weight.element_size()
         passing, outputs = 2 * count * size, tokens * rows * size
         kept = rows + width
-        return Load(width, kept, kept, count, count, count, passing, outputs, passing_by_setting=True)
+        return Load(width, kept, kept, count, count, False, passing, outputs)
 
     def watched(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows the input to ``see``."""

@@ -51,6 +51,7 @@ class Taps:
 
     Attributes:
         keep_weights: Whether to keep the quantized weights of linears from one batch to the next.
+        keep_experts: Those of experts, which are most of a model that has them.
 
     Raises:
         Unsupported: A scored module is neither a linear nor an expert module.
@@ -61,7 +62,7 @@ class Taps:
         self.taps = [make_tap(name, model.get_submodule(name), settings) for name in names]
         self._pairs = settings.pairs
         self._share_ranges = settings.share_ranges
-        self.keep_weights = False
+        self.keep_weights = self.keep_experts = False
         self._calls = [0] * len(names)
         self._tokens: Any = None
         self._sizes: list[int] = []
@@ -150,7 +151,7 @@ class Taps:
                 dtype = next(tap.module.parameters()).dtype
                 for name, _, _, quantizer in tap.range_names():
                     quantizer.amax = torch.as_tensor(ranges[name]).to(device=tap.device, dtype=dtype)
-                if self.keep_weights:
+                if self.keep_experts if isinstance(tap, ExpertsTap) else self.keep_weights:
                     tap.keep_weights()
 
     def _share_weight_ranges(self) -> None:
@@ -161,7 +162,7 @@ class Taps:
 
     def drop_weights(self) -> None:
         """Frees the kept weights; from then on weights are quantized on the fly."""
-        self.keep_weights = False
+        self.keep_weights = self.keep_experts = False
         for tap in self.taps:
             tap.drop_weights()
 

@@ -16,7 +16,8 @@ from layerbits.candidates.capability import Capability
 from layerbits.config import AutoQuantSpec
 from layerbits.errors import Unsupported
 from layerbits.inputs.limits import check_causality, dropout_of
-from layerbits.inputs.models import LoadedModel, load
+from layerbits.inputs.loading import load
+from layerbits.inputs.models import LoadedModel
 from layerbits.inputs.offload import offloaded
 from layerbits.provenance import peak_memory, provenance
 from layerbits.results.baseline import Baseline, check_first_batch

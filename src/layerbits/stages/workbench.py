@@ -21,10 +21,10 @@ from layerbits.inputs.captions import CaptionSet, load_captions
 from layerbits.inputs.experts import active_ratio, is_routed
 from layerbits.inputs.kinds import kinds_of
 from layerbits.inputs.limits import check_stock, limits_of
+from layerbits.inputs.loading import empty_model
 from layerbits.inputs.models import (
     ResolvedModel,
     Shapes,
-    empty_model,
     load_tokenizer,
     output_head,
     resolve,
