@@ -67,6 +67,7 @@ def test_a_fixed_part_with_a_kv_cache_goes_through_the_job_and_into_the_scheme(m
     fixed = {"algorithm": "max", "quant_cfg": [
         {"$import": "none"},
         {"quantizer_name": "*mlp.down_proj.weight_quantizer", "cfg": {"num_bits": "e4m3"}},
+        {"quantizer_name": "*mlp.down_proj.input_quantizer", "cfg": {"num_bits": "e4m3"}},
         {"quantizer_name": "*[kv]_bmm_quantizer", "cfg": CAST},
     ]}  # fmt: skip
     spaces = [{"module_name_patterns": ["*self_attn*"], "candidate_formats": [{"$import": "a"}, {"$import": "b"}]}]
@@ -80,6 +81,7 @@ def test_a_fixed_part_with_a_kv_cache_goes_through_the_job_and_into_the_scheme(m
     assert scheme["kv_cache"] == "fp8_cast"
     quantized = {m for g, n in zip(scheme["groups"], scheme["assignment"], strict=True) if n for m in g["modules"]}
     assert {f"model.layers.{b}.mlp.down_proj" for b in range(2)} <= quantized
+    assert "2 groups that the recipe gives have no predicted KL" in scheme["notes"]
     back = load_recipe(str(made / "modelopt" / "mine.yaml"))
     assert back.cache_settings == {"num_bits": (4, 3), "use_constant_amax": True}
     assert yaml.safe_load((made / "recipe" / "resolved.yaml").read_text())["quantize"]

@@ -173,7 +173,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         with contextlib.redirect_stdout(io.StringIO()):  # it tells what it loads
             found = library.load_recipe(name, overrides=list(overrides) or None)
     except Exception as error:  # pydantic's, YAML's and the loader's own
-        raise UserError(f"recipe {name}: ModelOpt refuses it ({_reason(error)}); mend the file") from None
+        where = "the file or recipe_overrides" if overrides else "the file"
+        raise UserError(f"recipe {name}: ModelOpt refuses it ({_reason(error)}); mend {where}") from None
     common: dict[str, Any] = {
         "name": shipped_name(name) or Path(name).name.removesuffix(".yaml").removesuffix(".yml"),
         "description": " ".join(found.description.split()),

@@ -34,12 +34,15 @@ def _scheme(outcome: RecipeOutcome, answer: Answer, name: str, run_ids: Sequence
     space, results = outcome.plan.space, outcome.results
     first = next(iter(results.values()))
     groups, assignment = _groups(outcome, answer), []
-    kl = 0.0
+    predicted = {name: dict(zip(_keys(r), r.predicted_kl[:, 0], strict=True)) for name, r in results.items()}
+    kl, given = 0.0, 0
     for group, at in groups:
         info = None if at == UNQUANTIZED else space.candidates[at].info
         assignment.append(None if info is None else info.name)
-        if info is not None and info.name in results:
-            kl += _predicted_kl(results[info.name], group.key)
+        if info is not None:
+            found = predicted.get(info.name, {}).get(group.key)
+            kl, given = kl + float(found or 0.0), given + (found is None)
+    notes = [f"{given} groups that the recipe gives have no predicted KL"] if given else []
     prices = kv_sums(first.kv_cache)
     infos = {c.info.name: c.info for c in space.candidates}
     used = {name for name in assignment if name is not None}
@@ -69,7 +72,7 @@ def _scheme(outcome: RecipeOutcome, answer: Answer, name: str, run_ids: Sequence
         score=answer.score,
         how=how,
         settings={key: first.settings[key] for key in SETTINGS if key in first.settings},
-        notes=outcome.plan.notes,
+        notes=(*outcome.plan.notes, *notes),
         kv_cache=chosen_cache(outcome.plan.kv_cache, prices),
         kv_prices=prices,
     )
@@ -83,6 +86,5 @@ def _groups(outcome: RecipeOutcome, answer: Answer) -> list[tuple[Group, int]]:
     return [(known.get(slot.modules, group), at) for (slot, at), group in zip(slots, named, strict=True)]
 
 
-def _predicted_kl(result: SensitivityResult, key: str) -> float:
-    at = next(g for g, group in enumerate(result.groups) if group.key == key)
-    return float(result.predicted_kl[at, 0])
+def _keys(result: SensitivityResult) -> list[str]:
+    return [group.key for group in result.groups]
