@@ -48,8 +48,6 @@ def test_a_budget_below_what_must_be_quantized_at_all_tells_the_range(subject, t
     spaces = [space("*", candidate_formats=both, allow_no_quant=False)]
     message = "effective_bits=6 cannot be reached on this model; the feasible range is 8 to 8"
     with pytest.raises(UserError, match=message):
-        UserError, match="effective_bits=6 cannot be reached on this model; the feasible range is 8 to 8"
-    ):
         laid_out(
             subject,
             tmp_path,

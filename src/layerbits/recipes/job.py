@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -76,18 +76,14 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
     Raises:
         UserError: Whatever can be known to fail by now, with the mend.
     """
-    import torch
-
-    from layerbits.inputs.models import build
+    from layerbits.inputs.loading import empty_model
 
     settings, notes = _with_recipe(settings, recipe)
     cache = kv_name(recipe.cache_settings)
     if cache is None:
         notes.append(f"recipe {recipe.name}: its format of the KV cache has no name here; the schemes leave it out")
     bench = workbench(settings)
-    with torch.device("meta"):
-        skeleton = build(bench.resolved.config)
-    space = lay_out(recipe, skeleton, bench.linears)
+    space = lay_out(recipe, empty_model(bench.resolved), bench.linears)
     checked: dict[int, tuple[Candidate, Capability]] = {}
     for c, candidate in enumerate(space.candidates):
         mine = [m for slot in space.slots if c in slot.choices for m in slot.modules]
@@ -121,26 +117,22 @@ def run_recipe(plan: RecipePlan, root: Path) -> RecipeOutcome:
 
     loaded: LoadedModel = load_model(plan.passes[0])
     space = plan.space
-    raw = np.full((len(space.searched), len(space.candidates)), np.nan)
-    names = [c.info.name for c in space.candidates]
-    row_of = {slot.modules: s for s, slot in enumerate(space.searched)}
+    searched, names = space.searched, [c.info.name for c in space.candidates]
+    raw = np.full((len(searched), len(names)), np.nan)
+    row_of = {slot.modules: s for s, slot in enumerate(searched)}
     outcomes: dict[str, Outcome] = {}
     for part in plan.passes:
         for outcome in run(part, root, loaded):
             result = outcome.result
             name = result.candidates[0].name
             c = names.index(name)
-            eligible = [g for g, group in enumerate(result.groups) if c in _slot(space, row_of, group.modules).choices]
+            eligible = [g for g, group in enumerate(result.groups) if c in searched[row_of[group.modules]].choices]
             for g in eligible:
                 raw[row_of[result.groups[g].modules], c] = result.scores[g, 0]
             outcomes[name] = replace(outcome, result=_selected(result, eligible, space.recipe))
     found = answer(space, raw)
     stock = None if space.recipe.effective_bits is None else modelopt_answer(space, np.nan_to_num(raw, nan=1e30))
     return RecipeOutcome(plan, tuple(outcomes[n] for n in names if n in outcomes), raw, found, stock)
-
-
-def _slot(space: RecipeSpace, row_of: Mapping[tuple[str, ...], int], modules: tuple[str, ...]) -> Any:
-    return space.searched[row_of[modules]]
 
 
 def _with_recipe(settings: Settings, recipe: LoadedRecipe) -> tuple[Settings, list[str]]:
