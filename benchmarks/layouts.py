@@ -95,9 +95,8 @@ def asked(work: Path) -> dict[str, dict[str, Any]]:
     return answers
 
 
-def damage(file: Path) -> tuple[str, str, dict[str, float]]:
+def damage(check: dict[str, Any]) -> tuple[str, str, dict[str, float | str]]:
     """Format, label and KL divergences of the serve check of a checkpoint with one label."""
-    check = json.loads(file.read_text())
     record = json.loads((Path(check["folder"]) / "layerbits.json").read_text())
     (label,) = record["record"]["labels"]
     measured = check["measured"]
@@ -109,7 +108,9 @@ def damage(file: Path) -> tuple[str, str, dict[str, float]]:
         "noise": "noise",
     }
     kl = {name: float(f"{measured[key]['kl']:.4g}") for name, key in names.items()}
-    return record["record"]["format"], label, {**kl, "se": float(f"{measured['served_damage']['se']:.2g}")}
+    (candidate,) = record["scheme"]["candidates"]
+    about = {"config_hash": candidate["config_hash"], "se": float(f"{measured['served_damage']['se']:.2g}")}
+    return record["record"]["format"], label, {**about, **kl}
 
 
 def main() -> None:
@@ -131,9 +132,10 @@ def main() -> None:
             before = without.get(format, {}).get(label, answer)
             answer["plugin"] = answer["loads"] and not before["loads"]
         data["asked"].setdefault(format, {}).update(labels)
-    for file in arguments.served:
-        format, label, kl = damage(file)
-        data["served"].setdefault(format, {})[label] = kl
+    for check in (json.loads(file.read_text()) for file in arguments.served):
+        if check["measured"] is not None:
+            format, label, kl = damage(check)
+            data["served"].setdefault(format, {})[label] = kl
     write_json(DATA, data)
 
 

@@ -270,7 +270,7 @@ def store(tmp_path, monkeypatch):
 def test_a_failed_proof_fails_its_run_and_leaves_its_report(tmp_path, monkeypatch, store):
     plan = planned("llama", tmp_path, down=FP8)
     spoil(monkeypatch, _changed(f"{LAYER}.weight_scale", lambda s: s * 2))
-    settings = ExportSettings(None, tmp_path, "none", "modelopt", "cpu", 1e9, True, None)
+    settings = ExportSettings(None, tmp_path, "modelopt", "cpu", 1e9, True, None)
     log = ExportLog(settings, TrackingSpec(True, store, "layerbits", None, False), tmp_path)
     with pytest.raises(NotProven):
         log(plan.scheme, lambda: export_scheme(plan, "cpu"))

@@ -24,12 +24,17 @@ def test_nothing_loads_that_the_runtimes_source_refuses(labels):
     assert [x.algo for x in labels.values() if told.answer(x).loads and not reads(x)] == []
 
 
-def test_what_was_measured_loads(labels):
+def test_what_was_measured_loads_and_is_of_a_candidate_of_the_table():
     told = read_served()
-    assert told.damage
+    shown = {(x.format, x.algo) for row in exportable() for x in row.labels.values() if x and _shown(told, x, row)}
+    assert shown == set(told.damage)
     for key, damage in told.damage.items():
         assert told.asked[key].loads
         assert damage.noise < damage.served
+
+
+def _shown(told, label, row):
+    return told.measured(label, row.candidate.info.config_hash) is not None
 
 
 def test_a_refusal_is_quoted_in_one_cell():
@@ -46,4 +51,4 @@ def test_a_label_that_was_not_asked_has_no_answer(labels, monkeypatch, tmp_path)
     monkeypatch.setattr(served, "DATA", tmp_path / "served.json")
     label = next(iter(labels.values()))
     assert read_served().answer(label) is None
-    assert read_served().measured(label) is None
+    assert read_served().measured(label, "hash") is None

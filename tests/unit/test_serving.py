@@ -382,6 +382,18 @@ def test_a_token_limit_below_the_texts_is_refused():
     check_length(Served("it", "it", 144), "http://h", 144)
 
 
+def test_a_server_that_does_not_answer_says_for_how_long(monkeypatch):
+    from layerbits.serving import client
+
+    monkeypatch.setattr(client, "_SECONDS", 0.05)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        asked = Client(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ServerError, match="no answer within 0 s"):
+            asked.generate("it", [[1]], 1)
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense"])
 def test_what_is_no_server_is_one_line(url):
     with pytest.raises(UserError, match=r"does not answer as a vLLM server|is no address"):

@@ -39,9 +39,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Damage:
-    """KL divergences of a trained model with every linear under one label, nats per token.
+    """KL divergences of a trained model with every linear under one candidate, nats per token.
 
     Attributes:
+        config_hash: Of the candidate.
         served: Served scheme from the served unquantized model, over what the runtime tells.
         se: Its standard error over the captions.
         restored: The files in PyTorch, over the same.
@@ -50,6 +51,7 @@ class Damage:
         noise: The served unquantized model from PyTorch's, over the same.
     """
 
+    config_hash: str
     served: float
     se: float
     restored: float
@@ -77,9 +79,10 @@ class Served:
         """What the runtime made of a label; ``None`` = it was not asked."""
         return self.asked.get((label.format, label.algo))
 
-    def measured(self, label: Label) -> Damage | None:
-        """The damage of a label as served; ``None`` = not measured."""
-        return self.damage.get((label.format, label.algo))
+    def measured(self, label: Label, config_hash: str) -> Damage | None:
+        """The damage of a candidate as served under a label; ``None`` = not measured."""
+        found = self.damage.get((label.format, label.algo))
+        return found if found is not None and found.config_hash == config_hash else None
 
 
 def read_served() -> Served:

@@ -110,7 +110,7 @@ def _section(pair: QuantPair, variant: str, served: Served) -> str:
 
 
 def _row(row: Exportable, label: Label, served: Served) -> str:
-    answer, damage = served.answer(label), served.measured(label)
+    answer, damage = served.answer(label), served.measured(label, row.candidate.info.config_hash)
     asked = "not run" if answer is None else str(answer)
     if answer is not None and not answer.loads and reads(label):
         asked += "; on a GPU: not run"

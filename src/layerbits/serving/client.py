@@ -118,6 +118,8 @@ class Client:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise ServerError(_words(error.read().decode(errors="replace")) or str(error)) from None
+        except TimeoutError:
+            raise ServerError(f"it gave no answer within {seconds:.0f} s") from None
         except urllib.error.URLError as error:
             raise ServerError(str(error.reason)) from None
         except (OSError, http.client.HTTPException) as error:
