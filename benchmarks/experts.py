@@ -11,10 +11,7 @@ All parts run in one process on one model of random weights; kernels are built a
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,101 +19,47 @@ from typing import Any
 import numpy as np
 import torch
 from one_pass import BUDGETS, SIX, configs
+from passes import Passes
 from shapes import SHAPES, random_model, random_rows
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from layerbits.inputs.experts import named_experts
-from layerbits.provenance import provenance
 from layerbits.scoring import distributed, onepass, quantizers, stock
 from layerbits.scoring.experts import ExpertsTap
 from layerbits.scoring.job import Scores, ScoringJob
-from layerbits.scoring.memory import checkpointed
-from layerbits.scoring.steps import calibration_forward, has_plain_head, loss_backward
-from layerbits.scoring.taps import _no_parameter_gradients, make_tap
+from layerbits.scoring.taps import make_tap
 
 REPEATS = 5
 
 
-class Bench:
+class Bench(Passes):
     """One model and its rows; each part adds a row to the record."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device = arguments.device
-        if self.device == "cuda":
+        if arguments.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
-        self.loaded = random_model(arguments.shape, distributed.device(self.device), dtype)
-        self.model = self.loaded.model
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        self.rows = random_rows(vocabulary, arguments.steps, arguments.rows, arguments.length)
-        head = self.model.get_output_embeddings()
-        self.scored = tuple(n for n in self.loaded.linears if self.model.get_submodule(n) is not head)
-        # one folder for all processes of a torchrun
-        self.folder = Path(tempfile.gettempdir()) / f"experts-{os.environ.get('MASTER_PORT', os.getpid())}"
-        self.memory = arguments.memory
-        self.jobs = 0
-        self.record: dict[str, Any] = {
-            "arguments": {k: v for k, v in vars(arguments).items() if k != "out"},
-            "provenance": provenance(Path(__file__).resolve().parent.parent),
-        }
+        dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
+        loaded = random_model(arguments.shape, distributed.device(arguments.device), dtype)
+        vocabulary = loaded.model.get_input_embeddings().num_embeddings
+        rows = random_rows(vocabulary, arguments.steps, arguments.rows, arguments.length)
+        super().__init__(arguments, loaded, rows, "experts")
+        self.model, self.memory = loaded.model, arguments.memory
 
-    def job(self, pairs: tuple[str, ...], steps: int | None = None) -> ScoringJob:
-        """A job in a fresh folder, so that nothing is resumed."""
-        rows = self.rows if steps is None else type(self.rows)(self.rows.calib[:steps], self.rows.score[:steps], 1, ())
-        self.jobs += 1
-        folder = self.folder / str(self.jobs)
-        wanted = configs(pairs, self.device)
-        return ScoringJob(self.loaded, self.scored, wanted, rows, "gradient", 12.0, folder, "benchmark", self.memory)
-
-    def timed(self, name: str, run: Any, repeats: int = 1) -> Any:
-        """Runs, and records the seconds of one run and the peak in GB."""
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            result = run()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        row = {"seconds": (time.perf_counter() - start) / repeats}
-        if self.device == "cuda":
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        if isinstance(result, Scores):
-            row |= {f"seconds_{k}": v for k, v in result.seconds.items()} | dict(result.memory)
-            self.record[f"{name}_notes"] = [result.mode, *result.notes]
-        self.record[name] = row
-        if distributed.rank() == 0:
-            print(name, {k: round(v, 3) for k, v in row.items()}, flush=True)
-        return result
+    def of(self, pairs: tuple[str, ...], steps: int | None = None) -> ScoringJob:
+        """A job of quant pairs."""
+        return self.job(configs(pairs, self.device), self.memory, steps)
 
     def floor(self) -> None:
         """What the model alone takes: forward, forward + backward, the products of one candidate."""
-        model, batch = self.model, self.rows.score[0]
-        chunked = has_plain_head(model, batch)
-        tokens = batch.segments[0].input_ids.numel()
+        tokens = self.rows.score[0].segments[0].input_ids.numel()
         unquantized = quantizers.Settings((None,), (None,), ((0, 0),))
-        taps = [make_tap(name, model.get_submodule(name), unquantized) for name in self.scored]
-
-        def forward() -> None:
-            with torch.no_grad():
-                calibration_forward(model, batch, need_logits=False)
-
-        def backward() -> None:
-            hook = model.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_())
-            with _no_parameter_gradients(model):
-                loss_backward(model, batch, chunked=chunked)
-            hook.remove()
-
-        def checkpointed_backward() -> None:
-            with checkpointed(model):
-                backward()
+        taps = [make_tap(name, self.model.get_submodule(name), unquantized) for name in self.scored]
 
         def lighter_backward() -> None:
             with ExitStack() as stack:
                 for tap in taps:
                     stack.enter_context(tap.lighter())
-                backward()
+                self.backward()
 
         inputs: dict[Any, Any] = {}
 
@@ -126,7 +69,7 @@ class Bench:
                 width, count, k = tap.experts.shapes[0][1], tap.experts.count, tap._per_token()
                 if (width, count, k) not in inputs:
                     index = torch.rand(tokens, count, device=self.device).topk(k, dim=1).indices
-                    weights = torch.full((tokens, k), 1 / k, device=self.device, dtype=model.dtype)
+                    weights = torch.full((tokens, k), 1 / k, device=self.device, dtype=self.model.dtype)
                     inputs[width, count, k] = (self._randn(tokens, width), index, weights)
                 return inputs[width, count, k]
             width = tap.module.in_features
@@ -141,8 +84,8 @@ class Bench:
                         torch.nn.functional.linear(*entering(tap), tap.module.weight)
 
         for name, part in {
-            "floor_forward": forward,
-            "floor_checkpointed": checkpointed_backward,
+            "floor_forward": self.forward,
+            "floor_checkpointed": self.checkpointed_backward,
             "floor_lighter": lighter_backward,
             "floor_products": products,
         }.items():
@@ -160,10 +103,10 @@ class Bench:
     def order(self) -> None:
         """How far stock's own scores move when the experts are summed in another order, beside one pass."""
         name = SIX[0]
-        first = stock.score(self.job((name,))).raw[:, 0]
-        one = onepass.score(self.job((name,))).raw[:, 0]
+        first = stock.score(self.of((name,))).raw[:, 0]
+        one = onepass.score(self.of((name,))).raw[:, 0]
         self.reverse_experts()
-        second = stock.score(self.job((name,))).raw[:, 0]
+        second = stock.score(self.of((name,))).raw[:, 0]
         self.reverse_experts()
         self.record["order"] = {
             "stock_reversed": float(np.abs(second / first - 1).max()),
@@ -214,10 +157,10 @@ def main() -> None:
         arguments.shape, arguments.device, arguments.rows, arguments.length = "tiny-experts", "cpu", 2, 64
     parts = arguments.parts.split(",")
     bench = Bench(arguments)
-    bench.timed("warm_up", lambda: onepass.score(bench.job(SIX, steps=1)))  # builds every kernel
+    bench.timed("warm_up", lambda: onepass.score(bench.of(SIX, steps=1)))  # builds every kernel
     if "floor" in parts:
         bench.floor()
-    one = bench.timed("one_six", lambda: onepass.score(bench.job(SIX))) if "one" in parts else None
+    one = bench.timed("one_six", lambda: onepass.score(bench.of(SIX))) if "one" in parts else None
     if one is not None:
         bench.record["sums"] = one.raw.sum(axis=0).tolist()  # to compare runs with different numbers of processes
         if "floor" in bench.record:
@@ -227,7 +170,7 @@ def main() -> None:
     if "profile" in parts:
         profile(bench)
     if "stock" in parts:
-        reference = bench.timed("stock_one_pair", lambda: stock.score(bench.job(SIX[:1])))
+        reference = bench.timed("stock_one_pair", lambda: stock.score(bench.of(SIX[:1])))
         if one is not None:
             bench.record["stock_over_one"] = (
                 bench.record["stock_one_pair"]["seconds"] / bench.record["one_six"]["seconds"]
@@ -236,8 +179,7 @@ def main() -> None:
             bench.compare(one, reference, SIX[0])
     if "order" in parts:
         bench.order()
-    if arguments.out and distributed.rank() == 0:
-        arguments.out.write_text(json.dumps(bench.record, indent=1) + "\n")
+    bench.write(arguments.out)
 
 
 def profile(bench: Bench) -> None:
@@ -246,7 +188,7 @@ def profile(bench: Bench) -> None:
     from torch.profiler import profile as profiler
 
     with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        onepass.score(bench.job(SIX, steps=1))
+        onepass.score(bench.of(SIX, steps=1))
     by = "cuda_time_total" if bench.device == "cuda" else "cpu_time_total"
     table = found.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=70)
     print(table, flush=True)

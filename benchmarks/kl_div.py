@@ -10,7 +10,6 @@ that many blocks are scored, spread evenly, so that half of the model lies behin
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ class KlBench(Bench):
 
     def kl_job(self, pair: str, steps: int | None = None) -> ScoringJob:
         """A job of one candidate."""
-        return replace(self.job((pair,), steps=steps), method="kl_div", scored=self.scored)
+        return replace(self.of((pair,), steps=steps), method="kl_div", scored=self.scored)
 
     def floor(self) -> None:
         """What a batch takes: the body whole, with fused norms and in tiles, the logits, and their comparison."""
@@ -143,8 +142,7 @@ def main() -> None:
         bench.record["ratio"] = {"median": float(np.median(each)), "each": each}
         print("suffix / stock", bench.record["ratio"], flush=True)
         bench.compare(scores["suffix"], scores["stock"])
-    if arguments.out:
-        arguments.out.write_text(json.dumps(bench.record, indent=1) + "\n")
+    bench.write(arguments.out)
 
 
 if __name__ == "__main__":

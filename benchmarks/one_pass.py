@@ -11,10 +11,7 @@ All parts run in one process on one model of random weights; kernels are built a
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import tempfile
-import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from passes import Passes
 from shapes import SHAPES, random_model, random_rows
 
 from layerbits.candidates.candidate import resolve_candidate
@@ -32,12 +30,8 @@ from layerbits.inputs.calibration import Calibration, build_calibration
 from layerbits.inputs.captions import load_captions
 from layerbits.inputs.loading import load
 from layerbits.inputs.models import LoadedModel, ModelSpec, load_tokenizer, resolve
-from layerbits.provenance import provenance
 from layerbits.scoring import distributed, onepass, stock
 from layerbits.scoring.job import Scores, ScoringJob
-from layerbits.scoring.memory import checkpointed
-from layerbits.scoring.steps import calibration_forward, has_plain_head, loss_backward
-from layerbits.scoring.taps import _no_parameter_gradients
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SIX = ("wfp4_afp8", "wfp4_afp16", "wfp8_afp8", "wfp8_afp16", "wint8_afp16", "wint8_afp8")
@@ -68,78 +62,29 @@ def default_model(rows: int, length: int) -> tuple[LoadedModel, Calibration]:
     return load(resolved, tokenizer, "cpu"), build_calibration(captions, tokenizer, "packed", length, rows, None)
 
 
-class Bench:
+class Bench(Passes):
     """One model and its rows; each part adds a row to the record."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device = arguments.device
-        self.jobs = 0
-        if self.device == "cuda":
+        if arguments.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
+        dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
         if arguments.shape == "default":
-            self.loaded, self.rows = default_model(arguments.rows, arguments.length)
+            loaded, rows = default_model(arguments.rows, arguments.length)
         else:
-            self.loaded = random_model(arguments.shape, distributed.device(self.device), dtype)
-            vocabulary = self.loaded.model.get_input_embeddings().num_embeddings
-            self.rows = random_rows(vocabulary, arguments.steps, arguments.rows, arguments.length)
-        head = self.loaded.model.get_output_embeddings()
-        self.scored = tuple(n for n in self.loaded.linears if self.loaded.model.get_submodule(n) is not head)
-        # one folder for all processes of a torchrun
-        self.folder = Path(tempfile.gettempdir()) / f"one-pass-{os.environ.get('MASTER_PORT', os.getpid())}"
-        self.record: dict[str, Any] = {
-            "arguments": {k: v for k, v in vars(arguments).items() if k != "out"},
-            "provenance": provenance(CONFIGS.parent),
-        }
+            loaded = random_model(arguments.shape, distributed.device(arguments.device), dtype)
+            vocabulary = loaded.model.get_input_embeddings().num_embeddings
+            rows = random_rows(vocabulary, arguments.steps, arguments.rows, arguments.length)
+        super().__init__(arguments, loaded, rows, "one-pass")
 
-    def job(self, pairs: tuple[str, ...], memory: str = "fast", steps: int | None = None) -> ScoringJob:
-        """A job in a fresh folder, so that nothing is resumed."""
-        rows = self.rows if steps is None else type(self.rows)(self.rows.calib[:steps], self.rows.score[:steps], 1, ())
-        found = configs(pairs, self.device)
-        self.jobs += 1
-        folder = self.folder / str(self.jobs)
-        return ScoringJob(self.loaded, self.scored, found, rows, "gradient", 12.0, folder, "benchmark", memory)
-
-    def timed(self, name: str, run: Any) -> Any:
-        """Runs, and records seconds and peak GB."""
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = run()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        row = {"seconds": time.perf_counter() - start}
-        if self.device == "cuda":
-            row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        if isinstance(result, Scores):
-            row |= {f"seconds_{k}": v for k, v in result.seconds.items()} | dict(result.memory)
-        self.record[name] = row
-        if distributed.rank() == 0:
-            print(name, {k: round(v, 3) for k, v in row.items()}, flush=True)
-        return result
+    def of(self, pairs: tuple[str, ...], memory: str = "fast", steps: int | None = None) -> ScoringJob:
+        """A job of quant pairs."""
+        return self.job(configs(pairs, self.device), memory, steps)
 
     def floor(self) -> None:
         """What the model alone takes: forward, forward + backward, one more pass over the scored linears."""
-        model, batch = self.loaded.model, self.rows.score[0]
-        chunked = has_plain_head(model, batch)
-
-        def forward() -> None:
-            with torch.no_grad():
-                calibration_forward(model, batch, need_logits=False)
-
-        def backward() -> None:
-            hook = model.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_())
-            with _no_parameter_gradients(model):
-                loss_backward(model, batch, chunked=chunked)
-            hook.remove()
-
-        def checkpointed_backward() -> None:
-            with checkpointed(model):
-                backward()
-
-        tokens = batch.segments[0].input_ids.numel()
+        model = self.loaded.model
+        tokens = self.rows.score[0].segments[0].input_ids.numel()
         inputs = {
             n: torch.randn(tokens, n, device=self.device, dtype=model.dtype)
             for n in {self.loaded.linears[name][0][1] for name in self.scored}
@@ -152,14 +97,13 @@ class Bench:
                     torch.nn.functional.linear(inputs[module.in_features], module.weight)
 
         parts = {
-            "floor_forward": forward, "floor_backward": backward,
-            "floor_checkpointed": checkpointed_backward, "floor_matmuls": matmuls,
+            "floor_forward": self.forward, "floor_backward": self.backward,
+            "floor_checkpointed": self.checkpointed_backward, "floor_matmuls": matmuls,
         }  # fmt: skip
         for name, part in parts.items():
             for _ in range(2):
                 part()
-            self.timed(name, lambda part=part: [part() for _ in range(5)])
-            self.record[name]["per_step"] = self.record[name]["seconds"] / 5
+            self.timed(name, part, repeats=5)
 
     def compare(self, one: Scores, reference: dict[str, Scores]) -> None:
         """Largest relative difference of raw scores, and whether the recipes agree at several budgets."""
@@ -198,37 +142,36 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = arguments.parts.split(",")
     bench = Bench(arguments)
-    onepass.score(bench.job(TWELVE, steps=1))  # builds and warms every kernel
+    onepass.score(bench.of(TWELVE, steps=1))  # builds and warms every kernel
     if "floor" in parts:
         bench.floor()
-    one = bench.timed("fast_six", lambda: onepass.score(bench.job(SIX))) if "fast" in parts else None
+    one = bench.timed("fast_six", lambda: onepass.score(bench.of(SIX))) if "fast" in parts else None
     if "twelve" in parts:
-        bench.timed("fast_twelve", lambda: onepass.score(bench.job(TWELVE)))
+        bench.timed("fast_twelve", lambda: onepass.score(bench.of(TWELVE)))
     if "lean" in parts:
-        bench.timed("lean_six", lambda: onepass.score(bench.job(SIX, "lean")))
+        bench.timed("lean_six", lambda: onepass.score(bench.of(SIX, "lean")))
     if "fisher" in parts:  # the gradient pass again beside it, in turns
-        warm = replace(bench.job(SIX, steps=1), method="fisher", draws=1)
+        warm = replace(bench.of(SIX, steps=1), method="fisher", draws=1)
         onepass.score(warm)
         for turn in range(2):
-            bench.timed(f"gradient_six_{turn}", lambda: onepass.score(bench.job(SIX)))
+            bench.timed(f"gradient_six_{turn}", lambda: onepass.score(bench.of(SIX)))
             for draws in (1, 4):
-                job = replace(bench.job(SIX), method="fisher", draws=draws)
+                job = replace(bench.of(SIX), method="fisher", draws=draws)
                 bench.timed(f"fisher_{draws}_six_{turn}", lambda job=job: onepass.score(job))
     if "single" in parts:  # in turns with stock, since small machines are noisy
         for turn in range(3):
-            bench.timed(f"fast_single_{turn}", lambda: onepass.score(bench.job(("wint8_afp16",))))
-            bench.timed(f"stock_single_{turn}", lambda: stock.score(bench.job(("wint8_afp16",))))
+            bench.timed(f"fast_single_{turn}", lambda: onepass.score(bench.of(("wint8_afp16",))))
+            bench.timed(f"stock_single_{turn}", lambda: stock.score(bench.of(("wint8_afp16",))))
     if "stock" in parts:
-        stock.score(bench.job(SIX[:1], steps=1))
-        found = {p: bench.timed(f"stock_{p}", lambda p=p: stock.score(bench.job((p,)))) for p in SIX}
+        stock.score(bench.of(SIX[:1], steps=1))
+        found = {p: bench.timed(f"stock_{p}", lambda p=p: stock.score(bench.of((p,)))) for p in SIX}
         bench.record["stock_six"] = {"seconds": sum(bench.record[f"stock_{p}"]["seconds"] for p in SIX)}
         print("stock_six", bench.record["stock_six"])
         if one is not None:
             bench.compare(one, found)
     if "rows" in parts:  # to compare the sums of runs with different numbers of processes
-        bench.record["sums"] = onepass.score(bench.job(SIX)).raw.sum(axis=0).tolist()
-    if arguments.out and distributed.rank() == 0:
-        arguments.out.write_text(json.dumps(bench.record, indent=1) + "\n")
+        bench.record["sums"] = onepass.score(bench.of(SIX)).raw.sum(axis=0).tolist()
+    bench.write(arguments.out)
 
 
 if __name__ == "__main__":

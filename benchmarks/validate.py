@@ -62,7 +62,7 @@ def main() -> None:
         batches = build_rows(captions, bench.loaded.tokenizer, "packed", arguments.length, arguments.rows)[:1]
     full = full_forwards(bench, batches)
     for pair in arguments.pairs.split(","):
-        job = bench.job((pair,))
+        job = bench.of((pair,))
         search = Search.of(job)
         linears = calibrated_linears(job, search)
         seconds = []

@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration import host_worker
 from tests.integration.scoring_support import ROOT
-from tests.integration.tracking_support import environment
+from tests.integration.tracking_support import finished, started
 
 WORKER = Path(host_worker.__file__)
 
@@ -26,22 +26,7 @@ def torchrun(*arguments, before=(), folder, **env):
     folder.mkdir(exist_ok=True)
     command = [*before, sys.executable, "-m", "torch.distributed.run", *arguments]
     paths = f"{ROOT / 'src'}:{ROOT}"
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env=environment(PYTHONPATH=paths, OMP_NUM_THREADS="1", HOME=str(folder), **env),
-        cwd=folder,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def finished(process):
-    try:
-        out, _ = process.communicate(timeout=420)
-    finally:
-        process.kill()
-    return process.returncode, out
+    return started(command, folder, PYTHONPATH=paths, OMP_NUM_THREADS="1", HOME=str(folder), **env)
 
 
 @pytest.fixture
@@ -73,7 +58,7 @@ def hosts():
 
 
 def test_a_host_dies_half_way_and_the_other_takes_over(hosts, alone, tmp_path):
-    started = [
+    both = [
         torchrun(
             "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d",
             "--rdzv-endpoint=10.77.0.1:29511", "--rdzv-conf=last_call_timeout=6,is_host=" + str(int(number == 1)),
@@ -82,7 +67,7 @@ def test_a_host_dies_half_way_and_the_other_takes_over(hosts, alone, tmp_path):
         )
         for number, name in enumerate(hosts, 1)
     ]  # fmt: skip
-    (status, out), (killed, _) = map(finished, started)
+    (status, out), (killed, _) = map(finished, both)
     assert status == 0, out
     assert killed != 0
     assert "one of the 2 processes is gone" in out

@@ -1,14 +1,13 @@
 """Multirun on a real Slurm: one parent with a child a job, whatever becomes of the jobs."""
 
 import re
-import subprocess
 import sys
 import time
 
 import mlflow
 import pytest
 
-from tests.integration.tracking_support import environment
+from tests.integration.tracking_support import finished, started
 
 pytest.importorskip("submitit")
 pytest_plugins = ["tests.integration.slurm"]
@@ -79,22 +78,8 @@ def client(project):
 
 def sweep(project, slurm, pairs, *overrides):
     small = [f"hydra.launcher.{setting}" for setting in SMALL]
-    return subprocess.Popen(
-        [sys.executable, "job.py", "-m", f"pair={pairs}", "hydra/launcher=submitit_slurm", *small, *overrides],
-        cwd=project,
-        env=environment(**slurm.env, MLFLOW_TRACKING_URI=f"sqlite:///{project}/mlflow.db"),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
-def output(process):
-    try:
-        out, _ = process.communicate(timeout=420)
-    finally:
-        process.kill()
-    return process.returncode, out
+    command = [sys.executable, "job.py", "-m", f"pair={pairs}", "hydra/launcher=submitit_slurm", *small, *overrides]
+    return started(command, project, **slurm.env, MLFLOW_TRACKING_URI=f"sqlite:///{project}/mlflow.db")
 
 
 def family(client):
@@ -115,7 +100,7 @@ def wait(condition, seconds=240):
 
 
 def test_four_jobs_are_four_children_of_one_parent(project, slurm, client):
-    status, out = output(sweep(project, slurm, "a,b,c,d"))
+    status, out = finished(sweep(project, slurm, "a,b,c,d"))
     assert status == 0, out
     parent, children = family(client)
     assert (parent.info.status, parent.data.tags["children.ok"]) == ("FINISHED", "4")
@@ -124,7 +109,7 @@ def test_four_jobs_are_four_children_of_one_parent(project, slurm, client):
 
 
 def test_failed_and_killed_jobs_are_failed_children_with_their_reason(project, slurm, client):
-    status, out = output(sweep(project, slurm, "a,bad,crash"))
+    status, out = finished(sweep(project, slurm, "a,bad,crash"))
     assert status == 2, out
     assert "error: pair=bad: no such pair; name another" in out
     parent, children = family(client)
@@ -136,13 +121,13 @@ def test_failed_and_killed_jobs_are_failed_children_with_their_reason(project, s
 
 
 def test_a_preempted_job_is_requeued_and_its_run_goes_on(project, slurm, client):
-    started = sweep(project, slurm, "slow,a", "hydra.launcher.partition=low")
+    going = sweep(project, slurm, "slow,a", "hydra.launcher.partition=low")
     starts = project / "starts"
     wait(starts.exists)
     slurm("sbatch", "--partition=high", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1")
     wait(lambda: starts.read_text() == "xx")
     (project / "go").touch()
-    status, out = output(started)
+    status, out = finished(going)
     assert status == 0, out
     parent, children = family(client)
     assert (parent.info.status, sorted(children)) == ("FINISHED", ["pair a", "pair slow"])
@@ -159,7 +144,7 @@ def test_a_preempted_job_is_requeued_and_its_run_goes_on(project, slurm, client)
     ],
 )
 def test_what_slurm_does_not_have_is_one_line_and_ends_the_parent(project, slurm, client, wrong, says):
-    status, out = output(sweep(project, slurm, "a,b", f"hydra.launcher.{wrong}"))
+    status, out = finished(sweep(project, slurm, "a,b", f"hydra.launcher.{wrong}"))
     assert status == 2, out
     (line,) = [line for line in out.splitlines() if line.startswith("error: ")]
     assert re.search(f"Slurm did not take the jobs.*{says}", line)

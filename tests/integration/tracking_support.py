@@ -34,6 +34,27 @@ def environment(**changes):
     return {**kept, "PYTHONPATH": path, "MLFLOW_DISABLE_TELEMETRY": "true", **changes}
 
 
+def started(command, folder, **changes):
+    """A process in a folder, what it prints in one pipe; the environment is :func:`environment`'s."""
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=folder,
+        env=environment(**changes),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finished(process):
+    """Its exit status and what it printed; it is killed when it takes too long."""
+    try:
+        out, _ = process.communicate(timeout=420)
+    finally:
+        process.kill()
+    return process.returncode, out
+
+
 def small_result(blocks=3, seed=0, **changes):
     """Scores down to 1e-12, one of them infinite (``B01.o``)."""
     groups = tuple(
