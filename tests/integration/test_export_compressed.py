@@ -179,6 +179,9 @@ def test_an_fp8_cache_is_left_to_modelopt(tmp_path):
     assert planned("llama", tmp_path, kv_cache="fp8", **everywhere(FP8)).format == "modelopt"
     with pytest.raises(Unsupported, match="proven with one of fp8 alone"):
         planned("llama", tmp_path, kv_cache="nvfp4", **everywhere(FP8))
+    assert planned("llama", tmp_path, **everywhere(INT8)).format == "compressed-tensors"
+    with pytest.raises(Unsupported, match="kv_cache=none leaves it out"):
+        planned("llama", tmp_path, kv_cache="fp8", **everywhere(INT8))
 
 
 def test_a_format_that_no_runtime_computes_is_refused_before_loading(tmp_path):

@@ -108,7 +108,14 @@ def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportP
     experts = [module for module in scheme.modules if len(linears.get(module, ())) > 1]
     if experts and format == COMPRESSED:
         raise Unsupported(f"{experts[0]} holds experts, which ModelOpt's format alone has; use format=modelopt")
-    format, labels = choose_format(scheme.candidates, MODELOPT if experts else format)
+    try:
+        format, labels = choose_format(scheme.candidates, MODELOPT if experts else format)
+    except Unsupported as error:
+        if scheme.kv_cache == NO_CACHE:
+            raise
+        raise Unsupported(
+            f"{error}; only ModelOpt's format was tried, for the KV cache: kv_cache=none leaves it out"
+        ) from None
     _check_modules(prepared, labels, model, linears)
     if format == MODELOPT:
         _check_convertible(model)
