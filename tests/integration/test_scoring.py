@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Batch, Segment
 from layerbits.scoring import onepass, stock
 from layerbits.scoring.quantizers import distinct_settings
 from layerbits.scoring.steplog import StepLog
+from layerbits.scoring.steps import calibration_forward, loss_logits
 from layerbits.scoring.taps import Taps
 
 from .scoring_support import (
@@ -214,6 +216,17 @@ def test_other_calibration_algorithms_are_left_to_stock(algorithm, llama, tmp_pa
 def test_a_batch_counts_its_own_loss_tokens():
     batch = Batch((random_segment(2, 8), random_segment(1, 5)))
     assert batch.loss_tokens == 2 * 7 + 4
+
+
+def test_no_keys_and_values_are_kept_for_a_next_token(monkeypatch):
+    subject = loaded(tiny_model("qwen3_vl"))
+    assert subject.model.config.text_config.use_cache
+    updates = []
+    monkeypatch.setattr(DynamicCache, "update", lambda *arguments, **_: updates.append(1) or arguments[1:3])
+    batch = rows([random_segment(2, 20, seed=1)]).score[0]
+    calibration_forward(subject.model, batch, need_logits=False)
+    loss_logits(subject.model, batch)
+    assert not updates
 
 
 class Products(TorchDispatchMode):

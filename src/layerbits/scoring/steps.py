@@ -155,7 +155,8 @@ def _loss_positions(values: Any, input_ids: Any, segment: Segment) -> tuple[Any,
 
 def _inputs(model: Any, segment: Segment) -> dict[str, Any]:
     device = model.get_input_embeddings().weight.device
-    inputs = {"input_ids": segment.input_ids.to(device)}
+    # said here, because the configuration of a text model within another has a value of its own
+    inputs = {"input_ids": segment.input_ids.to(device), "use_cache": False}
     if segment.attention_mask is not None:
         inputs["attention_mask"] = segment.attention_mask.to(device)
     return inputs
