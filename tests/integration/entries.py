@@ -48,6 +48,8 @@ def start(script: str, *arguments: object, **changes: str) -> Ended:
     import mlflow
     from hydra.core.global_hydra import GlobalHydra
 
+    from layerbits import entry
+
     path, status = ROOT / "experiments" / f"{script}.py", 0
     out, errors = io.StringIO(), io.StringIO()
     handlers, folder = list(logging.root.handlers), Path.cwd()
@@ -69,6 +71,7 @@ def start(script: str, *arguments: object, **changes: str) -> Ended:
             os.chdir(folder)
             logging.root.handlers[:] = handlers
             GlobalHydra.instance().clear()
+            entry.failed.clear()
             while mlflow.active_run():  # a process would have taken it along; the next script is no child of it
                 mlflow.end_run()
             mlflow.set_tracking_uri(None)

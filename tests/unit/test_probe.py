@@ -29,7 +29,7 @@ class TableModel(torch.nn.Module):
     def get_input_embeddings(self):
         return self.embedding
 
-    def forward(self, input_ids, attention_mask=None):
+    def forward(self, input_ids, use_cache, attention_mask=None):
         return SimpleNamespace(logits=self.table[input_ids])
 
 
