@@ -107,16 +107,17 @@ class ServeCheck:
         return dict(_finite(data))
 
     def markdown(self) -> str:
-        """The report to read."""
-        lines = [f"# Serve check of {self.folder.name}: {self.outcome}", "", "## Files", ""]
+        """The report to read, the verdict first: a page of MLflow shows its first lines."""
+        by = f" ({', '.join(f'{key} {value}' for key, value in self.runtime.items())})" if self.runtime else ""
+        lines = [f"# Serve check of {self.folder.name}", "", f"**{self.outcome}**{by}: {self.detail}"]
+        if self.measured is not None:
+            lines += ["", *_table(self.measured)]
+        if self.texts:
+            lines += ["", *(f"- `{text!r}`" for text in self.texts)]
+        lines += ["", "## Files", ""]
         lines += [
             f"- {'ok' if c.passed else 'NOT'}: {c.name}{'' if c.passed else f' - {c.detail}'}" for c in self.structure
         ]
-        runtime = ", ".join(f"{key} {value}" for key, value in self.runtime.items())
-        lines += ["", f"## vLLM{f' ({runtime})' if runtime else ''}", "", f"**{self.outcome}**: {self.detail}"]
-        if self.measured is not None:
-            lines += ["", *_table(self.measured)]
-        lines += ["", *(f"- `{text!r}`" for text in self.texts)]
         return "\n".join(lines) + "\n"
 
 
