@@ -79,6 +79,11 @@ class Served:
         """What the runtime made of a label; ``None`` = it was not asked."""
         return self.asked.get((label.format, label.algo))
 
+    def loads(self, label: Label) -> bool:
+        """Whether the runtime was asked and loaded it."""
+        found = self.answer(label)
+        return found is not None and found.loads
+
     def measured(self, label: Label, config_hash: str) -> Damage | None:
         """The damage of a candidate as served under a label; ``None`` = not measured."""
         found = self.damage.get((label.format, label.algo))

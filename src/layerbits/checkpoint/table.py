@@ -7,13 +7,14 @@ it is stale, ``--write`` writes it anew.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerbits.candidates.candidate import Candidate, resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
+from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.checkpoint.label import COMPRESSED, FORMATS, MODELOPT, Label
 from layerbits.checkpoint.labels import label_or_reason
@@ -42,6 +43,11 @@ class Exportable:
     candidate: Candidate
     labels: Mapping[str, Label | None]
 
+    @property
+    def known(self) -> list[Label]:
+        """Its labels."""
+        return [label for label in self.labels.values() if label is not None]
+
 
 def exportable() -> Iterator[Exportable]:
     """The distinct candidates of the shipped pairs that are not experimental and have a label, in the table's order."""
@@ -52,18 +58,17 @@ def exportable() -> Iterator[Exportable]:
 
 def table() -> str:
     """A section per shipped pair that is not experimental (FP4 weights: one per variant), and how many are served."""
-    pairs, served = _pairs(), read_served()
-    read = {row.pair for row in exportable() if any(reads(label) for label in row.labels.values() if label)}
-    loaded = {
-        row.pair
-        for row in exportable()
-        if any((answer := served.answer(label)) and answer.loads for label in row.labels.values() if label)
-    }
+    pairs, served, rows = _pairs(), read_served(), list(exportable())
+    read = {row.pair for row in rows if any(map(reads, row.known))}
+    loaded = {row.pair for row in rows if any(served.loads(label) for label in row.known)}
     lines = [
         f"vLLM {VERSION} reads {len(read)} of the {len(pairs)} pairs in some format, by its source: {_listed(read)}.",
         f"{served.runtime} loaded {len(loaded)} of them on a CPU ({served.date}): {_listed(loaded)}.",
     ]
-    lines += [_section(pair, variant, served) for pair in pairs for variant in _variants(pair)]
+    for pair in pairs:
+        for variant in _variants(pair):
+            mine = [row for row in rows if (row.pair, row.variant) == (pair.name, variant)]
+            lines.append(_section(pair, variant, mine, served))
     return "\n\n".join(lines) + "\n"
 
 
@@ -82,31 +87,32 @@ def _variants(pair: QuantPair) -> tuple[str, ...]:
     return FP4_VARIANTS if pair.weight == "fp4" else ("",)
 
 
-def _made(pair: QuantPair, variant: str) -> dict[str, Candidate]:
-    return {o.name: resolve_candidate(pair, o, variant or "mxfp4", experimental=True) for o in load_overlays()}
+def _candidate(pair: QuantPair, overlay: Overlay, variant: str) -> Candidate:
+    return resolve_candidate(pair, overlay, variant or "mxfp4", experimental=True)
 
 
 def _exportable(pair: QuantPair, variant: str) -> Iterator[Exportable]:
     seen: set[str] = set()
-    for name, candidate in _made(pair, variant).items():
+    for overlay in load_overlays():
+        candidate = _candidate(pair, overlay, variant)
         if candidate.info.config_hash in seen or not _computed(candidate):
             continue
         seen.add(candidate.info.config_hash)
         labels = {format: label_or_reason(candidate.info, format)[0] for format in FORMATS}
         if any(labels.values()):
-            yield Exportable(pair.name, variant, name, candidate, labels)
+            yield Exportable(pair.name, variant, overlay.name, candidate, labels)
 
 
-def _section(pair: QuantPair, variant: str, served: Served) -> str:
+def _section(pair: QuantPair, variant: str, exported: Sequence[Exportable], served: Served) -> str:
     """The granularities of a pair that export, and why the default does not where it does not."""
     title = f"**`{pair.name}`**" + (f", `fp4={variant}`" if variant else "")
-    rows = [_row(row, label, served) for row in _exportable(pair, variant) for label in row.labels.values() if label]
+    rows = [_row(row, label, served) for row in exported for label in row.known]
     about = ("granularity", "bits", "format", "label", "vLLM's source", served.runtime)
     header = (*about, "served KL", "restored", "scored", "probed")
     lines = [title, ""]
     if rows:
         lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *rows]
-    return "\n".join([*lines, *_refusals(_made(pair, variant)["default"])])
+    return "\n".join([*lines, *_refusals(_candidate(pair, Overlay("default", {}), variant))])
 
 
 def _row(row: Exportable, label: Label, served: Served) -> str:

@@ -158,9 +158,10 @@ def apply_scheme(
     if scheme.kv_cache != NO_CACHE:
         cache = _cache(model, scheme)
         cache.load_ranges(ranges.kv[scheme.kv_cache])
-        stack.enter_context(cache.active())
     for name, module in linears.items():
         _replace(module, forwards[keys[name]], scheme.name)
+    if scheme.kv_cache != NO_CACHE:
+        stack.enter_context(cache.active())
     return AppliedScheme(scheme, linears, stack)
 
 

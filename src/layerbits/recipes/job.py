@@ -82,6 +82,9 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
     cache = kv_name(recipe.cache_settings)
     if cache is None:
         notes.append(f"recipe {recipe.name}: its format of the KV cache has no name here; the schemes leave it out")
+        cache = NO_CACHE
+    elif cache == NO_CACHE:
+        cache = AUTO  # what was priced
     bench = workbench(settings)
     space = lay_out(recipe, empty_model(bench.resolved), bench.linears)
     checked: dict[int, tuple[Candidate, Capability]] = {}
@@ -102,8 +105,7 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
             "leave that format out, or run the recipe with hf_ptq.py"
         )
     passes = [bench.plan([checked[c] for c in part], space.scored, held) for part in [together, *alone] if part]
-    carried = AUTO if cache == NO_CACHE else cache or NO_CACHE
-    return RecipePlan(settings, space, tuple(passes), carried, (*notes, *space.notes))
+    return RecipePlan(settings, space, tuple(passes), cache, (*notes, *space.notes))
 
 
 def run_recipe(plan: RecipePlan, root: Path) -> RecipeOutcome:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,9 +15,6 @@ from layerbits.probing.measured import standard_error
 from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray
 from layerbits.trust.agreement import Agreement, Captions, agreement
-
-if TYPE_CHECKING:
-    from layerbits.inputs.calibration import Batch
 
 
 @dataclass(frozen=True)
@@ -145,51 +142,3 @@ def wanted_scores(
             f"kv_cache={'+'.join(missing)}, or set kv_cache=none"
         )
     return {name: tuple(s for s in scores if s.format == name) for name in (known if formats is None else formats)}
-
-
-def measure_kv(
-    model: Any,
-    predicted: dict[str, tuple[KvScore, ...]],
-    language_model: str,
-    calibration: Sequence[Batch],
-    batches: Sequence[Batch],
-    least: float,
-) -> tuple[KvValidation, ...]:
-    """Measures keys and values of each block alone, in whole forwards; the model itself is never changed.
-
-    Args:
-        model: The whole model.
-        predicted: Format → its scores.
-        language_model: Name of the language model's module.
-        calibration: Batches for the ranges.
-        batches: Held-out rows.
-        least: KL per token from which on a measurement counts.
-
-    Raises:
-        UserError: The model's attention is not what was scored.
-    """
-    from layerbits.candidates.kv_cache import KV_FORMATS
-    from layerbits.probing.baseline import Baseline
-    from layerbits.progress import progress
-    from layerbits.scoring.kv_cache import KvCache
-
-    if not predicted:
-        return ()
-    baseline = Baseline(model, batches)
-    tokens = np.array(baseline.caption_tokens, dtype=np.float64)
-    found = []
-    for name, scores in predicted.items():
-        cache = KvCache(model, KV_FORMATS[name], language_model)
-        cache.calibrate(calibration)
-        if cache.modules != [score.module for score in scores]:
-            raise UserError("the attention of this model is not what was scored; score it again")
-        alone = []
-        for module in progress(cache.modules, f"measuring kv_{name}"):
-            with cache.active(module):
-                alone.append(baseline.compare(model)[1])
-        with cache.active():
-            _, together = baseline.compare(model)
-        found.append(
-            KvValidation(name, scores, Captions(np.array(alone).T, tokens), standard_error(together, tokens), least)
-        )
-    return tuple(found)

@@ -1,4 +1,4 @@
-"""What quantizing one group alone really does: KL divergence and loss change on held-out rows, group by group."""
+"""What quantizing one group, or the keys and values of one block, alone really does to held-out rows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from layerbits.candidates.kv_cache import KV_FORMATS
+from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
+from layerbits.probing.baseline import Baseline
+from layerbits.probing.measured import standard_error
 from layerbits.progress import progress
+from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray
+from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search
 from layerbits.scoring.suffix import Perturbation, SuffixRunner, find_blocks
 from layerbits.trust.agreement import Captions
+from layerbits.trust.kv_cache import KvValidation
 
 _FLOOR_GROUPS = 4
 """Groups of which float32's noise floor is measured, for all: the first ones, from where rounding travels farthest. It
@@ -103,6 +110,49 @@ def measure_damage(
         all_but=captions(all_but) if disable_one else None,
         floor=np.full(len(groups), noise.max()) if exact else noise,
     )
+
+
+def measure_kv(
+    model: Any,
+    predicted: dict[str, tuple[KvScore, ...]],
+    language_model: str,
+    calibration: Sequence[Batch],
+    batches: Sequence[Batch],
+    least: float,
+) -> tuple[KvValidation, ...]:
+    """Measures keys and values of each block alone, in whole forwards; the model itself is never changed.
+
+    Args:
+        model: The whole model.
+        predicted: Format → its scores.
+        language_model: Name of the language model's module.
+        calibration: Batches for the ranges.
+        batches: Held-out rows.
+        least: KL per token from which on a measurement counts.
+
+    Raises:
+        UserError: The model's attention is not what was scored.
+    """
+    if not predicted:
+        return ()
+    baseline = Baseline(model, batches)
+    tokens = np.array(baseline.caption_tokens, dtype=np.float64)
+    found = []
+    for name, scores in predicted.items():
+        cache = KvCache(model, KV_FORMATS[name], language_model)
+        cache.calibrate(calibration)
+        if cache.modules != [score.module for score in scores]:
+            raise UserError("the attention of this model is not what was scored; score it again")
+        alone = []
+        for module in progress(cache.modules, f"measuring kv_{name}"):
+            with cache.active(module):
+                alone.append(baseline.compare(model)[1])
+        with cache.active():
+            _, together = baseline.compare(model)
+        found.append(
+            KvValidation(name, scores, Captions(np.array(alone).T, tokens), standard_error(together, tokens), least)
+        )
+    return tuple(found)
 
 
 def _measured(runner: SuffixRunner, perturbations: Sequence[Perturbation]) -> tuple[FloatArray, FloatArray]:

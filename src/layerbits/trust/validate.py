@@ -20,7 +20,7 @@ from layerbits.results.result import FloatArray, SensitivityResult
 from layerbits.stages.run import load_model, scoring_job
 from layerbits.trust.again import plan_again
 from layerbits.trust.agreement import Captions
-from layerbits.trust.kv_cache import measure_kv, wanted_scores
+from layerbits.trust.kv_cache import wanted_scores
 from layerbits.trust.validation import ABOVE_FLOOR, HeldOut, Prediction, Validation, markdown
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def validate(
     from layerbits.probing.probe import held_out_rows
     from layerbits.provenance import provenance
     from layerbits.scoring.search import Search
-    from layerbits.trust.measure import measure_damage
+    from layerbits.trust.measure import measure_damage, measure_kv
     from layerbits.trust.rankers import IN_NATS, rank
 
     priced = wanted_scores(reference, result.kv_cache, settings.kv_cache)
