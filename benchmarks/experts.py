@@ -168,7 +168,7 @@ def main() -> None:
             bench.record["one_six"]["score_over_floor"] = ratio
             print("score over floor", round(ratio, 2), flush=True)
     if "profile" in parts:
-        profile(bench)
+        bench.profile(lambda: onepass.score(bench.of(SIX, steps=1)))
     if "stock" in parts:
         reference = bench.timed("stock_one_pair", lambda: stock.score(bench.of(SIX[:1])))
         if one is not None:
@@ -180,19 +180,6 @@ def main() -> None:
     if "order" in parts:
         bench.order()
     bench.write(arguments.out)
-
-
-def profile(bench: Bench) -> None:
-    """Prints where the time of one step goes on the GPU."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        onepass.score(bench.of(SIX, steps=1))
-    by = "cuda_time_total" if bench.device == "cuda" else "cpu_time_total"
-    table = found.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=70)
-    print(table, flush=True)
-    bench.record["profile"] = table.splitlines()
 
 
 if __name__ == "__main__":

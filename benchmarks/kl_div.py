@@ -76,16 +76,6 @@ class KlBench(Bench):
                 self.timed(name, lambda part=part: [part() for _ in range(3)])
                 self.record[name]["per_batch"] = self.record[name]["seconds"] / 3 * scale
 
-    def profile(self, pair: str) -> None:
-        """The kernels that a batch spends its time in."""
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        if self.device == "cuda":
-            kinds.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=kinds) as profiler:
-            kl.score(self.kl_job(pair, steps=1))
-        table = profiler.key_averages()
-        print(table.table(sort_by=f"self_{self.device}_time_total", row_limit=40, max_name_column_width=90))
-
     def compare(self, ours: Scores, theirs: Scores) -> None:
         """How far the scores agree."""
         a, b = ours.raw[:, 0], theirs.raw[:, 0]
@@ -128,7 +118,7 @@ def main() -> None:
     if "floor" in parts:
         bench.floor()
     if "profile" in parts:
-        bench.profile(arguments.pair)
+        bench.profile(lambda: kl.score(bench.kl_job(arguments.pair, steps=1)))
     found: dict[str, list[float]] = {"suffix": [], "stock": []}
     scores: dict[str, Scores] = {}
     for turn in range(arguments.turns):

@@ -148,6 +148,8 @@ def main() -> None:
     one = bench.timed("fast_six", lambda: onepass.score(bench.of(SIX))) if "fast" in parts else None
     if "twelve" in parts:
         bench.timed("fast_twelve", lambda: onepass.score(bench.of(TWELVE)))
+    if "profile" in parts:
+        bench.profile(lambda: onepass.score(bench.of(TWELVE, steps=1)))
     if "lean" in parts:
         bench.timed("lean_six", lambda: onepass.score(bench.of(SIX, "lean")))
     if "fisher" in parts:  # the gradient pass again beside it, in turns

@@ -105,6 +105,18 @@ class Passes:
         with checkpointed(self.loaded.model):
             self.backward()
 
+    def profile(self, run: Callable[[], Any]) -> None:
+        """Prints and records what a run spends its time in, kernels first."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device == "cuda" else [])]
+        with profile(activities=kinds) as found:
+            run()
+        by = f"self_{self.device}_time_total"
+        table = found.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=90)
+        print(table, flush=True)
+        self.record["profile"] = table.splitlines()
+
     def write(self, out: Path | None) -> None:
         """Writes the record, in the first process."""
         if out and distributed.rank() == 0:

@@ -14,11 +14,12 @@ from typing import Any
 from layerbits.candidates import fp4
 from layerbits.errors import Unsupported, UserError
 from layerbits.scoring import quantizers
+from layerbits.scoring.fake_quant import has_kernel
 
 AT_ONCE = 1 << 27
 """Weights that are quantized at once: 512 MB in float32, which some kernels work in."""
 _NARROW_AT_ONCE = 1 << 30
-"""The same where a kernel of ModelOpt reads and writes the model's dtype and nothing else; it counts in 32 bits."""
+"""The same where a kernel reads and writes the model's dtype and nothing else; some count in 32 bits."""
 
 
 class ExpertWeights:
@@ -148,13 +149,10 @@ def _layout(attributes: Any) -> tuple[str, Any]:
 
 def _narrow(attributes: Any, layout: str, weight: Any) -> bool:
     """Whether quantizing takes no more memory than its result: no plain PyTorch in float32 on the way."""
-    from modelopt.torch.quantization.extensions import get_cuda_ext, get_cuda_ext_fp8
-
-    if not weight.is_cuda or attributes.backend is not None or layout not in ("matrix", "row", "row blocks", "nvfp4"):
+    if not weight.is_cuda or layout not in ("matrix", "row", "row blocks", "nvfp4"):
         return False
-    if attributes.num_bits == (4, 3):
-        return get_cuda_ext_fp8() is not None
-    return not isinstance(attributes.num_bits, int) or get_cuda_ext() is not None
+    dynamic = (attributes.block_sizes or {}).get("type") == "dynamic"
+    return has_kernel(attributes) or (attributes.backend is None and dynamic)
 
 
 def _nvfp4_on_gpu(weight: Any, amax: Any) -> Any:

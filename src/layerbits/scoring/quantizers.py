@@ -12,6 +12,7 @@ from layerbits.candidates.algorithms import ranges_of
 from layerbits.candidates.fused import shares_range
 from layerbits.candidates.linear import E4M3, E8M0, FP4
 from layerbits.errors import Unsupported
+from layerbits.scoring.fake_quant import quantizer_class
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,7 @@ def _affects(how: Mapping[str, Any], name: str, attributes: Any) -> bool:
 
 def make_quantizer(attributes: Any, device: Any) -> Any:
     """A ModelOpt quantizer with these attributes, ``None`` for a disabled one."""
-    from modelopt.torch.quantization.nn import TensorQuantizer
-
-    return None if attributes is None else TensorQuantizer(attributes).to(device)
+    return None if attributes is None else quantizer_class()(attributes).to(device)
 
 
 def needs_range(quantizer: Any) -> bool:
