@@ -67,6 +67,7 @@ class Bench:
         if self.arguments.device == "cuda":  # a CPU has no peak of its own
             row |= {"gb": real.device_gb, "told_gb": told.device_gb, "gb_off": told.device_gb / real.device_gb - 1}
         self.points.append(row)
+        self.write({})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
     def fits(self) -> dict[str, Any]:
@@ -112,6 +113,17 @@ class Bench:
         axes[0, 0].legend()
         figure.savefig(path, dpi=120)
 
+    def write(self, fitted: dict[str, Any]) -> None:
+        """Writes the record of what there is so far."""
+        if self.arguments.out:
+            worst = {k: max(abs(p[k]) for p in self.points) for k in self.measured()}
+            record = {"provenance": provenance(CONFIGS.parent), "points": self.points, "fits": fitted, "worst": worst}
+            self.arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    def measured(self) -> tuple[str, ...]:
+        """What a forecast is held against; a CPU has no peak of its own."""
+        return ("seconds_off", "gb_off") if self.arguments.device == "cuda" else ("seconds_off",)
+
     def base(self) -> dict[str, int]:
         """The point that the others differ from in one thing."""
         return {"blocks": 16 if not self.arguments.tiny else 5, "candidates": 4, "tokens": 8 * self.length()}
@@ -142,14 +154,10 @@ def main() -> None:
             bench.point(mode, b, c, r, length)
     fitted = bench.fits()
     print(json.dumps(fitted, indent=1))
-    measured = ("seconds_off", "gb_off") if arguments.device == "cuda" else ("seconds_off",)
-    worst = {k: max(abs(p[k]) for p in bench.points) for k in measured}
-    print("the forecast is off by at most", worst)
+    print("the forecast is off by at most", {k: max(abs(p[k]) for p in bench.points) for k in bench.measured()})
+    bench.write(fitted)
     if arguments.figure:
         bench.draw(arguments.figure, fitted)
-    if arguments.out:
-        record = {"provenance": provenance(CONFIGS.parent), "points": bench.points, "fits": fitted, "worst": worst}
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ class Bench(Passes):
     def __init__(self, arguments: argparse.Namespace) -> None:
         if arguments.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if arguments.limit_gb:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(arguments.limit_gb * 1e9 / total)
         dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
         loaded = random_model(arguments.shape, distributed.device(arguments.device), dtype)
         vocabulary = loaded.model.get_input_embeddings().num_embeddings
@@ -149,6 +152,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--memory", default="auto")
+    parser.add_argument("--limit-gb", type=float, help="memory of a smaller card")
     parser.add_argument("--parts", default="floor,one,stock", help="of floor, one, stock, order, profile")
     parser.add_argument("--tiny", action="store_true", help="a tiny shape on the CPU")
     parser.add_argument("--out", type=Path)

@@ -43,7 +43,7 @@ class Bench:
     """One model, its rows and a recipe."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device = arguments.device
+        self.device, self.memory = arguments.device, arguments.memory
         dtype = torch.float32 if self.device == "cpu" else torch.bfloat16
         self.loaded: LoadedModel = random_model(arguments.shape, self.device, dtype)
         vocabulary = self.loaded.model.get_input_embeddings().num_embeddings
@@ -76,6 +76,7 @@ class Bench:
             "benchmark",
             held={module: made[names[c]] for module, c in self.space.held.items()},
             held_kv=self.recipe.held_kv,
+            memory=self.memory,
         )
         found = onepass.score(job)
         row_of = {slot.modules: s for s, slot in enumerate(self.space.searched)}
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--memory", default="auto", help="mode of the one pass")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     bench = Bench(arguments)
