@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from one_pass import CONFIGS, TWELVE, configs
+from scipy.optimize import nnls
 from shapes import qwen3, tiny_llama
 
 from layerbits.inputs.loading import empty_model
@@ -28,6 +29,21 @@ from layerbits.scoring.placement import needs_of
 from layerbits.scoring.quantizers import distinct_settings
 
 EXPERIMENTAL = ("wfp4_aint4", "wfp8_aint4", "wint8_aint4", "wint4_aint4")
+
+
+_UNIT = 1e-13
+
+
+def _card_work(point: dict[str, Any]) -> tuple[float, float, float]:
+    work = point["weights"] * point["tokens"] * _UNIT
+    return point["tokens"], work, work * point["candidates"]
+
+
+def told(line: dict[str, float], point: dict[str, Any]) -> float:
+    """Seconds of a step by a fitted line of :meth:`Bench.fits`."""
+    head, step, candidate = _card_work(point)
+    card = line["head"] * head + (line["step"] * step + line["candidate"] * candidate) / _UNIT
+    return max(card, line["host"] * point["blocks"])
 
 
 class Bench:
@@ -70,23 +86,27 @@ class Bench:
         self.write({})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
-    def fits(self) -> dict[str, Any]:
-        """Least squares per mode: seconds = start + weights × tokens × (step + candidates × candidate)."""
+    def fits(self) -> dict[str, dict[str, float]]:
+        """Per mode what a step takes of the card and of the host; the slower of the two is what it takes.
+
+        The card: tokens × (head + weights × (step + candidates × candidate)), least squares of relative errors over the
+        points of most tokens. The host, which launches kernels: blocks × host, the least of the points of fewer.
+        """
         fitted = {}
         for mode in dict.fromkeys(p["mode"] for p in self.points):
             mine = [p for p in self.points if p["mode"] == mode]
-            work = np.array([p["weights"] * p["tokens"] for p in mine], dtype=float)
-            many = np.array([p["candidates"] for p in mine], dtype=float)
-            seconds = np.array([p["seconds"] for p in mine])
-            columns = np.stack([np.ones_like(work), work * 1e-13, work * many * 1e-13], axis=1)
-            weighted = columns / seconds[:, None]  # relative errors count
-            (start, step, candidate), *_ = np.linalg.lstsq(weighted, np.ones_like(seconds), rcond=None)
-            off = columns @ [start, step, candidate] / seconds - 1
-            fitted[mode] = {
-                "start": start, "step": step * 1e-13, "candidate": candidate * 1e-13,
-                "calibrate": float(np.median([p["calibrate_seconds"] / w for p, w in zip(mine, work, strict=True)])),
-                "largest_off": float(np.abs(off).max()),
+            large = [p for p in mine if p["tokens"] >= self.base()["tokens"]]
+            small = [p for p in mine if p not in large] or mine
+            columns = np.array([_card_work(p) for p in large])
+            seconds = np.array([p["seconds"] for p in large])
+            head, step, candidate = nnls(columns / seconds[:, None], np.ones_like(seconds))[0]
+            line = {
+                "head": head, "step": step * _UNIT, "candidate": candidate * _UNIT,
+                "host": min(p["seconds"] / p["blocks"] for p in small),
+                "calibrate": float(np.median([p["calibrate_seconds"] / p["weights"] / p["tokens"] for p in large])),
             }  # fmt: skip
+            line["largest_off"] = max(abs(told(line, p) / p["seconds"] - 1) for p in mine)
+            fitted[mode] = line
         return fitted
 
     def draw(self, path: Path, fitted: dict[str, Any]) -> None:
@@ -102,8 +122,7 @@ class Bench:
                 mine = [p for p in self.points if p["mode"] == mode and all(p[k] == base[k] for k in others)]
                 mine.sort(key=lambda p: p[key])
                 at = [p[key] for p in mine]
-                work = [p["weights"] * p["tokens"] * (line["step"] + p["candidates"] * line["candidate"]) for p in mine]
-                (drawn,) = axes[0, column].plot(at, [line["start"] + w for w in work], label=f"{mode}, fitted")
+                (drawn,) = axes[0, column].plot(at, [told(line, p) for p in mine], label=f"{mode}, fitted")
                 axes[0, column].plot(at, [p["seconds"] for p in mine], "o", color=drawn.get_color(), label=mode)
                 if self.arguments.device == "cuda":
                     axes[1, column].plot(at, [p["told_gb"] for p in mine], "-", color=drawn.get_color())

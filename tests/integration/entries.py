@@ -33,7 +33,8 @@ class Ended:
 def environment(**changes: str) -> dict[str, str]:
     """The environment of a script: this one without a store or a cache of its own, and the changes."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "LAYERBITS_"))}
-    always = {"PYTHONPATH": str(ROOT / "src"), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    always = {"PYTHONPATH": path, "MLFLOW_DISABLE_TELEMETRY": "true"}
     return {**kept, **always, **{k: str(v) for k, v in changes.items()}}
 
 
