@@ -28,7 +28,7 @@ from layerbits.scoring.memory import choose, free_bytes
 from layerbits.scoring.placement import needs_of
 from layerbits.scoring.quantizers import distinct_settings
 
-EXPERIMENTAL = ("wfp4_aint4", "wfp8_aint4", "wint8_aint4", "wint4_aint4")
+PAIRS = (*TWELVE, "wfp4_aint4", "wfp8_aint4", "wint8_aint4", "wint4_aint4")
 
 
 _UNIT = 1e-13
@@ -46,6 +46,18 @@ def told(line: dict[str, float], point: dict[str, Any]) -> float:
     return max(card, line["host"] * point["blocks"])
 
 
+def grid_model(blocks: int, tiny: bool = False) -> ResolvedModel:
+    """A model of some blocks."""
+    if tiny:
+        config = tiny_llama()
+        config.num_hidden_layers, dtype = blocks, "float32"
+    else:
+        config, dtype = qwen3(blocks, 2560, 9728, 32), "bfloat16"
+    name = type(config).__name__.replace("Config", "ForCausalLM")
+    config.architectures = [name]
+    return ResolvedModel(ModelSpec("sample", "sample", dtype=dtype), "sample", "0", config)
+
+
 class Bench:
     """Points on one card."""
 
@@ -53,21 +65,10 @@ class Bench:
         self.arguments = arguments
         self.points: list[dict[str, Any]] = []
 
-    def resolved(self, blocks: int) -> ResolvedModel:
-        """A model of some blocks."""
-        if self.arguments.tiny:
-            config = tiny_llama()
-            config.num_hidden_layers, dtype = blocks, "float32"
-        else:
-            config, dtype = qwen3(blocks, 2560, 9728, 32), "bfloat16"
-        name = type(config).__name__.replace("Config", "ForCausalLM")
-        config.architectures = [name]
-        return ResolvedModel(ModelSpec("sample", "sample", dtype=dtype), "sample", "0", config)
-
     def point(self, mode: str, blocks: int, candidates: int, rows: int, length: int) -> None:
         """Measures a point and forecasts it; a point that does not fit is left out."""
-        resolved = self.resolved(blocks)
-        found = configs((*TWELVE, *EXPERIMENTAL)[:candidates], self.arguments.device)
+        resolved = grid_model(blocks, self.arguments.tiny)
+        found = configs(PAIRS[:candidates], self.arguments.device)
         scored = tuple(n for n in scored_linears(empty_model(resolved), resolved.spec) if n != "lm_head")
         work = Work(resolved, scored, found, [(rows, length)], "gradient", 1, self.arguments.device)
         needs = needs_of(resolved, scored, rows * length, distinct_settings(list(found.values())))
@@ -113,7 +114,11 @@ class Bench:
         """Seconds and peak against each of the three, one line a mode."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(11, 6), layout="constrained")
+        figure = Figure(figsize=(11, 6.4), layout="constrained")
+        figure.suptitle(
+            "One pass against the size of the work (what is not varied: {blocks} blocks, {candidates} candidates, "
+            "{tokens} tokens a step)".format(**self.base())
+        )
         axes = figure.subplots(2, 3)
         base = self.base()
         for column, key in enumerate(("blocks", "candidates", "tokens")):
@@ -122,13 +127,18 @@ class Bench:
                 mine = [p for p in self.points if p["mode"] == mode and all(p[k] == base[k] for k in others)]
                 mine.sort(key=lambda p: p[key])
                 at = [p[key] for p in mine]
-                (drawn,) = axes[0, column].plot(at, [told(line, p) for p in mine], label=f"{mode}, fitted")
-                axes[0, column].plot(at, [p["seconds"] for p in mine], "o", color=drawn.get_color(), label=mode)
+                (drawn,) = axes[0, column].plot(at, [told(line, p) for p in mine], label=f"{mode}: fitted")
+                axes[0, column].plot(
+                    at, [p["seconds"] for p in mine], "o", color=drawn.get_color(), label=f"{mode}: measured"
+                )
                 if self.arguments.device == "cuda":
                     axes[1, column].plot(at, [p["told_gb"] for p in mine], "-", color=drawn.get_color())
                     axes[1, column].plot(at, [p["gb"] for p in mine], "o", color=drawn.get_color())
-            axes[0, column].set(xlabel=key, ylabel="seconds a step")
-            axes[1, column].set(xlabel=key, ylabel="peak GB (line: forecast)")
+            axes[0, column].set(ylabel="seconds a step")
+            axes[1, column].set(xlabel=key, ylabel="peak GB (line: what plan foretells)")
+            for ax in axes[:, column]:
+                ax.set(xlim=(0, None), ylim=(0, None))
+                ax.grid(alpha=0.3)
         axes[0, 0].legend()
         figure.savefig(path, dpi=120)
 

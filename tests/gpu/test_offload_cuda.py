@@ -44,7 +44,10 @@ def test_scores_are_those_of_lean(method, dtype, calibration, tmp_path):
             offload(subject.model, "cuda")
         made = support.job(subject, tmp_path / memory, wanted, calibration, method=method, draws=2, memory=memory)
         found.append(engine.score(made))
-    np.testing.assert_allclose(found[1].raw, found[0].raw, rtol=1e-6 if dtype == torch.float32 else 1e-4)
+    within = 1e-6 if dtype == torch.float32 else 1e-4
+    # its sums cancel: a last bit of the weights moves them twenty times as far as the gradient's squares
+    within *= 20 if method == "fisher" else 1
+    np.testing.assert_allclose(found[1].raw, found[0].raw, rtol=within)
 
 
 def test_the_card_never_holds_the_model(calibration, tmp_path):

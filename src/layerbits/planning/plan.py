@@ -79,17 +79,20 @@ def forecast(overrides: Sequence[str], configs: Path) -> Forecast:
     spec = planned.settings.autoquant
     if spec.engine == "stock" or spec.method == "kl_div":
         raise Unsupported("plan knows one pass with method=gradient or fisher, not autoquant.engine=stock or kl_div")
+    from layerbits.scoring.quantizers import distinct_settings
+
     work, needs = _work(planned)
     free, host = _free(planned)
     costs, how = _costs(work, needs, free, planned)
     calibration = planned.calibration
+    calibrated = len(calibration.calib) if distinct_settings(list(work.configs.values())).need_calibration else 0
     rows = []
     for mode in MODES:
         if mode not in costs:
             continue
         seconds, device_gb = costs[mode]
         host_gb = needs.host_bytes / 1e9 if mode == "offload" else 0.0
-        total = seconds.total(len(calibration.score), len(calibration.calib))
+        total = seconds.total(len(calibration.score), calibrated)
         rows.append(Row(mode, device_gb, host_gb, seconds.step, total, _fits(device_gb, host_gb, free, host)))
     best = next((r.mode for r in rows if r.fits == "yes"), "")
     return Forecast(

@@ -1,9 +1,11 @@
 """Seconds of a pass from a table: what a card takes per piece of work, fitted to passes that were measured on it.
 
-The work of a step is of four kinds: tokens × the weights that they meet × matrix products (forward, backward, one a
+The work of a step is of five kinds: tokens × the weights that they meet × matrix products (forward, backward, one a
 candidate); tokens × features that the scored modules read and write, which is memory traffic, once for the model and
-once a candidate; and weights that are quantized in each step because no copies of them are kept. That of calibration is
-tokens × weights, tokens × features, and once a pass the ranges of all weights.
+once a candidate; weights that are quantized in each step because no copies of them are kept; and logits, of which the
+loss is made. That of calibration is tokens × weights, tokens × features, and once a pass the ranges of all weights.
+Where a batch is small, the host takes longer to launch the kernels of a block than the card to run them; then the step
+takes what the host takes.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ class Card:
         name: Of the GPU. memory_gb: What a process may take of it.
         copy_gb_per_second: From page-locked host memory.
         step: Seconds per unit of each kind of :func:`step_work`.
+        launch: Seconds that its host takes for the kernels of a block in a step, with four candidates: where
+            activations are kept, and where they are made again.
         calibrate: Seconds per unit of each kind of :func:`calibration_work`.
         once: Seconds per weight and pass.
         records: Files that the row is from.
@@ -38,6 +42,7 @@ class Card:
     memory_gb: float
     copy_gb_per_second: float
     step: tuple[float, ...]
+    launch: tuple[float, float]
     calibrate: tuple[float, ...]
     once: float
     records: tuple[str, ...]
@@ -60,6 +65,7 @@ class Card:
             settings: Their distinct weight quantizers.
         """
         step = _dot(self.step, step_work(needs, memory, tokens, candidates, settings))
+        step = max(step, needs.blocks * self.launch[memory.mode != "fast"])
         calibrate = _dot(self.calibrate, calibration_work(needs, tokens))
         once = self.once * needs.weights
         if memory.mode == "offload":  # every block is copied once a forward, a backward, and for its weights' ranges
@@ -91,6 +97,8 @@ def _dot(seconds: tuple[float, ...], work: tuple[float, ...]) -> float:
 
 def step_work(needs: Needs, memory: MemoryPlan, tokens: int, candidates: int, settings: int) -> tuple[float, ...]:
     """The work of scoring a batch, by kind; arguments as of :meth:`Card.seconds`."""
+    from layerbits.scoring.memory import LOGIT
+
     again = memory.mode != "fast"
     linears = 0 if memory.keep_weights else needs.weights - needs.experts
     made = linears + (0 if memory.keep_experts else needs.experts)
@@ -99,6 +107,7 @@ def step_work(needs: Needs, memory: MemoryPlan, tokens: int, candidates: int, se
         tokens * needs.features * (1 + _AGAIN * again),
         float(tokens * needs.features * candidates),
         float(settings * made),
+        needs.logits / LOGIT,
     )
 
 

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from layerbits.candidates import fp4
+from layerbits.candidates.linear import FP8
 from layerbits.errors import Unsupported, UserError
 from layerbits.scoring import quantizers
 from layerbits.scoring.fake_quant import has_kernel
@@ -144,6 +145,8 @@ def _layout(attributes: Any) -> tuple[str, Any]:
         frozenset({1}): ("column", (0, 2)),
         frozenset({0, 1}): ("element", (0, 1, 2)),
     }[frozenset(own)]
+    if layout == "column" and attributes.num_bits == FP8:
+        return "each", attributes  # with ranges of three dimensions ModelOpt leaves its kernel, a last bit away
     return layout, attributes.model_copy(update={"axis": axis, "block_sizes": None})
 
 

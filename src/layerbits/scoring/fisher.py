@@ -59,10 +59,10 @@ def windowed(signed: Any, owner: Any, batch: Batch, group_of: Any, groups: int, 
     """
     import torch
 
-    device = signed.device
-    summed = torch.zeros((groups, *signed.shape[1:]), device=device)
-    summed.index_add_(0, torch.as_tensor(group_of, device=device), signed)
-    summed = summed.masked_fill((owner < 0).to(device), 0)
+    # not index_add_: on a GPU it adds in any order, and these sums cancel
+    members = [np.flatnonzero(np.asarray(group_of) == group).tolist() for group in range(groups)]
+    summed = torch.stack([signed[linears].sum(dim=0) for linears in members])
+    summed = summed.masked_fill((owner < 0).to(signed.device), 0)
     parts, at = [], 0
     for segment in batch.segments:
         rows, length = segment.input_ids.shape

@@ -38,6 +38,11 @@ class Settings:
         """Whether fused linears share a range: the scale of scales of NVFP4 with stored block ranges."""
         return any(is_static_nvfp4(s) for s in self.weights)
 
+    @property
+    def need_calibration(self) -> bool:
+        """Whether an input has a range that forwards must find; without one, calibration runs none."""
+        return any(_is_calibrated(s) for s in self.inputs if s is not None)
+
 
 def distinct_settings(configs: Sequence[Mapping[str, Any]]) -> Settings:
     """Finds what a set of search configs has in common.
@@ -88,6 +93,12 @@ def distinct_settings(configs: Sequence[Mapping[str, Any]]) -> Settings:
         tuple(searches.values()),
         tuple(headrooms.values()),
     )
+
+
+def _is_calibrated(attributes: Any) -> bool:
+    """:func:`needs_range` of attributes."""
+    scale = tuple((attributes.block_sizes or {}).get("scale_bits") or ())
+    return attributes.type != "dynamic" and scale != E8M0
 
 
 def is_static_nvfp4(attributes: Any) -> bool:
