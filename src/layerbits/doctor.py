@@ -173,5 +173,6 @@ def _kernels() -> tuple[str, str]:
     if cuda_kernels_available():
         return "ok", "ModelOpt's FP4 kernels can be built and run here"
     if torch.cuda.is_available():
-        return "note", "ModelOpt's FP4 kernels cannot be built (nvcc, ninja or a C++ compiler is missing); FP4 is slow"
+        missing = "nvcc, ninja or a C++ compiler is missing"
+        return "note", f"ModelOpt's FP4 kernels cannot be built ({missing}); NVFP4 and MXFP8 are slow"
     return "note", "no GPU: FP4 is computed by LayerBits' own kernels, equal bit for bit and slower"
