@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 import torch
-from main_job import _WORDS, ROOT, inputs, run
+from main_job import ROOT, inputs, run
 from shapes import SHAPES
 
 from layerbits.checkpoint.reader import open_checkpoint
@@ -44,7 +44,7 @@ from layerbits.schemes.source import load_scores
 
 SCHEMES = ("fp8_autoquant_top25", "fp8_autoquant_top50", "fp8_autoquant_full")
 _EVERY = 0.005
-_MORE_CAPTIONS = 1024
+_MORE_CAPTIONS, _USED = 1024, 200
 
 
 class Memory:
@@ -94,15 +94,18 @@ def make_source(folder: Path, shape: str, steps: int, rows: int, length: int, de
     """Writes the checkpoint with its random weights and the captions; returns how many captions fill the batches."""
     from transformers import AutoConfig
 
-    captions = inputs(folder, shape, steps, rows, length)
+    captions = inputs(folder, shape, steps, rows, length, _USED)
     source = random.Random(1)
     with (folder / "captions.txt").open("a") as file:
         for _ in range(_MORE_CAPTIONS):
-            file.write(" ".join(f"w{source.randrange(_WORDS)}" for _ in range(12)) + "\n")
+            file.write(" ".join(f"w{source.randrange(_USED)}" for _ in range(12)) + "\n")
     config = AutoConfig.from_pretrained(folder)
     torch.manual_seed(0)
     with torch.device(device):
         model = build(config, torch.bfloat16)
+    with torch.no_grad():  # a model that guesses is refused: this one likes the words that are used
+        model.get_input_embeddings().weight += 2
+        model.get_output_embeddings().weight[:_USED] += 1 / 16
     model.save_pretrained(folder)
     del model
     gc.collect()

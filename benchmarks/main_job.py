@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _WORDS, _TOKENS_PER_CAPTION = 5000, 13
 
 
-def inputs(folder: Path, shape: str, steps: int, rows: int, length: int) -> int:
-    """Writes the checkpoint folder and the captions; returns how many captions fill the batches."""
+def inputs(folder: Path, shape: str, steps: int, rows: int, length: int, used: int = _WORDS) -> int:
+    """Writes the checkpoint folder and captions of the first ``used`` words; returns how many fill the batches."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ def inputs(folder: Path, shape: str, steps: int, rows: int, length: int) -> int:
     captions = -(-steps * rows * length // _TOKENS_PER_CAPTION)
     source = random.Random(0)
     lines = [
-        " ".join(f"w{source.randrange(_WORDS)}" for _ in range(_TOKENS_PER_CAPTION - 1)) for _ in range(captions + 16)
+        " ".join(f"w{source.randrange(used)}" for _ in range(_TOKENS_PER_CAPTION - 1)) for _ in range(captions + 16)
     ]
     (folder / "captions.txt").write_text("\n".join(lines) + "\n")
     return captions

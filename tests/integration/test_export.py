@@ -18,7 +18,7 @@ from layerbits.checkpoint.structure import check_structure
 from layerbits.errors import Unsupported, UserError
 from layerbits.export import plan as export_plan
 from layerbits.export import scheme as export
-from layerbits.export.job import ExportSettings
+from layerbits.export.job import ExportSettings, run_exports
 from layerbits.export.log import ExportLog
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
@@ -335,3 +335,15 @@ def test_from_the_command_line_to_the_registry(tmp_path):
 
     made = made_by(Path(data.tags["checkpoint.path"]))
     assert (made.run_id, made.experiment) == (runs[0].info.run_id, "layerbits")
+
+
+def test_a_scheme_that_quantizes_nothing_does_not_keep_others_from_being_exported(tmp_path, capsys):
+    some = planned("llama", tmp_path, qkv=FP8).scheme
+    nothing = replace(some, name="nothing", assignment=(None,) * len(some.assignment))
+    settings = ExportSettings(tmp_path / "exports", tmp_path, "auto", "cpu", 0, False, None)
+    exported = []
+    run_exports([nothing, some], settings, lambda scheme, _export: exported.append(scheme.name))
+    assert exported == ["mine"]
+    assert "nothing quantizes nothing and has no checkpoint" in capsys.readouterr().out
+    with pytest.raises(UserError, match="scheme nothing quantizes nothing"):
+        run_exports([nothing], settings, lambda *_: pytest.fail("exported"))

@@ -76,7 +76,7 @@ class ExportSettings:
 def run_exports(
     schemes: Sequence[Scheme], settings: ExportSettings, each: Callable[[Scheme, Callable[[], Export]], None]
 ) -> None:
-    """Exports schemes; one that fails does not keep the others from being exported.
+    """Exports schemes; one that fails, or that quantizes nothing, does not keep the others from being exported.
 
     Those that an earlier start of the same job has exported and proven are left as they are.
 
@@ -97,6 +97,11 @@ def run_exports(
     schemes = [scheme for scheme in schemes if scheme not in done]
     if done and not schemes:
         return
+    if any(scheme.modules for scheme in schemes):
+        for scheme in schemes:
+            if not scheme.modules:
+                print(f"{scheme.name} quantizes nothing and has no checkpoint; give it fewer bits", flush=True)
+        schemes = [scheme for scheme in schemes if scheme.modules]
     plans = plan_exports(schemes, root, settings.format)
     ranges = shared_ranges(plans, settings.device)
     failed = []

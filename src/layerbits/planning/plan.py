@@ -116,11 +116,11 @@ def in_words(found: Forecast) -> str:
         f"{found.steps} steps of up to {found.tokens} tokens",
         f"seconds: {found.how}",
         "",
-        f"{'memory':8}  {'GPU GB':>8}  {'host GB':>8}  {'s a step':>9}  {'the pass':>10}  fits here",
+        f"{'memory':8}  {'device GB':>9}  {'host GB':>8}  {'s a step':>9}  {'the pass':>10}  fits here",
     ]
     for row in found.rows:
         lines.append(
-            f"{row.mode:8}  {_number(row.device_gb):>8}  {row.host_gb:8.1f}  {_number(row.step_seconds):>9}  "
+            f"{row.mode:8}  {_number(row.device_gb):>9}  {row.host_gb:8.1f}  {_number(row.step_seconds):>9}  "
             f"{_duration(row.total_seconds):>10}  {row.fits}"
         )
     lines += ["", f"run it with: {found.command}"]
