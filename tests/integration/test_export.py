@@ -16,6 +16,7 @@ from layerbits.checkpoint import table, write_modelopt
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.structure import check_structure
 from layerbits.errors import Unsupported, UserError
+from layerbits.export import job as export_job
 from layerbits.export import plan as export_plan
 from layerbits.export import scheme as export
 from layerbits.export.job import ExportSettings, run_exports
@@ -337,13 +338,23 @@ def test_from_the_command_line_to_the_registry(tmp_path):
     assert (made.run_id, made.experiment) == (runs[0].info.run_id, "layerbits")
 
 
-def test_a_scheme_that_quantizes_nothing_does_not_keep_others_from_being_exported(tmp_path, capsys):
+def test_a_scheme_that_quantizes_nothing_does_not_keep_others_from_being_exported(tmp_path, capsys, monkeypatch):
     some = planned("llama", tmp_path, qkv=FP8).scheme
-    nothing = replace(some, name="nothing", assignment=(None,) * len(some.assignment))
+    nothing = replace(some, name="nothing", assignment=(None,) * len(some.assignment), candidates=())
     settings = ExportSettings(tmp_path / "exports", tmp_path, "auto", "cpu", 0, False, None)
-    exported = []
-    run_exports([nothing, some], settings, lambda scheme, _export: exported.append(scheme.name))
-    assert exported == ["mine"]
+
+    def exported(*schemes):
+        given = []
+
+        def plan(schemes, *_rest):
+            given.extend(schemes)
+            raise UserError("enough")
+
+        monkeypatch.setattr(export_job, "plan_exports", plan)
+        with pytest.raises(UserError, match="enough"):
+            run_exports(schemes, settings, lambda *_: None)
+        return [scheme.name for scheme in given]
+
+    assert exported(nothing, some) == ["mine"]
     assert "nothing quantizes nothing and has no checkpoint" in capsys.readouterr().out
-    with pytest.raises(UserError, match="scheme nothing quantizes nothing"):
-        run_exports([nothing], settings, lambda *_: pytest.fail("exported"))
+    assert exported(nothing) == ["nothing"]  # alone it is refused when it is planned
