@@ -27,8 +27,7 @@ def run_steps(log: StepLog, count: int, score: Callable[[int], Step]) -> list[St
     with _without_full_collections():
         for index in progress(mine, "scoring", done=max(0, before)):
             log.write(index, score(index))
-    _exchange(log, count)
-    return [step for step in map(log.read, range(count)) if step is not None]
+    return _exchange(log, count)
 
 
 @contextmanager
@@ -47,12 +46,16 @@ def _without_full_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _exchange(log: StepLog, count: int) -> None:
-    """Every step goes from the process that has it to the hosts that do not."""
-    held = [set(done) for done in distributed.gather(log.finished(count))]
+def _exchange(log: StepLog, count: int) -> list[Step]:
+    """All steps, of which every one went from the process that has it to the hosts that do not."""
+    steps = [log.read(index) for index in range(count)]
+    mine = [index for index, step in enumerate(steps) if step is not None]
+    held = [set(done) for done in distributed.gather(mine)]
     for index in range(count):
         owners = [rank for rank, done in enumerate(held) if index in done]
         if len(owners) < len(held):
-            step = distributed.told(log.read(index) if distributed.rank() == owners[0] else None, owners[0])
-            if index not in held[distributed.rank()]:
+            step = distributed.told(steps[index], owners[0])
+            if steps[index] is None:
                 log.write(index, step)
+                steps[index] = log.read(index)  # what another process of this host has kept in the meantime stays
+    return [step for step in steps if step is not None]
