@@ -1,6 +1,7 @@
 """One pass over a mixture of experts against stock ``mtq.auto_quantize``: seconds, peak memory, floor, equality.
 
     python benchmarks/experts.py --shape qwen3-30b-a3b --parts floor,one,stock --out record.json
+    python benchmarks/experts.py --limit-gb 84 --parts floor,one
     torchrun --nproc_per_node 2 benchmarks/experts.py --shape qwen3-30b-a3b-12 --parts one
     python benchmarks/experts.py --shape qwen3-30b-a3b-12 --parts order
     python benchmarks/experts.py --tiny
