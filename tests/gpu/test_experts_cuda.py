@@ -1,9 +1,5 @@
 """Experts on a GPU: quantized all at once as ModelOpt quantizes each, and one pass against stock in bf16."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,15 +7,10 @@ import torch
 from layerbits.inputs.experts import named_experts
 from layerbits.scoring import expert_weights, onepass, quantizers, stock
 from layerbits.scoring.expert_weights import ExpertWeights, largest_by_row
+from tests.integration import scoring_support as support
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
-
-_PATH = Path(__file__).resolve().parents[1] / "integration" / "scoring_support.py"
-_SPEC = importlib.util.spec_from_file_location("scoring_support", _PATH)
-support = importlib.util.module_from_spec(_SPEC)
-sys.modules.setdefault("scoring_support", support)
-_SPEC.loader.exec_module(support)
 
 MADE = [*support.distinct_candidates(cuda=True), support.candidate("wfp4_afp8", variant="nvfp4")]
 SETTINGS = [

@@ -1,24 +1,15 @@
 """Weights in host memory on a GPU: same scores, and never the whole model on the card."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from layerbits.inputs.offload import offload
 from layerbits.scoring import kl, onepass
+from tests.integration import scoring_support as support
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
-
-_PATH = Path(__file__).resolve().parents[1] / "integration" / "scoring_support.py"
-_SPEC = importlib.util.spec_from_file_location("scoring_support", _PATH)
-support = importlib.util.module_from_spec(_SPEC)
-sys.modules["scoring_support"] = support
-_SPEC.loader.exec_module(support)
 
 _WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
 

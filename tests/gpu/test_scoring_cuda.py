@@ -1,24 +1,15 @@
 """One pass against stock on a GPU, in bf16."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from layerbits.scoring import onepass, stock, taps
 from layerbits.scoring.reduction import CLAMP, token_scores
+from tests.integration import scoring_support as support
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
-
-_PATH = Path(__file__).resolve().parents[1] / "integration" / "scoring_support.py"
-_SPEC = importlib.util.spec_from_file_location("scoring_support", _PATH)
-support = importlib.util.module_from_spec(_SPEC)
-sys.modules["scoring_support"] = support
-_SPEC.loader.exec_module(support)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Fisher scores and measured damage on a GPU: the kernel, repetition, CPU against GPU, the noise floor of bf16."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +12,10 @@ from layerbits.scoring.reduction import token_scores
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search
 from layerbits.trust.measure import measure_damage
+from tests.integration import scoring_support as support
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
-
-_PATH = Path(__file__).resolve().parents[1] / "integration" / "scoring_support.py"
-_SPEC = importlib.util.spec_from_file_location("scoring_support", _PATH)
-support = importlib.util.module_from_spec(_SPEC)
-sys.modules["scoring_support"] = support
-_SPEC.loader.exec_module(support)
 
 PAIR = "wint4_afp16"
 

@@ -1,21 +1,12 @@
 """The weight quantizers of all experts at once, against ModelOpt's own quantizer for each expert."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from layerbits.errors import UserError
 from layerbits.scoring import expert_weights, quantizers
 from layerbits.scoring.expert_weights import ExpertWeights, largest_by_row
-
-_PATH = Path(__file__).resolve().parents[1] / "integration" / "scoring_support.py"
-_SPEC = importlib.util.spec_from_file_location("scoring_support", _PATH)
-support = importlib.util.module_from_spec(_SPEC)
-sys.modules.setdefault("scoring_support", support)
-_SPEC.loader.exec_module(support)
+from tests.integration import scoring_support as support
 
 MADE = [*support.distinct_candidates(), support.candidate("wfp4_afp8", variant="nvfp4")]
 SETTINGS = [s for s in quantizers.distinct_settings([support.search_config(c) for c in MADE]).weights if s is not None]
