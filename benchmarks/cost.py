@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,25 @@ from layerbits.scoring.quantizers import distinct_settings
 PAIRS = (*TWELVE, "wfp4_aint4", "wfp8_aint4", "wint8_aint4", "wint4_aint4")
 
 
-_UNIT = 1e-13
-
-
 def _card_work(point: dict[str, Any]) -> tuple[float, float, float]:
-    work = point["weights"] * point["tokens"] * _UNIT
+    work = float(point["weights"] * point["tokens"])
     return point["tokens"], work, work * point["candidates"]
 
 
 def told(line: dict[str, float], point: dict[str, Any]) -> float:
     """Seconds of a step by a fitted line of :meth:`Bench.fits`."""
     head, step, candidate = _card_work(point)
-    card = line["head"] * head + (line["step"] * step + line["candidate"] * candidate) / _UNIT
+    card = line["head"] * head + line["step"] * step + line["candidate"] * candidate
     return max(card, line["host"] * point["blocks"])
+
+
+def least_squares(rows: Sequence[Sequence[float]]) -> list[float]:
+    """Non-negative seconds per unit of the kinds of work in the first columns, by relative errors of the last."""
+    found = np.array(rows, dtype=float)
+    work, seconds = found[:, :-1], found[:, -1]
+    scale = work.max(axis=0)
+    fitted, _ = nnls(work / scale / seconds[:, None], np.ones_like(seconds))
+    return [float(f"{value:.4g}") for value in fitted / scale]
 
 
 def grid_model(blocks: int, tiny: bool = False) -> ResolvedModel:
@@ -98,11 +105,9 @@ class Bench:
             mine = [p for p in self.points if p["mode"] == mode]
             large = [p for p in mine if p["tokens"] >= self.base()["tokens"]]
             small = [p for p in mine if p not in large] or mine
-            columns = np.array([_card_work(p) for p in large])
-            seconds = np.array([p["seconds"] for p in large])
-            head, step, candidate = nnls(columns / seconds[:, None], np.ones_like(seconds))[0]
+            head, step, candidate = least_squares([(*_card_work(p), p["seconds"]) for p in large])
             line = {
-                "head": head, "step": step * _UNIT, "candidate": candidate * _UNIT,
+                "head": head, "step": step, "candidate": candidate,
                 "host": min(p["seconds"] / p["blocks"] for p in small),
                 "calibrate": float(np.median([p["calibrate_seconds"] / p["weights"] / p["tokens"] for p in large])),
             }  # fmt: skip

@@ -16,10 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from cost import PAIRS, grid_model
+from cost import PAIRS, grid_model, least_squares
 from one_pass import SIX, TWELVE, configs
-from scipy.optimize import nnls
 from shapes import SHAPES, class_name
 
 from layerbits.inputs.loading import empty_model
@@ -34,6 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 GRID, CARD_BOUND, SAMPLE_STEPS = "2026-11-29-cost-h200.json", 4096, 3
 """Record of ``cost.py``; tokens from which on the card takes longer than the host; calibration batches of a sample."""
 ROOM = 149e9
+"""What was free on its card, bytes."""
 TABLE = ROOT / "src" / "layerbits" / "data" / "step_costs.json"
 FIRST, THEN = 14, 16
 """Bytes per logit at the peak of the loss in the code of the records: until 2026-11-21 before ``fisher``, and after it;
@@ -278,12 +277,12 @@ def fitted(points: tuple[Point, ...] = POINTS) -> Card:
         calibrate.append((*ranges, m.row["seconds_calibrate"]))
     records = [m.record for m in map(Measured.of, points)]
     copies = [r["into_host_memory"]["copy_gb_s"] for r in records if "into_host_memory" in r]
-    *calibrated, once = _least_squares(np.array(calibrate))
+    *calibrated, once = least_squares(calibrate)
     return Card(
         name=used[0].card,
         memory_gb=round(max(m.row["free_gb"] for m in used), 1),
         copy_gb_per_second=round(min(copies), 1),
-        step=tuple(_least_squares(np.array(step))),
+        step=tuple(least_squares(step)),
         launch=(_launch(points_of_grid, "fast"), _launch(points_of_grid, "lean")),
         calibrate=tuple(calibrated),
         once=once,
@@ -295,14 +294,6 @@ def _launch(points: list[GridPoint], mode: str) -> float:
     """The least that the host took for a block."""
     seconds = [g.row["seconds"] / g.row["blocks"] for g in points if g.row["mode"] == mode and not g.card_bound]
     return float(f"{min(seconds):.4g}")
-
-
-def _least_squares(rows: Any) -> list[float]:
-    """Seconds per unit of the kinds of work in the first columns; the last has the seconds."""
-    work, seconds = rows[:, :-1], rows[:, -1]
-    scale = work.max(axis=0)
-    found, _ = nnls(work / scale / seconds[:, None], np.ones_like(seconds))
-    return [float(f"{value:.4g}") for value in found / scale]
 
 
 def main() -> None:

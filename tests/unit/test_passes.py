@@ -14,9 +14,11 @@ def log(tmp_path):
     return StepLog(tmp_path / "steps", "fingerprint")
 
 
-def step(frozen, seen):
+def noting(frozen):
+    """Scores a step, and notes how many objects are kept from the collection meanwhile."""
+
     def score(index):
-        seen.append(frozen())
+        frozen.append(gc.get_freeze_count())
         none = np.zeros((0, 3), dtype=np.int64)
         one = np.ones(1, dtype=np.int64)
         return Step(np.full((1, 1), float(index)), one, np.ones((1, 1, 1)), one, none, 0.0)
@@ -25,16 +27,16 @@ def step(frozen, seen):
 
 
 def test_what_was_made_before_is_left_alone_while_steps_run(log):
-    seen = []
-    run_steps(log, 2, step(gc.get_freeze_count, seen))
-    assert min(seen) > 0
+    frozen = []
+    run_steps(log, 2, noting(frozen))
+    assert min(frozen) > 0
     assert gc.get_freeze_count() == 0
 
 
 def test_who_has_frozen_it_before_undoes_it(log):
     gc.freeze()
     try:
-        run_steps(log, 1, step(gc.get_freeze_count, []))
+        run_steps(log, 1, noting([]))
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()

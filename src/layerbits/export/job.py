@@ -97,10 +97,10 @@ def run_exports(
     schemes = [scheme for scheme in schemes if scheme not in done]
     if done and not schemes:
         return
-    if any(scheme.modules for scheme in schemes):
-        for scheme in schemes:
-            if not scheme.modules:
-                print(f"{scheme.name} quantizes nothing and has no checkpoint; give it fewer bits", flush=True)
+    nothing = [scheme for scheme in schemes if not scheme.modules]
+    if len(nothing) < len(schemes):
+        for scheme in nothing:
+            print(f"{scheme.name} quantizes nothing and has no checkpoint; give it fewer bits", flush=True)
         schemes = [scheme for scheme in schemes if scheme.modules]
     plans = plan_exports(schemes, root, settings.format)
     ranges = shared_ranges(plans, settings.device)

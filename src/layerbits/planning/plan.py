@@ -15,6 +15,7 @@ from layerbits.planning.table import Card, Seconds
 if TYPE_CHECKING:
     from layerbits.planning.sample import Work
     from layerbits.scoring.memory import Needs
+    from layerbits.scoring.quantizers import Settings
     from layerbits.stages.plan import Plan
 
 MODES = ("fast", "lean", "offload")
@@ -79,13 +80,11 @@ def forecast(overrides: Sequence[str], configs: Path) -> Forecast:
     spec = planned.settings.autoquant
     if spec.engine == "stock" or spec.method == "kl_div":
         raise Unsupported("plan knows one pass with method=gradient or fisher, not autoquant.engine=stock or kl_div")
-    from layerbits.scoring.quantizers import distinct_settings
-
-    work, needs = _work(planned)
+    work, needs, settings = _work(planned)
     free, host = _free(planned)
-    costs, how = _costs(work, needs, free, planned)
+    costs, how = _costs(work, needs, settings, free)
     calibration = planned.calibration
-    calibrated = len(calibration.calib) if distinct_settings(list(work.configs.values())).need_calibration else 0
+    calibrated = len(calibration.calib) if settings.need_calibration else 0
     rows = []
     for mode in MODES:
         if mode not in costs:
@@ -190,7 +189,7 @@ _LISTS = ("quant_pairs", "quant_granularities", "dataset_sizes")
 _SINGLE = {"quant_pair": "quant_pairs", "quant_granularity": "quant_granularities", "dataset.size": "dataset_sizes"}
 
 
-def _work(planned: Plan) -> tuple[Work, Needs]:
+def _work(planned: Plan) -> tuple[Work, Needs, Settings]:
     from layerbits.planning.sample import Work
     from layerbits.scoring.placement import needs_of
     from layerbits.scoring.quantizers import distinct_settings
@@ -202,7 +201,8 @@ def _work(planned: Plan) -> tuple[Work, Needs]:
     spec = planned.settings.autoquant
     work = Work(planned.resolved, planned.scored, configs, shapes, spec.method, spec.draws, planned.device)
     tokens = max(rows * length for rows, length in shapes)
-    return work, needs_of(planned.resolved, planned.scored, tokens, distinct_settings(list(configs.values())))
+    settings = distinct_settings(list(configs.values()))
+    return work, needs_of(planned.resolved, planned.scored, tokens, settings), settings
 
 
 def _free(planned: Plan) -> tuple[float, float]:
@@ -218,7 +218,7 @@ def _free(planned: Plan) -> tuple[float, float]:
     return max((float(free_bytes(card)) for card in cards), default=math.nan), host
 
 
-def _costs(work: Work, needs: Needs, free: float, planned: Plan) -> tuple[dict[str, tuple[Seconds, float]], str]:
+def _costs(work: Work, needs: Needs, settings: Settings, free: float) -> tuple[dict[str, tuple[Seconds, float]], str]:
     """Mode → seconds and GB of the device; and how they were found."""
     from layerbits.planning.sample import estimate
     from layerbits.scoring.memory import choose
@@ -227,7 +227,7 @@ def _costs(work: Work, needs: Needs, free: float, planned: Plan) -> tuple[dict[s
     if math.isnan(free):
         card = Card.read()
         how = f"from a table, for {card.name} (no GPU here; device=cpu measures this CPU)"
-        return {mode: _from_table(mode, work, needs, card) for mode in modes}, how
+        return {mode: _from_table(mode, work, needs, settings, card) for mode in modes}, how
     found = {}
     for mode in modes:
         memory = choose(needs, free, mode)
@@ -241,14 +241,12 @@ def _costs(work: Work, needs: Needs, free: float, planned: Plan) -> tuple[dict[s
     return found, f"measured on this {where} with a few blocks of the same shape and random weights"
 
 
-def _from_table(mode: str, work: Work, needs: Needs, card: Card) -> tuple[Seconds, float]:
+def _from_table(mode: str, work: Work, needs: Needs, settings: Settings, card: Card) -> tuple[Seconds, float]:
     from layerbits.scoring.memory import choose
-    from layerbits.scoring.quantizers import distinct_settings
 
     memory = choose(needs, card.memory_gb * 1e9, mode)
-    settings = len(distinct_settings(list(work.configs.values())).weights)
     tokens = sum(rows * length for rows, length in work.shapes)
-    seconds = card.seconds(needs, memory, tokens, len(work.configs), settings)
+    seconds = card.seconds(needs, memory, tokens, len(work.configs), len(settings.weights))
     draws = work.draws if work.method == "fisher" else 1
     return replace(seconds, step=seconds.step * draws), memory.estimate_gb
 

@@ -1,6 +1,6 @@
 """ModelOpt's quantizers with kernels that run at the memory's speed; what they give is the same to the bit.
 
-ModelOpt's CUDA extensions read and write number by number, at a sixth of an H100's bandwidth. A pass quantizes the
+ModelOpt's CUDA extensions read and write number by number, at a fifth of an H100's bandwidth. A pass quantizes the
 weights of a model for every candidate, those of experts in every step, and there it took a third of the time.
 """
 

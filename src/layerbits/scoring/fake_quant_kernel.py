@@ -1,7 +1,7 @@
 """Triton source of fake quantization; imported only where there is a GPU.
 
-The arithmetic is that of ModelOpt's CUDA extensions, bit for bit but for the sign of zeros:
-``tensor_quant_gpu_fp8.cu``, ``tensor_quant_gpu.cu`` and, for MXFP4, ``tensor_quant_mx.cu``.
+The arithmetic is that of ModelOpt's CUDA extensions, bit for bit but for the sign of zeros and for NaN, which stays one
+here: ``tensor_quant_gpu_fp8.cu``, ``tensor_quant_gpu.cu`` and, for MXFP4, ``tensor_quant_mx.cu``.
 """
 
 import triton.language as tl
@@ -77,5 +77,5 @@ def quantize_mxfp4(  # type: ignore
     scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     back = tl.where(amax < 6.0 * tiny, 0.0, (exponent << 23).to(tl.float32, bitcast=True))
     value = fp4_round_magnitude(magnitude * scale) * back
-    value = tl.where(tile != tile, tile, tl.where(tile >= 0, value, -value))  # a NaN stays one, so that it is seen
+    value = tl.where(tile != tile, tile, tl.where(tile >= 0, value, -value))
     tl.store(outputs + at, tl.reshape(value, (ROWS, BLOCKS * SIZE)).to(outputs.dtype.element_ty), mask=inside)

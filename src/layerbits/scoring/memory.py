@@ -293,8 +293,7 @@ def free_bytes(device: Any) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)
-        card = torch.cuda.current_device() if device.index is None else device.index
-        allowed = int(total * torch.cuda.get_per_process_memory_fraction(card))
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device.index))  # None = the current card
         return min(free + torch.cuda.memory_reserved(device), allowed) - allocated
     return free_host_bytes()
 

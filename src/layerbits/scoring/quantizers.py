@@ -41,7 +41,7 @@ class Settings:
     @property
     def need_calibration(self) -> bool:
         """Whether an input has a range that forwards must find; without one, calibration runs none."""
-        return any(_is_calibrated(s) for s in self.inputs if s is not None)
+        return any(needs_range(make_quantizer(s, "cpu")) for s in self.inputs)
 
 
 def distinct_settings(configs: Sequence[Mapping[str, Any]]) -> Settings:
@@ -93,12 +93,6 @@ def distinct_settings(configs: Sequence[Mapping[str, Any]]) -> Settings:
         tuple(searches.values()),
         tuple(headrooms.values()),
     )
-
-
-def _is_calibrated(attributes: Any) -> bool:
-    """:func:`needs_range` of attributes."""
-    scale = tuple((attributes.block_sizes or {}).get("scale_bits") or ())
-    return attributes.type != "dynamic" and scale != E8M0
 
 
 def is_static_nvfp4(attributes: Any) -> bool:
