@@ -9,8 +9,10 @@
 # make test-serving   set up both, then serve the default model with vLLM on the CPU and compare
 # make lint   ruff and mypy only
 # make clean  remove the environment and caches; runs and results stay
-# PYTHON=...  the Python 3.11 to build .venv with
-PYTHON ?= $(shell command -v python3.11 || echo python3)
+# PYTHON=...  the Python 3.11, 3.12 or 3.13 to build .venv with; without it, the first such one of python3, python3.13, …
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+  $$p -c '$(FITS)' 2>/dev/null && echo $$p && exit; done; echo python3)
 PORT ?= 5000
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export MLFLOW_DISABLE_TELEMETRY ?= true
@@ -82,8 +84,8 @@ clean:
 
 # A stamp is written last: an environment without one is not complete, and is made anew.
 .venv/run.stamp: requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { echo \
-	  'Python 3.11 is needed and "$(PYTHON)" is not one: install it, or name one with PYTHON=/path/to/python3.11.' >&2; exit 1; }
+	@$(PYTHON) -c '$(FITS)' 2>/dev/null || { echo 'Python 3.11, 3.12 or 3.13 is needed and "$(PYTHON)" is none:' \
+	  'install one, or name it with PYTHON=/path/to/python3.12.' >&2; exit 1; }
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(PIP) install -r requirements.lock

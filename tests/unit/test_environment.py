@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
-PYTHON = "3.11"
+PYTHONS = ("3.11", "3.12", "3.13")
 
 
 def pins(lines: list[str]) -> dict[str, str]:
@@ -87,15 +88,18 @@ def test_pixi_pins_the_direct_dependencies_as_locked():
 
 
 def test_every_file_means_the_same_python():
-    assert SpecifierSet(PYPROJECT["requires-python"]).contains(PYTHON)
-    assert f"python={PYTHON}" in CONDA["dependencies"]
-    assert PIXI["dependencies"]["python"] == f"{PYTHON}.*"
+    candidates = [f"3.{minor}" for minor in range(9, 16)]
+    for versions in (PYPROJECT["requires-python"], PIXI["dependencies"]["python"]):
+        assert tuple(SpecifierSet(versions).filter(candidates)) == PYTHONS
+    (conda,) = (entry for entry in CONDA["dependencies"] if str(entry).startswith("python="))
+    assert conda.removeprefix("python=") in PYTHONS
+    assert ".".join(map(str, sys.version_info[:2])) in PYTHONS
 
 
 def test_mlflow_reads_conda_yaml_for_virtualenv_and_uv_as_our_pins():
     environment = _PythonEnv.from_conda_yaml(ROOT / "conda.yaml")
     parsed = list(_parse_requirements(environment.dependencies, is_constraint=False, base_dir=str(ROOT)))
-    assert environment.python == PYTHON
+    assert environment.python in PYTHONS
     assert environment.build_dependencies == ["pip", "setuptools", "wheel"]
     assert pins([entry.req_str for entry in parsed if not entry.is_constraint]) == locked(DIRECT, LOCK)
     assert pins([entry.req_str for entry in parsed if entry.is_constraint]) == LOCK
@@ -212,8 +216,43 @@ def make(tmp_path):
 def test_make_asks_for_python_in_one_line(make, python, tmp_path):
     done = make("run", python)
     assert done.returncode != 0
-    assert done.stderr.splitlines()[0].startswith(f'Python 3.11 is needed and "{python}" is not one')
+    assert done.stderr.splitlines()[0].startswith(f'Python 3.11, 3.12 or 3.13 is needed and "{python}" is none')
     assert not (tmp_path / ".venv").exists()
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("has", "taken"),
+    [
+        ({"python3": "3.12", "python3.11": "3.11"}, "python3"),
+        ({"python3": "3.13"}, "python3"),
+        ({"python3": "3.9", "python3.11": "3.11"}, "python3.11"),
+        ({"python3": "3.14", "python3.12": "3.12"}, "python3.12"),
+        ({"python3": "3.10"}, None),
+    ],
+)
+def test_make_takes_the_first_python_that_fits(has, taken, tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.lock").touch()
+    (tmp_path / "bin").mkdir()
+    for name, version in has.items():
+        script = tmp_path / "bin" / name
+        told = f"import sys; sys.version_info = ({version.replace('.', ', ')}); "
+        script.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} -c "{told}$2"\necho "$0" >&2\nexit 3\n')
+        script.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
+    for there in ("python3.11", "python3.12", "python3.13"):  # what this machine has beside them is no candidate
+        if there not in has:
+            (tmp_path / "bin" / there).write_text("#!/bin/sh\nexit 1\n")
+            (tmp_path / "bin" / there).chmod(0o755)
+    done = subprocess.run(
+        ["make", ".venv/run.stamp"], cwd=tmp_path, env={"PATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    if taken is None:
+        assert 'Python 3.11, 3.12 or 3.13 is needed and "python3" is none' in done.stderr
+    else:
+        assert f"{tmp_path / 'bin' / taken}" in done.stderr
 
 
 @needs_make
