@@ -4,6 +4,7 @@
 # make ui     the MLflow UI on the runs of this folder, and its links  (PORT=5000)
 # make server a team's MLflow server on PostgreSQL: docs/server.md     (make server-env only installs it)
 # make notebooks   fill this folder's store with a grid, schemes and a probe of the default model, and run the notebooks on it
+# make figures     the pictures of the README and the docs, from runs of the default model and from recorded benchmarks
 # make vllm   an environment for vLLM in .venv-vllm, for `-e serve_check` and `layerbits serve`: the build for CPUs, or
 #             vLLM itself where there is an NVIDIA GPU
 # make test-serving   set up both, then serve the default model with vLLM on the CPU and compare
@@ -19,7 +20,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 
 VENV_PATH := PATH="$(CURDIR)/.venv/bin:$$PATH"
 PIP := .venv/bin/python -m pip --disable-pip-version-check
-.PHONY: run demo-scheme notebooks test ui server server-env vllm test-serving lint clean
+.PHONY: run demo-scheme notebooks figures test ui server server-env vllm test-serving lint clean
 .NOTPARALLEL:
 
 run: .venv/run.stamp
@@ -49,6 +50,16 @@ notebooks: .venv/test.stamp
 	  $(MLFLOW_RUN) -e $$job -P run_id=$$1,$$2 -P schemes=none -P controls=none -P effective_bits=5,6,7,8,10,12; \
 	done; \
 	python notebooks/execute.py
+
+FP8_AND_INT4 := from layerbits import history; r = history.runs(model="smollm2_135m", granularity="default"); \
+  r = r[r.dataset_size == "medium"]; print(*(r[r.quant_pair == p].run_id.iloc[0] for p in ("wfp8_afp8", "wint4_afp16")))
+figures: .venv/run.stamp
+	$(VENV_PATH) && export PATH && set -e; \
+	$(MLFLOW_RUN) -e grid -P quant_pairs=wfp8_afp8,wint4_afp16 -P dataset_sizes=medium; \
+	set -- $$(python -c '$(FP8_AND_INT4)'); \
+	for job in scheme probe; do $(MLFLOW_RUN) -e $$job -P run_id=$$1,$$2 -P schemes=none -P effective_bits=5,6,8,10,12; done; \
+	$(MLFLOW_RUN) -e validate -P run_id=$$1; \
+	python tools/figures.py
 
 test: lint
 	@echo 'Screenshots of the UI: outputs/screenshots'
