@@ -25,15 +25,15 @@ import numpy as np
 from layerbits.results.bootstrap import RESAMPLES, TOP, intervals
 from layerbits.results.manifest import load_manifest
 
-SAMPLES, GROUPS, CANDIDATES = 512, 144, 12
+SAMPLES, GROUPS = 512, 144
 SIZES = (8, 16, 32, 64, 128, 256)
 
 
 def timing(turns: int) -> dict[str, Any]:
-    """Seconds for 2,000 resamples over 512 captions × 144 groups × 12 candidates, and peak memory."""
+    """Seconds for 2,000 resamples over 512 captions × 144 groups, and peak memory."""
     rng = np.random.default_rng(0)
-    means = rng.lognormal(-7, 1.5, (GROUPS, CANDIDATES))
-    shares = rng.gamma(1.5, 1 / 1.5, size=(SAMPLES, GROUPS, CANDIDATES)) * means / SAMPLES
+    means = rng.lognormal(-7, 1.5, GROUPS)
+    shares = rng.gamma(1.5, 1 / 1.5, size=(SAMPLES, GROUPS)) * means / SAMPLES
     tokens = rng.integers(5, 20, SAMPLES)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     seconds = []
@@ -51,7 +51,7 @@ def coverage(path: Path, repetitions: int) -> dict[str, Any]:
     if result.sample_kl is None or result.sample_tokens is None:
         raise SystemExit(f"{path} has no scores of single captions")
     tokens = result.sample_tokens
-    shares, total = result.sample_kl[:, :, 0], tokens.sum()
+    shares, total = result.sample_kl, tokens.sum()
     truth = shares.sum(axis=0)
     rank = (-truth).argsort().argsort() + 1
     rng = np.random.default_rng(0)
@@ -61,15 +61,15 @@ def coverage(path: Path, repetitions: int) -> dict[str, Any]:
         for _ in range(repetitions):
             drawn = rng.integers(0, len(tokens), size)
             sample = shares[drawn] * total / tokens[drawn].sum()
-            found = intervals(sample[:, :, None], tokens[drawn])
+            found = intervals(sample, tokens[drawn])
             if found is None:
                 raise SystemExit(f"{size} captions of {path} have too few tokens")
-            low, high = found.low[:, 0], found.high[:, 0]
+            low, high = found.low, found.high
             inside.append(np.mean((low <= truth) & (truth <= high)))
             width.append(np.median((high - low) / truth))
-            ranks.append(np.mean((found.rank_low[:, 0] <= rank) & (rank <= found.rank_high[:, 0])))
-            stable.append(found.top_overlap[0])
-            needed.append(found.top_captions[0])
+            ranks.append(np.mean((found.rank_low <= rank) & (rank <= found.rank_high)))
+            stable.append(found.top_overlap)
+            needed.append(found.top_captions)
         rows[size] = {
             "covered": float(np.mean(inside)),
             "rank_covered": float(np.mean(ranks)),

@@ -58,7 +58,7 @@ def synthetic(index: int, blocks: int = BLOCKS) -> SensitivityResult:
         pair if granularity == "default" else f"{pair}/{granularity}", pair, granularity, "INT8_WEIGHT_ONLY_CFG",
         weight[1:], activation[1:], {"algorithm": "max"}, f"{index:064x}", 8.25, 8.0,
     )  # fmt: skip
-    scores = draw.lognormal(-18, 2, (len(groups), 1))
+    scores = draw.lognormal(-18, 2, len(groups))
     chosen = tuple(info.name if flag else None for flag in draw.random(len(groups)) < 0.5)
     return SensitivityResult(
         model=ModelInfo(model, f"org/{model}", "c0ffee" * 6, "Qwen3VLForConditionalGeneration", "bfloat16"),
@@ -70,7 +70,7 @@ def synthetic(index: int, blocks: int = BLOCKS) -> SensitivityResult:
         seed=index,
         device="cuda",
         groups=groups,
-        candidates=(info,),
+        candidate=info,
         scores=scores,
         predicted_kl=scores * draw.uniform(1e5, 2e5),
         recipe=Recipe(12.0, chosen, 11.5 + draw.random(), 11.9, float(scores.sum() / 3)),
@@ -221,7 +221,7 @@ def check(scores: Any, runs: Any) -> None:
     found = scores[scores["run_id"] == latest["run_id"]].set_index("layer")
     layers = [group.key for group in made.groups]
     for name, values in (("score", made.scores), ("predicted_kl", made.predicted_kl)):
-        np.testing.assert_array_equal(found.loc[layers, name], values[:, 0])
+        np.testing.assert_array_equal(found.loc[layers, name], values)
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ def cross(planned: Plan, predicted: FloatArray, arguments: argparse.Namespace) -
     """The same scores on another device: largest relative difference and rank correlation."""
     other = plan(replace(planned.settings, device=arguments.cross))
     (outcome,) = run(other, ROOT)
-    again = outcome.result.predicted_kl[:, 0]
+    again = outcome.result.predicted_kl
     return {
         "devices": [planned.device, other.device],
         "max_relative": float(np.abs(again / predicted - 1).max()),
@@ -133,7 +133,7 @@ def main() -> None:
         row["score_rows"] = outcome.result.calibration.score_rows
         row["predicted_kl_sum"] = {p.name: float(np.nansum(p.predicted)) for p in found.predictions if p.in_nats}
         if arguments.cross:
-            row["cross"] = cross(planned, outcome.result.predicted_kl[:, 0], arguments)
+            row["cross"] = cross(planned, outcome.result.predicted_kl, arguments)
         if arguments.windows:
             row["windows"] = windows(found, folder, arguments)
         record["pairs"][pair] = row

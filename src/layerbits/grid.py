@@ -239,7 +239,7 @@ def _run_pass(
             _settle_aliases(cell, "", shared, log, done)
         return None
     for outcome in found:
-        cell = mine[outcome.result.candidates[0].name]
+        cell = mine[outcome.result.candidate.name]
         result = replace(outcome.result, settings=cell_settings(outcome.result.settings, cell, configs))
         run_id = log.result(cell, result, write(replace(outcome, result=result), plan.settings))
         done(

@@ -24,11 +24,11 @@ PAIRS = ("wint8_afp16", "wfp8_afp8")
 
 def result(pair, seed=0, digest="d1" * 32):
     base = small_result(seed=seed)
-    info = replace(base.candidates[0], name=pair, quant_pair=pair)
+    info = replace(base.candidate, name=pair, quant_pair=pair)
     chosen = tuple(name and pair for name in base.recipe.chosen)
     return replace(
         base,
-        candidates=(info,),
+        candidate=info,
         recipe=replace(base.recipe, chosen=chosen),
         calibration=replace(base.calibration, digest=digest),
     )
@@ -123,7 +123,7 @@ def test_history_of_scores_has_a_line_per_group(pushed, store, layerbits):
     rows = list(csv.DictReader(io.StringIO("\n".join(lines))))
     made = result(PAIRS[0])
     assert {row["layer"]: float(row["score"] or "inf") for row in rows} == {
-        group.key: score for group, score in zip(made.groups, made.scores[:, 0], strict=True)
+        group.key: score for group, score in zip(made.groups, made.scores, strict=True)
     }
 
 

@@ -68,9 +68,9 @@ def log(client, result, number=0, end="FINISHED", **changes):
 def varied(number):
     """Results of two models and two pairs in turns."""
     result = small_result(blocks=1, seed=number)
-    info = replace(result.candidates[0], quant_pair=("wint8_afp16", "wfp8_afp8")[number % 2])
+    info = replace(result.candidate, quant_pair=("wint8_afp16", "wfp8_afp8")[number % 2])
     model = replace(result.model, name=("tiny", "o'brien")[number // 2 % 2])
-    return replace(result, candidates=(info,), model=model)
+    return replace(result, candidate=info, model=model)
 
 
 def without_layers(result):
@@ -330,7 +330,7 @@ class Boom:
 @pytest.fixture
 def pushed(store, tmp_path):
     """A result on disk with samples and a pickle that would tell if it was loaded, and its run."""
-    samples = np.random.default_rng(0).random((3, 12, 1)).astype(np.float32).astype(float)
+    samples = np.random.default_rng(0).random((3, 12)).astype(np.float32).astype(float)
     result = small_result(sample_kl=samples, sample_tokens=np.array([5, 6, 7]))
     folder = write_folder(result, tmp_path / "result")
     (folder / "sensitivity").mkdir()
@@ -388,7 +388,7 @@ def test_a_result_of_no_run_says_so(client, store):
 
 def test_compare_counts_ranks_and_ratios(client, store):
     base = small_result(blocks=5)
-    scores = np.arange(1.0, 21.0)[:, None]
+    scores = np.arange(1.0, 21.0)
     changed = scores.copy()
     changed[[0, 19]] = changed[[19, 0]]
     a, b = (log(client, replace(base, scores=s, predicted_kl=2 * s)) for s in (scores, 3 * changed))

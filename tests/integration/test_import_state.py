@@ -32,12 +32,12 @@ def search(tmp_path_factory):
 def test_scores_costs_and_choice_are_those_of_the_state(search):
     state, _, path = search
     results = state_results(read_state(path), "tiny")
-    assert [r.candidates[0].name for r in results] == ["wfp4_afp4", "wfp8_afp8"]
-    assert [r.candidates[0].bits for r in results] == [4.5, 8.0]
+    assert [r.candidate.name for r in results] == ["wfp4_afp4", "wfp8_afp8"]
+    assert [r.candidate.bits for r in results] == [4.5, 8.0]
     stats = list(state["candidate_stats"].values())
     for position, result in enumerate(results):
         assert result.model.name == "tiny"
-        np.testing.assert_array_equal(result.scores[:, 0], [s["scores"][position] for s in stats])
+        np.testing.assert_array_equal(result.scores, [s["scores"][position] for s in stats])
         assert [g.weights for g in result.groups] == [s["uncompressed_cost"] for s in stats]
         assert result.groups[0].modules == tuple(stats[0]["module_names"])
         chosen = [r == s["formats"][position] for r, s in zip(state["best"]["recipe"].values(), stats, strict=True)]

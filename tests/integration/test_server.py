@@ -73,7 +73,7 @@ def test_history_reads_them_back_exactly(logged, team_server):
     assert set(runs["run_id"]) == set(logged)
     scores = history.scores(runs).set_index(["run_id", "layer"])["score"]
     for run_id, result in logged.items():
-        made = np.where(np.isfinite(result.scores[:, 0]), result.scores[:, 0], np.nan)
+        made = np.where(np.isfinite(result.scores), result.scores, np.nan)
         np.testing.assert_array_equal(scores[run_id][[group.key for group in result.groups]], made)
 
 

@@ -75,7 +75,7 @@ def test_everything_logged_reads_back(client, folder):
     assert client.get_experiment(run.info.experiment_id).name == "layerbits"
     assert run.info.run_name == "wint8_afp16 small default tiny"
     assert run.data.params["eff.quant_pair"] == "wint8_afp16"
-    assert run.data.metrics["score/B02.down"] == result.scores[11, 0]
+    assert run.data.metrics["score/B02.down"] == result.scores[11]
     assert run.data.metrics["summary/nonfinite"] == 1
     assert run.data.metrics["seconds/log"] > 0
     assert run.data.tags["version.torch"] == "2.13.0"
@@ -109,7 +109,7 @@ def test_lines_read_back_with_the_block_as_step(client, folder):
     with tracking.start_run("x", system_metrics=False) as session:
         tracking.log_result(session, result, folder)
     points = client.get_metric_history(session.run_id, "score_by_layer/gate_up")
-    assert [(p.step, p.value) for p in points] == [(b, result.scores[4 * b + 2, 0]) for b in range(3)]
+    assert [(p.step, p.value) for p in points] == [(b, result.scores[4 * b + 2]) for b in range(3)]
 
 
 def test_table_loads_as_mlflow_loads_tables(client, folder):
@@ -132,13 +132,6 @@ def test_logging_again_to_the_same_run_changes_nothing(client, folder):
     table = json.loads(Path(client.download_artifacts(session.run_id, TABLE)).read_text())
     assert len(table["data"]) == 12
     assert len(client.get_run(session.run_id).inputs.dataset_inputs) == 1
-
-
-def test_several_candidates_are_not_one_run(store, folder):
-    result = small_result()
-    both = {"candidates": result.candidates * 2, "scores": np.ones((12, 2)), "predicted_kl": np.ones((12, 2))}
-    with pytest.raises(ValueError, match="2 candidates"):
-        tracking.log_result("unused", small_result(**both), folder)
 
 
 def test_artifacts_of_a_local_store_lie_beside_it(client, folder, tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_a_result_logged_over_http_reads_back(server, folder, capsys):
     run = client.get_run(session.run_id)
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "ok")
     assert run.info.artifact_uri.startswith("mlflow-artifacts:")
-    assert run.data.metrics["score/B00.qkv"] == result.scores[0, 0]
+    assert run.data.metrics["score/B00.qkv"] == result.scores[0]
     assert len(client.get_metric_history(session.run_id, "predicted_kl_by_layer/down")) == 3
     manifest = mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/manifest.json")
     assert manifest["schema_version"] == 1

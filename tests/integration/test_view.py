@@ -44,7 +44,7 @@ CHARTS = f"""{DRAWN}.map(card => {{
 
 @pytest.fixture(scope="module")
 def results():
-    return {pair: synthetic(blocks=8, pairs=[pair], seed=seed) for seed, pair in enumerate(PAIRS)}
+    return {pair: synthetic(blocks=8, pair=pair, seed=seed) for seed, pair in enumerate(PAIRS)}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def site(chromium, results, tmp_path_factory):
                 write_json(folder / name / "manifest.json", to_manifest(result))
                 log(result, folder / name, "grid", name)
         for seed, granularity in enumerate(GRANULARITIES):
-            result = synthetic(blocks=8, pairs=["wint8_afp16"], seed=seed)
-            result = replace(result, candidates=(replace(result.candidates[0], granularity=granularity),))
+            result = synthetic(blocks=8, pair="wint8_afp16", seed=seed)
+            result = replace(result, candidate=replace(result.candidate, granularity=granularity))
             write_json(folder / granularity / "manifest.json", to_manifest(result))
             log(result, folder / granularity, "granularities")
         mlflow.set_tracking_uri(None)
@@ -84,10 +84,10 @@ def log(result, folder, experiment, name=None):
 
 
 def of_cell(cell):
-    result = synthetic(blocks=8, pairs=[cell.quant_pair], seed=CELLS.index(cell))
+    result = synthetic(blocks=8, pair=cell.quant_pair, seed=CELLS.index(cell))
     return replace(
         result,
-        candidates=(replace(result.candidates[0], granularity=cell.granularity),),
+        candidate=replace(result.candidate, granularity=cell.granularity),
         calibration=replace(result.calibration, size=cell.dataset_size),
     )
 

@@ -72,7 +72,7 @@ def small_result(blocks=3, seed=0, **changes):
         8,
         8,
     )
-    scores = 10.0 ** -np.random.default_rng(seed).uniform(6, 12, (len(groups), 1))
+    scores = 10.0 ** -np.random.default_rng(seed).uniform(6, 12, len(groups))
     scores[[g.key == "B01.o" for g in groups]] = np.inf
     fields = {
         "model": ModelInfo("tiny", "org/tiny", "c0ffee", "TinyForCausalLM", "float32"),
@@ -84,7 +84,7 @@ def small_result(blocks=3, seed=0, **changes):
         "seed": 0,
         "device": "cpu",
         "groups": groups,
-        "candidates": (info,),
+        "candidate": info,
         "scores": scores,
         "predicted_kl": scores * 3e4,
         "recipe": Recipe(12.0, tuple(info.name if i % 2 else None for i in range(len(groups))), 12.0, 12.5, 1e-7),

@@ -67,7 +67,7 @@ def python() -> Callable[..., list[str]]:
 
 def synthetic(
     blocks: int = 6,
-    pairs: Sequence[str] = ("wint8_afp16",),
+    pair: str = "wint8_afp16",
     samples: int = 16,
     lm_head: bool = False,
     nonfinite: Sequence[str] = (),
@@ -79,12 +79,12 @@ def synthetic(
 
     Args:
         blocks: Decoder blocks, of four groups each.
-        pairs: Quant pairs, a candidate each.
+        pair: Quant pair of the candidate.
         samples: Calibration samples; 0 = the engine kept no per-sample scores.
         lm_head: Whether the output head is a group as well.
-        nonfinite: Group keys whose score overflowed, for the first candidate.
+        nonfinite: Group keys whose score overflowed.
         method: ``gradient`` or ``kl_div``.
-        target_bits: Budget of the recipe, from the first candidate.
+        target_bits: Budget of the recipe.
         seed: Of the numbers.
     """
     rng = np.random.default_rng(seed)
@@ -95,18 +95,16 @@ def synthetic(
     ]
     if lm_head:
         groups.append(Group("lm_head", None, "lm_head", ("lm_head",), WEIGHTS["lm_head"]))
-    candidates = tuple(candidate(pair) for pair in pairs)
+    info = candidate(pair)
     depth = np.array([1.0 if g.block is None else 0.4 + 2.0 * (g.block / blocks - 0.5) ** 2 for g in groups])
     base = np.array([TYPICAL[g.kind] for g in groups]) * depth * rng.lognormal(0.0, 0.6, len(groups))
-    harm = np.array(
-        [{4.25: 30.0}.get(c.bits, 1.0) * (1.0 if c.activation_precision == "fp16" else 8.0) for c in candidates]
-    )
-    kl = base[:, None] * harm * rng.lognormal(0.0, 0.3, (len(groups), len(candidates)))
+    harm = {4.25: 30.0}.get(info.bits, 1.0) * (1.0 if info.activation_precision == "fp16" else 8.0)
+    kl = base * harm * rng.lognormal(0.0, 0.3, len(groups))
     parts = rng.gamma(2.0, size=(max(samples, 1), *kl.shape))
     sample_kl = parts / parts.sum(axis=0) * kl
     for key in nonfinite:
         at = [g.key for g in groups].index(key)
-        kl[at, 0], sample_kl[:, at, 0] = np.nan, np.nan
+        kl[at], sample_kl[:, at] = np.nan, np.nan
     tokens, batches = 512, 4
     # Equal batches of N tokens: KL = N / 2B · raw (gradient), raw / (B N) (kl_div).
     raw = kl * (2 * batches / tokens if method == "gradient" else batches * tokens)
@@ -132,14 +130,14 @@ def synthetic(
         seed=seed,
         device="cpu",
         groups=tuple(groups),
-        candidates=candidates,
+        candidate=info,
         scores=raw,
         predicted_kl=kl,
-        recipe=recipe(groups, raw, candidates[0], target_bits),
+        recipe=recipe(groups, raw, info, target_bits),
         sample_kl=sample_kl if samples else None,
         sample_tokens=np.full(samples, batches * tokens // samples) if samples else None,
-        nonfinite=tuple(NonFinite(key, candidates[0].name, detail="overflow") for key in nonfinite),
-        settings={"quant_pair": pairs[0], "seed": seed},
+        nonfinite=tuple(NonFinite(key, info.name, detail="overflow") for key in nonfinite),
+        settings={"quant_pair": pair, "seed": seed},
         provenance={"python": "3.11.2", "version.layerbits": "0.1.0", "version.modelopt": "0.47.0"},
         seconds={"load": 1.5, "calibrate": 2.25, "score": 4.0, "solve": 0.01},
         memory={"peak_rss_gb": 1.75},
@@ -173,7 +171,7 @@ def candidate(pair: str) -> CandidateInfo:
 def recipe(groups: Sequence[Group], raw: np.ndarray, info: CandidateInfo, target_bits: float) -> Recipe:
     """Quantizes the least sensitive groups until the budget holds."""
     total, stored, chosen = sum(g.weights for g in groups), 0.0, [None] * len(groups)
-    order = np.argsort(np.where(np.isfinite(raw[:, 0]), raw[:, 0], np.inf), kind="stable")
+    order = np.argsort(np.where(np.isfinite(raw), raw, np.inf), kind="stable")
     stored = 16.0 * total
     for at in order:
         if stored / total <= target_bits:
@@ -187,7 +185,7 @@ def recipe(groups: Sequence[Group], raw: np.ndarray, info: CandidateInfo, target
         chosen=tuple(chosen),
         effective_bits=stored / total,
         effective_bits_modelopt=16 + (info.bits_modelopt - 16) * share,
-        score=float(np.nansum(raw[quantized, 0])),
+        score=float(np.nansum(raw[quantized])),
     )
 
 

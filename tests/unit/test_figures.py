@@ -33,14 +33,20 @@ def frame(make_result):
     return figures.tidy(make_result(blocks=6))
 
 
+@pytest.fixture
+def several(make_result):
+    """The rows of runs of several candidates, as :func:`layerbits.history.scores` gives them."""
+    return pd.concat([figures.tidy(make_result(pair=pair)) for pair in PAIRS], ignore_index=True)
+
+
 def test_heatmap_shows_every_group_in_its_cell(make_result):
     result = make_result(blocks=6)
     (image,) = figures.heatmap(figures.tidy(result)).axes[0].images
     assert np.array_equal(image.get_array(), result.predicted_kl.reshape(6, 4).T)
 
 
-def test_heatmap_has_a_panel_per_candidate_under_one_scale(make_result):
-    figure = figures.heatmap(figures.tidy(make_result(pairs=PAIRS)))
+def test_heatmap_has_a_panel_per_candidate_under_one_scale(several):
+    figure = figures.heatmap(several)
     images = [ax.images[0] for ax in figure.axes if ax.images]
     assert [ax.get_title(loc="left") for ax in figure.axes[:3]] == list(PAIRS)
     assert len({id(image.norm) for image in images}) == 1
@@ -130,8 +136,8 @@ def test_overlay_has_a_panel_per_kind_and_a_line_per_run(make_result):
     assert legend_words(figure) == ["one", "two", "three"]
 
 
-def test_overlay_splits_a_run_of_several_candidates(make_result):
-    figure = figures.overlay({"run": figures.tidy(make_result(pairs=PAIRS))})
+def test_overlay_splits_a_frame_of_several_candidates(several):
+    figure = figures.overlay({"run": several})
     assert legend_words(figure) == [f"run · {pair}" for pair in PAIRS]
 
 
@@ -149,9 +155,9 @@ def test_overlay_of_nothing_is_refused():
 def test_ranked_bars_show_the_largest_first(make_result):
     result = make_result(blocks=6)
     ax = figures.ranked_bars(figures.tidy(result), top=7).axes[0]
-    largest = np.sort(result.predicted_kl[:, 0])[::-1][:7]
+    largest = np.sort(result.predicted_kl)[::-1][:7]
     assert [bar.get_width() for bar in ax.patches] == largest.tolist()
-    names = dict(zip(result.predicted_kl[:, 0], (g.key for g in result.groups), strict=True))
+    names = dict(zip(result.predicted_kl, (g.key for g in result.groups), strict=True))
     assert [t.get_text() for t in ax.get_yticklabels()] == [names[value] for value in largest]
 
 
@@ -274,9 +280,9 @@ def test_rank_change_marks_a_group_that_one_run_lacks(frame):
     assert f"–  {first}" in [t.get_text() for t in figure.axes[0].texts]
 
 
-def test_rank_change_refuses_several_candidates(frame, make_result):
+def test_rank_change_refuses_several_candidates(frame, several):
     with pytest.raises(ValueError, match="select the rows of one"):
-        figures.rank_change(frame, figures.tidy(make_result(pairs=PAIRS)), ("a", "b"))
+        figures.rank_change(frame, several, ("a", "b"))
 
 
 def test_scatter_tells_agreement_of_the_points_that_can_be_drawn():

@@ -21,10 +21,9 @@ def with_intervals(result):
     kl = result.predicted_kl
     known = np.isfinite(kl)
     rank = np.where(known, 1 + np.argsort(np.argsort(-np.where(known, kl, -1.0), axis=0), axis=0), 0)
-    nothing = np.full(1, np.nan)
     low, high = (np.where(known, kl * factor, np.nan) for factor in (0.9, 1.1))
-    tied = (((),) * len(kl),)
-    made = Intervals(0.9, 16, low, high, rank, np.where(known, rank + 2, 0), tied, 10, nothing, nothing)
+    tied = ((),) * len(kl)
+    made = Intervals(0.9, 16, low, high, rank, np.where(known, rank + 2, 0), tied, 10, math.nan, math.nan)
     return replace(result, intervals=made)
 
 

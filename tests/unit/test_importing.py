@@ -82,11 +82,11 @@ def imported(folder, data):
 @pytest.mark.parametrize("make", [manifest, report])
 def test_each_layout_gives_the_groups_with_their_scores(tmp_path, make):
     result = imported(tmp_path, make())
-    kinds = {(g.block, g.kind): score for g, score in zip(result.groups, result.scores[:, 0], strict=True)}
+    kinds = {(g.block, g.kind): score for g, score in zip(result.groups, result.scores, strict=True)}
     assert [kinds[0, k] for k in ("qkv", "o", "gate_up", "down")] == list(LEAVES.values())
     assert kinds[1, "gate_up"] == 0.25
     assert {g.weights for g in result.groups} == {800}
-    assert (result.model.name, result.candidates[0].name) == ("tiny_vl_1b_instruct", "wint8_afp16")
+    assert (result.model.name, result.candidate.name) == ("tiny_vl_1b_instruct", "wint8_afp16")
     assert (result.method, result.calibration.score_samples) == ("gradient", 64)
     assert result.tags["source"] == "imported"
 
@@ -109,7 +109,7 @@ def test_a_report_names_only_the_first_linear_of_a_group(tmp_path):
 
 def test_what_the_file_does_not_say_stays_unknown(tmp_path):
     result = imported(tmp_path, manifest())
-    info, cal = result.candidates[0], result.calibration
+    info, cal = result.candidate, result.calibration
     assert np.isnan(result.predicted_kl).all()
     assert (info.config, info.config_hash, math.isnan(info.bits), info.bits_modelopt) == ({}, "", True, 8.0)
     assert (cal.dataset, cal.digest, cal.seq_len, cal.loss_tokens, result.seed) == ("", "", None, None, None)
@@ -138,19 +138,19 @@ def test_a_dataset_section_is_taken_as_far_as_it_goes(tmp_path):
 
 def test_a_configuration_without_a_name_of_its_own_has_no_known_granularity(tmp_path):
     data = manifest((("CUSTOM_0", 4.0),), name="wfp4_afp16_autoquant_lm", formats=["MY_FP4_CFG"])
-    info = imported(tmp_path, data).candidates[0]
+    info = imported(tmp_path, data).candidate
     assert (info.name, info.format_name, info.granularity, info.bits_modelopt) == ("wfp4_afp16", "MY_FP4_CFG", "", 4.0)
     assert "eff.granularity" not in contract.parameters(imported(tmp_path, data))
 
 
 def test_a_pair_is_told_by_the_preset_where_the_scheme_does_not(tmp_path):
     data = manifest((("INT8_DEFAULT_CFG", 8.0),), name="int8_full", formats=["INT8_LM_CFG"])
-    info = imported(tmp_path, data).candidates[0]
+    info = imported(tmp_path, data).candidate
     assert (info.quant_pair, info.format_name, info.granularity) == ("wint8_aint8", "INT8_DEFAULT_CFG", "default")
 
 
 def test_a_pair_that_nothing_tells_is_not_guessed(tmp_path):
-    info = imported(tmp_path, report(name="mine", formats=["MY_CFG"])).candidates[0]
+    info = imported(tmp_path, report(name="mine", formats=["MY_CFG"])).candidate
     assert (info.name, info.quant_pair, info.weight_precision) == ("MY_CFG", "", "")
 
 
@@ -167,7 +167,7 @@ def test_the_presets_are_what_modelopt_makes_of_them():
 def test_several_formats_are_a_result_each(tmp_path):
     data = manifest((("FP8_DEFAULT_CFG", 8.0), ("W4A8_MXFP4_FP8_CFG", 4.0)), name="mixed")
     one, other = importing.results(importing.read(saved(tmp_path, data)))
-    assert [r.candidates[0].quant_pair for r in (one, other)] == ["wfp8_afp8", "wfp4_afp8"]
+    assert [r.candidate.quant_pair for r in (one, other)] == ["wfp8_afp8", "wfp4_afp8"]
     assert np.allclose(other.scores, 2 * one.scores)
     assert any("another format" in line for line in one.warnings)
 
@@ -323,7 +323,7 @@ def test_published_tables_have_their_known_figures(pair, total, most):
     (table,), lines = importing.collect(PUBLISHED / "qwen3_vl_4b_lm_medium" / pair)
     (result,) = importing.results(table)
     assert not lines
-    assert (result.model.name, result.candidates[0].quant_pair) == ("qwen3_vl_4b_instruct", pair)
+    assert (result.model.name, result.candidate.quant_pair) == ("qwen3_vl_4b_instruct", pair)
     assert f"{result.total('scores'):.4g}" == f"{total:.4g}"
     if most:
         assert result.rows()[0]["layer"] == most

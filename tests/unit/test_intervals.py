@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from layerbits.errors import UserError
 from layerbits.results.bootstrap import FEWEST, captions_for, intervals, ties, top_overlap, with_intervals
 from layerbits.results.manifest import from_manifest, to_manifest
 
 
 def captions(rng, count, means, shape=1.5):
-    """Shares [count, G, 1] and tokens [count] of captions with a long-tailed KL per token of these means."""
+    """Shares [count, G] and tokens [count] of captions with a long-tailed KL per token of these means."""
     tokens = rng.integers(5, 25, count)
     common = rng.gamma(2.0, 0.5, size=(count, 1))
     nats = rng.gamma(shape, 1 / shape, size=(count, len(means))) * common * means * tokens[:, None]
-    return (nats / tokens.sum())[:, :, None], tokens
+    return nats / tokens.sum(), tokens
 
 
 @pytest.mark.parametrize("count", [16, 64])
@@ -27,7 +29,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(count):
     covered = []
     for seed in range(250):
         found = intervals(*captions(rng, count, means), resamples=500, seed=seed)
-        covered.append((found.low[:, 0] <= means) & (means <= found.high[:, 0]))
+        covered.append((found.low <= means) & (means <= found.high))
     assert 0.85 <= np.mean(covered) <= 0.95
 
 
@@ -38,7 +40,7 @@ def test_the_range_of_a_rank_covers_the_true_rank():
     covered = []
     for seed in range(40):
         found = intervals(*captions(rng, 32, means), resamples=500, seed=seed)
-        covered.append((found.rank_low[:, 0] <= true) & (true <= found.rank_high[:, 0]))
+        covered.append((found.rank_low <= true) & (true <= found.rank_high))
     assert np.mean(covered) > 0.9
 
 
@@ -46,9 +48,9 @@ def test_equal_groups_are_tied_and_far_ones_are_not():
     rng = np.random.default_rng(3)
     shares, tokens = captions(rng, 64, np.array([1e-3, 1e-3, 1e-1]))
     found = intervals(shares, tokens)
-    assert found.tied == (((1,), (0,), ()),)
-    assert found.rank_low[:, 0].tolist() == [2, 2, 1]
-    assert found.rank_high[:, 0].tolist() == [3, 3, 1]
+    assert found.tied == ((1,), (0,), ())
+    assert found.rank_low.tolist() == [2, 2, 1]
+    assert found.rank_high.tolist() == [3, 3, 1]
 
 
 def test_groups_that_never_differ_are_tied():
@@ -62,28 +64,28 @@ def test_what_two_groups_share_does_not_blur_their_order():
     rng = np.random.default_rng(4)
     tokens = np.full(40, 10)
     common = rng.gamma(0.5, 2.0, size=(40, 1))
-    shares = (common * np.array([1.0, 1.05]) * (1 + rng.normal(0, 0.01, (40, 2))) / 40)[:, :, None]
+    shares = common * np.array([1.0, 1.05]) * (1 + rng.normal(0, 0.01, (40, 2))) / 40
     found = intervals(shares, tokens)
-    assert found.high[0, 0] > found.low[1, 0]  # the intervals overlap by far
-    assert found.tied == (((), ()),)
+    assert found.high[0] > found.low[1]  # the intervals overlap by far
+    assert found.tied == ((), ())
 
 
 def test_ties_are_listed_most_sensitive_first():
     rng = np.random.default_rng(5)
     shares, tokens = captions(rng, 16, np.array([1.0, 1.02, 0.98, 1.01]))
-    order = np.argsort(-shares.sum(axis=0)[:, 0]).tolist()
+    order = np.argsort(-shares.sum(axis=0)).tolist()
     found = intervals(shares, tokens)
-    for g, tied in enumerate(found.tied[0]):
+    for g, tied in enumerate(found.tied):
         assert list(tied) == [i for i in order if i in tied]
-        assert found.rank_high[g, 0] - found.rank_low[g, 0] == len(tied)
+        assert found.rank_high[g] - found.rank_low[g] == len(tied)
 
 
 def test_a_constant_kl_per_token_has_no_width_whatever_the_captions_lengths():
     tokens = np.random.default_rng(6).integers(1, 100, 30)
-    shares = np.stack([tokens / tokens.sum() * kl for kl in (0.1, 0.3)], axis=1)[:, :, None]
+    shares = np.stack([tokens / tokens.sum() * kl for kl in (0.1, 0.3)], axis=1)
     found = intervals(shares, tokens)
-    np.testing.assert_allclose(found.low[:, 0], [0.1, 0.3], rtol=1e-6)
-    np.testing.assert_allclose(found.high[:, 0], [0.1, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(found.low, [0.1, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(found.high, [0.1, 0.3], rtol=1e-6)
 
 
 def test_the_same_captions_give_the_same_intervals():
@@ -91,39 +93,33 @@ def test_the_same_captions_give_the_same_intervals():
     one, two = intervals(shares, tokens), intervals(shares, tokens)
     np.testing.assert_array_equal(one.low, two.low)
     np.testing.assert_array_equal(one.high, two.high)
-    assert (one.tied, one.top_captions.tolist()) == (two.tied, two.top_captions.tolist())
-
-
-def test_a_candidate_has_the_intervals_that_it_has_alone():
-    shares, tokens = captions(np.random.default_rng(8), 20, np.exp(np.linspace(-9, -5, 12)))
-    both = np.concatenate([shares, shares[:, ::-1] * 3], axis=2)
-    np.testing.assert_allclose(intervals(both, tokens).select(0).low, intervals(shares, tokens).low, rtol=1e-12)
+    assert (one.tied, one.top_captions) == (two.tied, two.top_captions)
 
 
 def test_negative_shares_are_allowed():
-    shares = np.random.default_rng(9).normal(0.1, 1.0, (12, 3, 1)) / 12
+    shares = np.random.default_rng(9).normal(0.1, 1.0, (12, 3)) / 12
     found = intervals(shares, np.full(12, 10))
     assert (found.low < 0).all()
     assert (found.low <= shares.sum(axis=0)).all()
 
 
 def test_no_end_is_beyond_a_single_caption():
-    shares, tokens = np.full((12, 1, 1), 1e-6), np.full(12, 10)
+    shares, tokens = np.full((12, 1), 1e-6), np.full(12, 10)
     shares[3] = 1.0  # one caption makes nearly all of it
     found = intervals(shares, tokens)
-    assert found.low[0, 0] >= 12e-6 - 1e-12
-    assert 1.0 < found.high[0, 0] <= 12.0
+    assert found.low[0] >= 12e-6 - 1e-12
+    assert 1.0 < found.high[0] <= 12.0
 
 
 def test_a_group_that_is_not_finite_has_no_interval_and_ties_with_nothing():
     shares, tokens = captions(np.random.default_rng(10), 16, np.array([1e-3, 1e-3, 1e-3]))
-    shares[3, 1, 0] = np.nan
+    shares[3, 1] = np.nan
     found = intervals(shares, tokens)
-    assert np.isnan(found.low[1, 0])
-    assert (found.rank_low[1, 0], found.rank_high[1, 0]) == (0, 0)
-    assert found.tied[0][1] == ()
-    assert 1 not in found.tied[0][0]
-    assert found.rank_high[:, 0].max() <= 2
+    assert np.isnan(found.low[1])
+    assert (found.rank_low[1], found.rank_high[1]) == (0, 0)
+    assert found.tied[1] == ()
+    assert 1 not in found.tied[0]
+    assert found.rank_high.max() <= 2
 
 
 @pytest.mark.parametrize("count", [1, FEWEST - 1])
@@ -133,7 +129,7 @@ def test_too_few_captions_give_no_intervals(count):
 
 def test_captions_without_a_share_do_not_count():
     shares, tokens = captions(np.random.default_rng(12), FEWEST, np.array([1e-3, 1e-2]))
-    empty = np.zeros((5, 2, 1)), np.zeros(5, dtype=np.int64)
+    empty = np.zeros((5, 2)), np.zeros(5, dtype=np.int64)
     found = intervals(np.concatenate([shares, empty[0]]), np.concatenate([tokens, empty[1]]))
     assert found.captions == FEWEST
     assert intervals(np.concatenate([shares[1:], empty[0]]), np.concatenate([tokens[1:], empty[1]])) is None
@@ -187,18 +183,24 @@ def test_groups_that_are_all_alike_never_have_a_stable_top():
 
 def test_a_top_of_all_groups_is_not_judged():
     found = intervals(*captions(np.random.default_rng(17), 16, np.full(10, 1e-3)))
-    assert np.isnan(found.top_overlap[0])
-    assert np.isnan(found.top_captions[0])
+    assert np.isnan(found.top_overlap)
+    assert np.isnan(found.top_captions)
 
 
 def test_intervals_come_back_from_the_manifest(make_result):
-    result = with_intervals(make_result(pairs=("wint8_afp16", "wfp8_afp8"), nonfinite=["B01.o"]))
-    result = replace(result, intervals=replace(result.intervals, top_captions=np.array([np.inf, 33.0])))
+    result = with_intervals(make_result(nonfinite=["B01.o"]))
+    result = replace(result, intervals=replace(result.intervals, top_captions=math.inf))
     again = from_manifest(json.loads(json.dumps(to_manifest(result), allow_nan=False))).intervals
     for name in ("low", "high", "rank_low", "rank_high", "top_overlap", "top_captions"):
         np.testing.assert_array_equal(getattr(again, name), getattr(result.intervals, name), name)
     assert again.tied == result.intervals.tied
     assert (again.level, again.captions, again.top) == (0.9, 16, 10)
+
+
+def test_a_manifest_of_several_candidates_is_refused(make_result):
+    data = to_manifest(make_result())
+    with pytest.raises(UserError, match="2 candidates, a run has one"):
+        from_manifest({**data, "candidates": data["candidates"] * 2})
 
 
 def test_a_manifest_of_before_there_were_intervals_is_read(make_result):
@@ -217,13 +219,6 @@ def test_rows_have_the_columns_where_intervals_are_known(make_result):
 
 def test_an_engine_that_keeps_no_samples_has_no_intervals(make_result):
     assert with_intervals(make_result(samples=0)).intervals is None
-
-
-def test_one_candidate_of_several_keeps_its_intervals(make_result):
-    result = with_intervals(make_result(pairs=("wint8_afp16", "wfp8_afp8")))
-    alone = result.select("wfp8_afp8", result.recipe)
-    np.testing.assert_array_equal(alone.intervals.low[:, 0], result.intervals.low[:, 1])
-    assert alone.intervals.tied == (result.intervals.tied[1],)
 
 
 def test_intervals_import_nothing_heavy(python):

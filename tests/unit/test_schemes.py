@@ -33,8 +33,8 @@ def source(make_result):
 @pytest.fixture
 def both(make_result):
     """The same blocks under FP8 and under FP4, from two runs; FP4 hurts four times as much."""
-    eight = make_result(blocks=12, pairs=("wfp8_afp8",))
-    four = make_result(blocks=12, pairs=("wfp4_afp16",))
+    eight = make_result(blocks=12, pair="wfp8_afp8")
+    four = make_result(blocks=12, pair="wfp4_afp16")
     four = replace(four, scores=4 * eight.scores, predicted_kl=4 * eight.predicted_kl)
     return combine({"run8": eight, "run4": four})
 
@@ -184,14 +184,14 @@ def test_an_infeasible_budget_says_the_feasible_range(both):
 
 
 def test_scores_of_other_calibrations_do_not_mix(make_result):
-    eight, four = make_result(pairs=("wfp8_afp8",)), make_result(pairs=("wfp4_afp16",))
+    eight, four = make_result(pair="wfp8_afp8"), make_result(pair="wfp4_afp16")
     four = replace(four, calibration=replace(four.calibration, digest="0" * 64))
     with pytest.raises(UserError, match="different calibrations"):
         combine({"run8": eight, "run4": four})
 
 
 def test_scores_of_another_revision_do_not_mix(make_result):
-    eight, four = make_result(pairs=("wfp8_afp8",)), make_result(pairs=("wfp4_afp16",))
+    eight, four = make_result(pair="wfp8_afp8"), make_result(pair="wfp4_afp16")
     with pytest.raises(UserError, match="different model revisions"):
         combine({"run8": eight, "run4": replace(four, model=replace(four.model, revision="other"))})
 

@@ -17,10 +17,10 @@ def two(make_result):
     """Two runs of one truth on other captions: the first with 16, the second with 200."""
     rng = np.random.default_rng(0)
     base = make_result(blocks=6)
-    truth = base.predicted_kl[:, 0]
+    truth = base.predicted_kl
 
     def run(captions, seed, digest):
-        shares = rng.gamma(1.5, size=(captions, len(truth), 1)) / 1.5 * truth[:, None] / captions
+        shares = rng.gamma(1.5, size=(captions, len(truth))) / 1.5 * truth / captions
         kl = shares.sum(axis=0)
         data = replace(base.calibration, digest=digest, size=str(captions), score_samples=captions)
         tokens = np.full(captions, 12)
@@ -46,7 +46,7 @@ def test_overlap_counts_what_both_have_on_top():
 
 def test_figures_of_a_pair_lie_in_their_intervals(two):
     (row,) = stability(two).to_dict("records")
-    a, b = (r.predicted_kl[:, 0] for r in two.values())
+    a, b = (r.predicted_kl for r in two.values())
     assert row["spearman"] == pytest.approx(spearmanr(a, b).statistic)
     assert row["kendall"] == pytest.approx(kendalltau(a, b).statistic)
     assert row["overlap"] == len(set(np.argsort(-a)[:10]) & set(np.argsort(-b)[:10]))
@@ -65,7 +65,7 @@ def test_more_captions_make_the_intervals_narrower(two):
 def repeated(result, times):
     """The same scores from so many times the captions."""
     return {
-        "sample_kl": np.tile(result.sample_kl, (times, 1, 1)) / times,
+        "sample_kl": np.tile(result.sample_kl, (times, 1)) / times,
         "sample_tokens": np.tile(result.sample_tokens, times),
     }
 
@@ -97,16 +97,16 @@ def test_a_run_without_samples_has_figures_and_no_intervals(two):
 
 def test_groups_without_a_finite_score_are_left_out(two):
     a, b = two
-    bad = replace(two[a], predicted_kl=np.where(np.arange(24)[:, None] == 3, np.nan, two[a].predicted_kl))
+    bad = replace(two[a], predicted_kl=np.where(np.arange(24) == 3, np.nan, two[a].predicted_kl))
     (row,) = stability({a: bad, b: two[b]}).to_dict("records")
     assert row["groups"] == 23
 
 
 def test_an_imported_run_is_compared_by_its_raw_scores(two):
     a, b = two
-    imported = replace(two[b], predicted_kl=np.full((24, 1), np.nan), sample_kl=None, sample_tokens=None)
+    imported = replace(two[b], predicted_kl=np.full(24, np.nan), sample_kl=None, sample_tokens=None)
     (row,) = stability({a: two[a], b: imported}).to_dict("records")
-    assert row["spearman"] == pytest.approx(spearmanr(two[a].scores[:, 0], two[b].scores[:, 0]).statistic)
+    assert row["spearman"] == pytest.approx(spearmanr(two[a].scores, two[b].scores).statistic)
 
 
 def test_the_top_is_not_compared_where_there_are_no_more_groups(two):

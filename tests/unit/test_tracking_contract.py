@@ -76,10 +76,8 @@ def test_nonfinite_scores_are_counted_and_left_out(result):
 def test_lines_have_the_block_as_step(result):
     for kind in ("qkv", "gate_up", "down"):
         at = [i for i, group in enumerate(result.groups) if group.kind == kind]
-        assert line(result, f"score_by_layer/{kind}") == [(b, result.scores[i, 0]) for b, i in enumerate(at)]
-        assert line(result, f"predicted_kl_by_layer/{kind}") == [
-            (b, result.predicted_kl[i, 0]) for b, i in enumerate(at)
-        ]
+        assert line(result, f"score_by_layer/{kind}") == [(b, result.scores[i]) for b, i in enumerate(at)]
+        assert line(result, f"predicted_kl_by_layer/{kind}") == [(b, result.predicted_kl[i]) for b, i in enumerate(at)]
 
 
 def test_several_groups_of_a_kind_in_a_block_are_summed():
@@ -88,8 +86,8 @@ def test_several_groups_of_a_kind_in_a_block_are_summed():
     result = replace(
         base,
         groups=groups,
-        scores=np.array([[1.0], [2.0]]),
-        predicted_kl=np.array([[4.0], [np.nan]]),
+        scores=np.array([1.0, 2.0]),
+        predicted_kl=np.array([4.0, np.nan]),
         recipe=replace(base.recipe, chosen=(None, None)),
     )
     assert line(result, "score_by_layer/down") == [(0, 3.0)]
@@ -101,8 +99,8 @@ def test_a_group_outside_the_blocks_has_a_score_and_no_line():
     result = replace(
         base,
         groups=(*base.groups, Group("lm_head", None, "lm_head", ("lm_head",), 1)),
-        scores=np.ones((5, 1)),
-        predicted_kl=np.ones((5, 1)),
+        scores=np.ones(5),
+        predicted_kl=np.ones(5),
         recipe=replace(base.recipe, chosen=(None,) * 5),
     )
     assert values(result)["score/lm_head"] == 1
@@ -121,7 +119,7 @@ def test_table_keeps_every_digit_and_has_null_for_infinity(result):
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     by_layer = {row["layer"]: row for row in rows}
     assert [by_layer[g.key]["score"] for g in result.groups if g.key != "B01.o"] == [
-        s for s in result.scores[:, 0].tolist() if math.isfinite(s)
+        s for s in result.scores.tolist() if math.isfinite(s)
     ]
     assert by_layer["B01.o"]["score"] is None
     assert set(table["columns"]) >= {
@@ -164,9 +162,9 @@ def test_table_and_tags_have_the_intervals_where_they_are_known(result):
 def test_the_stability_of_the_top_is_a_metric(result):
     sure = with_captions(result)
     found = values(sure)
-    assert found["summary/rank_stability_top10"] == sure.intervals.top_overlap[0] / 10
-    assert found["summary/captions_for_stable_top10"] == sure.intervals.top_captions[0]
-    never = replace(sure, intervals=replace(sure.intervals, top_captions=np.array([np.inf])))
+    assert found["summary/rank_stability_top10"] == sure.intervals.top_overlap / 10
+    assert found["summary/captions_for_stable_top10"] == sure.intervals.top_captions
+    never = replace(sure, intervals=replace(sure.intervals, top_captions=math.inf))
     assert "summary/captions_for_stable_top10" not in values(never)
     assert "summary/rank_stability_top10" not in values(result)
 

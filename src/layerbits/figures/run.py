@@ -262,12 +262,11 @@ def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
     frame = tidy(result)
     measured = known and result.method == "kl_div"
     label = "KL on the calibration rows (nats per token)" if measured else LABELS[value]
-    count = len(result.candidates)
-    title = f"{result.model.name}, {count} candidates, {result.calibration.size}" if count > 2 else result.run_name
+    title = result.run_name
     drawn = {
         "heatmap": heatmap(frame, value, label=label, title=title),
         "by_layer": by_layer(frame, value, label=label, title=title),
-        "ranked": ranked_bars(frame, value, 20 if count <= 2 else 10, label=label, title=title),
+        "ranked": ranked_bars(frame, value, label=label, title=title),
         "cumulative": cumulative_share(frame, title=title),
     }
     if any(module.scoring for module in result.routing):

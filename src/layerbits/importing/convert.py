@@ -76,7 +76,7 @@ def write(result: SensitivityResult, table: Source, root: Path) -> Path:
     Raises:
         UserError: The disk is full or cannot be written.
     """
-    name = re.sub(r"[^\w.-]+", "_", f"{result.model.name}_{result.candidates[0].name}")
+    name = re.sub(r"[^\w.-]+", "_", f"{result.model.name}_{result.candidate.name}")
     folder = root / "imported" / f"{name}-{table.digest[:12]}"
     try:
         write_report(result, folder)
@@ -90,7 +90,7 @@ def write(result: SensitivityResult, table: Source, root: Path) -> Path:
 def _result(table: Table, scores: Sequence[Score], forms: Sequence[str]) -> SensitivityResult:
     info = _candidate(table, scores[0], alone=len(forms) == 1)
     groups = _groups(table, scores)
-    raw = np.array([[score.score] for score in scores])
+    raw = np.array([score.score for score in scores])
     order = sorted(range(len(groups)), key=lambda i: math.inf if groups[i].block is None else groups[i].block or 0)
     return SensitivityResult(
         model=ModelInfo(_slug(table.model), table.model, "", "", ""),
@@ -100,7 +100,7 @@ def _result(table: Table, scores: Sequence[Score], forms: Sequence[str]) -> Sens
         seed=None,
         device="",
         groups=tuple(groups[i] for i in order),
-        candidates=(info,),
+        candidate=info,
         scores=raw[order],
         predicted_kl=np.full_like(raw, np.nan),
         recipe=Recipe(table.target_bits, (), math.nan, table.found_bits, table.found_score),

@@ -99,7 +99,7 @@ def _result(
 ) -> SensitivityResult:
     mine = {name: stat for name, stat in stats.items() if form in stat["formats"]}
     groups = _groups(mine)
-    raw = np.array([[float(stat["scores"][stat["formats"].index(form)])] for stat in mine.values()])
+    raw = np.array([float(stat["scores"][stat["formats"].index(form)]) for stat in mine.values()])
     best = file.state.get("best") or {}
     recipe = best.get("recipe") or {}
     chosen = tuple(info.name if recipe[name] == form else None for name in mine) if recipe else ()
@@ -121,7 +121,7 @@ def _result(
         seed=None,
         device="",
         groups=groups,
-        candidates=(info,),
+        candidate=info,
         scores=np.where(np.isfinite(raw), raw, np.nan),
         predicted_kl=np.full_like(raw, np.nan),
         recipe=Recipe(
@@ -129,7 +129,7 @@ def _result(
             chosen=chosen,
             effective_bits=_bits(groups, chosen, info) if chosen else math.nan,
             effective_bits_modelopt=float((best.get("constraints") or {}).get("effective_bits", math.nan)),
-            score=float(sum(s for s, c in zip(raw[:, 0], chosen, strict=True) if c)) if chosen else math.nan,
+            score=float(sum(s for s, c in zip(raw, chosen, strict=True) if c)) if chosen else math.nan,
         ),
         tags={
             "source": "imported",

@@ -67,7 +67,7 @@ class RecipeOutcome:
     @property
     def results(self) -> dict[str, SensitivityResult]:
         """Candidate name → its result."""
-        return {o.result.candidates[0].name: o.result for o in self.outcomes}
+        return {o.result.candidate.name: o.result for o in self.outcomes}
 
 
 def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
@@ -126,11 +126,11 @@ def run_recipe(plan: RecipePlan, root: Path) -> RecipeOutcome:
     for part in plan.passes:
         for outcome in run(part, root, loaded):
             result = outcome.result
-            name = result.candidates[0].name
+            name = result.candidate.name
             c = names.index(name)
             eligible = [g for g, group in enumerate(result.groups) if c in searched[row_of[group.modules]].choices]
             for g in eligible:
-                raw[row_of[result.groups[g].modules], c] = result.scores[g, 0]
+                raw[row_of[result.groups[g].modules], c] = result.scores[g]
             outcomes[name] = replace(outcome, result=_selected(result, eligible, space.recipe))
     found = answer(space, raw)
     stock = None if space.recipe.effective_bits is None else modelopt_answer(space, np.nan_to_num(raw, nan=1e30))
@@ -173,13 +173,13 @@ def _selected(result: SensitivityResult, keep: Sequence[int], recipe: LoadedReci
     rows = list(keep)
     groups = tuple(result.groups[g] for g in rows)
     kept = {group.key for group in groups}
-    info, chosen = result.candidates[0], tuple(result.recipe.chosen[g] for g in rows)
+    info, chosen = result.candidate, tuple(result.recipe.chosen[g] for g in rows)
     model = result.recipe.cost_model
 
     def bits(each: float) -> float:
         return effective_bits(groups, [16.0 if name is None else each for name in chosen], model)
 
-    finite = [s for s, name in zip(result.scores[rows, 0], chosen, strict=True) if name is not None and np.isfinite(s)]
+    finite = [s for s, name in zip(result.scores[rows], chosen, strict=True) if name is not None and np.isfinite(s)]
     return with_intervals(
         replace(
             result,

@@ -95,7 +95,7 @@ def _scored(settings: Settings, recipe: LoadedRecipe, root: Path) -> RecipeOutco
 
 def _written(outcome: RecipeOutcome) -> dict[str, Path]:
     settings = outcome.plan.settings
-    return {o.result.candidates[0].name: write(o, settings) for o in outcome.outcomes}
+    return {o.result.candidate.name: write(o, settings) for o in outcome.outcomes}
 
 
 def _finish(outcome: RecipeOutcome, runs: dict[str, str]) -> tuple[Path, list[Scheme]]:

@@ -34,7 +34,7 @@ def _scheme(outcome: RecipeOutcome, answer: Answer, name: str, run_ids: Sequence
     space, results = outcome.plan.space, outcome.results
     first = next(iter(results.values()))
     groups, assignment = _groups(outcome, answer), []
-    predicted = {name: dict(zip(_keys(r), r.predicted_kl[:, 0], strict=True)) for name, r in results.items()}
+    predicted = {name: dict(zip(_keys(r), r.predicted_kl, strict=True)) for name, r in results.items()}
     kl, given = 0.0, 0
     for group, at in groups:
         info = None if at == UNQUANTIZED else space.candidates[at].info

@@ -60,7 +60,7 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
             "phases": [{**asdict(c), "words": coverage_words(c)} for c in coverage(result.routing)],
         },
         "intervals": _intervals(result),
-        "candidates": [_candidate(result, c) for c in range(len(result.candidates))],
+        "candidates": [_candidate(result)],
         "nonfinite": [asdict(n) for n in result.nonfinite],
         "seconds": dict(result.seconds),
         "memory": dict(result.memory),
@@ -79,25 +79,20 @@ def _baseline(result: SensitivityResult) -> dict[str, Any] | None:
 
 
 def _intervals(result: SensitivityResult) -> dict[str, Any] | None:
-    """What the manifest says of them, with how stable the top of each ranking is, in words."""
-    ends = result.intervals
+    """What the manifest says of them, with how stable the top of the ranking is, in words."""
+    ends, name = result.intervals, result.candidate.name
     if ends is None:
         return None
-    names = [c.name for c in result.candidates]
-    tops = zip(ends.top_overlap.tolist(), ends.top_captions.tolist(), strict=True)
-    words = [stability_words(ends.top, ends.captions, overlap, captions) for overlap, captions in tops]
-    return {**ends.told(names), "words": dict(zip(names, words, strict=True))}
+    words = stability_words(ends.top, ends.captions, ends.top_overlap, ends.top_captions)
+    return {**ends.to_json(name), "words": {name: words}}
 
 
-def _candidate(result: SensitivityResult, c: int) -> dict[str, Any]:
-    info = result.candidates[c]
-    scores, kl = result.scores[:, c], result.predicted_kl[:, c]
-    total, chosen, shares = result.total("scores", c), result.recipe.chosen, result.shares(c)
+def _candidate(result: SensitivityResult) -> dict[str, Any]:
+    info, scores, kl = result.candidate, result.scores, result.predicted_kl
+    total, chosen, shares = result.total("scores"), result.recipe.chosen, result.shares()
     position = {g.key: i for i, g in enumerate(result.groups)}
     layers = []
     for row in result.rows():
-        if row["candidate"] != info.name:
-            continue
         layer = {
             "rank": row["rank"],
             "layer": row["layer"],
@@ -142,7 +137,7 @@ def _candidate(result: SensitivityResult, c: int) -> dict[str, Any]:
         "predicted_kl_sum": _sum(kl),
         "score_sum": _sum(scores),
         "nonfinite": int((~np.isfinite(scores)).sum()),
-        "not_believable": int(result.beyond[:, c].sum()),
+        "not_believable": int(result.beyond.sum()),
         "groups_for_most": groups_for_share(scores, MOST) or None,
         "kinds": kinds,
         "layers": layers,
@@ -151,33 +146,32 @@ def _candidate(result: SensitivityResult, c: int) -> dict[str, Any]:
 
 def _attention(result: SensitivityResult) -> Iterator[str]:
     """What a reader must know before any number, a sentence each."""
-    known = np.isfinite(result.predicted_kl).any()
-    for c, info in enumerate(result.candidates):
-        entries = [n for n in result.nonfinite if n.candidate == info.name]
-        why = {n.group: n.detail for n in reversed(entries)}
-        bad = [g.key for g, score in zip(result.groups, result.scores[:, c], strict=True) if not math.isfinite(score)]
-        if bad:
-            names = listed([f"{key} ({why[key]})" if why.get(key) else key for key in bad], _NAMED)
-            yield (
-                f"{info.name}: the score of {len(bad)} of {len(result.groups)} groups is not finite: {names}. They "
-                "rank last, and totals and shares leave them out."
-            )
-        parts = [_entry(n) for n in entries if n.group not in bad]
-        if parts:
-            yield f"{info.name}: not finite within groups that have a score: {listed(parts, _NAMED)}."
-        half = np.isfinite(result.scores[:, c]) & ~np.isfinite(result.predicted_kl[:, c])
-        if known and half.any():
-            names = listed([result.groups[i].key for i in np.flatnonzero(half)], _NAMED)
-            yield f"{info.name}: the predicted KL of {names} is not finite and missing in its sum."
-        if (far := np.flatnonzero(result.beyond[:, c])).size and result.baseline is not None:
-            worst = sorted(far.tolist(), key=lambda g: -result.predicted_kl[g, c])
-            names = listed([f"{result.groups[g].key} {result.predicted_kl[g, c]:.3g}" for g in worst], _NAMED)
-            yield (
-                f"{info.name}: the predicted KL of {len(far)} of {len(result.groups)} groups is above "
-                f"ln({result.baseline.vocabulary:,}) = {result.baseline.guessing:.2f} nats per token and not "
-                f"believable: {names}. A prediction from small changes does not hold so far out: read these as very "
-                "sensitive, and no number into them or into the total. Figures leave them out."
-            )
+    name, kl = result.candidate.name, result.predicted_kl
+    known = np.isfinite(kl).any()
+    why = {n.group: n.detail for n in reversed(result.nonfinite)}
+    bad = [g.key for g, score in zip(result.groups, result.scores, strict=True) if not math.isfinite(score)]
+    if bad:
+        names = listed([f"{key} ({why[key]})" if why.get(key) else key for key in bad], _NAMED)
+        yield (
+            f"{name}: the score of {len(bad)} of {len(result.groups)} groups is not finite: {names}. They "
+            "rank last, and totals and shares leave them out."
+        )
+    parts = [_entry(n) for n in result.nonfinite if n.group not in bad]
+    if parts:
+        yield f"{name}: not finite within groups that have a score: {listed(parts, _NAMED)}."
+    half = np.isfinite(result.scores) & ~np.isfinite(kl)
+    if known and half.any():
+        names = listed([result.groups[i].key for i in np.flatnonzero(half)], _NAMED)
+        yield f"{name}: the predicted KL of {names} is not finite and missing in its sum."
+    if (far := np.flatnonzero(result.beyond)).size and result.baseline is not None:
+        worst = sorted(far.tolist(), key=lambda g: -kl[g])
+        names = listed([f"{result.groups[g].key} {kl[g]:.3g}" for g in worst], _NAMED)
+        yield (
+            f"{name}: the predicted KL of {len(far)} of {len(result.groups)} groups is above "
+            f"ln({result.baseline.vocabulary:,}) = {result.baseline.guessing:.2f} nats per token and not "
+            f"believable: {names}. A prediction from small changes does not hold so far out: read these as very "
+            "sensitive, and no number into them or into the total. Figures leave them out."
+        )
     if not known and np.isfinite(result.scores).any():
         yield "The predicted KL is not known for this result: only raw scores are told."
     yield from result.warnings

@@ -36,8 +36,8 @@ def markdown_report(result: SensitivityResult) -> str:
         _attention(data["attention"]),
         _headline(data),
         _figures(data["experts"]),
-        *(_ranking(data, c) for c in data["candidates"]),
-        _recipe(data["recipe"], several=len(data["candidates"]) > 1, layers=data["candidates"][0]["layers"]),
+        _ranking(data),
+        _recipe(data["recipe"]),
         _experts(data["experts"]),
         _run(data),
         _reading(data["method"], data["intervals"], data["engine"]),
@@ -49,12 +49,12 @@ def markdown_report(result: SensitivityResult) -> str:
 def note(result: SensitivityResult) -> str:
     """Ten lines of Markdown for the run page: what was run, total, bits, the top five."""
     data = json_report(result)
-    recipe, calibration, several = data["recipe"], data["calibration"], len(data["candidates"]) > 1
-    formats = ", ".join(dict.fromkeys(c["format_name"] for c in data["candidates"]))
+    recipe, calibration = data["recipe"], data["calibration"]
+    (c,) = data["candidates"]
     count = len(data["attention"])
     warned = f" **{count} warning{'s' * (count > 1)}: read the report first.**" if count else ""
     lines = [
-        f"**{data['run_name']}** ({formats}): {data['method']}, {_k(data['engine'])}, {_k(data['device'])}, "
+        f"**{data['run_name']}** ({c['format_name']}): {data['method']}, {_k(data['engine'])}, {_k(data['device'])}, "
         f"seed {_k(data['seed'])}.{warned}",
         f"{_k(calibration['dataset'])} {calibration['size']}: {_k(calibration['score_samples'])} captions, "
         f"{_k(calibration['score_rows'])} rows, {_k(calibration['loss_tokens'], ',')} loss tokens{_loss(data)}",
@@ -66,22 +66,18 @@ def note(result: SensitivityResult) -> str:
     lines += [f"experts in {p['words']}" for p in data["experts"]["phases"][-1:]]
     prices = kv_sums(result.kv_cache).items()
     lines += [f"KV cache {form}: predicted KL {_n(kl)} nats/token over all blocks" for form, kl in prices]
-    for c in data["candidates"]:
-        kl, name = c["predicted_kl_sum"], _kl_name(data["method"])
-        total = f"{name} not known" if kl is None else f"{name} {_n(kl)} nats/token over all groups"
-        top = "; top " + ", ".join(f"`{x['layer']}`" for x in c["layers"][:3]) if several else ""
-        lines.append(f"{c['name']}: {total}, raw score {_n(c['score_sum'])}{top}")
-    if not several:
-        (c,) = data["candidates"]
-        ends = data["intervals"]
-        stable = ends and ends["top_overlap"][c["name"]]
-        sure = f"; other captions would share {stable:.1f} of the top {ends['top']}" if stable else ""
-        lines.append(f"{_shares(c)}; {c['groups_for_most'] or '–'} of {recipe['groups']} groups make {MOST:.0%}{sure}")
-        lines += [
-            f"**{x['rank']}** `{x['layer']}` {_n(_value(x))} ({_p(x['share'])})"
-            f"{'' if x.get('believable', True) else ', not believable'}"
-            for x in c["layers"][:5]
-        ]
+    kl, name = c["predicted_kl_sum"], _kl_name(data["method"])
+    total = f"{name} not known" if kl is None else f"{name} {_n(kl)} nats/token over all groups"
+    lines.append(f"{c['name']}: {total}, raw score {_n(c['score_sum'])}")
+    ends = data["intervals"]
+    stable = ends and ends["top_overlap"][c["name"]]
+    sure = f"; other captions would share {stable:.1f} of the top {ends['top']}" if stable else ""
+    lines.append(f"{_shares(c)}; {c['groups_for_most'] or '–'} of {recipe['groups']} groups make {MOST:.0%}{sure}")
+    lines += [
+        f"**{x['rank']}** `{x['layer']}` {_n(_value(x))} ({_p(x['share'])})"
+        f"{'' if x.get('believable', True) else ', not believable'}"
+        for x in c["layers"][:5]
+    ]
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -103,11 +99,10 @@ def _attention(sentences: Sequence[str]) -> list[str]:
 
 def _headline(data: Mapping[str, Any]) -> Iterator[str]:
     recipe, kl = data["recipe"], _kl_name(data["method"])
+    (c,) = data["candidates"]
     yield "## In short"
-    rows = []
-    for c in data["candidates"]:
-        few = f"{c['groups_for_most'] or '–'} of {recipe['groups']}"
-        rows.append([c["name"], _n(c["predicted_kl_sum"]), _n(c["score_sum"]), _shares(c), few])
+    few = f"{c['groups_for_most'] or '–'} of {recipe['groups']}"
+    rows = [[c["name"], _n(c["predicted_kl_sum"]), _n(c["score_sum"]), _shares(c), few]]
     titles = [
         "candidate",
         f"total {kl} (nats/token)",
@@ -117,9 +112,7 @@ def _headline(data: Mapping[str, Any]) -> Iterator[str]:
     ]
     yield _table(titles, rows)
     yield "Totals and shares are over all groups, as if every group were quantized; shares are of the raw score."
-    counts = "; ".join(
-        f"{c['name']} {_k(c['bits'], 'g')} (ModelOpt {_k(c['bits_modelopt'], 'g')})" for c in data["candidates"]
-    )
+    counts = f"{c['name']} {_k(c['bits'], 'g')} (ModelOpt {_k(c['bits_modelopt'], 'g')})"
     yield (
         f"**Effective bits {_k(recipe['effective_bits'], '.3f')}**{_active(recipe)} for a target of "
         f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
@@ -137,9 +130,9 @@ def _figures(experts: Mapping[str, Any]) -> Iterator[str]:
     yield "Figures: " + ", ".join(f"[{caption}](../figures/{name}.png)" for name, caption in drawn.items())
 
 
-def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
-    kl, several = _kl_name(data["method"]), len(data["candidates"]) > 1
-    title = f" under {c['name']}" if several else ""
+def _ranking(data: Mapping[str, Any]) -> Iterator[str]:
+    kl = _kl_name(data["method"])
+    (c,) = data["candidates"]
     usable = [x for x in c["layers"] if x["score"] is not None]
     most, least = usable[:_LISTED], usable[_LISTED:][-_LISTED:][::-1]
     sure = data["intervals"]
@@ -152,19 +145,19 @@ def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
     def row(x: Mapping[str, Any]) -> list[str]:
         doubt = " (not believable)" if not x.get("believable", True) else ""
         values = [_n(x["predicted_kl"]) + doubt, *(_n(x[e]) for e in ends), _n(x["score"]), _p(x["share"])]
-        status = [_status(x["chosen"], several)] if known else []
+        status = ["kept" if x["chosen"] is None else "quantized"] if known else []
         rank = [str(x["rank"]), *([_range(x["rank_low"], x["rank_high"])] if sure else [])]
         others = [_tied(x["tied"])] if sure else []
         return [*rank, f"`{x['layer']}`", modules_words(x["modules"]), *values, *status, *others]
 
-    yield f"## Most sensitive groups{title}"
+    yield "## Most sensitive groups"
     yield _table(titles, map(row, most)) if most else "No group has a finite score."
     if least:
-        yield f"## Least sensitive groups{title}"
+        yield "## Least sensitive groups"
         yield _table(titles, map(row, least))
     if sure:
         yield f"**{sure['words'][c['name']]}**"
-    yield f"## By kind of linear{title}"
+    yield "## By kind of linear"
     yield _table(
         ["kind", "groups", "weights", f"{kl} (nats/token)", "raw score", "share", "quantized"],
         [
@@ -182,16 +175,12 @@ def _ranking(data: Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _recipe(recipe: Mapping[str, Any], several: bool, layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
     names = recipe["unquantized_modules"]
     yield "## Recipe"
     if names is None:
         yield "Which groups the solver quantized is not known."
         return
-    if several:
-        picks = [x["chosen"] for x in layers]
-        counts = {name: picks.count(name) for name in dict.fromkeys(picks)}
-        yield _table(["candidate", "groups"], [[_status(n, True), str(k)] for n, k in counts.items()])
     if not names:
         yield "Every group is quantized: the exclude list is empty."
         return
@@ -251,19 +240,19 @@ def _run(data: Mapping[str, Any]) -> Iterator[str]:
             ["made", _k(data["created"])],
         ],
     )
-    for c in data["candidates"]:
-        yield f"### Candidate {c['name']}"
-        yield _facts(
-            [
-                ["pair → format", f"{_k(c['quant_pair'])} → `{_k(c['format_name'])}`"],
-                ["granularity", _k(c["granularity"])],
-                ["weights", c["words"]["weight"]],
-                ["inputs", c["words"]["activation"]],
-                ["calibration algorithm", c["words"]["algorithm"]],
-                ["config hash", f"`{_k(c['config_hash'])}`"],
-                ["adjusted", "; ".join(c["adjustments"]) or (_NOTHING if c["config_hash"] else _k(None))],
-            ],
-        )
+    (c,) = data["candidates"]
+    yield f"### Candidate {c['name']}"
+    yield _facts(
+        [
+            ["pair → format", f"{_k(c['quant_pair'])} → `{_k(c['format_name'])}`"],
+            ["granularity", _k(c["granularity"])],
+            ["weights", c["words"]["weight"]],
+            ["inputs", c["words"]["activation"]],
+            ["calibration algorithm", c["words"]["algorithm"]],
+            ["config hash", f"`{_k(c['config_hash'])}`"],
+            ["adjusted", "; ".join(c["adjustments"]) or (_NOTHING if c["config_hash"] else _k(None))],
+        ],
+    )
 
 
 def _reading(method: str, intervals: Mapping[str, Any] | None, engine: str) -> Iterator[str]:
@@ -344,12 +333,6 @@ def _kl_name(method: str) -> str:
 
 def _shares(c: Mapping[str, Any]) -> str:
     return ", ".join(f"{k['kind']} {_p(k['share'])}" for k in c["kinds"])
-
-
-def _status(chosen: str | None, several: bool) -> str:
-    if chosen is None:
-        return "kept"
-    return chosen if several else "quantized"
 
 
 def _value(layer: Mapping[str, Any]) -> float | None:

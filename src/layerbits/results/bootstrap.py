@@ -52,7 +52,7 @@ def intervals(
     one more than the groups that surely beat it, and as many less than all as it surely beats.
 
     Args:
-        sample_kl: ``[S, G, C]`` share of each caption in the predicted KL; may be negative. Groups with a share that is
+        sample_kl: ``[S, G]`` share of each caption in the predicted KL; may be negative. Groups with a share that is
             not finite have no interval.
         sample_tokens: ``[S]`` loss tokens of each caption.
         level: Confidence of the intervals of the predicted KL.
@@ -63,33 +63,31 @@ def intervals(
     Returns:
         ``None`` where fewer than :data:`FEWEST` captions have a share.
     """
-    kept = (sample_tokens > 0) | (sample_kl != 0).any(axis=(1, 2))
+    kept = (sample_tokens > 0) | (sample_kl != 0).any(axis=1)
     kl, tokens = sample_kl[kept], sample_tokens[kept]
-    captions, groups, candidates = kl.shape
+    captions, groups = kl.shape
     if captions < FEWEST:
         return None
     weights = draw(captions, resamples, seed)
-    low, high = np.full((2, groups, candidates), np.nan)
-    rank_low, rank_high = np.zeros((2, groups, candidates), dtype=np.int64)
-    tied: list[list[tuple[int, ...]]] = [[()] * groups for _ in range(candidates)]
-    overlap, needed = np.full((2, candidates), np.nan)
-    for c in range(candidates):
-        known = np.flatnonzero(np.isfinite(kl[:, :, c]).all(axis=0))
-        if not known.size:
-            continue
-        shares = kl[:, known, c]
+    low, high = np.full((2, groups), np.nan)
+    rank_low, rank_high = np.zeros((2, groups), dtype=np.int64)
+    tied: list[tuple[int, ...]] = [()] * groups
+    overlap, needed = math.nan, math.nan
+    known = np.flatnonzero(np.isfinite(kl).all(axis=0))
+    if known.size:
+        shares = kl[:, known]
         center, drawn = shares.sum(axis=0), resampled(shares, tokens, weights)
-        low[known, c], high[known, c] = _ends(shares, tokens, weights, drawn, level)
+        low[known], high[known] = _ends(shares, tokens, weights, drawn, level)
         unsure, above = ties(drawn, center)
         for g, those in zip(known, unsure, strict=True):
-            tied[c][g] = tuple(known[those].tolist())
-        rank_low[known, c] = 1 + above
-        rank_high[known, c] = 1 + above + [len(those) for those in unsure]
+            tied[g] = tuple(known[those].tolist())
+        rank_low[known] = 1 + above
+        rank_high[known] = 1 + above + [len(those) for those in unsure]
         if len(known) > top:
             noise = drawn - drawn.mean(axis=0)
-            overlap[c] = top_overlap(center, noise, top, 1.0)
-            needed[c] = captions_for(center, noise, top, captions)
-    return Intervals(level, captions, low, high, rank_low, rank_high, tuple(map(tuple, tied)), top, overlap, needed)
+            overlap = top_overlap(center, noise, top, 1.0)
+            needed = captions_for(center, noise, top, captions)
+    return Intervals(level, captions, low, high, rank_low, rank_high, tuple(tied), top, overlap, needed)
 
 
 def draw(captions: int, resamples: int, seed: int) -> FloatArray:

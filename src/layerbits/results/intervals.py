@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,19 @@ FloatArray = npt.NDArray[np.float64]
 class Intervals:
     """How sure the predicted KL and its ranking are, from captions drawn again (:mod:`layerbits.results.bootstrap`).
 
-    ``G`` groups, ``C`` candidates.
+    ``G`` groups.
 
     Attributes:
         level: Confidence of ``low`` to ``high`` and of ``rank_low`` to ``rank_high``.
         captions: Captions that were drawn from.
-        low: ``[G, C]`` nats per token; NaN where the predicted KL is not finite. high: Likewise.
-        rank_low: ``[G, C]``, 1 = most sensitive; 0 where the predicted KL is not finite. rank_high: Likewise.
-        tied: Per candidate and group, the positions of the groups whose order against it is not supported, most
+        low: ``[G]`` nats per token; NaN where the predicted KL is not finite. high: Likewise.
+        rank_low: ``[G]``, 1 = most sensitive; 0 where the predicted KL is not finite. rank_high: Likewise.
+        tied: Per group, the positions of the groups whose order against it is not supported, most
             sensitive first.
         top: The number of most sensitive groups that the next two are about.
-        top_overlap: ``[C]`` how many of them two calibrations, each on as many other captions, would have in common;
+        top_overlap: How many of them two calibrations, each on as many other captions, would have in common;
             NaN where there are no more groups than that.
-        top_captions: ``[C]`` captions with which they would have all but one in common; infinite where 32 times as
+        top_captions: Captions with which they would have all but one in common; infinite where 32 times as
             many would not do, NaN as above.
     """
 
@@ -39,81 +39,73 @@ class Intervals:
     high: FloatArray
     rank_low: npt.NDArray[np.int64]
     rank_high: npt.NDArray[np.int64]
-    tied: tuple[tuple[tuple[int, ...], ...], ...]
+    tied: tuple[tuple[int, ...], ...]
     top: int
-    top_overlap: FloatArray
-    top_captions: FloatArray
+    top_overlap: float
+    top_captions: float
 
-    def select(self, candidate: int) -> Intervals:
-        """The part of one candidate."""
-        arrays = {name: getattr(self, name)[:, [candidate]] for name in ("low", "high", "rank_low", "rank_high")}
-        tops = {name: getattr(self, name)[[candidate]] for name in ("top_overlap", "top_captions")}
-        return replace(self, **arrays, **tops, tied=(self.tied[candidate],))
-
-    def row(self, group: int, candidate: int, keys: Sequence[str]) -> dict[str, Any]:
+    def row(self, group: int, keys: Sequence[str]) -> dict[str, Any]:
         """One group: low, high, rank_low and rank_high (``None`` where not known), and the keys it is tied with."""
         return {
-            "low": float(self.low[group, candidate]),
-            "high": float(self.high[group, candidate]),
-            "rank_low": int(self.rank_low[group, candidate]) or None,
-            "rank_high": int(self.rank_high[group, candidate]) or None,
-            "tied": [keys[i] for i in self.tied[candidate][group]],
+            "low": float(self.low[group]),
+            "high": float(self.high[group]),
+            "rank_low": int(self.rank_low[group]) or None,
+            "rank_high": int(self.rank_high[group]) or None,
+            "tied": [keys[i] for i in self.tied[group]],
         }
 
-    def told(self, names: Sequence[str]) -> dict[str, Any]:
-        """Plain JSON data of what does not stand in the rows; ``names`` are those of the candidates."""
+    def to_json(self, candidate: str) -> dict[str, Any]:
+        """Plain JSON data of what does not stand in the rows, under the candidate's name where a manifest has it so."""
         return {
             "level": self.level,
             "captions": self.captions,
             "top": self.top,
-            "top_overlap": dict(zip(names, map(_plain, self.top_overlap.tolist()), strict=True)),
-            "top_captions": dict(zip(names, map(_plain, self.top_captions.tolist()), strict=True)),
+            "top_overlap": {candidate: _plain(self.top_overlap)},
+            "top_captions": {candidate: _plain(self.top_captions)},
         }
 
     @classmethod
-    def from_told(
+    def from_json(
         cls,
-        told: Mapping[str, Any] | None,
+        data: Mapping[str, Any] | None,
+        candidate: str,
         rows: Sequence[Mapping[str, Any]],
         row_of: Mapping[str, int],
-        column_of: Mapping[str, int],
     ) -> Intervals | None:
-        """Reads :meth:`told` and :meth:`row` back.
+        """Reads :meth:`to_json` and :meth:`row` back.
 
         Args:
-            told: ``None`` where a manifest was written without intervals.
-            rows: One per group and candidate, with ``layer`` and ``candidate``.
+            data: ``None`` where a manifest was written without intervals.
+            candidate: Its name.
+            rows: One per group, with its key as ``layer``.
             row_of: Group key → position.
-            column_of: Candidate name → position.
 
         Raises:
             KeyError: Something is missing.
         """
-        if told is None:
+        if data is None:
             return None
-        shape = len(row_of), len(column_of)
-        ends = {name: np.full(shape, np.nan) for name in ("low", "high")}
-        ranks = {name: np.zeros(shape, dtype=np.int64) for name in ("rank_low", "rank_high")}
-        tied: list[list[tuple[int, ...]]] = [[()] * shape[0] for _ in range(shape[1])]
+        ends = {name: np.full(len(row_of), np.nan) for name in ("low", "high")}
+        ranks = {name: np.zeros(len(row_of), dtype=np.int64) for name in ("rank_low", "rank_high")}
+        tied: list[tuple[int, ...]] = [()] * len(row_of)
         for row in rows:
-            g, c = row_of[row["layer"]], column_of[row["candidate"]]
+            g = row_of[row["layer"]]
             for name, end in ends.items():
-                end[g, c] = np.nan if row[name] is None else row[name]
+                end[g] = np.nan if row[name] is None else row[name]
             for name, rank in ranks.items():
-                rank[g, c] = row[name] or 0
-            tied[c][g] = tuple(row_of[key] for key in row["tied"])
-        tops = {name: np.array([_number(told[name][c]) for c in column_of]) for name in ("top_overlap", "top_captions")}
+                rank[g] = row[name] or 0
+            tied[g] = tuple(row_of[key] for key in row["tied"])
         return cls(
-            level=told["level"],
-            captions=told["captions"],
+            level=data["level"],
+            captions=data["captions"],
             low=ends["low"],
             high=ends["high"],
             rank_low=ranks["rank_low"],
             rank_high=ranks["rank_high"],
-            tied=tuple(map(tuple, tied)),
-            top=told["top"],
-            top_overlap=tops["top_overlap"],
-            top_captions=tops["top_captions"],
+            tied=tuple(tied),
+            top=data["top"],
+            top_overlap=_number(data["top_overlap"][candidate]),
+            top_captions=_number(data["top_captions"][candidate]),
         )
 
 

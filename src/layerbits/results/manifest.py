@@ -40,10 +40,10 @@ def to_manifest(result: SensitivityResult) -> dict[str, Any]:
         "engine": result.engine,
         "seed": result.seed,
         "device": result.device,
-        "candidates": [_plain(c) for c in result.candidates],
+        "candidates": [_plain(result.candidate)],
         "groups": [asdict(g) for g in result.groups],
         "recipe": _plain(result.recipe),
-        "intervals": result.intervals.told([c.name for c in result.candidates]) if result.intervals else None,
+        "intervals": result.intervals.to_json(result.candidate.name) if result.intervals else None,
         "baseline": _plain(result.baseline) if result.baseline else None,
         "layers": [_finite(row) for row in result.rows()],
         "nonfinite": [asdict(n) for n in result.nonfinite],
@@ -62,7 +62,7 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
     """Reads :func:`to_manifest`'s data back (without per-sample scores).
 
     Raises:
-        UserError: Not a LayerBits manifest, or one of a later schema.
+        UserError: Not a LayerBits manifest, one of a later schema, or one of several candidates.
     """
     version = data.get("schema_version") if isinstance(data, Mapping) else None
     if not isinstance(version, int):
@@ -73,16 +73,17 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
         )
     try:
         groups = tuple(Group(**{**g, "modules": tuple(g["modules"])}) for g in data["groups"])
-        candidates = tuple(
+        if len(data["candidates"]) != 1:
+            raise UserError(f"manifest has {len(data['candidates'])} candidates, a run has one; score them again")
+        (candidate,) = (
             CandidateInfo(**{**_numbers(c, "bits", "bits_modelopt"), "adjustments": tuple(c["adjustments"])})
             for c in data["candidates"]
         )
         row_of = {g.key: i for i, g in enumerate(groups)}
-        column_of = {c.name: i for i, c in enumerate(candidates)}
-        scores = np.full((len(groups), len(candidates)), np.nan)
+        scores = np.full(len(groups), np.nan)
         predicted_kl = np.full_like(scores, np.nan)
         for layer in data["layers"]:
-            at = row_of[layer["layer"]], column_of[layer["candidate"]]
+            at = row_of[layer["layer"]]
             scores[at] = np.nan if layer["score"] is None else layer["score"]
             predicted_kl[at] = np.nan if layer["predicted_kl"] is None else layer["predicted_kl"]
         calibration = _numbers(data["calibration"], "padding_share")
@@ -99,12 +100,12 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
             seed=data["seed"],
             device=data["device"],
             groups=groups,
-            candidates=candidates,
+            candidate=candidate,
             scores=scores,
             predicted_kl=predicted_kl,
             recipe=Recipe(**recipe),
             baseline=Baseline(**_numbers(measured, "loss_per_token")) if (measured := data.get("baseline")) else None,
-            intervals=Intervals.from_told(data.get("intervals"), data["layers"], row_of, column_of),
+            intervals=Intervals.from_json(data.get("intervals"), candidate.name, data["layers"], row_of),
             nonfinite=tuple(NonFinite(**n) for n in data["nonfinite"]),
             settings=data["settings"],
             provenance=data["provenance"],
@@ -133,14 +134,13 @@ def sample_frame(result: SensitivityResult) -> Any:
 
     if result.sample_kl is None or result.sample_tokens is None:
         raise ValueError("this result holds no per-sample scores")
-    samples, groups, candidates = result.sample_kl.shape
-    index = np.indices((samples, groups, candidates)).reshape(3, -1)
+    index = np.indices(result.sample_kl.shape).reshape(2, -1)
     return pd.DataFrame(
         {
             "sample": index[0].astype(np.int32),
             "tokens": result.sample_tokens[index[0]].astype(np.int32),
             "layer": pd.Categorical.from_codes(index[1], [g.key for g in result.groups]),
-            "candidate": pd.Categorical.from_codes(index[2], [c.name for c in result.candidates]),
+            "candidate": pd.Categorical.from_codes(np.zeros_like(index[0]), [result.candidate.name]),
             "predicted_kl": result.sample_kl.reshape(-1).astype(np.float32),
         }
     )
@@ -149,11 +149,10 @@ def sample_frame(result: SensitivityResult) -> Any:
 def with_samples(result: SensitivityResult, frame: Any) -> SensitivityResult:
     """The result with the per-sample scores of :func:`sample_frame` put back."""
     samples = int(frame["sample"].max()) + 1
-    sample_kl = np.zeros((samples, len(result.groups), len(result.candidates)))
+    sample_kl = np.zeros((samples, len(result.groups)))
     rows = frame["layer"].map({g.key: i for i, g in enumerate(result.groups)}).to_numpy(dtype=np.int64)
-    columns = frame["candidate"].map({c.name: i for i, c in enumerate(result.candidates)}).to_numpy(dtype=np.int64)
     at = frame["sample"].to_numpy()
-    sample_kl[at, rows, columns] = frame["predicted_kl"].to_numpy()
+    sample_kl[at, rows] = frame["predicted_kl"].to_numpy()
     tokens = np.zeros(samples, dtype=np.int64)
     tokens[at] = frame["tokens"].to_numpy()
     return replace(result, sample_kl=sample_kl, sample_tokens=tokens)

@@ -1,6 +1,6 @@
 """What a sensitivity run found, as plain typed data (no torch, no modelopt, no mlflow).
 
-Shapes: ``S`` calibration samples, ``G`` groups, ``C`` candidates. What an imported result does not say is an empty
+Shapes: ``S`` calibration samples, ``G`` groups. What an imported result does not say is an empty
 text, list or mapping, ``None`` for a count, NaN for another number.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -173,14 +173,15 @@ class NonFinite:
 
 @dataclass(frozen=True)
 class SensitivityResult:
-    """Everything one scoring pass measured.
+    """What a run measured: the groups of a model under one candidate.
 
     Attributes:
         method: ``gradient`` or ``kl_div``.
         engine: ``onepass`` or ``stock``.
-        scores: ``[G, C]`` raw scores, ModelOpt's definition; NaN where nothing finite was measured.
-        predicted_kl: ``[G, C]`` nats per token (for ``kl_div``: measured on the calibration rows).
-        sample_kl: ``[S, G, C]`` share of each calibration sample in ``predicted_kl`` (sums to it), or ``None``.
+        candidate: What each group was quantized with.
+        scores: ``[G]`` raw scores, ModelOpt's definition; NaN where nothing finite was measured.
+        predicted_kl: ``[G]`` nats per token (for ``kl_div``: measured on the calibration rows).
+        sample_kl: ``[S, G]`` share of each calibration sample in ``predicted_kl`` (sums to it), or ``None``.
         sample_tokens: ``[S]`` loss tokens of each sample, or ``None``.
         recipe: The solver's choice for the target budget.
         intervals: ``None`` where they are not known.
@@ -200,7 +201,7 @@ class SensitivityResult:
     seed: int | None
     device: str
     groups: tuple[Group, ...]
-    candidates: tuple[CandidateInfo, ...]
+    candidate: CandidateInfo
     scores: FloatArray
     predicted_kl: FloatArray
     recipe: Recipe
@@ -223,14 +224,14 @@ class SensitivityResult:
         """Checks the shapes.
 
         Raises:
-            ValueError: An array does not fit the groups and candidates.
+            ValueError: An array does not fit the groups.
         """
-        shape = (len(self.groups), len(self.candidates))
+        shape = (len(self.groups),)
         for name in ("scores", "predicted_kl"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} has shape {getattr(self, name).shape}, expected {shape}")
         if self.sample_kl is not None and self.sample_kl.shape[1:] != shape:
-            raise ValueError(f"sample_kl has shape {self.sample_kl.shape}, expected (samples, *{shape})")
+            raise ValueError(f"sample_kl has shape {self.sample_kl.shape}, expected (samples, {len(self.groups)})")
 
     @property
     def blocks(self) -> int:
@@ -239,7 +240,7 @@ class SensitivityResult:
 
     @property
     def beyond(self) -> npt.NDArray[np.bool_]:
-        """``[G, C]`` where a predicted KL is not believable: it is above ln(vocabulary).
+        """``[G]`` where a predicted KL is not believable: it is above ln(vocabulary).
 
         A prediction that far out has left the small changes that it holds for. A measured KL (``kl_div``) may be there.
         """
@@ -250,12 +251,11 @@ class SensitivityResult:
     @property
     def run_name(self) -> str:
         """Name of the run: pair, dataset size, granularity and model, as far as they are known."""
-        pairs = "+".join(dict.fromkeys(c.quant_pair for c in self.candidates))
-        grains = "+".join(dict.fromkeys(c.granularity for c in self.candidates))
-        return run_name(self.model.name, pairs, grains, self.calibration.size)
+        info = self.candidate
+        return run_name(self.model.name, info.quant_pair, info.granularity, self.calibration.size)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One plain record per group and candidate, most sensitive first within a candidate.
+        """One plain record per group, most sensitive first.
 
         Returns:
             Records with block, kind, layer, candidate, score, predicted_kl, bits, chosen (``None`` where the recipe
@@ -264,63 +264,42 @@ class SensitivityResult:
             is not finite), and tied: the groups whose order against this one is not supported. Where the baseline
             is known, also believable.
         """
-        records = []
-        beyond = self.beyond
-        chosen = self.recipe.chosen
+        beyond, chosen = self.beyond, self.recipe.chosen
         keys = [g.key for g in self.groups]
-        for c, candidate in enumerate(self.candidates):
-            column = self.scores[:, c]
-            order = np.argsort(np.where(np.isfinite(column), -column, np.inf), kind="stable")
-            for rank, g in enumerate(order, start=1):
-                group = self.groups[g]
-                records.append(
-                    {
-                        "block": group.block,
-                        "kind": group.kind,
-                        "layer": group.key,
-                        "candidate": candidate.name,
-                        "score": float(column[g]),
-                        "predicted_kl": float(self.predicted_kl[g, c]),
-                        "bits": candidate.bits,
-                        "chosen": chosen[g] == candidate.name if chosen else None,
-                        "rank": rank,
-                        "weights": group.weights,
-                        "modules": list(group.modules),
-                        **(self.intervals.row(g, c, keys) if self.intervals else {}),
-                        **({"believable": not bool(beyond[g, c])} if self.baseline else {}),
-                    }
-                )
-        return records
+        order = np.argsort(np.where(np.isfinite(self.scores), -self.scores, np.inf), kind="stable").tolist()
+        return [
+            {
+                "block": (group := self.groups[g]).block,
+                "kind": group.kind,
+                "layer": group.key,
+                "candidate": self.candidate.name,
+                "score": float(self.scores[g]),
+                "predicted_kl": float(self.predicted_kl[g]),
+                "bits": self.candidate.bits,
+                "chosen": chosen[g] == self.candidate.name if chosen else None,
+                "rank": rank,
+                "weights": group.weights,
+                "modules": list(group.modules),
+                **(self.intervals.row(g, keys) if self.intervals else {}),
+                **({"believable": not bool(beyond[g])} if self.baseline else {}),
+            }
+            for rank, g in enumerate(order, start=1)
+        ]
 
-    def total(self, what: str = "predicted_kl", candidate: int = 0) -> float:
+    def total(self, what: str = "predicted_kl") -> float:
         """Sum of the finite ``scores`` or ``predicted_kl`` over all groups, as if all were quantized."""
-        column = getattr(self, what)[:, candidate]
+        column = getattr(self, what)
         return float(column[np.isfinite(column)].sum())
 
-    def shares(self, candidate: int = 0) -> dict[str, float]:
+    def shares(self) -> dict[str, float]:
         """Share of the total raw score by kind of linear; kinds without groups are left out."""
-        total = self.total("scores", candidate)
+        total = self.total("scores")
         shares: dict[str, float] = {}
-        for g, group in enumerate(self.groups):
-            value = self.scores[g, candidate]
+        for group, value in zip(self.groups, self.scores.tolist(), strict=True):
             shares.setdefault(group.kind, 0.0)
             if math.isfinite(value) and total > 0:
-                shares[group.kind] += float(value) / total
+                shares[group.kind] += value / total
         return {kind: shares[kind] for kind in KINDS if kind in shares}
-
-    def select(self, name: str, recipe: Recipe) -> SensitivityResult:
-        """The part of one candidate, with the recipe that the solver found for it alone."""
-        index = [c.name for c in self.candidates].index(name)
-        return replace(
-            self,
-            candidates=(self.candidates[index],),
-            scores=self.scores[:, [index]],
-            predicted_kl=self.predicted_kl[:, [index]],
-            sample_kl=None if self.sample_kl is None else self.sample_kl[:, :, [index]],
-            intervals=None if self.intervals is None else self.intervals.select(index),
-            nonfinite=tuple(n for n in self.nonfinite if n.candidate == name),
-            recipe=recipe,
-        )
 
 
 def costs(groups: Sequence[Group], cost_model: str) -> list[float]:

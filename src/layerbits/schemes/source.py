@@ -106,7 +106,7 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
     groups: dict[str, Group] = {}
     columns: dict[str, tuple[str, CandidateInfo]] = {}
     for name, result in results.items():
-        if not result.recipe.chosen or any(math.isnan(c.bits) for c in result.candidates):
+        if not result.recipe.chosen or math.isnan(result.candidate.bits):
             raise UserError(f"{name} was imported and does not say what its formats store; score the model anew")
         _check_comparable(names[0], first, name, result)
         for group in result.groups:
@@ -114,20 +114,18 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
                 raise UserError(
                     f"{names[0]} and {name} have different linears in {group.key}; score them together anew"
                 )
-        for candidate in result.candidates:
-            other = columns.setdefault(candidate.name, (name, candidate))[0]
-            if other != name:
-                raise UserError(f"{other} and {name} both scored {candidate.name}; give one of them")
+        other, _ = columns.setdefault(result.candidate.name, (name, result.candidate))
+        if other != name:
+            raise UserError(f"{other} and {name} both scored {result.candidate.name}; give one of them")
     row = {key: i for i, key in enumerate(groups)}
-    column = {key: i for i, key in enumerate(columns)}
     kv_prices: dict[str, float] = {}
     for result in results.values():
         kv_prices = {**kv_sums(result.kv_cache), **kv_prices}
-    scores = np.full((len(row), len(column)), np.nan)
+    scores = np.full((len(row), len(columns)), np.nan)
     predicted_kl = np.full_like(scores, np.nan)
-    for result in results.values():
-        at = np.ix_([row[g.key] for g in result.groups], [column[c.name] for c in result.candidates])
-        scores[at], predicted_kl[at] = result.scores, result.predicted_kl
+    for c, result in enumerate(results.values()):
+        rows = [row[g.key] for g in result.groups]
+        scores[rows, c], predicted_kl[rows, c] = result.scores, result.predicted_kl
     return Source(
         run_ids=tuple(names),
         model=first.model,
@@ -196,9 +194,8 @@ def _scale(data: CalibrationInfo) -> str:
 
 def _all_weights(result: SensitivityResult) -> int | None:
     """ModelOpt's denominator, from its figure for the recorded recipe (it counts linears outside the search too)."""
-    bits = {c.name: c.bits_modelopt for c in result.candidates}
     saved = sum(
-        (16 - bits[name]) * group.weights
+        (16 - result.candidate.bits_modelopt) * group.weights
         for group, name in zip(result.groups, result.recipe.chosen, strict=True)
         if name is not None
     )

@@ -34,7 +34,7 @@ def write(outcome: Outcome, settings: Settings) -> Path:
 
 def output_directory(result: SensitivityResult, settings: Settings) -> Path:
     """Folder of a result: ``tmp`` names it by run and time, ``publish`` by what was measured alone."""
-    info, data = result.candidates[0], result.calibration
+    info, data = result.candidate, result.calibration
     if settings.output_layout == "publish":
         folder = f"weight-{info.weight_precision}-act-{info.activation_precision}/{info.granularity}"
         name = f"{result.model.name}_{info.quant_pair}_{data.dataset}_{data.size}"
@@ -47,7 +47,7 @@ def _write_files(folder: Path, outcome: Outcome) -> None:
 
     result = outcome.result
     write_report(result, folder)
-    info = result.candidates[0]
+    info = result.candidate
     quantization = folder / "quantization"
     write_json(quantization / "effective_quant_config.json", info.config)
     (quantization / "effective_quant_config.yaml").write_text(yaml.safe_dump(info.config, sort_keys=False))
@@ -63,14 +63,14 @@ def _write_files(folder: Path, outcome: Outcome) -> None:
 
 def solver_state(result: SensitivityResult) -> dict[str, Any]:
     """Plain data that is enough to solve any other budget: weights, scores and bits per group."""
-    manifest = to_manifest(result)
+    manifest, info = to_manifest(result), result.candidate
     return {
         "schema_version": manifest["schema_version"],
         "method": result.method,
-        "candidates": {c.name: {"bits": c.bits, "config_hash": c.config_hash} for c in result.candidates},
+        "candidates": {info.name: {"bits": info.bits, "config_hash": info.config_hash}},
         "groups": [{"layer": g.key, "modules": list(g.modules), "weights": g.weights} for g in result.groups],
-        "scores": {c.name: _finite(result.scores[:, i].tolist()) for i, c in enumerate(result.candidates)},
-        "predicted_kl": {c.name: _finite(result.predicted_kl[:, i].tolist()) for i, c in enumerate(result.candidates)},
+        "scores": {info.name: _finite(result.scores.tolist())},
+        "predicted_kl": {info.name: _finite(result.predicted_kl.tolist())},
         "recipe": manifest["recipe"],
     }
 

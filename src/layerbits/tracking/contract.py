@@ -56,7 +56,7 @@ def parameters(result: SensitivityResult) -> dict[str, str]:
 
     What an imported result does not say is left out.
     """
-    info, data = result.candidates[0], result.calibration
+    info, data = result.candidate, result.calibration
     values = {
         "model": result.model.name,
         "model_revision": result.model.revision,
@@ -113,7 +113,7 @@ def tags(result: SensitivityResult) -> dict[str, str]:
     """Facts about where and how, and what MLflow's UI shows a run by."""
     from layerbits.report import note
 
-    info = result.candidates[0]
+    info = result.candidate
     pair = info.quant_pair or f"w{info.weight_precision}_a{info.activation_precision}"
     return {
         **result.provenance,
@@ -138,7 +138,7 @@ def layer_tags(result: SensitivityResult) -> dict[str, str]:
     a number is not finite), compressed with zlib, in base64, cut into tags.
     """
     rows = sorted(result.rows(), key=lambda row: row["rank"])
-    info = result.candidates[0]
+    info = result.candidate
     names = (*LAYER_COLUMNS, *(name for name in INTERVAL_COLUMNS if name in rows[0]))
     columns = {name: [_cell(row[name]) for row in rows] for name in names}
     columns["chosen"] = [None if chosen is None else int(chosen) for chosen in columns["chosen"]]
@@ -246,7 +246,7 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
         yield "summary/predicted_kl_sum", result.total("predicted_kl")
     yield "summary/score_chosen", recipe.score
     if recipe.chosen:
-        chosen_kl = [k for k, c in zip(result.predicted_kl[:, 0], recipe.chosen, strict=True) if c is not None]
+        chosen_kl = [k for k, c in zip(result.predicted_kl, recipe.chosen, strict=True) if c is not None]
         yield "summary/predicted_kl_chosen", float(sum(chosen_kl))
         yield "summary/quantized_groups", float(sum(chosen is not None for chosen in recipe.chosen))
     yield "summary/groups", float(len(result.groups))
@@ -258,11 +258,11 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
         yield "summary/loss_per_token", result.baseline.loss_per_token
         yield "summary/not_believable", float(result.beyond.sum())
     if (ends := result.intervals) is not None:
-        yield f"summary/rank_stability_top{ends.top}", float(ends.top_overlap[0]) / ends.top
-        yield f"summary/captions_for_stable_top{ends.top}", float(ends.top_captions[0])
+        yield f"summary/rank_stability_top{ends.top}", ends.top_overlap / ends.top
+        yield f"summary/captions_for_stable_top{ends.top}", ends.top_captions
     for kind, share in result.shares().items():
         yield f"share/{kind}", share
-    for group, score in zip(result.groups, result.scores[:, 0], strict=True):
+    for group, score in zip(result.groups, result.scores, strict=True):
         yield f"score/{group.key}", float(score)
     for phase, seconds in result.seconds.items():
         yield f"seconds/{phase}", seconds
@@ -271,9 +271,9 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
 
 
 def _lines(result: SensitivityResult, values: str) -> Iterator[tuple[str, int, float]]:
-    column = getattr(result, values)[:, 0]
+    column = getattr(result, values)
     if values == "predicted_kl":
-        column = np.where(result.beyond[:, 0], np.nan, column)
+        column = np.where(result.beyond, np.nan, column)
     for kind, positions in by_kind(result.groups):
         blocks: dict[int, float] = {}
         for position in positions:

@@ -32,17 +32,14 @@ def log_result(run: RunSession | str, result: SensitivityResult, directory: Path
 
     Args:
         run: The session, or a run id in MLflow's current store.
-        result: What was found with one candidate.
+        result: What was found.
         directory: The result's folder, complete, with its ``manifest.json``; logged as it is.
 
     Raises:
         NotLogged: The store failed; the message says how to log the folder later.
-        ValueError: The result has several candidates: each is a run of its own (``SensitivityResult.select``).
     """
     import mlflow
 
-    if len(result.candidates) != 1:
-        raise ValueError(f"{len(result.candidates)} candidates in one run; log result.select(...) of each")
     run_id = run if isinstance(run, str) else run.run_id
     directory = Path(directory).absolute()
     try:

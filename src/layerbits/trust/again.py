@@ -72,7 +72,7 @@ def plan_again(
     from layerbits.grid import Cell, cell_settings
     from layerbits.sensitivity import plan
 
-    info = result.candidates[0]
+    info = result.candidate
     if recipe := result.tags.get("recipe"):
         raise UserError(f"{reference} is one format of recipe {recipe}; run the recipe again, and compare the two runs")
     cell = Cell(info.quant_pair, info.granularity, result.calibration.size)
@@ -95,7 +95,7 @@ def identity(result: SensitivityResult) -> dict[str, str]:
     return {
         "model revision": result.model.revision,
         "captions": result.calibration.digest,
-        "configuration": result.candidates[0].config_hash,
+        "configuration": result.candidate.config_hash,
     }
 
 

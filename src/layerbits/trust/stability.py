@@ -30,7 +30,7 @@ def stability(results: Mapping[str, SensitivityResult], top: int = TOP, seed: in
     lower every figure). Where both runs share captions, as sizes of one dataset do, it is wider than need be.
 
     Args:
-        results: Run id → result of one candidate.
+        results: Run id → result.
         top: How many of the most sensitive groups are compared.
         seed: Of the draws.
 
@@ -145,7 +145,7 @@ def _agreement(
     top: int,
 ) -> dict[str, Any]:
     known = all(np.isfinite(r.predicted_kl).any() for r in (one, two))
-    values = [(r.predicted_kl if known else r.scores)[:, 0] for r in (one, two)]
+    values = [r.predicted_kl if known else r.scores for r in (one, two)]
     at_b = {g.key: i for i, g in enumerate(two.groups)}
     pairs = [(i, at_b[g.key]) for i, g in enumerate(one.groups) if g.key in at_b]
     pairs = [(i, j) for i, j in pairs if math.isfinite(values[0][i]) and math.isfinite(values[1][j])]
@@ -175,12 +175,12 @@ def _drawn(result: SensitivityResult, seed: int) -> FloatArray | None:
     if result.sample_kl is None or result.sample_tokens is None or len(result.sample_tokens) < FEWEST:
         return None
     tokens: npt.NDArray[np.int64] = result.sample_tokens
-    return resampled(result.sample_kl[:, :, 0], tokens, draw(len(tokens), RESAMPLES, seed))
+    return resampled(result.sample_kl, tokens, draw(len(tokens), RESAMPLES, seed))
 
 
 def _facts(result: SensitivityResult) -> dict[str, object]:
     """What may differ between runs of one model, in the order in which it is told."""
-    info, data = result.candidates[0], result.calibration
+    info, data = result.candidate, result.calibration
     return {
         "model revision": _short(result.model.revision),
         "dtype": result.model.dtype,

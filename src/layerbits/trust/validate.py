@@ -103,15 +103,15 @@ def validate(
     )
     seconds["kv_cache"] = clock() - start
 
-    own = Prediction(result.method, result.predicted_kl[:, 0], True, _captions(result), math.nan)
+    own = Prediction(result.method, result.predicted_kl, True, _captions(result), math.nan)
     rankings = [rank(name, job, linears, search) for name in settings.rankers]
     seconds["rank"] = sum(r.seconds for r in rankings)
     again = next((r.predicted for r in rankings if r.name == result.method), None)
     return Validation(
         source_run_id=reference,
         model=loaded.info,
-        candidate=result.candidates[0].name,
-        config_hash=result.candidates[0].config_hash,
+        candidate=result.candidate.name,
+        config_hash=result.candidate.config_hash,
         groups=search.groups,
         data=HeldOut(data.name, data.packing, seq_len, sum(b.rows for b in batches)),
         predictions=(
@@ -123,7 +123,7 @@ def validate(
         all_but=None if damage.all_but is None else damage.all_but.mean,
         together=damage.together_mean,
         floor=damage.floor,
-        repeated=math.nan if again is None else _largest_difference(again, result.predicted_kl[:, 0]),
+        repeated=math.nan if again is None else _largest_difference(again, result.predicted_kl),
         seconds=seconds,
         provenance=provenance(root),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -173,7 +173,7 @@ def _captions(result: SensitivityResult) -> Captions | None:
     if result.sample_kl is None or result.sample_tokens is None:
         return None
     tokens = result.sample_tokens.astype(float)
-    return Captions(result.sample_kl[:, :, 0] * tokens.sum(), tokens)
+    return Captions(result.sample_kl * tokens.sum(), tokens)
 
 
 def _largest_difference(again: FloatArray, before: FloatArray) -> float:

@@ -150,7 +150,7 @@ def compare(reference: str, before: SensitivityResult, after: SensitivityResult,
     keys = [g.key for g in before.groups]
     if keys != [g.key for g in after.groups]:
         raise UserError(f"{reference} has other groups than its repetition; the model or its grouping has changed")
-    old, new = before.scores[:, 0], after.scores[:, 0]
+    old, new = before.scores, after.scores
     same = (old == new) | (np.isnan(old) & np.isnan(new))
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(same, 0.0, np.abs(new - old) / np.abs(old))
