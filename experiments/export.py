@@ -22,7 +22,7 @@ def export(config: dict[str, Any]) -> None:
     """Makes or reads the schemes, and exports one after the other, each in a run of its own below one parent."""
     wanted = SchemeRequest.from_config(config, CONFIGS / "scheme")
     settings = ExportSettings.from_config(config)
-    track = TrackingSpec(**config["tracking"])
+    track = TrackingSpec.from_config(config)
     if not track.enabled:
         run_exports(wanted.schemes(track.uri), settings, untracked)
         return

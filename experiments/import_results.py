@@ -51,7 +51,7 @@ def import_results(config: dict[str, Any]) -> None:
         print(f"warning: {line}", file=sys.stderr)
     if not found:
         raise UserError(f"nothing to import: {lines[0]}")
-    track = TrackingSpec(**config["tracking"])
+    track = TrackingSpec.from_config(config)
     if not track.enabled:
         print("\n".join(f"result: {folder}" for _, folder in found))
         return

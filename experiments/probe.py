@@ -38,7 +38,7 @@ def probe(config: dict[str, Any]) -> None:
         return entry.Derived(folder, result.metrics(), parameters(result), tags)
 
     name = f"probe of {wanted.source_name}"
-    entry.log_derived("probe", name, TrackingSpec(**config["tracking"]), ROOT, make, system_metrics=True)
+    entry.log_derived("probe", name, TrackingSpec.from_config(config), ROOT, make, system_metrics=True)
 
 
 if __name__ == "__main__":

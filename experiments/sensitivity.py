@@ -72,10 +72,13 @@ def sensitivity(settings: Settings) -> None:
 
 def _score(settings: Settings) -> tuple[Path, SensitivityResult]:
     from layerbits import sensitivity as job
+    from layerbits.atomic import optional_part
     from layerbits.report import note
 
     directory, result = job.sensitivity(settings, ROOT)
-    print(f"\n{note(result)}\nresult: {directory}")
+    with optional_part("the summary below"):
+        print(f"\n{note(result)}")
+    print(f"result: {directory}")
     return directory, result
 
 

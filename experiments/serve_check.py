@@ -22,7 +22,7 @@ CONFIGS = ROOT / "configs"
 def serve_check(config: dict[str, Any]) -> None:
     """Checks one checkpoint, or several one after the other in runs of their own below one parent."""
     settings = ServeSettings.from_config(config)
-    track = TrackingSpec(**config["tracking"])
+    track = TrackingSpec.from_config(config)
     checker = Checker(settings, ROOT)
     if not track.enabled:
         _each(find_targets(settings, track.uri), lambda target: checker.check(target).done.require())

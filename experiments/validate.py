@@ -50,7 +50,7 @@ def validation(config: dict[str, Any]) -> None:
         return entry.Derived(folder, found.metrics(), params, tags)
 
     name = f"validation of {source_name(references)}"
-    entry.log_derived("validate", name, TrackingSpec(**config["tracking"]), ROOT, make, True)
+    entry.log_derived("validate", name, TrackingSpec.from_config(config), ROOT, make, True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def verification(config: dict[str, Any]) -> None:
     if len(references) != 1:
         raise UserError("set run_id to the id of one sensitivity run, or to the folder of its result")
     (reference,) = references
-    track = TrackingSpec(**config["tracking"])
+    track = TrackingSpec.from_config(config)
     output = Path(config["output_root"]).expanduser().absolute()
 
     def repeat(run: str, uri: str | None) -> tuple[Verification, Path]:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from layerbits.errors import UserError
+from layerbits.errors import UserError, first_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (*_FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR)
@@ -90,6 +91,24 @@ def whole_folder(final: Path, mend: str = "free space or set output_root") -> It
         if reason is None:
             raise
         raise UserError(f"cannot write {final} ({reason}); {mend}") from None
+
+
+@contextmanager
+def optional_part(part: str) -> Iterator[None]:
+    """Writes a figure or a page beside a result; where it cannot be made, the result goes on without it.
+
+    Args:
+        part: What the warning on stderr names.
+
+    Raises:
+        Exception: It could be made but not written, as on a full disk: then the result cannot be either.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or why_unwritable(error) is not None:
+            raise
+        print(f"warning: {part} is left out ({type(error).__name__}: {first_line(error)})", file=sys.stderr, flush=True)
 
 
 def why_unwritable(error: BaseException) -> str | None:

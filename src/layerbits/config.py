@@ -125,14 +125,14 @@ class Settings:
         _choice("output_layout", config["output_layout"], LAYOUTS)
         _choice("device", config["device"], DEVICES)
         _choice("fp4", config["fp4"], FP4)
-        dataset = {**config["dataset"], "size": str(config["dataset"]["size"])}
+        dataset = {**config["dataset"]} | {key: str(config["dataset"][key]) for key in ("name", "size")}
         return cls(
             model=ModelSpec.from_mapping(config["model"]),
             quant_pair=QuantPair.from_mapping(config["quant_pair"]),
             overlay=Overlay.from_mapping(config["quant_granularity"]),
             dataset=DatasetSpec(**dataset),
             autoquant=AutoQuantSpec(**autoquant),
-            tracking=TrackingSpec(**config["tracking"]),
+            tracking=TrackingSpec.from_config(config),
             fp4=config["fp4"],
             experimental=bool(config["experimental"]),
             strict=bool(config["strict"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -335,6 +336,41 @@ def test_figures_show_raw_scores_where_no_predicted_kl_is_known(make_result, tmp
     result = make_result(blocks=2)
     figures.save_figures(replace(result, predicted_kl=np.full_like(result.scores, np.nan)), tmp_path)
     assert values == ["score"]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://gone", "nonsense"])
+def test_a_backend_of_the_environment_does_not_matter(python, monkeypatch, tmp_path, backend):
+    """A notebook hands its own to every command."""
+    monkeypatch.setenv("MPLBACKEND", backend)
+    monkeypatch.setenv("HOME", str(tmp_path / "missing"))
+    code = (
+        "import sys; sys.modules['matplotlib_inline'] = None\n"
+        "import pandas as pd; from pathlib import Path; from layerbits import figures\n"
+        "from layerbits.figures.style import save_png\n"
+        "frame = pd.DataFrame({'bits': [4.0, 8.0], 'label': ['a', 'a'], 'kl': [0.5, 0.01]})\n"
+        "print(save_png(figures.pareto(frame, 'kl'), Path(sys.argv[1])).stat().st_size > 1000)"
+    )
+    assert python(code, tmp_path / "a.png") == ["True"]
+
+
+def test_settings_of_the_process_do_not_matter_and_stay(make_result, tmp_path):
+    plain = [p.read_bytes() for p in figures.save_figures(make_result(), tmp_path / "plain")]
+    with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "black", "font.size": 30}):
+        again = [p.read_bytes() for p in figures.save_figures(make_result(), tmp_path / "again")]
+        assert matplotlib.rcParams["text.usetex"]
+    assert again == plain
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_others_and_a_warning(make_result, tmp_path, monkeypatch, capsys):
+    from layerbits.figures import run
+
+    def broken(*_args, **_kw):
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr(run, "ranked_bars", broken)
+    written = figures.save_figures(make_result(), tmp_path)
+    assert [path.stem for path in written] == ["heatmap", "by_layer", "cumulative"]
+    assert capsys.readouterr().err == "warning: figures/ranked.png is left out (RuntimeError: no such font)\n"
 
 
 def test_rows_of_several_runs_in_one_frame_are_refused(frame):

@@ -12,7 +12,7 @@ import pytest
 
 from layerbits.atomic import atomic
 from layerbits.errors import UserError
-from layerbits.report import json_report, markdown_report, note, rebuild, write_report
+from layerbits.report import files, json_report, markdown_report, note, rebuild, write_report
 from layerbits.report.wording import config_words, modules_words, quantizer_words
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.manifest import load_manifest
@@ -308,3 +308,21 @@ def test_published_table_gets_a_full_report(published):
     text = markdown_report(published("qwen3_vl_4b_lm_medium/wfp8_afp8"))
     assert cells(text, "In short")[1][2] == "3.98"
     assert cells(text, "Most sensitive groups")[1][1] == "`B04.gate_up`"
+
+
+def test_a_report_that_cannot_be_made_leaves_the_rest(make_result, tmp_path, monkeypatch, capsys):
+    def broken(_result):
+        raise KeyError("gone")
+
+    monkeypatch.setattr(files, "markdown_report", broken)
+    written = files.write_report(make_result(), tmp_path)
+    assert {path.name for path in written} > {"manifest.json", "layer-sensitivity-report.json", "heatmap.png"}
+    assert not (tmp_path / files.MARKDOWN).exists()
+    assert "layer-sensitivity-report.md is left out (KeyError" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_made_again_is_an_error(make_result, tmp_path, monkeypatch):
+    files.write_report(make_result(), tmp_path)
+    monkeypatch.setattr(files, "markdown_report", lambda _result: 1 / 0)
+    with pytest.raises(UserError, match="cannot be made"):
+        files.rebuild(tmp_path / "manifest.json", tmp_path / "again")

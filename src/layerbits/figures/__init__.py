@@ -2,12 +2,16 @@
 
 A frame is tidy: one row per group (and candidate) with the columns of :meth:`SensitivityResult.rows`; ``low`` and
 ``high`` hold an interval of the drawn value where one is known. Nothing here touches pyplot or other global state; in
-a notebook ``%matplotlib inline`` makes a returned figure show itself.
+a notebook ``%matplotlib inline`` makes a returned figure show itself. Figures are drawn with matplotlib's own defaults (:mod:`layerbits.figures.settings`).
 """
 
-from layerbits.figures.compare import overlay, pareto, rank_change, rank_correlation, scatter_agreement
-from layerbits.figures.run import by_layer, cumulative_share, heatmap, ranked_bars, save_figures
-from layerbits.results.frames import groups_for_share, tidy
+from layerbits.figures.settings import import_matplotlib
+
+import_matplotlib()  # before the modules that import it
+
+from layerbits.figures.compare import overlay, pareto, rank_change, rank_correlation, scatter_agreement  # noqa: E402
+from layerbits.figures.run import by_layer, cumulative_share, heatmap, ranked_bars, save_figures  # noqa: E402
+from layerbits.results.frames import groups_for_share, tidy  # noqa: E402
 
 __all__ = [
     "by_layer",

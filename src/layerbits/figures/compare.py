@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from layerbits.figures.settings import with_own_settings
 from layerbits.figures.style import (
     BLACK,
     COLORMAP,
@@ -39,6 +40,7 @@ from layerbits.results.frames import Grid, grids, numeric, one_candidate, spearm
 from layerbits.results.result import FloatArray
 
 
+@with_own_settings
 def overlay(
     frames: Mapping[str, pd.DataFrame], value: str = "predicted_kl", *, label: str | None = None, title: str = ""
 ) -> Figure:
@@ -84,6 +86,7 @@ _SERVED: dict[str, Any] = {
 }
 
 
+@with_own_settings
 def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = None, title: str = "") -> Figure:
     """Effective bits against damage, with the front that nothing beats in both.
 
@@ -148,6 +151,7 @@ class _Side:
     words: Mapping[str, str]
 
 
+@with_own_settings
 def rank_change(
     frame_a: pd.DataFrame,
     frame_b: pd.DataFrame,
@@ -217,6 +221,7 @@ def rank_change(
     return figure
 
 
+@with_own_settings
 def scatter_agreement(
     x: FloatArray,
     y: FloatArray,
@@ -284,6 +289,7 @@ def scatter_agreement(
     return figure
 
 
+@with_own_settings
 def rank_correlation(matrix: pd.DataFrame, *, title: str = "") -> Figure:
     """Spearman correlations between pairs (or runs) as an annotated heatmap.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from layerbits.atomic import optional_part
+from layerbits.figures.settings import with_own_settings
 from layerbits.figures.style import (
     BLACK,
     COLORMAP,
@@ -58,6 +60,7 @@ from layerbits.results.routing import FLOOR, Routing
 _ZERO = "#dddddd"
 
 
+@with_own_settings
 def heatmap(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | None = None, title: str = "") -> Figure:
     """Block × kind of linear, a panel per candidate under one colour scale.
 
@@ -98,6 +101,7 @@ def heatmap(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | No
     return figure
 
 
+@with_own_settings
 def by_layer(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | None = None, title: str = "") -> Figure:
     """Value along the blocks, a line per kind of linear, a panel per candidate (arguments: :func:`heatmap`)."""
     drawn = grids(frame, value)
@@ -116,6 +120,7 @@ def by_layer(frame: pd.DataFrame, value: str = "predicted_kl", *, label: str | N
     return figure
 
 
+@with_own_settings
 def ranked_bars(
     frame: pd.DataFrame,
     value: str = "predicted_kl",
@@ -168,6 +173,7 @@ def ranked_bars(
     return figure
 
 
+@with_own_settings
 def cumulative_share(frame: pd.DataFrame, value: str = "score", share: float = 0.9, *, title: str = "") -> Figure:
     """How many groups make most of the damage: running share of the sum, largest first, a line per candidate.
 
@@ -201,6 +207,7 @@ def cumulative_share(frame: pd.DataFrame, value: str = "score", share: float = 0
     return figure
 
 
+@with_own_settings
 def tokens_per_expert(routing: Sequence[Routing], *, title: str = "") -> Figure:
     """Tokens of each expert over the blocks, the busiest expert of a block at the top, a panel per phase.
 
@@ -247,7 +254,7 @@ def tokens_per_expert(routing: Sequence[Routing], *, title: str = "") -> Figure:
 
 
 def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
-    """Writes the figures of one run as PNG, each whole or not at all.
+    """Writes the figures of one run as PNG, each whole or not at all; one that cannot be drawn is left out.
 
     Args:
         result: What was measured; where no predicted KL is known (an imported result), raw scores are drawn.
@@ -263,15 +270,19 @@ def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
     measured = known and result.method == "kl_div"
     label = "KL on the calibration rows (nats per token)" if measured else LABELS[value]
     title = result.run_name
-    drawn = {
-        "heatmap": heatmap(frame, value, label=label, title=title),
-        "by_layer": by_layer(frame, value, label=label, title=title),
-        "ranked": ranked_bars(frame, value, label=label, title=title),
-        "cumulative": cumulative_share(frame, title=title),
+    drawn: dict[str, Callable[[], Figure]] = {
+        "heatmap": lambda: heatmap(frame, value, label=label, title=title),
+        "by_layer": lambda: by_layer(frame, value, label=label, title=title),
+        "ranked": lambda: ranked_bars(frame, value, label=label, title=title),
+        "cumulative": lambda: cumulative_share(frame, title=title),
     }
     if any(module.scoring for module in result.routing):
-        drawn["routing"] = tokens_per_expert(result.routing, title=title)
-    return [save_png(figure, directory / f"{name}.png") for name, figure in drawn.items()]
+        drawn["routing"] = lambda: tokens_per_expert(result.routing, title=title)
+    paths = []
+    for name, draw in drawn.items():
+        with optional_part(f"figures/{name}.png"):
+            paths.append(save_png(draw(), directory / f"{name}.png"))
+    return paths
 
 
 def _draw_cells(ax: Axes, cells: Grid, norm: Normalize) -> None:

@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from layerbits.atomic import atomic
+from layerbits.figures.settings import with_own_settings
 from layerbits.results.frames import Grid, left_out
 from layerbits.results.result import FloatArray
 
@@ -221,6 +222,7 @@ def _columns(widths: Sequence[float], columns: int) -> list[Sequence[float]]:
     return [widths[end - rows - (i < extra) : end] for i, end in enumerate(ends)]
 
 
+@with_own_settings
 def save_png(figure: Figure, path: Path) -> Path:
     """Writes the figure with a palette of 256 colours, whole or not at all."""
     canvas = FigureCanvasAgg(figure)

@@ -62,8 +62,9 @@ class ModelSpec:
             raise UserError("this model needs model.path: a Hugging Face id or a local checkpoint folder")
         exclude = values.get("exclude") or ()
         patterns = [p.strip() for p in exclude.split(",")] if isinstance(exclude, str) else [str(p) for p in exclude]
-        name = values["name"] or Path(str(values["path"])).name
-        spec = cls(**{**values, "name": name, "exclude": tuple(filter(None, patterns))})
+        texts = {key: str(values[key]) for key in ("path", "revision") if values.get(key) is not None}
+        name = Path(texts["path"]).name if values["name"] in (None, "") else str(values["name"])
+        spec = cls(**{**values, **texts, "name": name, "exclude": tuple(filter(None, patterns))})
         if spec.dtype not in DTYPES:
             raise UserError(f"model.dtype is {spec.dtype!r}; use one of {', '.join(DTYPES)}")
         return spec

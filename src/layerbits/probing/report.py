@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from layerbits.atomic import dated, whole_folder, write_json
+from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.probing.measured import DECIDED, Difference, ProbeResult
 
@@ -72,6 +72,7 @@ def figure(result: ProbeResult) -> Any:
     import pandas as pd
 
     from layerbits.figures import pareto
+    from layerbits.figures.settings import own_settings
 
     schemes = result.schemes
     frame = pd.DataFrame(
@@ -82,17 +83,11 @@ def figure(result: ProbeResult) -> Any:
         }
     )
     title = f"{result.model.name}: {result.data.tokens:,} held-out tokens, ± {DECIDED:g} SE"
-    drawn = pareto(frame, "kl", title=title)
-    drawn.axes[0].errorbar(
-        frame["bits"],
-        frame["kl"],
-        yerr=[DECIDED * s.difference.kl_se for s in schemes],
-        fmt="none",
-        ecolor="black",
-        elinewidth=0.8,
-        capsize=2,
-        zorder=4,
-    )
+    errors = [DECIDED * s.difference.kl_se for s in schemes]
+    with own_settings():
+        drawn = pareto(frame, "kl", title=title)
+        look = {"fmt": "none", "ecolor": "black", "elinewidth": 0.8, "capsize": 2, "zorder": 4}
+        drawn.axes[0].errorbar(frame["bits"], frame["kl"], yerr=errors, **look)
     return drawn
 
 
@@ -106,14 +101,16 @@ def write_probe(result: ProbeResult, root: Path) -> Path:
     Raises:
         UserError: The disk is full or cannot be written.
     """
-    from layerbits.figures.style import save_png
-
     final = dated(root, f"probe_{result.model.name}")
     with whole_folder(final) as partial:
         write_json(partial / "probe.json", result.to_json())
-        (partial / "probe.md").write_text(markdown(result))
+        with optional_part("probe.md"):
+            (partial / "probe.md").write_text(markdown(result), "utf-8")
         if any(s.difference.kl >= 0 for s in result.schemes):
-            save_png(figure(result), partial / "figures" / "probe.png")
+            with optional_part("figures/probe.png"):
+                from layerbits.figures.style import save_png
+
+                save_png(figure(result), partial / "figures" / "probe.png")
     return final
 
 

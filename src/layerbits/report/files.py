@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from layerbits.atomic import atomic, write_json
+from layerbits.atomic import atomic, optional_part, write_json
+from layerbits.errors import UserError
 from layerbits.report.content import json_report
 from layerbits.report.markdown import markdown_report
 from layerbits.results.manifest import load_manifest, sample_frame, to_manifest
@@ -49,16 +50,25 @@ def rebuild(manifest_path: Path, out_dir: Path) -> Path:
         Path of the Markdown report.
 
     Raises:
-        UserError: The manifest is missing or not one.
+        UserError: The manifest is missing or not one, or no report can be made of it.
     """
-    _render(load_manifest(manifest_path), out_dir)
-    return out_dir / MARKDOWN
+    report = out_dir / MARKDOWN
+    if report not in _render(load_manifest(manifest_path), out_dir):
+        raise UserError(f"{report} cannot be made; see the warning above")
+    return report
 
 
 def _render(result: SensitivityResult, directory: Path) -> list[Path]:
-    from layerbits.figures import save_figures  # matplotlib takes a second to import
-
-    write_json(directory / JSON, json_report(result))
-    with atomic(directory / MARKDOWN) as file:
+    """Writes what is made of the manifest; a part that cannot be made is left out."""
+    paths = []
+    with optional_part(str(JSON)):
+        write_json(directory / JSON, json_report(result))
+        paths.append(directory / JSON)
+    with optional_part(str(MARKDOWN)), atomic(directory / MARKDOWN) as file:
         file.write(markdown_report(result).encode())
-    return [directory / MARKDOWN, directory / JSON, *save_figures(result, directory / "figures")]
+        paths.insert(0, directory / MARKDOWN)
+    with optional_part("figures"):
+        from layerbits.figures import save_figures  # matplotlib takes a second to import
+
+        paths += save_figures(result, directory / "figures")
+    return paths

@@ -9,10 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from layerbits.atomic import dated, whole_folder, write_json
+from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.errors import Unsupported, UserError
-from layerbits.figures import pareto
-from layerbits.figures.style import save_png
 from layerbits.schemes.llm_compressor import compressor_recipe_yaml
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
 from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
@@ -56,11 +54,15 @@ def write_schemes(
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             (partial / path).write_text(text)
         write_json(partial / "schemes.json", {"source_run_ids": list(source.run_ids), "schemes": rows(schemes)})
-        (partial / "schemes.md").write_text(f"{markdown(schemes)}\n{excludes(schemes)}")
+        with optional_part("schemes.md"):
+            (partial / "schemes.md").write_text(f"{markdown(schemes)}\n{excludes(schemes)}", "utf-8")
         if points:
             write_json(partial / "pareto.json", list(points))
         if points or schemes:
-            save_png(_figure(source, schemes, points), partial / "figures" / "pareto.png")
+            with optional_part("figures/pareto.png"):
+                from layerbits.figures.style import save_png  # matplotlib takes a second to import
+
+                save_png(_figure(source, schemes, points), partial / "figures" / "pareto.png")
     return final
 
 
@@ -92,6 +94,8 @@ def load_schemes(folder: Path) -> list[Scheme]:
 
 def _figure(source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[str, float]]) -> Any:
     """Bits against what is predicted; against the raw score where the source has no predicted KL."""
+    from layerbits.figures import pareto
+
     records = [{**point, "label": "least score at each budget"} for point in points]
     records += [{**row, "label": row["scheme"]} for row in rows(schemes) if not row["control"]]
     records += [

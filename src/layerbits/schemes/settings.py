@@ -97,7 +97,7 @@ class SchemeSettings:
             cost_model=_cost_model(config.get("cost_model")),
             pareto=points,
             kv_cache=kv_choice(config.get("kv_cache", AUTO)),
-            tracking=TrackingSpec(**config["tracking"]),
+            tracking=TrackingSpec.from_config(config),
             output_root=Path(config["output_root"]).expanduser().absolute(),
         )
 

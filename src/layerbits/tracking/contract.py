@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from layerbits.atomic import optional_part
 from layerbits.results.kv_cache import kv_lines, kv_sums
 from layerbits.results.result import SensitivityResult, by_kind
 from layerbits.results.routing import coverage
@@ -111,8 +112,6 @@ def metrics(result: SensitivityResult) -> list[tuple[str, float, int]]:
 
 def tags(result: SensitivityResult) -> dict[str, str]:
     """Facts about where and how, and what MLflow's UI shows a run by."""
-    from layerbits.report import note
-
     info = result.candidate
     pair = info.quant_pair or f"w{info.weight_precision}_a{info.activation_precision}"
     return {
@@ -124,11 +123,19 @@ def tags(result: SensitivityResult) -> dict[str, str]:
         **({"config_hash": info.config_hash} if info.config_hash else {}),
         "warnings": str(len(result.warnings)),
         "outcome": "ok",
-        "mlflow.note.content": note(result),
+        **_note(result),
         "mlflow.runColor": color(pair, info.granularity or "default"),
         # What mlflow.log_table would set; it rounds to ten decimals, and raw scores reach far below.
         "mlflow.loggedArtifacts": json.dumps([{"path": TABLE, "type": "table"}]),
     }
+
+
+def _note(result: SensitivityResult) -> dict[str, str]:
+    from layerbits.report import note
+
+    with optional_part("the description of the run"):
+        return {"mlflow.note.content": note(result)}
+    return {}
 
 
 def layer_tags(result: SensitivityResult) -> dict[str, str]:

@@ -52,7 +52,7 @@ class MultirunParent(Callback):  # type: ignore[misc]  # Hydra's class, untyped 
             # which would end the run as FINISHED, comes after this one.
             atexit.register(self._open.close)
             name = " ".join(["multirun", *config.hydra.overrides.task])
-            self._open.enter_context(parent_run(name, config.tracking.experiment))
+            self._open.enter_context(parent_run(name, str(config.tracking.experiment)))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,3 +16,10 @@ class TrackingSpec:
     experiment: str
     run_name: str | None
     system_metrics: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> TrackingSpec:
+        """Reads the ``tracking`` group of a resolved configuration; a name that looks like a number is a name."""
+        values = dict(config["tracking"])
+        names = {key: str(values[key]) for key in ("uri", "experiment", "run_name") if values[key] is not None}
+        return cls(**{**values, **names})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from layerbits.atomic import dated, whole_folder, write_json
+from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
 from layerbits.results.result import FloatArray, SensitivityResult
@@ -137,26 +137,34 @@ def write_validation(found: Validation, root: Path) -> Path:
     Raises:
         UserError: The disk is full or cannot be written.
     """
-    from layerbits.figures import scatter_agreement
-    from layerbits.figures.style import save_png
-
     final = dated(root, f"validation_{found.model.name}_{found.candidate}")
     with whole_folder(final) as partial:
         write_json(partial / "validation.json", found.to_json())
-        (partial / "validation.md").write_text(markdown(found))
-        frame = found.frame()
-        pd.concat([frame, *(one.frame() for one in found.kv)]).to_csv(partial / "validation.csv", index=False)
-        counted = frame[frame["status"] == "ok"]
-        if ((counted["predicted_kl"] > 0) & (counted["measured_kl"] > 0)).any():
-            drawn = scatter_agreement(
-                counted["predicted_kl"].to_numpy(),
-                counted["measured_kl"].to_numpy(),
-                names=counted["layer"].tolist(),
-                kinds=counted["kind"].tolist(),
-                title=f"{found.model.name} {found.candidate}: each group quantized alone",
-            )
-            save_png(drawn, partial / "figures" / "validation.png")
+        with optional_part("validation.md"):
+            (partial / "validation.md").write_text(markdown(found), "utf-8")
+        pd.concat([found.frame(), *(one.frame() for one in found.kv)]).to_csv(partial / "validation.csv", index=False)
+        with optional_part("figures/validation.png"):
+            _draw(found, partial / "figures" / "validation.png")
     return final
+
+
+def _draw(found: Validation, path: Path) -> None:
+    """The scatter plot, where any group is on it."""
+    from layerbits.figures import scatter_agreement
+    from layerbits.figures.style import save_png
+
+    frame = found.frame()
+    counted = frame[frame["status"] == "ok"]
+    if not ((counted["predicted_kl"] > 0) & (counted["measured_kl"] > 0)).any():
+        return
+    drawn = scatter_agreement(
+        counted["predicted_kl"].to_numpy(),
+        counted["measured_kl"].to_numpy(),
+        names=counted["layer"].tolist(),
+        kinds=counted["kind"].tolist(),
+        title=f"{found.model.name} {found.candidate}: each group quantized alone",
+    )
+    save_png(drawn, path)
 
 
 def calibrated_linears(job: ScoringJob, search: Search) -> ReplacedLinears:

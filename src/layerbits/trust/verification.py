@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerbits.atomic import dated, whole_folder, write_json
+from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.errors import UserError
 from layerbits.results.result import SensitivityResult
 from layerbits.trust.again import identity, load_run, plan_again
@@ -230,7 +230,8 @@ def verify(
     with whole_folder(final) as partial:
         write_report(outcome.result, partial / "result")
         write_json(partial / "verify.json", found.to_json())
-        (partial / "verify.md").write_text(found.markdown())
+        with optional_part("verify.md"):
+            (partial / "verify.md").write_text(found.markdown(), "utf-8")
     return found, final
 
 
