@@ -37,5 +37,4 @@ def export(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    keys = ("run_id", "schemes", "controls", "effective_bits", "candidates", "scheme_files")
-    entry.start(export, CONFIGS, "export", lists=keys)
+    entry.start(export, CONFIGS, "export")

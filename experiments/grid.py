@@ -106,5 +106,5 @@ def _show(outcomes: list[CellOutcome]) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(grid, CONFIGS, "grid", lists=("quant_pairs", "quant_granularities", "dataset_sizes"))
+    entry.start(grid, CONFIGS, "grid")
     sys.exit(entry.USER_ERROR_STATUS if entry.failed else 0)

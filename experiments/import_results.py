@@ -13,6 +13,7 @@ import pandas as pd
 
 from layerbits import entry, importing
 from layerbits.errors import UserError
+from layerbits.paths import user_path
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking.settings import TrackingSpec
 
@@ -23,7 +24,7 @@ def import_results(config: dict[str, Any]) -> None:
     """Reads the files, writes a result for each format of each, and logs those that no run has yet."""
     if config["path"] == "none":
         raise UserError("no path is given; set path to a quant manifest, a per-layer report, or a folder of them")
-    path, output = (Path(config[key]).expanduser().absolute() for key in ("path", "output_root"))
+    path, output = (user_path(config[key]) for key in ("path", "output_root"))
     model = "" if config["model_name"] in (None, "none") else str(config["model_name"])
     found: list[tuple[SensitivityResult, Path]] = []
     lines: list[str] = []
@@ -90,4 +91,4 @@ def _summary(session: Any, rows: list[dict[str, Any]], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(import_results, ROOT / "configs", "import_run", lists=("path",))
+    entry.start(import_results, ROOT / "configs", "import_run")

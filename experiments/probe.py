@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits import entry
+from layerbits.paths import user_path
 from layerbits.probing.report import markdown, parameters, write_probe
 from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
@@ -24,7 +25,7 @@ def probe(config: dict[str, Any]) -> None:
     """Makes or reads the schemes, measures them, writes and logs the result."""
     wanted = SchemeRequest.from_config(config, CONFIGS / "scheme")
     rows, batch_size = (whole(key, config[key]) for key in ("rows", "batch_size"))
-    root = Path(config["output_root"]).expanduser().absolute()
+    root = user_path(config["output_root"])
 
     def make(uri: str | None) -> entry.Derived:
         from layerbits.probing.probe import probe_schemes
@@ -42,5 +43,4 @@ def probe(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    keys = ("run_id", "schemes", "controls", "effective_bits", "candidates", "scheme_files")
-    entry.start(probe, CONFIGS, "probe", lists=keys)
+    entry.start(probe, CONFIGS, "probe")

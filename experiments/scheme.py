@@ -39,4 +39,4 @@ def scheme(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(scheme, CONFIGS, "scheme_run", lists=("run_id", "schemes", "controls", "effective_bits", "candidates"))
+    entry.start(scheme, CONFIGS, "scheme_run")

@@ -83,5 +83,5 @@ def _score(settings: Settings) -> tuple[Path, SensitivityResult]:
 
 
 if __name__ == "__main__":
-    entry.run(main, ROOT / "configs", lists=("recipe_overrides",))
+    entry.run(main, ROOT / "configs")
     sys.exit(entry.USER_ERROR_STATUS if entry.failed else 0)

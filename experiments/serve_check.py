@@ -68,4 +68,4 @@ def _tracked(checker: Checker, target: Target, track: TrackingSpec) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(serve_check, CONFIGS, "serve_check", lists=("run_id",))
+    entry.start(serve_check, CONFIGS, "serve_check")

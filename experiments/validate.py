@@ -11,6 +11,7 @@ from typing import Any
 
 from layerbits import entry
 from layerbits.errors import UserError
+from layerbits.paths import user_path
 from layerbits.schemes.settings import listed, source_name
 from layerbits.tracking.settings import TrackingSpec
 
@@ -29,7 +30,7 @@ def validation(config: dict[str, Any]) -> None:
     if len(references) != 1:
         raise UserError("set run_id to the id of one sensitivity run, or to the folder of its result")
     (reference,) = references
-    root = Path(config["output_root"]).expanduser().absolute()
+    root = user_path(config["output_root"])
 
     def make(uri: str | None) -> entry.Derived:
         found = validate(reference, load_run(reference, uri), settings, CONFIGS, ROOT)
@@ -54,4 +55,4 @@ def validation(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(validation, CONFIGS, "validate", lists=("run_id", "rankers"))
+    entry.start(validation, CONFIGS, "validate")

@@ -11,6 +11,7 @@ from typing import Any
 
 from layerbits import entry
 from layerbits.errors import UserError
+from layerbits.paths import user_path
 from layerbits.schemes.settings import listed, source_name
 from layerbits.tracking.settings import TrackingSpec
 
@@ -27,7 +28,7 @@ def verification(config: dict[str, Any]) -> None:
         raise UserError("set run_id to the id of one sensitivity run, or to the folder of its result")
     (reference,) = references
     track = TrackingSpec.from_config(config)
-    output = Path(config["output_root"]).expanduser().absolute()
+    output = user_path(config["output_root"])
 
     def repeat(run: str, uri: str | None) -> tuple[Verification, Path]:
         found, folder = verify(run, str(config["bound"]), config["device"], CONFIGS, output, ROOT, uri)
@@ -54,4 +55,4 @@ def verification(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    entry.start(verification, CONFIGS, "verify", lists=("run_id",))
+    entry.start(verification, CONFIGS, "verify")

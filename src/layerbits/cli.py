@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from layerbits import __version__, entry
+from layerbits import __version__, entry, process
 from layerbits.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _PROJECT = Path(__file__).resolve().parents[2]
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command; errors are one line and status 2."""
+    process.prepare()
     try:
         options = _parser().parse_args(arguments)
         with warnings.catch_warnings():

@@ -12,6 +12,7 @@ from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
 from layerbits.inputs.models import ModelSpec
+from layerbits.paths import user_path
 from layerbits.results.naming import run_name
 from layerbits.results.result import COST_MODELS
 from layerbits.tracking.settings import TrackingSpec
@@ -141,7 +142,7 @@ class Settings:
             recipe=_named(config, "recipe"),
             recipe_overrides=tuple((_named(config, "recipe_overrides") or "").split()),
             output_layout=config["output_layout"],
-            output_root=Path(config["output_root"]).expanduser().absolute(),
+            output_root=user_path(config["output_root"]),
             report_only=config["report_only"],
             composed=config,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerbits import process
 from layerbits.errors import UserError
+from layerbits.overrides import check_grammar, hydra_arguments
 
 if TYPE_CHECKING:
     from layerbits.tracking.settings import TrackingSpec
@@ -22,42 +23,6 @@ USER_ERROR_STATUS = 2
 failed: list[str] = []
 """Why jobs of this process's multirun, or cells of its grid, failed, one line each."""
 _TAG_SIZE = 8000  # MLflow's limit, in characters
-
-
-def hydra_arguments(arguments: Sequence[str]) -> list[str]:
-    """Turns an MLproject command line into Hydra overrides.
-
-    ``+overrides=none`` is dropped and ``+overrides="a=1 b=2"`` is split; ``--key value``, which ``mlflow run`` makes
-    of a ``-P key=value`` that the entry point does not declare, becomes ``key=value``. ``-m`` goes first, as
-    Hydra's parser wants it. Everything else stays.
-
-    Args:
-        arguments: ``sys.argv[1:]``.
-    """
-    result: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument.startswith("+overrides="):
-            text = argument.removeprefix("+overrides=")
-            result += [] if text in ("", "none") else shlex.split(text)
-        elif (
-            argument.startswith("--")
-            and argument[2:].replace("_", "").replace(".", "").isalnum()
-            and "=" not in argument
-        ):
-            if argument in _HYDRA_FLAGS:
-                result.append(argument)
-            else:
-                result.append(f"{argument[2:]}={next(rest, '')}")
-        else:
-            result.append(argument)
-    return sorted(result, key=lambda a: a not in ("-m", "--multirun"))
-
-
-_HYDRA_FLAGS = {
-    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--info"),
-    *("--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--shell-completion"),
-}
 
 
 def check_choices(arguments: Sequence[str], configs: Path) -> None:
@@ -122,33 +87,33 @@ def check_launcher(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument}, but there is no sbatch here; start it on a machine that submits to Slurm")
 
 
-def run(main: Callable[[], object], configs: Path, lists: Sequence[str] = ()) -> None:
+def run(main: Callable[[], object], configs: Path) -> None:
     """Runs a script's main function; a :class:`UserError` ends it with one line and status 2.
 
     Args:
         main: Decorated by ``hydra.main``.
         configs: Folder of the config groups.
-        lists: Keys whose comma-separated value is one text, where Hydra alone would read a sweep.
     """
-    arguments = hydra_arguments(sys.argv[1:])
-    sys.argv[1:] = [_quoted(a) if a.partition("=")[0] in lists else a for a in arguments]
+    process.prepare()
     try:
-        check_launcher(sys.argv[1:])
-        sys.argv[1:] = [_WATCHED if a == "hydra/launcher=submitit_slurm" else a for a in sys.argv[1:]]
-        check_choices(sys.argv[1:], configs)
+        arguments = hydra_arguments(sys.argv[1:])
+        check_launcher(arguments)
+        arguments = [_WATCHED if a == "hydra/launcher=submitit_slurm" else a for a in arguments]
+        check_choices(arguments, configs)
+        check_grammar(arguments)
+        sys.argv[1:] = arguments
         main()
     except UserError as error:
         fail(error)
 
 
-def start(job: Callable[[dict[str, Any]], object], configs: Path, name: str, lists: Sequence[str] = ()) -> None:
+def start(job: Callable[[dict[str, Any]], object], configs: Path, name: str) -> None:
     """Runs a script's job on the configuration that Hydra composes from the command line, as plain data.
 
     Args:
         job: Takes the resolved configuration.
         configs: Folder of the config groups.
         name: File of ``configs`` to start from, without ``.yaml``.
-        lists: As :func:`run` takes them.
     """
     import hydra
     from omegaconf import OmegaConf
@@ -160,7 +125,7 @@ def start(job: Callable[[dict[str, Any]], object], configs: Path, name: str, lis
             fail(error)
 
     sys.argv.append(f"hydra.job.name={Path(sys.argv[0]).stem}")  # Hydra would take this file's
-    run(hydra.main(version_base="1.3", config_path=str(configs), config_name=name)(task), configs, lists)
+    run(hydra.main(version_base="1.3", config_path=str(configs), config_name=name)(task), configs)
 
 
 @dataclass(frozen=True)
@@ -209,11 +174,6 @@ def note(markdown: str) -> dict[str, str]:
     while sum(len(line) + 1 for line in lines) > _TAG_SIZE:
         lines.pop()
     return {"mlflow.note.content": "\n".join(lines)}
-
-
-def _quoted(argument: str) -> str:
-    key, _, value = argument.partition("=")
-    return argument if value[:1] in ("'", '"', "[") else f"{key}='{value}'"
 
 
 def fail(error: UserError) -> None:

@@ -108,7 +108,7 @@ def axis(value: Any, folder: Path, known_sizes: bool = False) -> list[str]:
     known = sorted(p.stem for p in folder.glob("*.yaml"))
     if names == ["all"]:
         # without the experimental pairs, unless they are asked for by name
-        return [n for n in known if not yaml.safe_load((folder / f"{n}.yaml").read_text()).get("experimental")]
+        return [n for n in known if not yaml.safe_load((folder / f"{n}.yaml").read_text("utf-8")).get("experimental")]
     for name in names:
         if name not in known:
             raise UserError(f"{folder.name}={name} is not known; choose among {', '.join(known)}")
@@ -282,7 +282,7 @@ def candidate_of(cell: Cell, settings: Settings, configs: Path) -> Candidate:
 def _read(configs: Path, group: str, name: str) -> Mapping[str, Any]:
     file = configs / group / f"{name}.yaml"
     try:
-        values: dict[str, Any] = yaml.safe_load(file.read_text())
+        values: dict[str, Any] = yaml.safe_load(file.read_text("utf-8"))
         return values
     except FileNotFoundError:
         raise UserError(f"{group}={name} is not in {configs / group} any more; add {file.name} there") from None

@@ -6,6 +6,7 @@ import pytest
 
 from layerbits import entry
 from layerbits.errors import UserError
+from layerbits.overrides import hydra_arguments
 from layerbits.tracking.settings import TrackingSpec
 
 UNTRACKED = TrackingSpec(enabled=False, uri="sqlite:///x.db", experiment="x", run_name=None, system_metrics=False)
@@ -22,7 +23,7 @@ UNTRACKED = TrackingSpec(enabled=False, uri="sqlite:///x.db", experiment="x", ru
     ],
 )
 def test_a_command_line_of_mlflow_becomes_hydras(given, expected):
-    assert entry.hydra_arguments(given) == expected
+    assert hydra_arguments(given) == expected
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def configs(tmp_path):
 def test_a_job_gets_plain_data_and_lists_stay_one_text(configs, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["job.py", "run_id=a,b"])
     seen = []
-    entry.start(seen.append, configs, "job", lists=("run_id",))
+    entry.start(seen.append, configs, "job")
     assert seen == [{"run_id": "a,b"}]
     assert type(seen[0]) is dict
 

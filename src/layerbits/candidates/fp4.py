@@ -292,7 +292,7 @@ def device_reciprocal(x: Tensor) -> Tensor:
 @functools.cache
 def _reciprocal_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """Coefficients ``[3, 128]`` of the interpolation and, in units of ``2**17``, the squares ``[2**16]`` in it."""
-    with resources.files("layerbits").joinpath("data/gpu_reciprocal.csv").open() as file:
+    with resources.files("layerbits").joinpath("data/gpu_reciprocal.csv").open(encoding="utf-8") as file:
         c0, c1, c2 = np.loadtxt(file, dtype=np.int64, delimiter=",", unpack=True)
     coefficients = np.stack([(c0 << 13) + _RECIPROCAL_ROUNDING, c1, c2])
     low = np.arange(2**16)

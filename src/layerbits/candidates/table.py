@@ -38,7 +38,9 @@ _HEADER = f"| {' | '.join(_COLUMNS)} |\n|{'---|' * len(_COLUMNS)}"
 
 def load_pairs(configs: Path = CONFIGS) -> list[QuantPair]:
     """The shipped quant pairs, by weight, then activation precision."""
-    pairs = [QuantPair.from_mapping(yaml.safe_load(p.read_text())) for p in (configs / "quant_pair").glob("*.yaml")]
+    pairs = [
+        QuantPair.from_mapping(yaml.safe_load(p.read_text("utf-8"))) for p in (configs / "quant_pair").glob("*.yaml")
+    ]
     order = ("fp4", "int4", "fp8", "int8", "fp16")
     return sorted(pairs, key=lambda p: (p.experimental, order.index(p.weight), -order.index(p.activation), p.name))
 
@@ -46,7 +48,7 @@ def load_pairs(configs: Path = CONFIGS) -> list[QuantPair]:
 def load_overlays(configs: Path = CONFIGS) -> list[Overlay]:
     """The shipped overlays: ``default``, those of weights, of activations, of both; groups by size."""
     files = (configs / "quant_granularity").glob("*.yaml")
-    overlays = [Overlay.from_mapping(yaml.safe_load(p.read_text())) for p in files]
+    overlays = [Overlay.from_mapping(yaml.safe_load(p.read_text("utf-8"))) for p in files]
 
     def key(overlay: Overlay) -> tuple[Any, ...]:
         words = [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", overlay.name)]

@@ -21,7 +21,7 @@ def read_json(file: Path) -> dict[str, Any]:
         UserError: There is no such file, or it holds no object.
     """
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file.parent} has no {file.name}; it is not an export") from None
     except (json.JSONDecodeError, UnicodeDecodeError):

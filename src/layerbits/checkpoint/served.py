@@ -92,7 +92,7 @@ class Served:
 
 def read_served() -> Served:
     """The figures that the package holds."""
-    told = json.loads(DATA.read_text())
+    told = json.loads(DATA.read_text("utf-8"))
     return Served(
         told["runtime"],
         told["date"],

@@ -151,6 +151,6 @@ def _computed(candidate: Candidate) -> bool:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        PAGE.write_text(page(PAGE.read_text()))
+        PAGE.write_text(page(PAGE.read_text("utf-8")))
     else:
         print(table(), end="")

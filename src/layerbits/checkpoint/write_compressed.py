@@ -46,7 +46,7 @@ def write_compressed(
     config.setdefault("architectures", [type(model).__name__])
     _set_dtype(config, str(model.dtype).removeprefix("torch."))
     config["quantization_config"] = _quantization_config(model, layers, on_disk)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
 def packed(layer: ScoredLayer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -131,7 +131,9 @@ def _write_shards(tensors: Tensors, folder: Path) -> None:
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{index}.safetensors").rename(folder / file)
         where |= dict.fromkeys(names, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n")
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n", "utf-8"
+    )
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

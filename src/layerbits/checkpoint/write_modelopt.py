@@ -201,15 +201,15 @@ def _mend_config(source: Path, folder: Path, misnamed: Mapping[str, str]) -> Non
     ModelOpt 0.47 marks the end of a name before it renames it, and where a renaming is written without an anchor (the
     ``model.`` of Nemotron-H) it takes the mark for a part of the name.
     """
-    original = json.loads((source / "config.json").read_text())
+    original = json.loads((source / "config.json").read_text("utf-8"))
     file = folder / "config.json"
     for named in (file, folder / "hf_quant_config.json"):
-        text = _MARK.sub("", named.read_text())
+        text = _MARK.sub("", named.read_text("utf-8"))
         for wrong, right in misnamed.items():
             text = text.replace(f'"{wrong}"', f'"{right}"')
-        named.write_text(text)
-    config = json.loads(file.read_text())
+        named.write_text(text, "utf-8")
+    config = json.loads(file.read_text("utf-8"))
     config.pop("use_cache", None)
     if "use_cache" in original:
         config["use_cache"] = original["use_cache"]
-    file.write_text(json.dumps(config, indent=2) + "\n")
+    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from layerbits.checkpoint.label import AUTO, FORMATS
 from layerbits.errors import UserError
 from layerbits.export.plan import ExportPlan, plan_exports
+from layerbits.paths import user_path
 
 if TYPE_CHECKING:
     from layerbits.export.scheme import Export
@@ -58,8 +59,8 @@ class ExportSettings:
             raise UserError("register=true needs a tracking store; leave out tracking=none")
         root, name = config["export_root"], config["registered_model"]
         return cls(
-            root=None if root in _NONE else Path(root).expanduser().absolute(),
-            output_root=Path(config["output_root"]).expanduser().absolute(),
+            root=None if root in _NONE else user_path(root),
+            output_root=user_path(config["output_root"]),
             format=config["format"],
             device=config["device"],
             artifact_bytes=size,

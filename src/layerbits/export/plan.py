@@ -16,6 +16,7 @@ from layerbits.checkpoint.label import AUTO, COMPRESSED, FORMATS, MODELOPT, Labe
 from layerbits.checkpoint.labels import check_shape
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
+from layerbits.paths import user_path
 
 if TYPE_CHECKING:
     from layerbits.inputs.models import ResolvedModel, Shapes
@@ -100,7 +101,7 @@ def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportP
         format = MODELOPT
     if not scheme.modules:
         raise UserError(f"scheme {scheme.name} quantizes nothing; give it fewer bits, or leave it out of schemes")
-    target = target.expanduser().absolute()
+    target = user_path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is not empty; name another folder, or delete it")
     model = empty_model(prepared.resolved)

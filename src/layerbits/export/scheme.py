@@ -157,7 +157,7 @@ def export_scheme(
             write_json(folder / MANIFEST, {"record": record, "scheme": plan.scheme.to_json()})
         with whole_folder(report, _MEND) as files:
             write_json(files / "proof.json", proof.to_json())
-            (files / "proof.md").write_text(proof.markdown())
+            (files / "proof.md").write_text(proof.markdown(), "utf-8")
             plan.scheme.save(files / "scheme.json")
             if failure is None:
                 sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
@@ -177,7 +177,7 @@ def is_exported(target: Path, scheme: Scheme, format: str) -> bool:
         format: As asked for; ``auto`` is any.
     """
     try:
-        record = json.loads((target / MANIFEST).read_text())["record"]
+        record = json.loads((target / MANIFEST).read_text("utf-8"))["record"]
         same = (record["scheme_digest"], record["kv_cache"]) == (scheme.digest, scheme.kv_cache)
         return same and format in (AUTO, record["format"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
@@ -189,7 +189,7 @@ def known_exports(root: Path) -> dict[str, tuple[str, str]]:
     known = {}
     for file in sorted(root.glob(f"[!.]*/{MANIFEST}")):  # not what is being written
         try:
-            record = json.loads(file.read_text())["record"]
+            record = json.loads(file.read_text("utf-8"))["record"]
             known[file.parent.name] = (str(record["weights"]), str(record["recipe"]))
         except (json.JSONDecodeError, KeyError, TypeError):
             continue  # not one of ours

@@ -2,7 +2,8 @@
 
 A frame is tidy: one row per group (and candidate) with the columns of :meth:`SensitivityResult.rows`; ``low`` and
 ``high`` hold an interval of the drawn value where one is known. Nothing here touches pyplot or other global state; in
-a notebook ``%matplotlib inline`` makes a returned figure show itself. Figures are drawn with matplotlib's own defaults (:mod:`layerbits.figures.settings`).
+a notebook ``%matplotlib inline`` makes a returned figure show itself.
+Figures are drawn with matplotlib's own defaults (:mod:`layerbits.figures.settings`).
 """
 
 from layerbits.figures.settings import import_matplotlib

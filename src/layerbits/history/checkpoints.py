@@ -53,7 +53,7 @@ def fetch_checkpoint(uri: str, run_id: str, to: Path) -> tuple[RawRun, Path]:
     to.mkdir(parents=True, exist_ok=True)
     fetch(uri, artifacts, "checkpoint.json", to / "checkpoint.json")
     try:
-        names = list(json.loads((to / "checkpoint.json").read_text())["files"])
+        names = list(json.loads((to / "checkpoint.json").read_text("utf-8"))["files"])
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"checkpoint.json of run {run_id} is damaged; export the scheme again") from None
     folder = to / _ARTIFACTS

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
+from layerbits.paths import home_path
 
 SIZES = {"small": 16, "medium": 128, "large": 512}
 """Number of calibration captions by name."""
@@ -154,7 +155,7 @@ def _lines(name: str, path: str | Path | None) -> tuple[str, tuple[str, ...]]:
                 f"the COCO 2017 captions are not built yet (no {path}); run `python -m layerbits.inputs.coco`, "
                 "or use dataset=text_file dataset.path=FILE"
             )
-    path = Path(path).expanduser()
+    path = home_path(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:

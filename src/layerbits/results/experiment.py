@@ -41,7 +41,7 @@ class Experiment:
 def made_by(folder: Path) -> Experiment | None:
     """The run that made a checkpoint; ``None`` where its folder does not say, or not in a way that can be read."""
     try:
-        told = json.loads((folder / FILE).read_text())
+        told = json.loads((folder / FILE).read_text("utf-8"))
         values = {name: told.get(name, "") for name in Experiment.__dataclass_fields__}
     except (OSError, ValueError, AttributeError):
         return None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.errors import UserError
+from layerbits.paths import home_path
 from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
 from layerbits.results.kv_cache import kv_from_json
@@ -164,11 +165,11 @@ def load_manifest(path: str | Path) -> SensitivityResult:
     Raises:
         UserError: No such file, not JSON, or not a manifest that this version reads.
     """
-    path = Path(path)
+    path = home_path(path)
     if path.is_dir():
         path = path / "manifest.json"
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"no manifest at {path}; give the manifest.json of a finished run") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

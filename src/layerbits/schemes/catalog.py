@@ -105,7 +105,7 @@ def load_specs(names: Sequence[str], folder: Path) -> list[SchemeSpec]:
             own = f"{folder.parent.name}/{path.parent.name}/{path.name}"
             raise UserError(f"scheme {name} is not known; choose {', '.join(close)}, or add {own}")
         try:
-            data = yaml.safe_load(path.read_text())
+            data = yaml.safe_load(path.read_text("utf-8"))
         except yaml.YAMLError as error:
             raise UserError(f"{path} is not YAML ({str(error).splitlines()[0]}); mend it") from None
         if not isinstance(data, Mapping):

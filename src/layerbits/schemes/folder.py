@@ -48,11 +48,11 @@ def write_schemes(
             scheme.save(partial / "schemes" / f"{scheme.name}.json")
             exclude = partial / "exclude" / f"{scheme.name}.yaml"
             exclude.parent.mkdir(exist_ok=True)
-            exclude.write_text(exclude_yaml(scheme))
+            exclude.write_text(exclude_yaml(scheme), "utf-8")
             write_recipes(partial, scheme)
         for path, text in (more or {}).items():
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
-            (partial / path).write_text(text)
+            (partial / path).write_text(text, "utf-8")
         write_json(partial / "schemes.json", {"source_run_ids": list(source.run_ids), "schemes": rows(schemes)})
         with optional_part("schemes.md"):
             (partial / "schemes.md").write_text(f"{markdown(schemes)}\n{excludes(schemes)}", "utf-8")
@@ -72,9 +72,9 @@ def write_recipes(folder: Path, scheme: Scheme) -> None:
         target = folder / kind / f"{scheme.name}.yaml"
         target.parent.mkdir(exist_ok=True)
         try:
-            target.write_text(made(scheme))
+            target.write_text(made(scheme), "utf-8")
         except Unsupported as error:
-            target.with_suffix(".txt").write_text(f"{error}\n")
+            target.with_suffix(".txt").write_text(f"{error}\n", "utf-8")
 
 
 def load_schemes(folder: Path) -> list[Scheme]:
@@ -86,7 +86,7 @@ def load_schemes(folder: Path) -> list[Scheme]:
     from layerbits.schemes.scheme import load_scheme
 
     try:
-        listed: dict[str, Any] = json.loads((folder / "schemes.json").read_text())
+        listed: dict[str, Any] = json.loads((folder / "schemes.json").read_text("utf-8"))
     except (OSError, json.JSONDecodeError):
         raise UserError(f"{folder} holds no schemes.json; give a folder that experiments/scheme.py wrote") from None
     return [load_scheme(folder / "schemes" / f"{row['scheme']}.json") for row in listed["schemes"]]

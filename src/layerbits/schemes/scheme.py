@@ -14,6 +14,7 @@ from typing import Any
 from layerbits.atomic import write_json
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.errors import UserError
+from layerbits.paths import home_path
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo
 
 SCHEMA_VERSION = 1
@@ -197,9 +198,9 @@ def load_scheme(path: str | Path) -> Scheme:
     Raises:
         UserError: No such file, not JSON, or not a scheme that this version reads.
     """
-    path = Path(path)
+    path = home_path(path)
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"no scheme at {path}; give a scheme file that experiments/scheme.py wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.paths import split_at_commas, user_path
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.catalog import SchemeSpec, load_specs
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
@@ -98,7 +99,7 @@ class SchemeSettings:
             pareto=points,
             kv_cache=kv_choice(config.get("kv_cache", AUTO)),
             tracking=TrackingSpec.from_config(config),
-            output_root=Path(config["output_root"]).expanduser().absolute(),
+            output_root=user_path(config["output_root"]),
         )
 
 
@@ -143,4 +144,4 @@ def listed(value: Any) -> list[str]:
     """Values of a list or a comma-separated text; ``none`` is an empty list."""
     if isinstance(value, list | tuple):
         return [str(v) for v in value]
-    return [] if value in _NONE else [v for v in (part.strip() for part in str(value).split(",")) if v]
+    return [] if value in _NONE else split_at_commas(str(value))

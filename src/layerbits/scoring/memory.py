@@ -305,7 +305,7 @@ def free_host_bytes() -> int:
     free = psutil.virtual_memory().available
     for limit, used in _CGROUPS:
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            free = min(free, int(Path(limit).read_text("utf-8")) - int(Path(used).read_text("utf-8")))
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return max(0, free)

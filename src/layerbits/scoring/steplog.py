@@ -74,7 +74,7 @@ class StepLog:
         with writable(folder):
             if not owner.exists():
                 write_json(owner, fingerprint)
-        if json.loads(owner.read_text()) != fingerprint:
+        if json.loads(owner.read_text("utf-8")) != fingerprint:
             raise UserError(
                 f"the search checkpoint in {folder} was made with other parameters; "
                 "give another folder as autoquant.checkpoint or delete it"

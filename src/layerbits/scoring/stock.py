@@ -194,7 +194,7 @@ class _StepLog:
         self._losses: list[float] = []
         self._from_disk = path.exists()
         if self._from_disk:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text("utf-8"))
             if data["fingerprint"] != fingerprint:
                 raise UserError(
                     f"the search checkpoint in {path.parent} was made with other parameters; "

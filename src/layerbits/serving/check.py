@@ -161,7 +161,7 @@ def check_files(folder: Path) -> tuple[Checkpoint, str, tuple[Check, ...]]:
     checkpoint = open_checkpoint(folder)
     digest = checkpoint.digest()
     try:
-        proven = json.loads((folder / MANIFEST).read_text())["record"]["weights"]
+        proven = json.loads((folder / MANIFEST).read_text("utf-8"))["record"]["weights"]
     except (OSError, ValueError, KeyError, TypeError):
         return checkpoint, digest, check_structure(checkpoint)
     same = Check("its tensors are those that were proven", digest == proven, f"digest {digest[:12]}, not {proven[:12]}")
@@ -175,7 +175,7 @@ def read_scheme(folder: Path) -> Scheme:
         UserError: It has none.
     """
     try:
-        return Scheme.from_json(json.loads((folder / MANIFEST).read_text())["scheme"])
+        return Scheme.from_json(json.loads((folder / MANIFEST).read_text("utf-8"))["scheme"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{folder} has no {MANIFEST} that can be read, so what it was made from is not known; give an export of "

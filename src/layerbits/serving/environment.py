@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerbits.errors import Skipped, UserError
+from layerbits.paths import user_path
 
 FOLDER = ".venv-vllm"
 MAKE = f"`make vllm` makes one in {FOLDER} (vllm.python=PATH names another, vllm.url=ADDRESS a running server)"
@@ -53,7 +54,7 @@ def find_environment(python: str | None, root: Path) -> Environment:
         Skipped: There is no environment, or one for GPUs on a machine without one.
         UserError: The Python that was named has no vLLM.
     """
-    path = Path(python).expanduser().absolute() if python else root / FOLDER / "bin" / "python"
+    path = user_path(python) if python else root / FOLDER / "bin" / "python"
     if not path.is_file():
         if python:
             raise UserError(f"vllm.python={python} is no file; {MAKE}")

@@ -7,8 +7,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerbits.cache import cache_dir
+from layerbits.cache import writable_cache
 from layerbits.errors import UserError
+from layerbits.paths import user_path
 from layerbits.serving.environment import find_environment
 from layerbits.serving.server import Launch, free_port
 
@@ -42,7 +43,7 @@ def serve(
 
 
 def _checkpoint(reference: str, uri: str | None) -> Path:
-    path = Path(reference).expanduser().absolute()
+    path = user_path(reference)
     if (path / "config.json").is_file():
         return path
     if "/" in reference:
@@ -54,4 +55,4 @@ def _checkpoint(reference: str, uri: str | None) -> Path:
     runs = export_runs(store, reference)
     if len(runs) > 1:
         raise UserError(f"run {reference} holds {len(runs)} exports; give one of them: {', '.join(runs)}")
-    return fetch_checkpoint(store, runs[0], cache_dir() / "checkpoints" / runs[0])[1]
+    return fetch_checkpoint(store, runs[0], writable_cache() / "checkpoints" / runs[0])[1]

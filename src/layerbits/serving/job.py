@@ -10,8 +10,9 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from layerbits.atomic import dated, write_json
-from layerbits.cache import cache_dir
+from layerbits.cache import writable_cache
 from layerbits.errors import Skipped, UserError
+from layerbits.paths import user_path
 from layerbits.results.experiment import made_by
 from layerbits.schemes.settings import listed
 from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
@@ -70,7 +71,7 @@ class VllmSettings:
             raise UserError("vllm.unquantized_url goes with vllm.url; set both, or neither")
         if config["dtype"] not in DTYPES:
             raise UserError(f"vllm.dtype={config['dtype']} is not known; use one of {', '.join(DTYPES)}")
-        plugin = None if texts["plugin"] is None else Path(texts["plugin"]).expanduser().absolute()
+        plugin = None if texts["plugin"] is None else user_path(texts["plugin"])
         if plugin is not None and not plugin.is_dir():
             raise UserError(f"vllm.plugin={plugin} is no folder; name the one that holds the plugin and its dist-info")
         return cls(
@@ -121,7 +122,7 @@ class ServeSettings:
             UserError: No checkpoint or two, or a value that is not one of its choices.
         """
         run_ids = tuple(listed(config["run_id"]))
-        folder = None if config["checkpoint"] in _NONE else Path(config["checkpoint"]).expanduser().absolute()
+        folder = None if config["checkpoint"] in _NONE else user_path(config["checkpoint"])
         if bool(run_ids) == (folder is not None):
             raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
         if config["device"] not in ("auto", "cpu", "cuda"):
@@ -133,7 +134,7 @@ class ServeSettings:
             top_k=-1 if config["top_k"] == "all" else _positive("top_k", config["top_k"]),
             new_tokens=_positive("new_tokens", config["new_tokens"]),
             device=config["device"],
-            output_root=Path(config["output_root"]).expanduser().absolute(),
+            output_root=user_path(config["output_root"]),
             vllm=VllmSettings.from_config(config["vllm"]),
         )
 
@@ -178,7 +179,7 @@ def find_targets(settings: ServeSettings, uri: str | None) -> list[Target]:
     store = connect(uri)
     targets = []
     for run_id in (one for given in settings.run_ids for one in export_runs(store, given)):
-        run, folder = fetch_checkpoint(store, run_id, cache_dir() / "checkpoints" / run_id)
+        run, folder = fetch_checkpoint(store, run_id, writable_cache() / "checkpoints" / run_id)
         tags = {key: run.tags[key] for key in ("source_run_id", "scheme") if key in run.tags}
         targets.append(Target(folder, run.tags.get("checkpoint.digest"), {**tags, "export_run_id": run.run_id}))
     return targets
@@ -212,7 +213,7 @@ class Checker:
         out.mkdir(parents=True)
         done = self._checked(checkpoint, structure, digest, out)
         write_json(out / "serve_check.json", done.to_json())
-        (out / "serve_check.md").write_text(done.markdown())
+        (out / "serve_check.md").write_text(done.markdown(), "utf-8")
         print(f"\n{done.markdown()}\nserve check: {out}", flush=True)
         tags = {
             **target.tags,

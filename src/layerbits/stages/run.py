@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerbits.cache import cache_dir
+from layerbits.cache import writable_cache
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
 from layerbits.config import AutoQuantSpec
@@ -111,7 +111,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         seconds["load"] = time.perf_counter() - start
     check_causality(loaded.model, plan.calibration, settings.model.name)
     torch.manual_seed(settings.seed)
-    workdir = Path(spec.checkpoint) if spec.checkpoint else cache_dir() / "searches" / plan.fingerprint
+    workdir = Path(spec.checkpoint) if spec.checkpoint else writable_cache() / "searches" / plan.fingerprint
     job = scoring_job(plan, loaded, workdir)
     alone = [c.info.name for c, _ in plan.candidates if not scored_together(c)]
     fell_back = spec.engine != "stock" and bool(alone)

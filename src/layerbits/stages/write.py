@@ -50,9 +50,9 @@ def _write_files(folder: Path, outcome: Outcome) -> None:
     info = result.candidate
     quantization = folder / "quantization"
     write_json(quantization / "effective_quant_config.json", info.config)
-    (quantization / "effective_quant_config.yaml").write_text(yaml.safe_dump(info.config, sort_keys=False))
+    (quantization / "effective_quant_config.yaml").write_text(yaml.safe_dump(info.config, sort_keys=False), "utf-8")
     (folder / "config").mkdir()
-    (folder / "config" / "composed.yaml").write_text(yaml.safe_dump(dict(result.settings), sort_keys=False))
+    (folder / "config" / "composed.yaml").write_text(yaml.safe_dump(dict(result.settings), sort_keys=False), "utf-8")
     write_json(folder / "autoquant" / "state.json", solver_state(result))
     # without the calibrated ranges: megabytes that a new calibration finds again
     state = {key: value for key, value in outcome.state.items() if key != "quantizer_states"}

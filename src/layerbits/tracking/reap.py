@@ -200,6 +200,6 @@ def _exists(pid: int) -> bool:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text("utf-8").strip()
     except OSError:
         return ""
