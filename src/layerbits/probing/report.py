@@ -86,7 +86,7 @@ def figure(result: ProbeResult) -> Any:
     errors = [DECIDED * s.difference.kl_se for s in schemes]
     with own_settings():
         drawn = pareto(frame, "kl", title=title)
-        look = {"fmt": "none", "ecolor": "black", "elinewidth": 0.8, "capsize": 2, "zorder": 4}
+        look: dict[str, Any] = {"fmt": "none", "ecolor": "black", "elinewidth": 0.8, "capsize": 2, "zorder": 4}
         drawn.axes[0].errorbar(frame["bits"], frame["kl"], yerr=errors, **look)
     return drawn
 
