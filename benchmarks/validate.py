@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from shapes import SHAPES
 from layerbits.inputs.calibration import Batch, build_rows
 from layerbits.inputs.captions import load_captions
 from layerbits.scoring.divergence import divergence, log_partition
+from layerbits.scoring.precision import computing, plan_precision
 from layerbits.scoring.search import Search
 from layerbits.scoring.steps import predictions
 from layerbits.trust.measure import measure_damage
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--pairs", default="wfp8_afp8,wfp4_afp8")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--dtype", default="model", help="what to measure in: auto, float32 or model")
+    parser.add_argument("--by-block", action="store_true", help="widen block by block where it widens")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     bench = Bench(arguments)
@@ -65,18 +69,25 @@ def main() -> None:
         job = bench.of((pair,))
         search = Search.of(job)
         linears = calibrated_linears(job, search)
+        linears.fix_dtypes()
+        tokens = max(s.input_ids.numel() for b in batches for s in b.segments)
+        precision = plan_precision(job.loaded.model, tokens, arguments.dtype)
+        if arguments.by_block and precision.widened:
+            precision = replace(precision, by_block=True)
         seconds = []
         for _ in range(arguments.turns):
             if arguments.device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            found = measure_damage(job.loaded.model, linears, search, batches, disable_one=False)
+            with computing(job.loaded.model, precision):
+                found = measure_damage(job.loaded.model, linears, search, batches, disable_one=False)
             seconds.append(time.perf_counter() - start)
         record[pair] = {
             "groups": len(search.groups),
             "rows": [len(x.input_ids) for b in batches for x in b.segments],
             "full_forwards": full * len(search.groups),
             "seconds": seconds,
+            "measured_in": asdict(precision),
             "noise_floor": float(found.floor.max()),
             "above_twice_the_floor": int((found.alone.mean > 2 * found.floor).sum()),
             "smallest_kl": float(found.alone.mean.min()),

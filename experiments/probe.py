@@ -15,6 +15,7 @@ from layerbits.probing.report import markdown, parameters, write_probe
 from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.settings import whole
+from layerbits.scoring.precision import check_dtype
 from layerbits.tracking.settings import TrackingSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,13 +26,14 @@ def probe(config: dict[str, Any]) -> None:
     """Makes or reads the schemes, measures them, writes and logs the result."""
     wanted = SchemeRequest.from_config(config, CONFIGS / "scheme")
     rows, batch_size = (whole(key, config[key]) for key in ("rows", "batch_size"))
+    dtype = check_dtype(str(config["dtype"]))
     root = user_path(config["output_root"])
 
     def make(uri: str | None) -> entry.Derived:
         from layerbits.probing.probe import probe_schemes
 
         schemes = wanted.schemes(uri)
-        result = probe_schemes(schemes, rows, batch_size, config["device"], ROOT)
+        result = probe_schemes(schemes, rows, batch_size, config["device"], ROOT, dtype)
         folder = write_probe(result, root)
         print(f"\n{markdown(result)}\nprobe: {folder}")
         tags = {**result.provenance, "source_run_id": schemes[0].source_run_id, **entry.note(markdown(result))}

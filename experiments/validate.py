@@ -37,12 +37,15 @@ def validation(config: dict[str, Any]) -> None:
         folder = write_validation(found, root)
         text = markdown(found)
         print(f"\n{text}\nvalidation: {folder}")
+        if found.blind:
+            raise UserError(f"{found.blind} ({folder})")
         params = {
             "eff.model": found.model.name,
             "eff.model_revision": found.model.revision,
             "eff.candidate": found.candidate,
             "eff.config_hash": found.config_hash,
             "eff.rows": str(found.data.rows),
+            "eff.measured_dtype": found.dtype,
             "eff.disable_one": str(settings.disable_one).lower(),
             "eff.rankers": ",".join(settings.rankers),
             "eff.kv_cache": "+".join(one.format for one in found.kv) or "none",

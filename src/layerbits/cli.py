@@ -95,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     stability.add_argument("--model", help="model name")
     stability.add_argument("--pair", help="quant pair, for instance wfp4_afp8")
     stability.add_argument("--granularity", help="granularity, default for none")
+    stability.add_argument(
+        "--bits",
+        metavar="BITS",
+        help="how sure the schemes of these budgets are instead, the runs' candidates together: captions drawn again, "
+        "the solver each time (several: 6,9)",
+    )
     stability.add_argument("--top", type=int, default=10, help="how many most sensitive groups are compared (10)")
     stability.add_argument("--format", choices=_FORMATS, default="table", help="csv and json have all columns")
 
@@ -171,10 +177,26 @@ def _stability(options: argparse.Namespace) -> int:
     if not runs:
         names = ("experiment", "model", "pair", "granularity")
         runs = list(history.runs(**{name: getattr(options, name) for name in names}, tracking_uri=uri)["run_id"])
+    if options.bits is not None:
+        return _scheme_stability(runs, options.bits, options.format, uri)
     found = stability({run: history.result(run, tracking_uri=uri) for run in runs}, options.top)
     if options.format == "table":
         found = in_words(found)
     _print(found, options.format, tuple(found.columns))
+    return 0
+
+
+def _scheme_stability(runs: Sequence[str], bits: str, form: str, uri: str | None) -> int:
+    from layerbits.schemes.catalog import SchemeSpec
+    from layerbits.schemes.source import load_scores
+    from layerbits.schemes.sureness import by_group, in_words, sureness
+
+    spec = SchemeSpec.from_mapping({"name": "bits", "effective_bits": [b for b in bits.split(",") if b.strip()]})
+    found = sureness([spec], load_scores(runs, uri))
+    if not found:
+        raise UserError("these runs keep no shares of captions, or of too few; score them on 8 captions or more")
+    frame = in_words(found) if form == "table" else by_group(found)
+    _print(frame, form, tuple(frame.columns))
     return 0
 
 

@@ -49,6 +49,7 @@ class AutoQuantSpec:
         memory: ``fast`` keeps activations and quantized weights, ``lean`` recomputes them, ``offload`` keeps
             the weights in host memory besides, ``auto`` picks by estimate.
         checkpoint: Folder for the search checkpoint; ``None`` = one per set of parameters in the cache.
+        refine: Groups per candidate that are measured after the pass; ``auto`` = those whose rank decides.
     """
 
     method: str
@@ -63,6 +64,7 @@ class AutoQuantSpec:
     cost_model: str = "weight"
     active_expert_ratio: float | None = None
     kv_cache: tuple[str, ...] = ()
+    refine: int | str = 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Settings:
                     "token uses, or null to read it from the model's config"
                 )
         autoquant["kv_cache"] = _kv_formats(autoquant)
+        autoquant["refine"] = _refine(config)
         _choice("autoquant.cost_model", autoquant.get("cost_model", "weight"), COST_MODELS)
         _choice("autoquant.method", autoquant["method"], METHODS)
         _choice("autoquant.engine", autoquant["engine"], ENGINES)
@@ -162,6 +165,22 @@ def _kv_formats(autoquant: Mapping[str, Any]) -> tuple[str, ...]:
             "autoquant.kv_cache is scored by method=gradient and engine=onepass; use those, or kv_cache=none"
         )
     return names
+
+
+def _refine(config: Mapping[str, Any]) -> int | str:
+    autoquant = config["autoquant"]
+    value = autoquant.get("refine")  # a record of an earlier version has none
+    if value in (None, "", "none", 0, "0"):
+        return 0
+    if value != "auto" and (not str(value).isdecimal()):
+        raise UserError(f"autoquant.refine={value} is not known; use none, a number of groups, or auto")
+    if autoquant["method"] == "kl_div":
+        raise UserError("method=kl_div measures every group already; use autoquant.refine=none")
+    if autoquant["engine"] == "stock":
+        raise UserError("ModelOpt's own search measures no group; use autoquant.engine=onepass, or refine=none")
+    if _named(config, "recipe") is not None:
+        raise UserError("a recipe holds groups quantized while others are scored; use autoquant.refine=none")
+    return "auto" if value == "auto" else int(value)
 
 
 def _choice(key: str, value: object, choices: tuple[str, ...]) -> None:

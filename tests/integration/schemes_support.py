@@ -44,5 +44,5 @@ def logits(model, batches=HELD_OUT):
         )
 
 
-def probed(model, schemes, info=INFO):
-    return probe(model, info, schemes, CALIBRATION, HELD_OUT, Rows("everyday", "packed", 20, 3, 0))
+def probed(model, schemes, info=INFO, dtype="auto"):
+    return probe(model, info, schemes, CALIBRATION, HELD_OUT, Rows("everyday", "packed", 20, 3, 0), dtype=dtype)

@@ -161,7 +161,7 @@ def test_schemes_that_are_the_same_are_measured_once():
 def test_a_bf16_model_has_a_noise_floor_and_its_weights_back():
     model = tiny_model("llama").bfloat16()
     weights = copy.deepcopy(model.state_dict())
-    result = probed(model, [scheme_of(model, qkv=candidate("wint4_afp16"))], replace(INFO, dtype="bfloat16"))
+    result = probed(model, [scheme_of(model, qkv=candidate("wint4_afp16"))], replace(INFO, dtype="bfloat16"), "model")
     assert 0 < result.floor.kl < result.schemes[0].difference.kl
     assert all(torch.equal(v, weights[n]) and v.dtype == weights[n].dtype for n, v in model.state_dict().items())
 
@@ -275,6 +275,7 @@ def test_schemes_of_a_grid_are_logged_and_printed(scored, made):
         "schemes",
         "schemes.json",
         "schemes.md",
+        "stability.json",
     }
     written = [json.loads((made[2] / "schemes" / f"bits_{bits}.json").read_text()) for bits in (6, 9)]
     assert {c["name"] for data in written for c in data["candidates"]} == {"wfp8_afp8", "wint4_afp16"}

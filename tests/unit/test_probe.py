@@ -11,8 +11,9 @@ import torch
 
 from layerbits.inputs.calibration import Batch, Segment
 from layerbits.probing.baseline import Baseline
-from layerbits.probing.measured import Comparison, Difference, ProbeResult, Rows, SchemeProbe, standard_error
+from layerbits.probing.measured import Comparison, Difference, ProbeResult, Rows, SchemeProbe
 from layerbits.probing.report import figure, markdown, write_probe
+from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import ModelInfo
 
 VOCABULARY = 7

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 ENTRIES = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
 
 
-@pytest.fixture(params=[("scheme", "scheme_run"), ("probe", "probe")], ids=["scheme", "probe"])
+@pytest.fixture(params=[("scheme", "schemes"), ("probe", "probe")], ids=["scheme", "probe"])
 def entry(request):
     name, config = request.param
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

@@ -64,7 +64,7 @@ LABELS = {
 }
 FONT = 9
 
-_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _MARKERS = ("o", "D", "^", "s", "v", "P", "X")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", _DASHES["dash-dot-dot"], _DASHES["dots"], _DASHES["long"])
 _DECADES_SHOWN = 8  # below the top, a colour scale ends: rounding noise near zero must not use up the colours
@@ -74,9 +74,9 @@ _DPI = 120
 
 def line_style(index: int) -> dict[str, Any]:
     """Colour, marker and line style of the ``index``-th line; colours repeat after 7, the combination after 42."""
-    turn, at = divmod(index, len(_COLORS))
+    turn, at = divmod(index, len(COLORS))
     return {
-        "color": _COLORS[at],
+        "color": COLORS[at],
         "marker": _MARKERS[(at + turn) % len(_MARKERS)],
         "linestyle": _LINES[index % len(_LINES)],
     }

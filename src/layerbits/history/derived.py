@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 
-from layerbits.history.source import RawRun, connect, experiment_id, search, told
+from layerbits.history.source import RawRun, connect, experiment_id, fetch, get_run, search, told
 from layerbits.tracking.contract import DIGEST_TAG
 
 _PREFIXES = {"schemes": "scheme/", "probe": "probe/"}
@@ -39,6 +41,20 @@ def probes(experiment: str = "layerbits", *, tracking_uri: str | None = None) ->
         UserError: As :func:`schemes`.
     """
     return _derived("probe", experiment, tracking_uri)
+
+
+def artifact(run_id: str, name: str, tracking_uri: str | None = None) -> str:
+    """The text of an artifact of a run.
+
+    Raises:
+        UserError: There is no such run, or it has no such artifact.
+    """
+    uri = connect(tracking_uri)
+    run = get_run(uri, run_id)
+    with TemporaryDirectory() as folder:
+        target = Path(folder) / Path(name).name
+        fetch(uri, str(run.info["artifact_uri"]), name, target)
+        return target.read_text("utf-8")
 
 
 def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFrame:

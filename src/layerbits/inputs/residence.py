@@ -8,6 +8,15 @@ MARK = "_layerbits_offload"
 """Attribute of a streamed module: what streams it, and the number of its block."""
 
 
+OWN_DTYPE = "_layerbits_own_dtype"
+"""Attribute of a module whose weights are in a wider dtype for a while: their own."""
+
+
+def own_dtype(module: Any) -> Any:
+    """The dtype of a module's weights where they are in a wider one for a while, else ``None``."""
+    return vars(module).get(OWN_DTYPE)
+
+
 def resident(module: Any) -> Any:
     """Makes sure that the weights of a module are where it computes, until another block is asked for.
 

@@ -97,6 +97,10 @@ def _convert(gguf_folder: Path, target: Path) -> Path:
     # transformers reads the wrong end token from this GGUF (its metadata and config say id 2), and it names no pad
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
     model = AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file=GGUF, dtype=torch.float32)
+    # newer transformers take a model from a GGUF file for a quantized one, and refuse to save it
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target

@@ -24,7 +24,7 @@ from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.linears import is_quantizable, run, weight_of
 from layerbits.inputs.models import output_head
 from layerbits.inputs.offload import offloaded
-from layerbits.inputs.residence import device_of
+from layerbits.inputs.residence import device_of, own_dtype
 from layerbits.results.result import CandidateInfo
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import ExpertsTap
@@ -123,6 +123,9 @@ def apply_scheme(
 ) -> AppliedScheme:
     """Makes a loaded model compute what a scheme says; ``model(**inputs)`` works as before.
 
+    Within :func:`layerbits.scoring.precision.computing` the model may compute in float32: quantizers then still see and
+    give the model's own dtype. Find the ranges before.
+
     Args:
         model: The whole model, as loaded; its weights are not touched.
         scheme: What to apply.
@@ -158,6 +161,7 @@ def apply_scheme(
     if scheme.kv_cache != NO_CACHE:
         cache = _cache(model, scheme)
         cache.load_ranges(ranges.kv[scheme.kv_cache])
+        cache.fix_dtypes()
     for name, module in linears.items():
         _replace(module, forwards[keys[name]], scheme.name)
     if scheme.kv_cache != NO_CACHE:
@@ -209,15 +213,16 @@ def module_quantizers(
     weight_quantizer = quantizers.make_quantizer(settings.weights[0], device)
     input_quantizer = quantizers.make_quantizer(settings.inputs[0], device)
     with torch.no_grad():
-        quantizers.calibrate_weight(weight_quantizer, weight_of(module), settings.searches[0], whole)
+        quantizers.calibrate_weight(weight_quantizer, _own_weight(module), settings.searches[0], whole)
         if weight_quantizer is not None and shares_range(weight_quantizer):
             others = [quantizers.make_quantizer(settings.weights[0], device_of(m)) for m in together]
             for other, linear in zip(others, together, strict=True):
-                quantizers.calibrate_weight(other, weight_of(linear))
+                quantizers.calibrate_weight(other, _own_weight(linear))
             quantizers.share_ranges([weight_quantizer, *others])
     if quantizers.needs_range(input_quantizer):
         amax = _range_of(ranges, name, info, _key(settings, 0))
-        input_quantizer.amax = torch.as_tensor(amax).to(device, module.weight.dtype)
+        input_quantizer.amax = torch.as_tensor(amax).to(device, own_dtype(module) or module.weight.dtype)
+    quantizers.fix_dtype(input_quantizer, own_dtype(module))
     return weight_quantizer, input_quantizer
 
 
@@ -241,11 +246,13 @@ def experts_tap(module: Any, name: str, info: CandidateInfo, ranges: Ranges) -> 
     device = device_of(module)
     settings = quantizers.distinct_settings([runtime_config(info, device)])
     tap = ExpertsTap(name, module, settings, experts)
+    if (own := own_dtype(module)) is not None:
+        tap.fix_dtype(own)
     with torch.no_grad():
         tap.calibrate_weights()
         for _, site, _, quantizer in tap.range_names():
             amax = torch.as_tensor(_range_of(ranges, name, info, _key(settings, 0, site)))
-            quantizer.amax = amax.to(device, weight.dtype)
+            quantizer.amax = amax.to(device, own or weight.dtype)
     return tap
 
 
@@ -295,16 +302,22 @@ def _key(settings: quantizers.Settings, at: int, site: str = "") -> str:
     return f"{site}{told}{json.dumps(headroom) if headroom else ''}"
 
 
+def _own_weight(module: Any) -> Any:
+    """The weight in its own dtype, whatever the model computes in."""
+    weight = weight_of(module)
+    return weight.to(own_dtype(module) or weight.dtype)
+
+
 def _quantized_forward(module: Any, weight_quantizer: Any, input_quantizer: Any, keep_weights: bool) -> Any:
     def quantized() -> Any:
-        weight = weight_of(module)
+        weight = _own_weight(module)
         return weight if weight_quantizer is None else weight_quantizer(weight)
 
     kept = quantized().detach() if keep_weights else None
 
     def forward(x: Any) -> Any:
         weight = quantized() if kept is None else kept
-        return run(module, x if input_quantizer is None else input_quantizer(x), weight)
+        return run(module, x if input_quantizer is None else input_quantizer(x), weight.to(x.dtype))
 
     return forward
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerbits.probing.measured import Difference, standard_error
+from layerbits.probing.measured import Difference
+from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import FloatArray
 
 if TYPE_CHECKING:
@@ -71,6 +72,11 @@ class Baseline:
     def tokens(self) -> int:
         """Counted tokens."""
         return len(self._caption)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of the largest segment."""
+        return max(int(k.segment.input_ids.numel()) for k in self._kept)
 
     @property
     def finite(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from layerbits.candidates.kv_cache import NO_CACHE
-from layerbits.results.result import FloatArray, ModelInfo
+from layerbits.results.bootstrap import standard_error
+from layerbits.results.result import ModelInfo
 
 SCHEMA_VERSION = 1
 DECIDED = 2.0
@@ -56,6 +57,7 @@ class SchemeProbe:
             them has none.
         caption_kl: ``[captions]`` KL summed over the tokens of each caption; what differences are told from chance by.
         kv_cache: Its KV cache.
+        candidates: Names of the candidates that it uses.
     """
 
     scheme: str
@@ -68,6 +70,7 @@ class SchemeProbe:
     caption_kl: tuple[float, ...]
     seconds: float
     kv_cache: str = NO_CACHE
+    candidates: tuple[str, ...] = ()
 
     @property
     def additivity(self) -> float:
@@ -121,6 +124,8 @@ class ProbeResult:
         floor: The unquantized model against itself.
         floor_kind: How that was made, in words.
         caption_tokens: ``[captions]`` counted tokens of each caption.
+        dtype: What the model computed in, which may be another than that of its weights.
+        memory: GB by name: what measuring was estimated to take, and what was free.
     """
 
     model: ModelInfo
@@ -134,6 +139,13 @@ class ProbeResult:
     seconds: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    dtype: str = ""
+    memory: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def above_floor(self) -> list[SchemeProbe]:
+        """Schemes whose damage can be told from rounding."""
+        return [s for s in self.schemes if s.difference.kl > self.floor.kl]
 
     def comparisons(self) -> list[Comparison]:
         """Each scheme against its controls, then against that with the next fewer bits and the same KV cache."""
@@ -178,30 +190,8 @@ class ProbeResult:
                 values[f"probe/{c.higher}/kl_above_scheme"] = c.kl
                 values[f"probe/{c.higher}/kl_above_scheme_se"] = c.se
         values |= {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
+        values |= {f"memory/{name}": value for name, value in self.memory.items()}
         return {key: value for key, value in values.items() if math.isfinite(value)}
-
-
-def standard_error(sums: Sequence[float] | FloatArray, tokens: Sequence[int] | FloatArray) -> tuple[float, float]:
-    """Mean per token and its standard error, where captions are what was drawn and not tokens.
-
-    A mean over tokens is the ratio of two sums over captions; its variance is that of a ratio estimator (Cochran,
-    *Sampling Techniques*, 3rd edition 1977, chapter 6). Tokens of one caption are not independent, so that their
-    scatter over ``√tokens`` would be too small.
-
-    Args:
-        sums: ``[captions]`` the value summed over the tokens of each caption.
-        tokens: ``[captions]`` tokens of each.
-
-    Returns:
-        The mean, and its standard error, NaN with fewer than two captions.
-    """
-    values, counts = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
-    mean = float(values.sum() / counts.sum())
-    if len(values) < 2:
-        return mean, math.nan
-    residual = values - mean * counts
-    scale = len(values) / (len(values) - 1)
-    return mean, float(np.sqrt(scale * (residual @ residual)) / counts.sum())
 
 
 def _finite(value: Any) -> Any:

@@ -7,8 +7,7 @@ what the unquantized model differs from itself by arithmetic alone; no scheme ca
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +19,17 @@ from layerbits.results.result import ModelInfo
 
 if TYPE_CHECKING:
     from layerbits.inputs.calibration import Batch
+    from layerbits.probing.apply import Ranges
     from layerbits.probing.baseline import Baseline
     from layerbits.schemes import Scheme
+    from layerbits.scoring.precision import Precision
 
 _MAY_KEEP = 0.25  # of the free memory, for quantized weights
 
 
-def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device: str, root: Path) -> ProbeResult:
+def probe_schemes(
+    schemes: Sequence[Scheme], rows: int, batch_size: int, device: str, root: Path, dtype: str = "auto"
+) -> ProbeResult:
     """Finds the model and the held-out rows of some schemes, and measures them, and each of their KV caches alone.
 
     Args:
@@ -35,6 +38,7 @@ def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device:
         batch_size: Rows a forward.
         device: ``auto``, ``cpu`` or ``cuda``.
         root: Project folder, for the git commit.
+        dtype: What to measure in, one of :data:`layerbits.scoring.precision.DTYPES`.
 
     Raises:
         UserError: No scheme, schemes of several models, or what :func:`layerbits.probing.loading.prepare`,
@@ -43,7 +47,9 @@ def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device:
     from layerbits.probing.loading import prepare_together
     from layerbits.provenance import provenance
     from layerbits.schemes.kv_cache import toggles
+    from layerbits.scoring.precision import check_dtype
 
+    check_dtype(dtype)
     schemes = [*schemes, *toggles(schemes)]
     prepared = prepare_together(schemes, "probe")
     data = prepared.scheme.calibration
@@ -51,7 +57,7 @@ def probe_schemes(schemes: Sequence[Scheme], rows: int, batch_size: int, device:
     batches = held_out_rows(prepared.captions.held_out, prepared.tokenizer, packing, seq_len, batch_size, rows)
     what = Rows(data.dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
     loaded = prepared.load(device)
-    return probe(loaded.model, loaded.info, schemes, prepared.calibration, batches, what, provenance(root))
+    return probe(loaded.model, loaded.info, schemes, prepared.calibration, batches, what, provenance(root), dtype)
 
 
 def held_out_rows(
@@ -94,10 +100,12 @@ def probe(
     batches: Sequence[Batch],
     data: Rows,
     provenance: Mapping[str, str] | None = None,
+    dtype: str = "auto",
 ) -> ProbeResult:
     """Measures schemes, one after the other on one loaded model, which is left as it was.
 
-    The unquantized logits are held meanwhile (tokens × vocabulary in the model's dtype), and so is a linear's quantized
+    Ranges are found in the model's dtype, and quantizers compute in it; all else is measured in ``dtype``. The
+    unquantized logits are held meanwhile (tokens × vocabulary), and so is a linear's quantized
     weight from one scheme to the next, where memory allows. Schemes that are the same are measured once.
 
     Args:
@@ -108,13 +116,14 @@ def probe(
         batches: Held-out batches.
         data: What the batches are, for the record; its tokens are counted here.
         provenance: Versions and hardware.
+        dtype: What to measure in, one of :data:`layerbits.scoring.precision.DTYPES`.
 
     Raises:
-        UserError: A scheme is of another revision or does not fit the model, or the model's logits are not finite.
+        UserError: A scheme is of another revision or does not fit the model, the model's logits are not finite, or
+            float32 does not fit.
     """
-    from layerbits.probing.apply import Made, apply_scheme, find_ranges
-    from layerbits.probing.baseline import Baseline
-    from layerbits.progress import progress
+    from layerbits.probing.apply import find_ranges
+    from layerbits.scoring.precision import computing, plan_precision
 
     if not schemes:
         raise UserError("there is no scheme to probe; name at least one")
@@ -124,12 +133,32 @@ def probe(
     start = clock()
     ranges = find_ranges(model, schemes, calibration)
     seconds = {"calibrate": clock() - start}
+    precision = plan_precision(model, max(s.input_ids.numel() for b in batches for s in b.segments), dtype)
+    with computing(model, precision):
+        return _measured(model, info, schemes, ranges, batches, data, seconds, dict(provenance or {}), precision)
 
+
+def _measured(
+    model: Any,
+    info: ModelInfo,
+    schemes: Sequence[Scheme],
+    ranges: Ranges,
+    batches: Sequence[Batch],
+    data: Rows,
+    seconds: dict[str, float],
+    provenance: dict[str, str],
+    precision: Precision,
+) -> ProbeResult:
+    from layerbits.probing.apply import Made, apply_scheme
+    from layerbits.probing.baseline import Baseline
+    from layerbits.progress import progress
+
+    clock = time.perf_counter
     start = clock()
     baseline = Baseline(model, batches)
     if not baseline.finite:
         raise UserError("the unquantized model's own logits are not finite; try model.dtype=float32 or bfloat16")
-    floor, floor_kind = _noise_floor(model, info, baseline)
+    floor, floor_kind = _noise_floor(model, precision, baseline)
     seconds["reference"] = clock() - start
 
     began = clock()
@@ -154,6 +183,7 @@ def probe(
                 caption_kl=captions,
                 seconds=clock() - start,
                 kv_cache=scheme.kv_cache,
+                candidates=tuple(c.name for c in scheme.candidates),
             )
         )
     seconds["probe"] = clock() - began
@@ -167,8 +197,10 @@ def probe(
         caption_tokens=baseline.caption_tokens,
         schemes=tuple(probes),
         seconds=seconds,
-        provenance=dict(provenance or {}),
+        provenance=provenance,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        dtype=precision.dtype,
+        memory={"measure_estimate_gb": precision.estimate_gb, "measure_free_gb": precision.free_gb},
     )
 
 
@@ -185,31 +217,17 @@ def _weights_fit(model: Any, schemes: Sequence[Scheme]) -> bool:
     return not weights or wanted < _MAY_KEEP * free_bytes(weights[0].device)
 
 
-def _noise_floor(model: Any, info: ModelInfo, baseline: Baseline) -> tuple[Difference, str]:
-    if info.dtype == "float32":
+def _noise_floor(model: Any, precision: Precision, baseline: Baseline) -> tuple[Difference, str]:
+    from layerbits.scoring.precision import computing, plan_precision
+
+    if precision.dtype == "float32":
         difference, _ = baseline.compare(model, row_by_row=True)
         return difference, "a second unquantized run in float32, row by row instead of in batches"
-    with _in_float32(model):
-        difference, _ = baseline.compare(model)
-    return difference, f"the same weights computed in float32 against {info.dtype}"
-
-
-@contextmanager
-def _in_float32(model: Any) -> Iterator[None]:
-    """The model in float32 and back: widening loses nothing, so the weights return bit for bit."""
-    import torch
-
-    from layerbits.inputs.offload import offloaded
-
-    streaming = offloaded(model)
-    away = set() if streaming is None else {p for block in streaming.parts.streamed for p in block}
-    wide = [p for p in model.parameters() if p in away or not p.is_floating_point() or p.dtype == torch.float32]
-    narrow = {p: p.dtype for p in set(model.parameters()) - set(wide)}
     try:
-        for parameter in narrow:
-            parameter.data = parameter.data.float()
-        with nullcontext() if streaming is None else streaming.widened(torch.float32):
-            yield
-    finally:
-        for parameter, dtype in narrow.items():
-            parameter.data = parameter.data.to(dtype)
+        wide = plan_precision(model, baseline.tokens_at_once, "auto")
+    except UserError:  # it does not fit
+        difference, _ = baseline.compare(model, row_by_row=True)
+        return difference, f"a second unquantized run in {precision.dtype}, row by row instead of in batches"
+    with computing(model, wide):
+        difference, _ = baseline.compare(model)
+    return difference, f"the same weights computed in float32 against {precision.dtype}"

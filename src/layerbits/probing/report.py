@@ -9,6 +9,7 @@ from typing import Any
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.probing.measured import DECIDED, Difference, ProbeResult
+from layerbits.schemes.additivity import factors, points_of
 
 
 def markdown(result: ProbeResult) -> str:
@@ -16,9 +17,15 @@ def markdown(result: ProbeResult) -> str:
     d, comparisons = result.data, result.comparisons()
     verdicts = Counter(c.verdict for c in comparisons)
     found = ", ".join(f"{verdicts[v]} {v}" for v in ("confirmed", "contradicted", "undecided"))
+    rounding = (
+        f"{len(result.above_floor)} of {len(result.schemes)} schemes can be told from the rounding of {result.dtype}; "
+        "dtype=float32 tells more."
+    )
+    measured = "" if result.dtype in ("", result.model.dtype) else f", measured in {result.dtype}"
     lines = [
-        f"{result.model.name} ({result.model.dtype}), {d.rows} held-out rows of {d.dataset} ({d.packing}, {d.seq_len} "
-        f"tokens), {d.tokens:,} tokens of {len(result.caption_tokens)} captions counted",
+        *([rounding] if result.dtype not in ("", "float32") else []),
+        f"{result.model.name} ({result.model.dtype}{measured}), {d.rows} held-out rows of {d.dataset} "
+        f"({d.packing}, {d.seq_len} tokens), {d.tokens:,} tokens of {len(result.caption_tokens)} captions counted",
         *([f"Of {len(comparisons)} expected differences (below): {found}."] if comparisons else []),
         "",
         "| scheme | bits | perplexity | KL (nats/token) | ± SE | p99 KL | predicted KL | measured / predicted | "
@@ -35,10 +42,13 @@ def markdown(result: ProbeResult) -> str:
         f"Noise floor: {result.floor_kind}. Standard errors (SE) are over the captions.",
         *(f"KV cache {name}: {', '.join(those)}." for name, those in _caches(result).items()),
     ]
-    below = [s.scheme for s in result.schemes if s.difference.kl <= result.floor.kl]
+    below = [s.scheme for s in result.schemes if s not in result.above_floor]
     lines += [f"Not above the noise floor: {', '.join(below)}."] if below else []
     bad = [f"{s.scheme} ({s.difference.nonfinite} tokens)" for s in result.schemes if s.difference.nonfinite]
     lines += [f"Logits that are not numbers: {', '.join(bad)}."] if bad else []
+    if sums := factors(points_of(result.to_json())):
+        more = "For other schemes of these bits: `-e scheme -P measured=` this probe."
+        lines += ["", *(f"Does it add up? {factor.words}" for factor in sums), more]
     if comparisons:
         lines += [
             "",
@@ -58,6 +68,7 @@ def parameters(result: ProbeResult) -> dict[str, str]:
         "eff.model": result.model.name,
         "eff.model_revision": result.model.revision,
         "eff.dtype": result.model.dtype,
+        "eff.measured_dtype": result.dtype or result.model.dtype,
         "eff.dataset": data.dataset,
         "eff.packing": data.packing,
         "eff.seq_len": str(data.seq_len),

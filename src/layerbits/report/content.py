@@ -106,6 +106,8 @@ def _candidate(result: SensitivityResult) -> dict[str, Any]:
         }
         if result.baseline is not None:
             layer["believable"] = row["believable"]
+        if row.get("measured_se") is not None:
+            layer["measured_se"] = row["measured_se"]
         if chosen:
             layer["chosen"] = chosen[position[row["layer"]]]
         if result.intervals is not None:

@@ -144,6 +144,7 @@ def _ranking(data: Mapping[str, Any]) -> Iterator[str]:
 
     def row(x: Mapping[str, Any]) -> list[str]:
         doubt = " (not believable)" if not x.get("believable", True) else ""
+        doubt += f" (measured, ± {x['measured_se']:.1g})" if "measured_se" in x else ""
         values = [_n(x["predicted_kl"]) + doubt, *(_n(x[e]) for e in ends), _n(x["score"]), _p(x["share"])]
         status = ["kept" if x["chosen"] is None else "quantized"] if known else []
         rank = [str(x["rank"]), *([_range(x["rank_low"], x["rank_high"])] if sure else [])]

@@ -11,6 +11,7 @@ rows a caption's share has a little of its neighbours' loss in it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,6 +107,29 @@ def resampled(kl: FloatArray, tokens: npt.NDArray[np.int64], weights: FloatArray
     """
     drawn: FloatArray = (weights @ kl) * (tokens.sum() / _counted(tokens, weights))[:, None]
     return drawn
+
+
+def standard_error(sums: Sequence[float] | FloatArray, tokens: Sequence[int] | FloatArray) -> tuple[float, float]:
+    """Mean per token and its standard error, where captions are what was drawn and not tokens.
+
+    A mean over tokens is the ratio of two sums over captions; its variance is that of a ratio estimator (Cochran,
+    *Sampling Techniques*, 3rd edition 1977, chapter 6). Tokens of one caption are not independent, so that their
+    scatter over ``√tokens`` would be too small.
+
+    Args:
+        sums: ``[captions]`` the value summed over the tokens of each caption.
+        tokens: ``[captions]`` tokens of each.
+
+    Returns:
+        The mean, and its standard error, NaN with fewer than two captions.
+    """
+    values, counts = np.asarray(sums, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
+    mean = float(values.sum() / counts.sum())
+    if len(values) < 2:
+        return mean, math.nan
+    residual = values - mean * counts
+    scale = len(values) / (len(values) - 1)
+    return mean, float(np.sqrt(scale * (residual @ residual)) / counts.sum())
 
 
 def ties(drawn: FloatArray, center: FloatArray) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:

@@ -82,11 +82,12 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
         )
         row_of = {g.key: i for i, g in enumerate(groups)}
         scores = np.full(len(groups), np.nan)
-        predicted_kl = np.full_like(scores, np.nan)
+        predicted_kl, measured_se = np.full_like(scores, np.nan), np.full_like(scores, np.nan)
         for layer in data["layers"]:
             at = row_of[layer["layer"]]
             scores[at] = np.nan if layer["score"] is None else layer["score"]
             predicted_kl[at] = np.nan if layer["predicted_kl"] is None else layer["predicted_kl"]
+            measured_se[at] = np.nan if layer.get("measured_se") is None else layer["measured_se"]
         calibration = _numbers(data["calibration"], "padding_share")
         calibration["batch_loss_tokens"] = tuple(calibration["batch_loss_tokens"])
         told = {"effective_bits_active": None, **data["recipe"]}
@@ -117,6 +118,7 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
                 for r in data.get("routing", ())
             ),
             kv_cache=kv_from_json(data.get("kv_cache", ())),
+            measured_se=measured_se if any("measured_se" in layer for layer in data["layers"]) else None,
             tags=data["tags"],
             warnings=tuple(data["warnings"]),
             created=data["created"],

@@ -190,6 +190,8 @@ class SensitivityResult:
         provenance: Versions, hardware, git commit.
         seconds: Wall time per phase. memory: peak GB per kind.
         kv_cache: What quantizing keys and values of each block costs, where it was scored.
+        measured_se: ``[G]`` standard error of a ``predicted_kl`` that was measured after the pass
+            (``autoquant.refine``); NaN where it is a prediction. ``None`` where none was measured.
         routing: Tokens per expert, a record per expert module.
         tags: Further facts for the tracking server (``fp4_numerics``, ``deployable``, …).
     """
@@ -216,6 +218,7 @@ class SensitivityResult:
     memory: Mapping[str, float] = field(default_factory=dict)
     routing: tuple[Routing, ...] = ()
     kv_cache: tuple[KvScore, ...] = ()
+    measured_se: FloatArray | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     created: str = ""
@@ -246,7 +249,8 @@ class SensitivityResult:
         """
         if self.baseline is None or self.method == "kl_div":
             return np.zeros(self.predicted_kl.shape, dtype=bool)
-        return np.asarray(self.predicted_kl > self.baseline.guessing)
+        predicted = True if self.measured_se is None else np.isnan(self.measured_se)
+        return np.asarray((self.predicted_kl > self.baseline.guessing) & predicted)
 
     @property
     def run_name(self) -> str:
@@ -262,7 +266,8 @@ class SensitivityResult:
             is not known), rank (1 = most sensitive; non-finite scores come last), weights and modules. Where intervals
             are known, also low and high (of the predicted KL), rank_low and rank_high (``None`` where the predicted KL
             is not finite), and tied: the groups whose order against this one is not supported. Where the baseline
-            is known, also believable.
+            is known, also believable. Where groups were measured after the pass, also measured_se (``None`` for a
+            prediction).
         """
         beyond, chosen = self.beyond, self.recipe.chosen
         keys = [g.key for g in self.groups]
@@ -282,6 +287,7 @@ class SensitivityResult:
                 "modules": list(group.modules),
                 **(self.intervals.row(g, keys) if self.intervals else {}),
                 **({"believable": not bool(beyond[g])} if self.baseline else {}),
+                **({} if self.measured_se is None else {"measured_se": _known(self.measured_se[g])}),
             }
             for rank, g in enumerate(order, start=1)
         ]
@@ -300,6 +306,10 @@ class SensitivityResult:
             if math.isfinite(value) and total > 0:
                 shares[group.kind] += value / total
         return {kind: shares[kind] for kind in KINDS if kind in shares}
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def costs(groups: Sequence[Group], cost_model: str) -> list[float]:

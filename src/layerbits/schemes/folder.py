@@ -11,11 +11,13 @@ import pandas as pd
 
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.errors import Unsupported, UserError
+from layerbits.schemes.additivity import Factor
 from layerbits.schemes.llm_compressor import compressor_recipe_yaml
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
 from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
+from layerbits.schemes.sureness import Sureness
 
 
 def write_schemes(
@@ -25,8 +27,12 @@ def write_schemes(
     points: Sequence[Mapping[str, float]] = (),
     name: str = "",
     more: Mapping[str, str] | None = None,
+    sure: Sequence[Sureness] = (),
+    known: Sequence[Factor] = (),
 ) -> Path:
     """Writes each scheme with its exclude list and as recipes, ``schemes.md``, ``schemes.json`` and the Pareto curve.
+
+    Where captions were drawn again, ``stability.json`` and a figure per scheme, too.
 
     Args:
         root: Output root; the folder is made below its ``tmp``.
@@ -35,6 +41,8 @@ def write_schemes(
         points: The Pareto curve.
         name: Of the folder, less the time; made of the model by default.
         more: Further files, path → text.
+        sure: How sure the schemes are.
+        known: Factors by measured schemes.
 
     Returns:
         The folder.
@@ -55,7 +63,13 @@ def write_schemes(
             (partial / path).write_text(text, "utf-8")
         write_json(partial / "schemes.json", {"source_run_ids": list(source.run_ids), "schemes": rows(schemes)})
         with optional_part("schemes.md"):
-            (partial / "schemes.md").write_text(f"{markdown(schemes)}\n{excludes(schemes)}", "utf-8")
+            text = f"{markdown(schemes, sure, known)}\n{excludes(schemes)}"
+            (partial / "schemes.md").write_text(text, "utf-8")
+        if sure:
+            write_json(partial / "stability.json", [one.to_json() for one in sure])
+        for one in sure:
+            with optional_part(f"figures/stability_{one.scheme}.png"):
+                _save_strips(source, one, partial / "figures" / f"stability_{one.scheme}.png")
         if points:
             write_json(partial / "pareto.json", list(points))
         if points or schemes:
@@ -90,6 +104,14 @@ def load_schemes(folder: Path) -> list[Scheme]:
     except (OSError, json.JSONDecodeError):
         raise UserError(f"{folder} holds no schemes.json; give a folder that experiments/scheme.py wrote") from None
     return [load_scheme(folder / "schemes" / f"{row['scheme']}.json") for row in listed["schemes"]]
+
+
+def _save_strips(source: Source, one: Sureness, path: Path) -> None:
+    from layerbits.figures import choice_strips
+    from layerbits.figures.style import save_png
+
+    title = f"{source.model.name} {one.scheme}: choices on {one.draws} draws of {one.captions} captions"
+    save_png(choice_strips(one.blocks, one.kinds, one.choices, one.shares, one.chosen, title), path)
 
 
 def _figure(source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[str, float]]) -> Any:

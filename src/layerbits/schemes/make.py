@@ -53,10 +53,10 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
     columns = source.columns(spec.candidates)
     candidates = [source.candidates[c] for c in columns]
     values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
-    solutions = solver.pareto(values, _bits(candidates), _costs(source), spec.effective_bits)
+    choices = covered(spec, source, values, solved(spec, source, values))
     notes = _notes(spec, source, candidates, values)
     schemes = []
-    for budget, solution in zip(spec.effective_bits, solutions, strict=True):
+    for budget, choice in zip(spec.effective_bits, choices, strict=True):
         how: dict[str, Any] = {
             "method": "budget",
             "target_effective_bits": budget,
@@ -64,16 +64,49 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
             "objective": spec.objective,
             "candidates": [c.name for c in candidates],
         }
-        choice, more = solution.choice, notes
+        more = notes
         if spec.coverage is not None:
             blocks = covered_blocks(source.groups, values, spec.coverage, spec.coverage_order)
-            choice = reverted(choice, source.groups, blocks) if spec.coverage < 1 else choice
             how |= {"method": "coverage", "coverage": spec.coverage, "coverage_order": spec.coverage_order}
             how |= {"blocks": blocks}
             more = (*notes, _explained(spec, blocks, source)) if spec.coverage < 1 else notes
-        name = spec.name if len(spec.effective_bits) == 1 else f"{spec.name}_{budget:g}"
-        schemes.append(_scheme(name, choice, columns, source, how, more))
+        schemes.append(_scheme(scheme_name(spec, budget), choice, columns, source, how, more))
     return schemes
+
+
+def scheme_name(spec: SchemeSpec, budget: float) -> str:
+    """Name of the scheme of one of a spec's budgets."""
+    return spec.name if len(spec.effective_bits) == 1 else f"{spec.name}_{budget:g}"
+
+
+def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[IntArray]:
+    """What the solver makes of some values.
+
+    Args:
+        spec: Its candidates and budgets.
+        source: Groups and costs.
+        values: ``[G, C]`` what is summed, of the spec's candidates.
+
+    Returns:
+        Per budget ``[G]`` the position among the spec's candidates, :data:`UNQUANTIZED` = none.
+
+    Raises:
+        UserError: A budget is infeasible.
+    """
+    candidates = [source.candidates[c] for c in source.columns(spec.candidates)]
+    return [s.choice for s in solver.pareto(values, _bits(candidates), _costs(source), spec.effective_bits)]
+
+
+def covered(spec: SchemeSpec, source: Source, values: FloatArray, choices: Sequence[IntArray]) -> list[IntArray]:
+    """The choices of :func:`solved` less what the coverage of a spec reverts.
+
+    Raises:
+        UserError: The coverage is out of range.
+    """
+    if spec.coverage is None or spec.coverage >= 1:
+        return list(choices)
+    blocks = covered_blocks(source.groups, values, spec.coverage, spec.coverage_order)
+    return [reverted(choice, source.groups, blocks) for choice in choices]
 
 
 def controls_of(spec: SchemeSpec, reference: Scheme, source: Source) -> list[Scheme]:

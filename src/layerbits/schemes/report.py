@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layerbits.candidates.kv_cache import NO_CACHE
+from layerbits.schemes.additivity import Factor, expected
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
+from layerbits.schemes.sureness import Sureness
+from layerbits.schemes.sureness import markdown as sure_words
 from layerbits.tracking.contract import DIGEST_TAG
 
 
@@ -47,38 +50,58 @@ def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
     return records
 
 
-def markdown(schemes: Sequence[Scheme]) -> str:
-    """A table of the schemes, and below it what each should be read with."""
+def markdown(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Sequence[Factor] = ()) -> str:
+    """A table of the schemes, below it what each should be read with, and how sure they are.
+
+    Args:
+        schemes: The schemes.
+        sure: How sure they are.
+        known: Factors by measured schemes: what is expected of each scheme stands beside its sum.
+    """
     told = rows(schemes)
     # Where no group is routed experts, both units are one.
     active = any(row["bits_active"] not in (None, row["bits"]) for row in told)
     more = " bits of active weights |" if active else ""
     caches = any(row["kv_cache"] != NO_CACHE for row in told)
+    beside = bool(known)
     lines = [
         f"| scheme | bits |{more} ModelOpt's bits | quantized groups | raw score | predicted KL (nats/token) |"
-        f"{' KV cache | its predicted KL |' * caches} digest |",
-        f"|---|---|{'---|' * active}---|---|---|---|{'---|---|' * caches}---|",
+        f"{' expected by measured schemes |' * beside}{' KV cache | its predicted KL |' * caches} digest |",
+        f"|---|---|{'---|' * active}---|---|---|---|{'---|' * beside}{'---|---|' * caches}---|",
     ]
-    for row in told:
+    for scheme, row in zip(schemes, told, strict=True):
         units = f" {_number(row['bits_active'], '.3f')} |" if active else ""
         same = f" (= {row['same_as']})" if row["same_as"] else ""
         cache = f" {row['kv_cache']} | {_number(row['kv_predicted_kl'], '.4g')} |" if caches else ""
         lines.append(
             f"| {row['scheme']} | {row['bits']:.3f} |{units} {_number(row['bits_modelopt'], '.3f')} | "
             f"{row['quantized_groups']} of {row['groups']} | {row['score']:.4g} | "
-            f"{_number(row['predicted_kl'], '.4g')} |{cache} {row['digest']}{same} |"
+            f"{_number(row['predicted_kl'], '.4g')} |{_expected(scheme, known)}{cache} {row['digest']}{same} |"
         )
+    lines += ["", *(f"Measured: {factor.words}" for factor in known)] if known else []
     notes = [f"- {scheme.name}: {note}" for scheme in schemes for note in scheme.notes]
-    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
+    told_sure = sure_words(sure)
+    return "\n".join([*lines, *(["", *notes] if notes else []), *(["", told_sure] if told_sure else [])]) + "\n"
 
 
-def metrics(schemes: Sequence[Scheme]) -> dict[str, float]:
+def _expected(scheme: Scheme, known: Sequence[Factor]) -> str:
+    if not known:
+        return ""
+    found = expected(scheme, known)
+    return " – |" if found is None else f" {found[0]:.4g} ± {found[1]:.2g} |"
+
+
+def metrics(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Sequence[Factor] = ()) -> dict[str, float]:
     """Numbers for the tracking server: ``scheme/<name>/<number>``, finite ones only."""
     names = ("bits", "bits_active", "bits_modelopt", "score", "predicted_kl", "quantized_groups")
     told = rows(schemes)
     values = {f"scheme/{row['scheme']}/{name}": row[name] for row in told for name in names}
     cached = [row for row in told if row["kv_cache"] != NO_CACHE]
     values |= {f"scheme/{row['scheme']}/kv_predicted_kl": row["kv_predicted_kl"] for row in cached}
+    for scheme in schemes:
+        if (found := expected(scheme, known)) is not None:
+            values[f"scheme/{scheme.name}/expected_kl"], values[f"scheme/{scheme.name}/expected_kl_se"] = found
+    values |= {f"scheme/{one.scheme}/{name}": value for one in sure for name, value in one.metrics().items()}
     return {key: float(value) for key, value in values.items() if value is not None}
 
 

@@ -127,6 +127,38 @@ def pareto(
     return [_solve(stated, slopes, budget) for budget in budgets]
 
 
+def relaxed(scores: FloatArray, bits: Sequence[float], weights: Sequence[float], budget: float) -> IntArray:
+    """Choices of many problems at once, near the optimum: each group's cheapest at the least multiplier that fits.
+
+    Args:
+        scores: ``[n, G, C]`` scores of ``n`` problems; a candidate is not eligible where its score is not finite.
+        bits: ``[C]``.
+        weights: ``[G]``.
+        budget: Effective bits, at most.
+
+    Returns:
+        ``[n, G]`` position of the candidate, :data:`UNQUANTIZED` = none.
+    """
+    share = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
+    every = share[:, None] * np.append(np.asarray(bits, dtype=np.float64), UNQUANTIZED_BITS)
+    padded = np.concatenate([np.where(np.isfinite(scores), scores, np.inf), np.zeros((*scores.shape[:2], 1))], axis=2)
+
+    def cheapest(multiplier: FloatArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+        at = (padded + multiplier[:, None, None] * every).argmin(axis=2)
+        return at, every[np.arange(len(every)), at].sum(axis=1) <= budget + TOLERANCE / 2
+
+    saved = UNQUANTIZED_BITS - min(bits)
+    largest = np.where(np.isfinite(padded), padded, 0.0).max(axis=2)
+    high = (largest / np.maximum(share * saved, 1e-300)).max(axis=1) * 1e3 + 1e-300
+    low = high * 1e-15
+    for _ in range(60):
+        middle = np.sqrt(low * high)
+        fits = cheapest(middle)[1]
+        low, high = np.where(fits, low, middle), np.where(fits, middle, high)
+    at = cheapest(high)[0]
+    return np.where(at == padded.shape[2] - 1, UNQUANTIZED, at).astype(np.int64)
+
+
 def _check(stated: Problem, budget: float) -> None:
     floor = stated.floor
     if not floor - TOLERANCE <= budget <= UNQUANTIZED_BITS:

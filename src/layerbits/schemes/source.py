@@ -16,6 +16,7 @@ from layerbits.results.kv_cache import kv_sums
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
 from layerbits.schemes.kv_cache import AUTO, chosen_cache
+from layerbits.schemes.solver import IntArray
 
 SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
 """Parts of a run's configuration that load its model and data again."""
@@ -34,6 +35,9 @@ class Source:
         all_weights: Weights in ModelOpt's denominator of effective bits; ``None`` where no run tells it.
         kv_prices: Format of the KV cache → nats per token that it costs over all blocks, where the runs scored it.
         kv_cache: What schemes made of it do to keys and values.
+        sample_kl: ``[S, G, C]`` share of each caption in the predicted KL, 0 where a candidate does not cover a group;
+            ``None`` where a run keeps none.
+        sample_tokens: ``[S]`` loss tokens of each caption, ``None`` likewise.
         settings: The parts of the first run's configuration that load model and data.
     """
 
@@ -50,6 +54,8 @@ class Source:
     settings: Mapping[str, Any]
     kv_prices: Mapping[str, float] = field(default_factory=dict)
     kv_cache: str = NO_CACHE
+    sample_kl: FloatArray | None = None
+    sample_tokens: IntArray | None = None
 
     def columns(self, names: Sequence[str]) -> list[int]:
         """Positions of the candidates with these names or quant pairs; all without a name.
@@ -126,6 +132,7 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
     for c, result in enumerate(results.values()):
         rows = [row[g.key] for g in result.groups]
         scores[rows, c], predicted_kl[rows, c] = result.scores, result.predicted_kl
+    sample_kl, sample_tokens = _samples(list(results.values()), row)
     return Source(
         run_ids=tuple(names),
         model=first.model,
@@ -140,7 +147,21 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
         settings={key: first.settings[key] for key in SETTINGS if key in first.settings},
         kv_prices=kv_prices,
         kv_cache=chosen_cache(AUTO, kv_prices),
+        sample_kl=sample_kl,
+        sample_tokens=sample_tokens,
     )
+
+
+def _samples(results: Sequence[SensitivityResult], row: Mapping[str, int]) -> tuple[FloatArray | None, IntArray | None]:
+    """The captions' shares side by side, where every result keeps them; all are of the same captions."""
+    tokens = [r.sample_tokens for r in results if r.sample_kl is not None and r.sample_tokens is not None]
+    if len(tokens) < len(results) or any(not np.array_equal(t, tokens[0]) for t in tokens):
+        return None, None
+    found = np.zeros((len(tokens[0]), len(row), len(results)))
+    for c, result in enumerate(results):
+        assert result.sample_kl is not None
+        found[:, [row[g.key] for g in result.groups], c] = result.sample_kl
+    return found, tokens[0].astype(np.int64)
 
 
 def _from_store(run_id: str, tracking_uri: str | None) -> dict[str, SensitivityResult]:

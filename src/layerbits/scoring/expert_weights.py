@@ -30,6 +30,9 @@ class ExpertWeights:
         attributes: ModelOpt's quantizer attributes for the weight of one expert.
         weight: ``[experts, out_features, in_features]``.
         search: How the ranges are searched (``mse``), ``None`` = largest magnitudes.
+
+    Attributes:
+        dtype: What it computes in; weights in another are converted there and back.
     """
 
     def __init__(self, attributes: Any, weight: Any, search: Any = None) -> None:
@@ -43,6 +46,7 @@ class ExpertWeights:
         self._quantizers = [quantizers.make_quantizer(adapted, weight.device) for _ in self._parts]
         self._rows = rows
         self._amax: Any = None
+        self.dtype = weight.dtype
 
     def calibrate(self, weight: Any, rows_amax: Any) -> None:
         """Finds the ranges as ModelOpt's ``max`` calibration does.
@@ -51,6 +55,7 @@ class ExpertWeights:
             weight: The weights.
             rows_amax: Largest magnitude of each row, ``[experts, out_features]``.
         """
+        weight, rows_amax = weight.to(self.dtype), rows_amax.to(self.dtype)
         self._amax = rows_amax.amax(dim=1)
         for part, quantizer in zip(self._parts, self._quantizers, strict=True):
             if self._layout == "nvfp4" or not quantizers.needs_range(quantizer):
@@ -84,6 +89,8 @@ class ExpertWeights:
         """The quantized weights, a new tensor."""
         import torch
 
+        if weight.dtype != self.dtype:
+            return self(weight.to(self.dtype)).to(weight.dtype)
         if len(self._parts) == 1:
             return self._quantized(0, weight).view(weight.shape)
         made = torch.empty_like(weight)

@@ -92,6 +92,14 @@ class ExpertsTap(Tap):
         self._routed = _zeros(self.experts.count + 1, self.device)
         return counted
 
+    def fix_dtype(self, dtype: Any) -> None:
+        """Has every quantizer compute in a dtype."""
+        super().fix_dtype(dtype)
+        for row in self._weights:
+            for quantizer in row:
+                if quantizer is not None:
+                    quantizer.dtype = dtype
+
     def load(self, tokens: int) -> Load:
         """Input and output stay; one setting's quantized weights and the routed tokens pass."""
         (between, width), (features, inner) = self.experts.shapes
@@ -260,6 +268,7 @@ class ExpertsTap(Tap):
             second: Applied to what enters the second.
         """
         self._check(routed)
+        tensors = [t.to(routed.hidden.dtype) for t in tensors]  # kept ones may be narrower than what is computed in
         weights = dict(zip(self.experts.projections, tensors, strict=True))
         grouped = _grouped(self.module)
         if grouped is None or not (_by_token(first) and _by_token(second)):

@@ -77,6 +77,9 @@ class Scores:
         resumed: Whether a search checkpoint was used.
         routing: Tokens per expert.
         kv_cache: What quantizing keys and values costs, block by block.
+        measured_se: ``[G, C]`` standard error of a KL that was measured instead of predicted
+            (:mod:`layerbits.scoring.refine`), NaN elsewhere; ``None`` where none was.
+        factors: Candidate name → what its predictions were multiplied by then.
     """
 
     groups: tuple[Group, ...]
@@ -96,6 +99,8 @@ class Scores:
     routing: tuple[Routing, ...] = ()
     kv_cache: tuple[KvScore, ...] = ()
     notes: tuple[str, ...] = ()
+    measured_se: FloatArray | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def held_cache(job: ScoringJob) -> KvCache | None:

@@ -14,6 +14,7 @@ from layerbits.candidates import backends
 from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
+from layerbits.inputs.residence import own_dtype
 from layerbits.scoring import quantizers
 from layerbits.scoring.reduction import token_scores
 from layerbits.scoring.steps import calibration_forward
@@ -89,6 +90,12 @@ class KvCache:
             for quantizer, amax in zip(self._quantizers(modules[name]), found, strict=True):
                 if amax is not None:
                     quantizer.amax = amax.to(next(modules[name].parameters()).device)
+
+    def fix_dtypes(self) -> None:
+        """Has the quantizers compute in the dtype of the model's weights, whatever it computes in from now on."""
+        for module, made in self._found.items():
+            for quantizer in made:
+                quantizers.fix_dtype(quantizer, own_dtype(module) or next(module.parameters()).dtype)
 
     @contextmanager
     def active(self, name: str | None = None) -> Iterator[None]:

@@ -132,6 +132,31 @@ def make_quantizer(attributes: Any, device: Any) -> Any:
     return None if attributes is None else quantizer_class()(attributes).to(device)
 
 
+def fix_dtype(quantizer: Any, dtype: Any) -> None:
+    """Makes a quantizer compute in a dtype whatever it is given, and give back what it got.
+
+    So a model that is measured in float32 is quantized as it is in its own dtype.
+
+    Args:
+        quantizer: A ModelOpt quantizer, ``None`` = disabled.
+        dtype: The dtype, ``None`` = that of what comes in.
+    """
+    if quantizer is None or dtype is None:
+        return
+    given: list[Any] = []
+
+    def before(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        given[:] = [args[0].dtype]
+        return (args[0].to(dtype), *args[1:])
+
+    def after(_module: Any, _args: Any, output: Any) -> Any:
+        return output.to(given[0])
+
+    # hooks, because ModelOpt changes the class of a quantizer with stored block ranges
+    quantizer.register_forward_pre_hook(before)
+    quantizer.register_forward_hook(after)
+
+
 def needs_range(quantizer: Any) -> bool:
     """Whether a quantizer works with a range that calibration must find."""
     return quantizer is not None and not quantizer._dynamic and not quantizer.is_mx_format

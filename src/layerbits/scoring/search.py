@@ -188,28 +188,13 @@ def assemble(
     raw_by_batch = np.stack([s.raw for s in steps])
     raw = raw_by_batch.sum(axis=0)
     sample_kl, sample_tokens = _by_sample(steps, weights)
-    states = {
-        name: search_state(
-            job.method,
-            search.found,
-            search.unscored,
-            name,
-            config=config,
-            raw=_solvable(raw[:, c]),
-            target_bits=job.target_bits,
-            active_ratio=job.active_ratio if job.cost_model == "active_moe" else None,
-        )
-        for c, (name, config) in enumerate(job.configs.items())
-    }
+    states, chosen = solved(job, search, raw)
     candidates = list(job.configs)
     return Scores(
         groups=search.groups,
         raw=raw,
         predicted_kl=np.tensordot(weights, raw_by_batch, axes=1),
-        chosen={
-            name: tuple(state["best"]["recipe"][d.name].num_bits < 16 for d in search.searched)
-            for name, state in states.items()
-        },
+        chosen=chosen,
         states=states,
         other_weights=sum(d.weights for d in search.found if not d.searched),
         sample_kl=sample_kl,
@@ -227,6 +212,37 @@ def assemble(
         routing=_routing(search, steps, routed),
         notes=(*search.notes, *notes),
     )
+
+
+def solved(job: ScoringJob, search: Search, raw: FloatArray) -> tuple[dict[str, Any], dict[str, tuple[bool, ...]]]:
+    """Solves the budget of each candidate.
+
+    Args:
+        job: The job.
+        search: Its search.
+        raw: ``[G, C]`` raw scores.
+
+    Returns:
+        Candidate name → ModelOpt's search state, and → per group whether the solver quantized it.
+    """
+    states = {
+        name: search_state(
+            job.method,
+            search.found,
+            search.unscored,
+            name,
+            config=config,
+            raw=_solvable(raw[:, c]),
+            target_bits=job.target_bits,
+            active_ratio=job.active_ratio if job.cost_model == "active_moe" else None,
+        )
+        for c, (name, config) in enumerate(job.configs.items())
+    }
+    flags = {
+        name: tuple(state["best"]["recipe"][d.name].num_bits < 16 for d in search.searched)
+        for name, state in states.items()
+    }
+    return states, flags
 
 
 def _routing(search: Search, steps: Sequence[Step], calibrated: Mapping[str, Any]) -> tuple[Routing, ...]:

@@ -88,6 +88,12 @@ class Tap(ABC):
     def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
         """Candidates and their :func:`token_scores`, ``[n, tokens]``, until every candidate had its turn."""
 
+    def fix_dtype(self, dtype: Any) -> None:
+        """Has every quantizer compute in a dtype, whatever the module computes in from now on."""
+        for row in (*self.inputs.values(), self.weight_quantizers()):
+            for quantizer in row:
+                quantizers.fix_dtype(quantizer, dtype)
+
     @abstractmethod
     def quantized(self, pair: tuple[int, int]) -> Forward:
         """The forward under a pair of (weight, input) settings."""

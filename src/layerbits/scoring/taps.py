@@ -154,6 +154,11 @@ class Taps:
                 if self.keep_experts if isinstance(tap, ExpertsTap) else self.keep_weights:
                     tap.keep_weights()
 
+    def fix_dtypes(self) -> None:
+        """Has every quantizer compute in the dtype that its module has now, whatever it computes in afterwards."""
+        for tap in self.taps:
+            tap.fix_dtype(next(tap.module.parameters()).dtype)
+
     def _share_weight_ranges(self) -> None:
         by_name = {tap.name: tap.weight_quantizers() for tap in self.taps}
         for names in fused(by_name):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerbits.probing.measured import standard_error
+from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import FloatArray
 
 LOADS, REFUSED, DIVERGES, SKIPPED = "loads", "refused", "diverges", "skipped"

@@ -93,7 +93,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     """
     import torch
 
-    from layerbits.scoring import distributed, kl, onepass, stock
+    from layerbits.scoring import distributed, kl, onepass, refine, stock
 
     settings, spec = plan.settings, plan.settings.autoquant
     distributed.agree(
@@ -120,6 +120,8 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         raise Unsupported(_STOCK_OFFLOAD)
     engine = stock if engine_name == "stock" else kl if spec.method == "kl_div" else onepass
     scores = engine.score(job)
+    if spec.refine:
+        scores = refine.refine(job, scores, spec.refine)
     baseline = Baseline(scores.loss_per_token, _vocabulary(loaded.model))
     doubts = () if settings.model.random_weights else baseline.check(_opening(plan))
     noisy = dropout_of(loaded.model, loaded.model.config.get_text_config())
@@ -155,6 +157,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     memory={**peak_memory(), **scores.memory},
                     routing=scores.routing,
                     kv_cache=scores.kv_cache,
+                    measured_se=None if scores.measured_se is None else scores.measured_se[:, c],
                     tags={**_tags(plan, capability, scores), **switched, "cell": plan.cells[candidate.info.name]},
                     warnings=(*doubts, *dropout, *plan.warnings(capability), *scores.notes, *notes, *starved),
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -296,6 +299,8 @@ def _tags(plan: Plan, capability: Capability, scores: Scores) -> dict[str, str]:
         tags["fp4_numerics"] = capability.fp4_numerics
     if scores.mode:
         tags["memory_mode"] = scores.mode
+    if scores.measured_se is not None:
+        tags["refine"] = str(plan.settings.autoquant.refine)
     if plan.settings.model.random_weights:
         tags["weights"] = "random"
     if plan.resolved.quantization:

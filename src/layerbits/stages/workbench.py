@@ -30,8 +30,11 @@ from layerbits.inputs.models import (
     resolve,
     scored_linears,
     undecided,
+    unscored_patterns,
 )
 from layerbits.provenance import provenance
+from layerbits.scoring import refine
+from layerbits.scoring.state import decisions
 from layerbits.stages.plan import Held, Plan
 
 NOTHING_HELD = Held()
@@ -116,8 +119,14 @@ class Workbench:
             candidates: What is scored.
             scored: Names of the linears, where another than the candidates themselves says which.
             held: What stays quantized meanwhile.
+
+        Raises:
+            UserError: More groups are to be measured than there are.
         """
         scored = scored or self.scored(candidates[0][0])
+        if wanted := self.settings.autoquant.refine:
+            found = decisions(self.empty, unscored_patterns(self.empty, set(scored)))
+            refine.check(wanted, sum(decision.searched for decision in found))
         versions = provenance(Path.cwd())
         fingerprint = _digest(
             [*self._identity(candidates, scored, held), versions["version.modelopt"], versions["version.torch"]],
@@ -140,7 +149,8 @@ class Workbench:
     def _cell(self, candidate: tuple[Candidate, Capability], scored: tuple[str, ...], held: Held) -> str:
         spec = self.settings.autoquant
         unit = [] if spec.cost_model == "weight" else [[spec.cost_model, self.active_ratio]]
-        return _digest([*self._identity([candidate], scored, held), spec.effective_bits, *unit])
+        refined = [["refine", spec.refine]] if spec.refine else []
+        return _digest([*self._identity([candidate], scored, held), spec.effective_bits, *unit, *refined])
 
     def _identity(
         self,

@@ -264,6 +264,8 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
     if result.baseline is not None:
         yield "summary/loss_per_token", result.baseline.loss_per_token
         yield "summary/not_believable", float(result.beyond.sum())
+    if result.measured_se is not None:
+        yield "summary/measured_groups", float(np.isfinite(result.measured_se).sum())
     if (ends := result.intervals) is not None:
         yield f"summary/rank_stability_top{ends.top}", ends.top_overlap / ends.top
         yield f"summary/captions_for_stable_top{ends.top}", ends.top_captions

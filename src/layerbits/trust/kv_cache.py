@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from layerbits.errors import UserError
-from layerbits.probing.measured import standard_error
+from layerbits.results.bootstrap import standard_error
 from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray
 from layerbits.trust.agreement import Agreement, Captions, agreement

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.probing.baseline import Baseline
-from layerbits.probing.measured import standard_error
 from layerbits.progress import progress
+from layerbits.results.bootstrap import standard_error
 from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray
 from layerbits.scoring.kv_cache import KvCache
@@ -55,16 +55,24 @@ class Damage:
 
 
 def measure_damage(
-    model: Any, linears: ReplacedLinears, search: Search, batches: Sequence[Batch], disable_one: bool
+    model: Any,
+    linears: ReplacedLinears,
+    search: Search,
+    batches: Sequence[Batch],
+    disable_one: bool,
+    candidate: int = 0,
 ) -> Damage:
-    """Measures each group of a search that has one candidate; the model itself is never changed.
+    """Measures each group of a search under one of its candidates; the model itself is never changed.
 
     Args:
-        model: A causal language model.
-        linears: Its scored linears, with their ranges.
+        model: A causal language model, computing in what is measured in
+            (:func:`layerbits.scoring.precision.computing`).
+        linears: Its scored linears, with their ranges; where the model computes in another dtype than its own, with
+            fixed dtypes (:meth:`~layerbits.scoring.taps.Taps.fix_dtypes`).
         search: Its groups.
         batches: Held-out rows.
         disable_one: Whether to measure leaving one group unquantized too.
+        candidate: Position of the candidate.
 
     Raises:
         Unsupported: The model cannot be run from a block on.
@@ -72,7 +80,7 @@ def measure_damage(
     import torch
 
     groups = range(len(search.groups))
-    alone = [linears.quantized(search, g, 0) for g in groups]
+    alone = [linears.quantized(search, g, candidate) for g in groups]
     everything = {name: forward for one in alone for name, forward in one.items()}
     exact = model.get_input_embeddings().weight.dtype == torch.float32
     recomputed = [linears.recomputed(search, g) for g in (groups[:_FLOOR_GROUPS] if exact else groups)]
@@ -112,26 +120,49 @@ def measure_damage(
     )
 
 
-def measure_kv(
+def kv_caches(
     model: Any,
-    predicted: dict[str, tuple[KvScore, ...]],
+    predicted: Mapping[str, tuple[KvScore, ...]],
     language_model: str,
     calibration: Sequence[Batch],
+) -> dict[str, KvCache]:
+    """The quantized KV caches that a run priced, calibrated, by format; they keep to the dtype that the model has now.
+
+    Args:
+        model: The whole model, in its own dtype.
+        predicted: Format → its scores.
+        language_model: Name of the language model's module.
+        calibration: Batches for the ranges.
+
+    Raises:
+        UserError: The model's attention is not what was scored.
+    """
+    found = {}
+    for name, scores in predicted.items():
+        cache = KvCache(model, KV_FORMATS[name], language_model)
+        cache.calibrate(calibration)
+        if cache.modules != [score.module for score in scores]:
+            raise UserError("the attention of this model is not what was scored; score it again")
+        cache.fix_dtypes()
+        found[name] = cache
+    return found
+
+
+def measure_kv(
+    model: Any,
+    caches: Mapping[str, KvCache],
+    predicted: Mapping[str, tuple[KvScore, ...]],
     batches: Sequence[Batch],
     least: float,
 ) -> tuple[KvValidation, ...]:
     """Measures keys and values of each block alone, in whole forwards; the model itself is never changed.
 
     Args:
-        model: The whole model.
+        model: The whole model, computing in what is measured in.
+        caches: From :func:`kv_caches`.
         predicted: Format → its scores.
-        language_model: Name of the language model's module.
-        calibration: Batches for the ranges.
         batches: Held-out rows.
         least: KL per token from which on a measurement counts.
-
-    Raises:
-        UserError: The model's attention is not what was scored.
     """
     if not predicted:
         return ()
@@ -139,10 +170,7 @@ def measure_kv(
     tokens = np.array(baseline.caption_tokens, dtype=np.float64)
     found = []
     for name, scores in predicted.items():
-        cache = KvCache(model, KV_FORMATS[name], language_model)
-        cache.calibrate(calibration)
-        if cache.modules != [score.module for score in scores]:
-            raise UserError("the attention of this model is not what was scored; score it again")
+        cache = caches[name]
         alone = []
         for module in progress(cache.modules, f"measuring kv_{name}"):
             with cache.active(module):

@@ -64,7 +64,8 @@ def rank(name: str, job: ScoringJob, linears: ReplacedLinears, search: Search) -
             scores = engine.score(replace(job, method=name, workdir=Path(folder)))
         predicted, samples = scores.predicted_kl[:, 0], _samples(scores)
     elif name == "gradient_token":
-        predicted, samples = _gradient_token(job, linears, search)
+        shares, tokens = gradient_token(job, linears, search)
+        predicted, samples = shares[:, :, 0].sum(axis=0), Captions(shares[:, :, 0] * tokens.sum(), tokens)
     elif name == "weight_mse":
         predicted, samples = _weight_mse(linears, search), None
     elif name == "output_mse":
@@ -81,21 +82,25 @@ def _samples(scores: Scores) -> Captions | None:
     return Captions(scores.sample_kl[:, :, 0] * tokens.sum(), tokens)
 
 
-def _gradient_token(job: ScoringJob, linears: ReplacedLinears, search: Search) -> tuple[FloatArray, Captions]:
-    """The gradient score with the features of a token summed before they are squared."""
+def gradient_token(job: ScoringJob, linears: ReplacedLinears, search: Search) -> tuple[FloatArray, FloatArray]:
+    """The gradient score with the features of a token summed before they are squared.
+
+    Returns:
+        ``[S, G, C]`` share of each caption in the predicted KL, and ``[S]`` loss tokens.
+    """
     groups, batches = len(search.groups), job.calibration.score
     weights = kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64))
     samples = 1 + max(int(s.sample.max()) for b in batches for s in b.segments)
-    shares, tokens = np.zeros((samples, groups)), np.zeros(samples)
+    shares, tokens = np.zeros((samples, groups, len(job.configs))), np.zeros(samples)
     model = job.loaded.model
     for batch, weight in zip(batches, weights, strict=True):
         with nullcontext() if offloaded(model) is None else checkpointed(model):
             signed, owner = linears.score(batch, chunked=False, labels=lambda _logits, targets: targets)
         squares = fisher.windowed(signed, owner, batch, search.group_of, groups, window=1)
         step = step_of(squares, owner, batch, np.arange(groups), groups, linears.loss)
-        shares[step.samples] += step.sample_raw[:, :, 0] * weight
+        shares[step.samples] += step.sample_raw * weight
         tokens[step.samples] += step.sample_tokens
-    return shares.sum(axis=0), Captions(shares * tokens.sum(), tokens)
+    return shares, tokens
 
 
 def _weight_mse(linears: ReplacedLinears, search: Search) -> FloatArray:

@@ -39,6 +39,7 @@ class ValidateSettings:
         rankers: Further metrics to rank on the rows of the run (:data:`layerbits.trust.rankers.RANKERS`).
         device: ``auto``, ``cpu`` or ``cuda``.
         kv_cache: Formats of the KV cache to measure block by block; ``None`` = all that the run scored.
+        dtype: What to measure in, one of :data:`layerbits.scoring.precision.DTYPES`.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class ValidateSettings:
     rankers: tuple[str, ...]
     device: str
     kv_cache: tuple[str, ...] | None
+    dtype: str = "auto"
 
 
 def validate(
@@ -62,13 +64,14 @@ def validate(
         root: Project folder, for the git commit.
 
     Raises:
-        UserError: As :func:`layerbits.trust.again.plan_again`; or there are too few held-out captions, or the model's
-            groups differ.
+        UserError: As :func:`layerbits.trust.again.plan_again`; or there are too few held-out captions, the model's
+            groups differ, or float32 does not fit.
     """
     from layerbits.probing.probe import held_out_rows
     from layerbits.provenance import provenance
+    from layerbits.scoring.precision import computing, plan_precision
     from layerbits.scoring.search import Search
-    from layerbits.trust.measure import measure_damage, measure_kv
+    from layerbits.trust.measure import kv_caches, measure_damage, measure_kv
     from layerbits.trust.rankers import IN_NATS, rank
 
     priced = wanted_scores(reference, result.kv_cache, settings.kv_cache)
@@ -85,23 +88,21 @@ def validate(
     if [g.key for g in search.groups] != [g.key for g in result.groups]:
         raise UserError(f"the groups of {reference} are not those of this model; score it again")
 
+    model = loaded.model
+    precision = plan_precision(model, max(s.input_ids.numel() for b in batches for s in b.segments), settings.dtype)
+    print(f"measuring in {precision.words}", flush=True)
     start = clock()
     linears = calibrated_linears(job, search)
+    linears.fix_dtypes()
+    caches = kv_caches(model, priced, loaded.info.language_model, job.calibration.calib)
     seconds["calibrate"] = clock() - start
-    start = clock()
-    damage = measure_damage(loaded.model, linears, search, batches, settings.disable_one)
-    seconds["measure"] = clock() - start
-
-    start = clock()
-    kv = measure_kv(
-        loaded.model,
-        priced,
-        loaded.info.language_model,
-        job.calibration.calib,
-        batches,
-        ABOVE_FLOOR * float(damage.floor.max()),
-    )
-    seconds["kv_cache"] = clock() - start
+    with computing(model, precision):
+        start = clock()
+        damage = measure_damage(model, linears, search, batches, settings.disable_one)
+        seconds["measure"] = clock() - start
+        start = clock()
+        kv = measure_kv(model, caches, priced, batches, ABOVE_FLOOR * float(damage.floor.max()))
+        seconds["kv_cache"] = clock() - start
 
     own = Prediction(result.method, result.predicted_kl, True, _captions(result), math.nan)
     rankings = [rank(name, job, linears, search) for name in settings.rankers]
@@ -128,6 +129,8 @@ def validate(
         provenance=provenance(root),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         kv=kv,
+        dtype=precision.dtype,
+        memory={"measure_estimate_gb": precision.estimate_gb, "measure_free_gb": precision.free_gb},
     )
 
 
@@ -196,6 +199,7 @@ def settings_of(config: Mapping[str, Any], rankers: Sequence[str]) -> ValidateSe
     Raises:
         UserError: A value is not one of its choices.
     """
+    from layerbits.scoring.precision import check_dtype
     from layerbits.trust.rankers import chosen_rankers
 
     return ValidateSettings(
@@ -205,4 +209,5 @@ def settings_of(config: Mapping[str, Any], rankers: Sequence[str]) -> ValidateSe
         rankers=chosen_rankers(rankers),
         device=str(config["device"]),
         kv_cache=None if config["kv_cache"] == "auto" else kv_formats(config["kv_cache"]),
+        dtype=check_dtype(str(config["dtype"])),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,8 @@ class Validation:
         repeated: Largest relative difference of the scores of the run's method when computed anew; NaN where they
             were not.
         kv: What quantizing keys and values does, where the run scored that; in no figure of the groups.
+        dtype: What the model computed in while it was measured.
+        memory: GB by name: what measuring was estimated to take, and what was free.
     """
 
     source_run_id: str
@@ -75,6 +77,26 @@ class Validation:
     provenance: Mapping[str, str]
     created: str
     kv: tuple[KvValidation, ...] = ()
+    dtype: str = "float32"
+    memory: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def rounding(self) -> str:
+        """How many groups can be told from rounding, in a line."""
+        told, groups = self.status.count("ok"), len(self.groups)
+        more = "" if self.dtype == "float32" else "; dtype=float32 tells more"
+        return f"{told} of {groups} groups can be told from the rounding of {self.dtype}{more}."
+
+    @property
+    def blind(self) -> str:
+        """What would help where no group counts, ``""`` where one does."""
+        if "ok" in self.status or "at floor" not in self.status:
+            return ""
+        help_ = "a pair of fewer bits" if self.dtype == "float32" else "dtype=float32"
+        return (
+            f"no group of {self.candidate} can be told from the rounding of {self.dtype} (at most "
+            f"{self.floor.max():.2g} nats per token); use {help_}"
+        )
 
     @property
     def status(self) -> list[str]:
@@ -132,6 +154,7 @@ class Validation:
             "validate/predicted_kl_sum": float(np.nansum(self.predictions[0].predicted)),
             "validate/repeated_difference": self.repeated,
             **{f"seconds/{name}": value for name, value in self.seconds.items()},
+            **{f"memory/{name}": value for name, value in self.memory.items()},
         }
         for index, prediction in enumerate(self.predictions):
             prefix = f"validate/{prediction.name}/" if index else "validate/"
@@ -167,6 +190,9 @@ class Validation:
                 "captions": len(self.measured.tokens),
                 "tokens": self.measured.tokens.sum(),
             },
+            "measured_dtype": self.dtype,
+            "memory": dict(self.memory),
+            "groups": {s: self.status.count(s) for s in ("ok", "at floor", "not finite")},
             "noise_floor": float(self.floor.max()),
             "measured_kl_together": self.together,
             "repeated_difference": _number(self.repeated),
@@ -187,6 +213,8 @@ def markdown(found: Validation) -> str:
     lines = [
         f"# Validation of {found.candidate} on {found.model.name}",
         "",
+        *([found.rounding, ""] if found.dtype != "float32" else []),
+        f"Scored in {found.model.dtype}, measured in {found.dtype}. "
         f"Each of {len(found.groups)} groups was quantized alone and its KL divergence from the unquantized model "
         f"measured on {data.rows} held-out rows of {data.dataset} ({data.packing}, {data.seq_len} tokens): "
         f"{found.measured.tokens.sum():,.0f} tokens of {len(found.measured.tokens)} captions. Source run: "
