@@ -162,7 +162,7 @@ def main() -> None:
         arguments.shape, arguments.device, arguments.rows, arguments.length = "tiny-experts", "cpu", 2, 64
     parts = arguments.parts.split(",")
     bench = Bench(arguments)
-    bench.timed("warm_up", lambda: onepass.score(bench.of(SIX, steps=1)))  # builds every kernel
+    bench.timed("warm_up", lambda: onepass.score(bench.of(SIX, steps=distributed.world())))  # in every process
     if "floor" in parts:
         bench.floor()
     one = bench.timed("one_six", lambda: onepass.score(bench.of(SIX))) if "one" in parts else None
