@@ -1,4 +1,4 @@
-"""Checks that this machine can run jobs and log them: store, artifacts, clock, disk, GPU, kernels."""
+"""Checks that this machine can run jobs and log them: store, artifacts, clock, disk, GPU, kernels, and serving."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from layerbits.cache import cache_dir
-from layerbits.errors import UserError
+from layerbits.errors import Skipped, UserError
 from layerbits.history.source import fetch, sqlite_file
 from layerbits.tracking.store import experiment_id, impatient, is_server, one_line, open_store, redact
 
@@ -54,6 +54,7 @@ def examine(tracking_uri: str | None = None) -> Iterator[Check]:
     yield _guarded("disk", _disk)
     yield _guarded("gpu", _gpu)
     yield _guarded("kernels", _kernels)
+    yield _guarded("serving", _serving)
 
 
 def _store(tracking_uri: str | None) -> tuple[str | None, Check]:
@@ -176,3 +177,19 @@ def _kernels() -> tuple[str, str]:
         missing = "nvcc, ninja or a C++ compiler is missing"
         return "note", f"ModelOpt's FP4 kernels cannot be built ({missing}); NVFP4 and MXFP8 are slow"
     return "note", "no GPU: FP4 is computed by LayerBits' own kernels, equal bit for bit and slower"
+
+
+def _serving() -> tuple[str, str]:
+    """What the vLLM of this folder computes here."""
+    from layerbits.serving.environment import find_environment
+    from layerbits.serving.processor import ask, everything_as_written, summary
+
+    try:
+        environment = find_environment(None, Path.cwd())
+    except Skipped as why:
+        return "note", str(why)
+    processor = ask(environment)
+    if processor is None:
+        return "ok", f"{environment.package} {environment.version}; what it computes here, serve_check measures"
+    state = "ok" if everything_as_written(processor) else "note"
+    return state, f"{environment.package} {environment.version} on {summary(processor)}"

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import traceback
@@ -76,6 +77,8 @@ def start(script: str, *arguments: object, **changes: str) -> Ended:
             while mlflow.active_run():  # a process would have taken it along; the next script is no child of it
                 mlflow.end_run()
             mlflow.set_tracking_uri(None)
+    if status in (128 + signal.SIGTERM, 128 + signal.SIGINT):  # meant for the suite; the job took it for its own
+        raise KeyboardInterrupt("stopped by a signal")
     return Ended(status, out.getvalue(), errors.getvalue())
 
 

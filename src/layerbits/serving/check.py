@@ -234,6 +234,7 @@ def judge(
     structure: tuple[Check, ...],
     served: Told,
     measure: Callable[[], Measured],
+    known: str = "",
 ) -> ServeCheck:
     """The check of a checkpoint that the runtime has served.
 
@@ -243,13 +244,16 @@ def judge(
         structure: What its files say of themselves.
         served: What the runtime told.
         measure: Compares it; called only where it is numbers.
+        known: Why it may diverge on this machine, and what does not.
     """
+    cause = f"; known: {known}" if known else ""
     if not served.distributions.finite:
-        detail = "it tells log-probabilities that are not numbers"
+        detail = f"it tells log-probabilities that are not numbers{cause}"
         return ServeCheck(folder, digest, structure, DIVERGES, detail, None, served.texts, served.runtime)
     measured = measure()
     outcome = DIVERGES if measured.diverges else LOADS
-    return ServeCheck(folder, digest, structure, outcome, measured.sentence, measured, served.texts, served.runtime)
+    detail = measured.sentence + (cause if measured.diverges else "")
+    return ServeCheck(folder, digest, structure, outcome, detail, measured, served.texts, served.runtime)
 
 
 def _finite(value: Any) -> Any:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from layerbits.cache import writable_cache
+from layerbits.checkpoint.labels import read_quantization
+from layerbits.checkpoint.processors import MISSING
+from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.errors import UserError
 from layerbits.paths import user_path
-from layerbits.serving.environment import find_environment
+from layerbits.serving.environment import Environment, find_environment
+from layerbits.serving.processor import ask, in_words, otherwise
 from layerbits.serving.server import Launch, free_port
 
 
@@ -28,11 +33,13 @@ def serve(
         uri: The store of the run.
 
     Raises:
-        UserError: There is no such checkpoint, or no vLLM, or the port is in use.
+        UserError: There is no such checkpoint, or no vLLM, or the port is in use, or this CPU cannot serve it.
     """
     folder = _checkpoint(reference, uri)
     free_port(port, "--port")
-    launch = Launch(find_environment(python, Path.cwd()), plugin=plugin, arguments=tuple(arguments))
+    environment = find_environment(python, Path.cwd())
+    _check_processor(folder, environment, plugin)
+    launch = Launch(environment, plugin=plugin, arguments=tuple(arguments))
     name = folder.name
     command = launch.command(folder, port, name)
     request = f'{{"model": "{name}", "prompt": "A man rides", "max_tokens": 16, "temperature": 0}}'
@@ -40,6 +47,24 @@ def serve(
     print(f"when it says that it is up:\n  curl http://127.0.0.1:{port}/v1/completions \\")
     print(f"    -H 'Content-Type: application/json' -d '{request}'", flush=True)
     os.execve(command[0], command, dict(launch.variables()))
+
+
+def _check_processor(folder: Path, environment: Environment, plugin: Path | None) -> None:
+    """Says what this CPU does not compute as the files say.
+
+    Raises:
+        UserError: It cannot serve them at all.
+    """
+    processor = ask(environment)
+    try:
+        unlike = otherwise(read_quantization(open_checkpoint(folder)).layers.values(), processor)
+    except UserError:  # not quantized, or not by us: vLLM says what it makes of it
+        return
+    if processor is None or not unlike:
+        return
+    if plugin is None and any(answer.state == MISSING for answer in unlike.values()):
+        raise UserError(f"vLLM cannot serve {folder}: {in_words(unlike, processor)}")
+    print(f"warning: {in_words(unlike, processor)}", file=sys.stderr, flush=True)
 
 
 def _checkpoint(reference: str, uri: str | None) -> Path:

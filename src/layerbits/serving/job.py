@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from layerbits.atomic import dated, write_json
 from layerbits.cache import writable_cache
+from layerbits.checkpoint.labels import read_quantization
+from layerbits.checkpoint.processors import MISSING
 from layerbits.errors import Skipped, UserError
 from layerbits.paths import user_path
 from layerbits.results.experiment import made_by
 from layerbits.schemes.settings import listed
 from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
 from layerbits.serving.environment import find_environment
+from layerbits.serving.processor import ask, in_words, otherwise, why_refused
 from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
 from layerbits.serving.server import Launch, Refused
 from layerbits.serving.verdict import REFUSED, SKIPPED
@@ -243,13 +246,20 @@ class Checker:
             return ServeCheck(folder, digest, structure, SKIPPED, str(why))
         subject = Subject.of(read_scheme(folder), self.settings)
         runtime, plain = runtimes(subject)
+        processor = runtime.processor if isinstance(runtime, Started) else None
+        labels = tuple(read_quantization(checkpoint).layers.values())
+        unlike = otherwise(labels, processor)
+        known = in_words(unlike, processor) if processor is not None and unlike else ""
+        if self.settings.vllm.plugin is None and any(answer.state == MISSING for answer in unlike.values()):
+            return ServeCheck(folder, digest, structure, REFUSED, known, runtime=_about(runtime))
         try:
             served = runtime.tell(folder, folder.name, subject.question, out / "vllm.log")
         except Refused as words:
-            return ServeCheck(folder, digest, structure, REFUSED, str(words), runtime=_about(runtime))
+            detail = why_refused(str(words), labels, processor)
+            return ServeCheck(folder, digest, structure, REFUSED, detail, runtime=_about(runtime))
         unquantized = None if plain is None else self._plain(plain, subject, out)
         return judge(
-            folder, digest, structure, served, lambda: self._measured(subject, checkpoint, unquantized, served)
+            folder, digest, structure, served, lambda: self._measured(subject, checkpoint, unquantized, served), known
         )
 
     @cached_property
@@ -265,6 +275,7 @@ class Checker:
 
             return running
         environment = find_environment(vllm.python, self.root)
+        processor = ask(environment)
 
         def started(subject: Subject) -> tuple[Runtime, Runtime]:
             launch = Launch(
@@ -277,7 +288,7 @@ class Checker:
                 vllm.arguments,
                 vllm.seconds,
             )
-            return Started(launch), Started(launch)
+            return Started(launch, processor), Started(launch, processor)
 
         return started
 

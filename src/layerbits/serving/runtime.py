@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from layerbits.checkpoint.processors import Processor
 from layerbits.errors import UserError
 from layerbits.serving.check import Told
 from layerbits.serving.client import Client, ServerError, check_length, choose
@@ -60,12 +61,14 @@ class Started:
     """A vLLM that is started for each checkpoint, and ended."""
 
     launch: Launch
+    processor: Processor | None = None
 
     @property
     def about(self) -> dict[str, str]:
-        """What it is: package and version, and the name of the plugin's folder."""
-        environment, plugin = self.launch.environment, self.launch.plugin
-        return {environment.package: environment.version} | ({} if plugin is None else {"plugin": plugin.name})
+        """What it is: package and version, the class of the CPU, and the name of the plugin's folder."""
+        environment, plugin, cpu = self.launch.environment, self.launch.plugin, self.processor
+        told = {environment.package: environment.version} | ({} if cpu is None else {"cpu": cpu.name})
+        return told | ({} if plugin is None else {"plugin": plugin.name})
 
     def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
         """As :class:`Runtime`."""

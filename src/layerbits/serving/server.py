@@ -125,6 +125,16 @@ def serving(launch: Launch, folder: Path, what: str, log: Path) -> Iterator[Clie
             _end(process)
 
 
+def died(number: int) -> str:
+    """How a process ended that a signal ended."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = str(number)
+    why = {"SIGILL": " (an instruction that this CPU does not have)", "SIGKILL": " (out of memory, or stopped)"}
+    return f"ended by signal {name}{why.get(name, '')}"
+
+
 def last_error(log: Path, otherwise: str = "") -> str:
     """The last error that a log tells, but for those that only say that another process had one.
 
@@ -174,8 +184,10 @@ def _wait(client: Client, process: subprocess.Popen[bytes], what: str, log: Path
     while not client.healthy():
         waited = time.monotonic() - start
         if (status := process.poll()) is not None:
-            words = last_error(log) or f"it ended with status {status} and said nothing"
-            raise Refused(f"killed by signal {status - 128}: {words}" if status > 128 else words)
+            words = last_error(log)
+            if status > 128:
+                raise Refused(f"it {died(status - 128)}" + (f"; its last words: {words}" if words else ""))
+            raise Refused(words or f"it ended with status {status} and said nothing")
         if waited > seconds:
             raise UserError(
                 f"vLLM is not ready after {seconds:.0f} s of loading {what} (its log is {log}); raise vllm.seconds"

