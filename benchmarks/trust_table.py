@@ -173,9 +173,8 @@ def measure_schemes(model: Any, linears: Any, search: Search, batches: Any, rows
 
 
 def held_out(arguments: argparse.Namespace, tokenizer: Any) -> Any:
-    """Rows of the captions behind the scored ones, the last of them first."""
-    every = load_captions("everyday", "768").captions
-    captions = every[int(arguments.captions) :][-16 * arguments.held_out :]
+    """Rows of the captions behind the scored ones."""
+    captions = load_captions("everyday", "768").captions[int(arguments.captions) :]
     rows = build_rows(captions, tokenizer, "packed", arguments.length, 8)
     return rows[: -(-arguments.held_out // 8)]
 
