@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
     reap = command("reap", _reap, "end the runs of this machine whose process is gone")
     reap.add_argument("runs", metavar="RUN", nargs="*", help="run ids to end, on your word that their process is gone")
+    command("relocate", _relocate, "point a SQLite store that was moved, with its mlruns, to where it is now")
     command("doctor", _doctor, "check store, artifacts, clock, disk, GPU and kernels; status 1 where one fails")
     return parser
 
@@ -202,7 +203,7 @@ def _scheme_stability(runs: Sequence[str], bits: str, form: str, uri: str | None
 
 def _push(options: argparse.Namespace) -> int:
     from layerbits import tracking
-    from layerbits.tracking.store import run_link, ui_command
+    from layerbits.tracking.uris import run_link, ui_command
     from layerbits.tracking.view import print_view
 
     run_id = tracking.push(options.directory, options.tracking_uri, options.experiment, options.run_id)
@@ -258,6 +259,14 @@ def _reap(options: argparse.Namespace) -> int:
     for run in closed:
         print(f"{run.outcome}: {run.run_id} {run.name} ({run.reason})")
     print(f"{len(closed)} runs closed")
+    return 0
+
+
+def _relocate(options: argparse.Namespace) -> int:
+    from layerbits.history.source import connect
+    from layerbits.tracking.artifacts import relocate
+
+    print(f"{relocate(connect(options.tracking_uri))} places of artifacts changed")
     return 0
 
 

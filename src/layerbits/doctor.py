@@ -16,7 +16,9 @@ from pathlib import Path
 from layerbits.cache import cache_dir
 from layerbits.errors import Skipped, UserError
 from layerbits.history.source import fetch, sqlite_file
-from layerbits.tracking.store import experiment_id, impatient, is_server, one_line, open_store, redact
+from layerbits.tracking.artifacts import check_reachable
+from layerbits.tracking.store import experiment_id, impatient, one_line, open_store
+from layerbits.tracking.uris import is_server, redact
 
 _FREE_BYTES = 10e9  # a checkpoint of a 4B model
 _SKEW_SECONDS = 30.0
@@ -99,6 +101,7 @@ def _artifacts(uri: str) -> tuple[str, str]:
     experiment = experiment_id(f"layerbits-doctor-{uuid.uuid4().hex[:12]}")
     try:
         run = client.create_run(experiment).info
+        check_reachable(uri, run)
         blob = os.urandom(_BLOB)
         with tempfile.TemporaryDirectory() as folder:
             file, back = Path(folder) / "blob.bin", Path(folder) / "back.bin"

@@ -17,7 +17,7 @@ from layerbits.grid import cells, run_names
 from layerbits.report import write_report
 from layerbits.results.manifest import to_manifest
 from layerbits.tracking import contract
-from layerbits.tracking.store import run_link
+from layerbits.tracking.uris import run_link
 from layerbits.tracking.view import view_links
 from tests.integration.servers import running_mlflow
 from tests.unit.conftest import synthetic

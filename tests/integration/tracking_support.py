@@ -117,14 +117,14 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._store = store
         self._process = None
+        self.command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        self.command += ["--backend-store-uri", f"sqlite:///{self._store / 'mlflow.db'}"]
+        self.command += ["--artifacts-destination", str(self._store / "artifacts")]
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self._store / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self._store / "artifacts")]
         env = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
         with (self._store / "server.log").open("w") as log:
-            self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(self.command, env=env, stdout=log, stderr=log, start_new_session=True)
         for _ in range(300):
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=2).close()

@@ -8,7 +8,7 @@ import pytest
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.tracking.session import Ending, Terminated, ending_of
-from layerbits.tracking.store import redact, run_link, ui_command
+from layerbits.tracking.uris import redact, run_link, ui_command
 from tests.integration.tracking_support import environment
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from layerbits.errors import UserError
+from layerbits.tracking.artifacts import found_beside
 from layerbits.tracking.contract import SUMMARY
-from layerbits.tracking.store import is_server, one_line, open_store, redact
+from layerbits.tracking.store import one_line, open_store
+from layerbits.tracking.uris import is_server, redact, sqlite_database
 
 _SEARCH = "/api/2.0/mlflow/runs/search"
 _GRAPHQL = "/graphql"
@@ -66,7 +68,7 @@ def connect(tracking_uri: str | None) -> str:
             "MLFLOW_TRACKING_URI), or run a job first"
         )
     with _unchanged():
-        return open_store(wanted or None, Path.cwd())
+        return open_store(wanted or None, Path.cwd(), read=True)
 
 
 @contextmanager
@@ -172,7 +174,7 @@ def fetch(uri: str, artifact_uri: str, path: str, to: Path) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     try:
-        get_artifact_repository(artifact_uri, tracking_uri=uri)._download_file(path, str(to))
+        get_artifact_repository(found_beside(uri, artifact_uri), tracking_uri=uri)._download_file(path, str(to))
     except Exception as error:
         raise UserError(f"artifact {path} of {redact(artifact_uri)} cannot be read: {one_line(error)}") from error
 
@@ -281,16 +283,7 @@ def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite store, which need not exist; empty = the embedded store in the current folder."""
     if not uri:
         return Path.cwd() / "mlflow.db"
-    if not uri.startswith("sqlite"):
-        return None
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        name = make_url(uri).database
-    except ArgumentError:
-        return None  # open_store says what is wrong with it
-    return Path(name) if name and name != ":memory:" else None
+    return sqlite_database(uri)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ from layerbits.tracking.log import (
 )
 from layerbits.tracking.registry import register_checkpoint
 from layerbits.tracking.session import PARENT_VARIABLE, RunSession, Terminated, parent_run, start_run
-from layerbits.tracking.store import open_store, redact
+from layerbits.tracking.store import open_store
+from layerbits.tracking.uris import redact
 
 __all__ = [
     "PARENT_VARIABLE",

@@ -16,7 +16,8 @@ from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking import contract
 from layerbits.tracking.session import PARENT_VARIABLE, Ending, RunSession
-from layerbits.tracking.store import experiment_id, impatient, one_line, open_store, redact, wait_for
+from layerbits.tracking.store import experiment_id, impatient, one_line, open_store, wait_for
+from layerbits.tracking.uris import redact
 from layerbits.tracking.view import ensure_view
 
 _BATCH = 1000  # metrics that MLflow takes in one request

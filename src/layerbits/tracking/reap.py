@@ -15,7 +15,8 @@ import psutil
 
 from layerbits.errors import UserError
 from layerbits.tracking.contract import PROCESS, STATUS
-from layerbits.tracking.store import one_line, open_store, redact
+from layerbits.tracking.store import one_line, open_store
+from layerbits.tracking.uris import redact
 
 _PREFIXES = (PROCESS, "process.")  # the second in runs of the first days
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from layerbits.errors import UserError
 from layerbits.tracking.session import RunSession
-from layerbits.tracking.store import one_line, redact
+from layerbits.tracking.store import one_line
+from layerbits.tracking.uris import redact
 
 
 def register_checkpoint(run: RunSession, name: str, tags: Mapping[str, str], artifact_path: str = "") -> str:

@@ -19,8 +19,10 @@ from layerbits.errors import Skipped, Unsupported, UserError
 from layerbits.results.experiment import Experiment
 from layerbits.tracking import queue
 from layerbits.tracking.afterwards import keep_killed
+from layerbits.tracking.artifacts import check_reachable
 from layerbits.tracking.reap import process_tags
-from layerbits.tracking.store import answers, experiment_id, impatient, one_line, redact, run_link, ui_command
+from layerbits.tracking.store import answers, experiment_id, impatient, one_line
+from layerbits.tracking.uris import redact, run_link, ui_command
 from layerbits.tracking.view import print_view
 from layerbits.tracking.watched import watched
 
@@ -87,6 +89,8 @@ class Ending:
 
 
 _OK = Ending("FINISHED", "ok")
+_reachable: set[tuple[str, str]] = set()
+"""Stores and experiments whose artifacts were seen to arrive."""
 
 
 @contextmanager
@@ -118,6 +122,7 @@ def start_run(
     ending = Ending("KILLED", "killed", "stopped twice")  # unless we get as far as to know better
     try:
         with stop.watching(), watched(session.tracking_uri, session.run_id):
+            _check_artifacts(session)
             yield session
         ending = _OK
     except BaseException as error:
@@ -146,6 +151,7 @@ def parent_run(name: str, experiment: str = "layerbits", tags: Mapping[str, str]
     error: BaseException | None = None
     try:
         with stop.watching(), watched(session.tracking_uri, session.run_id):
+            _check_artifacts(session)
             yield session
     except BaseException as caught:
         error = caught
@@ -228,6 +234,19 @@ def _open(
             ) from error
         raise UserError(f"cannot start a run in {redact(uri)}: {one_line(error)}") from error
     return RunSession(run.info.run_id, run.info.experiment_id, uri, resumed is not None, bool(parent_run_id))
+
+
+def _check_artifacts(session: RunSession) -> None:
+    """Checks, once a process and experiment, that what is logged arrives.
+
+    Raises:
+        UserError: It would be written to a disk that the server does not see.
+    """
+    import mlflow
+
+    if (session.tracking_uri, session.experiment_id) not in _reachable:
+        check_reachable(session.tracking_uri, mlflow.MlflowClient(session.tracking_uri).get_run(session.run_id).info)
+        _reachable.add((session.tracking_uri, session.experiment_id))
 
 
 def _forget_ending(client: Any, run_id: str) -> None:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import os
 import re
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from layerbits.errors import UserError
+from layerbits.tracking.artifacts import check_not_moved
+from layerbits.tracking.uris import is_server, quoted_path, redact, sqlite_database
 
 _ANSWER_SECONDS = 4
 _NO_ANSWER = "Max retries exceeded"  # urllib3's words in MLflow's exception
@@ -23,7 +24,7 @@ _DATABASES = ("postgresql", "mysql")
 _MENDS = "start it, or unset tracking.uri and MLFLOW_TRACKING_URI to use a local store, or set tracking=none"
 
 
-def open_store(tracking_uri: str | None, root: Path) -> str:
+def open_store(tracking_uri: str | None, root: Path, read: bool = False) -> str:
     """Decides where to log, makes sure that it answers, and makes it MLflow's tracking URI.
 
     In this order: ``tracking_uri``, ``MLFLOW_TRACKING_URI``, a SQLite file ``mlflow.db`` in ``root`` with artifacts
@@ -32,6 +33,7 @@ def open_store(tracking_uri: str | None, root: Path) -> str:
     Args:
         tracking_uri: What the configuration says; ``None`` or empty leaves it to the environment.
         root: Folder of the embedded store.
+        read: Nothing will be logged: a store that was moved, or that cannot be written, will do.
 
     Returns:
         The URI: a SQLite path made absolute, a server's user and password moved to where MLflow does not print them
@@ -45,9 +47,13 @@ def open_store(tracking_uri: str | None, root: Path) -> str:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     # The session prints the link of a run, for a local store as well.
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{_quote(root.absolute() / 'mlflow.db')}"
+    uri = (
+        tracking_uri
+        or os.environ.get("MLFLOW_TRACKING_URI")
+        or f"sqlite:///{quoted_path(root.absolute() / 'mlflow.db')}"
+    )
     if uri.startswith("sqlite"):
-        uri = _open_sqlite(uri)
+        uri = _open_sqlite(uri, read)
     else:
         uri = _without_password(uri)
         _check(uri)
@@ -55,33 +61,6 @@ def open_store(tracking_uri: str | None, root: Path) -> str:
 
     mlflow.set_tracking_uri(uri)
     return uri
-
-
-def redact(text: str) -> str:
-    """The text with passwords in URIs replaced by ``***``."""
-    text = re.sub(r"(://[^\s/:@]*:)[^\s/]*@", r"\1***@", text)
-    return re.sub(r"(?i)([?&](?:password|passwd|token|secret)=)[^&\s]+", r"\1***", text)
-
-
-def run_link(uri: str, experiment_id: str, run_id: str) -> str:
-    """Address of a run in the UI; for a database, in the UI that :func:`ui_command` opens."""
-    # Without a workflow type MLflow 3.17 shows a run among its pages for GenAI.
-    return f"{ui_address(uri)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
-
-
-def ui_address(uri: str) -> str:
-    """Address of the UI of a store; for a database, that of :func:`ui_command`."""
-    return re.sub(r"://[^\s/]*@", "://", uri).rstrip("/") if is_server(uri) else "http://127.0.0.1:5000"
-
-
-def ui_command(uri: str) -> str | None:
-    """The command that opens the UI on a database; a server has its own."""
-    return None if is_server(uri) else f"mlflow ui --backend-store-uri {shlex.quote(redact(uri))}"
-
-
-def is_server(uri: str) -> bool:
-    """Whether the URI names a tracking server rather than a database."""
-    return uri.startswith(("http://", "https://"))
 
 
 def experiment_id(name: str) -> str:
@@ -182,7 +161,7 @@ def _without_password(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
-def _open_sqlite(uri: str) -> str:
+def _open_sqlite(uri: str, read: bool) -> str:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -194,22 +173,36 @@ def _open_sqlite(uri: str) -> str:
         raise UserError(f"{uri} keeps nothing after the run; give a file: sqlite:////absolute/path/mlflow.db")
     path = Path(url.database).absolute()
     # Not SQLAlchemy's own rendering: that leaves a % in the path unquoted, and it is unquoted when read.
-    uri = f"{url.drivername}:///{_quote(path)}" + (f"?{uri.partition('?')[2]}" if "?" in uri else "")
+    uri = f"{url.drivername}:///{quoted_path(path)}" + (f"?{uri.partition('?')[2]}" if "?" in uri else "")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with _locked(path, read and path.exists()):
             if not path.exists():
                 _create_sqlite(path)
             _query(uri)
     except Exception as error:
         raise UserError(f"cannot use the SQLite store {path}: {_mend_sqlite(error, path)}") from error
+    if not read:
+        check_not_moved(uri)
     return uri
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock file beside the database: MLflow's own first contact writes, and two at once break it."""
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
+def _locked(path: Path, read: bool) -> Iterator[None]:
+    """Holds the lock file beside the database: MLflow's own first contact writes, and two at once break it.
+
+    Args:
+        path: Of the database.
+        read: It is there and only read: without a lock, where its folder cannot be written.
+    """
+    try:
+        lock = (path.parent / f".{path.name}.lock").open("w")
+    except OSError:
+        if not read:
+            raise
+        yield
+        return
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -220,7 +213,7 @@ def _create_sqlite(path: Path) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
     try:
-        store = SqlAlchemyStore(f"sqlite:///{_quote(partial)}", str(path.parent / "mlruns"))
+        store = SqlAlchemyStore(f"sqlite:///{quoted_path(partial)}", str(path.parent / "mlruns"))
         store.engine.dispose()
         partial.rename(path)
     finally:
@@ -236,7 +229,7 @@ def _mend_sqlite(error: Exception, path: Path) -> str:
     if "not a database" in text or "malformed" in text:
         return "it is not a database or damaged; move it away, or set tracking.uri to another file"
     if "out-of-date database schema" in text:
-        return f"another MLflow version made it; back it up and run `mlflow db upgrade sqlite:///{_quote(path)}`"
+        return f"another MLflow version made it; back it up and run `mlflow db upgrade sqlite:///{quoted_path(path)}`"
     if "Can't locate revision" in text:
         return "a later MLflow made it; install that version or set tracking.uri to another file"
     return one_line(error)
@@ -291,14 +284,8 @@ def _query(uri: str) -> Any:
 def _artifact_location(name: str) -> str | None:
     """``mlruns`` beside a SQLite file, wherever the process runs; others know their own place."""
     import mlflow
-    from sqlalchemy.engine import make_url
 
-    uri = mlflow.get_tracking_uri()
-    if not uri.startswith("sqlite"):
+    database = sqlite_database(mlflow.get_tracking_uri())
+    if database is None:
         return None
-    return str(Path(str(make_url(uri).database)).parent / "mlruns" / re.sub(r"[^\w.-]+", "_", name).strip("."))
-
-
-def _quote(path: Path) -> str:
-    """The path as it stands in a database URI, where ``?`` ends it and ``%`` starts an escape."""
-    return str(path).replace("%", "%25").replace("?", "%3F")
+    return str(database.parent / "mlruns" / re.sub(r"[^\w.-]+", "_", name).strip("."))

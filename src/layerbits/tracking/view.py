@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.results.result import KINDS
-from layerbits.tracking.store import impatient, is_server, one_line, open_store, ui_address
+from layerbits.tracking.store import impatient, one_line, open_store
+from layerbits.tracking.uris import is_server, ui_address
 
 KEY = "layerbits-2"
 """Key of the view. A view that shows something else gets another key: one that is there is never overwritten."""
@@ -110,7 +111,7 @@ def print_links(address: str, tracking_uri: str | None = None) -> None:
     Raises:
         UserError: The store cannot be used.
     """
-    uri = open_store(tracking_uri, Path.cwd())
+    uri = open_store(tracking_uri, Path.cwd(), read=True)
     from mlflow import MlflowClient
 
     links = view_links(MlflowClient(), ui_address(uri) if is_server(uri) else address)
