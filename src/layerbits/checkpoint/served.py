@@ -65,11 +65,13 @@ class Served:
     """All answers and figures of one runtime.
 
     Attributes:
-        runtime: Package and version. date: When it was asked. model: What the damage was measured on.
+        runtime: Package and version. processor: The class of the CPU (:mod:`layerbits.checkpoint.processors`). date:
+            When it was asked. model: What the damage was measured on.
         asked, damage: By format and label.
     """
 
     runtime: str
+    processor: str
     date: str
     model: str
     asked: Mapping[tuple[str, str], Answer]
@@ -95,6 +97,7 @@ def read_served() -> Served:
     told = json.loads(DATA.read_text("utf-8"))
     return Served(
         told["runtime"],
+        told["processor"],
         told["date"],
         told["model"],
         {(format, label): Answer(**a) for format, labels in told["asked"].items() for label, a in labels.items()},

@@ -1,13 +1,13 @@
-"""Which candidates export and as what, and what vLLM makes of it, as Markdown.
+"""Which candidates export and as what, and what vLLM makes of it on which processor, as Markdown.
 
-``python -m layerbits.checkpoint.table`` prints it. ``docs/export.md`` holds it between two comments; a test says when
-it is stale, ``--write`` writes it anew.
+``python -m layerbits.checkpoint.table`` prints both tables. ``docs/export.md`` holds the first between two comments,
+``docs/serving.md`` the second; a test says when one is stale, ``--write`` writes them anew.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,12 @@ from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.checkpoint.label import COMPRESSED, FORMATS, MODELOPT, Label
 from layerbits.checkpoint.labels import label_or_reason
+from layerbits.checkpoint.processors import NO_KERNEL, Record, computed, records
 from layerbits.checkpoint.runtimes import VERSION, reads, vllm
 from layerbits.checkpoint.served import Served, read_served
 from layerbits.errors import Unsupported
 
-PAGE = Path(__file__).parents[3] / "docs" / "export.md"
+DOCS = Path(__file__).parents[3] / "docs"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 _NAMES = {MODELOPT: "ModelOpt", COMPRESSED: "compressed-tensors"}
@@ -63,7 +64,8 @@ def table() -> str:
     loaded = {row.pair for row in rows if any(served.loads(label) for label in row.known)}
     lines = [
         f"vLLM {VERSION} reads {len(read)} of the {len(pairs)} pairs in some format, by its source: {_listed(read)}.",
-        f"{served.runtime} loaded {len(loaded)} of them on a CPU ({served.date}): {_listed(loaded)}.",
+        f"{served.runtime} loaded {len(loaded)} of them on a CPU with {served.processor} ({served.date}): "
+        f"{_listed(loaded)}.",
     ]
     for pair in pairs:
         for variant in _variants(pair):
@@ -72,11 +74,41 @@ def table() -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def page(text: str) -> str:
+def processors() -> str:
+    """What each class of processor computes of each label that vLLM reads, and why not as written."""
+    classes: dict[str, list[Record]] = {}
+    for record in records():
+        classes.setdefault(record.processor.name, []).append(record)
+    labels = {x.algo: x for row in exportable() for x in row.known if reads(x)}
+    notes: list[str] = []
+    rows, nowhere = [], []
+    for algo, label in sorted(labels.items()):
+        answers = [computed(label, of[0].processor) for of in classes.values()]
+        if all(answer.how == NO_KERNEL for answer in answers):
+            nowhere.append(f"`{algo}`")
+            continue
+        cells = []
+        for answer, of in zip(answers, classes.values(), strict=True):
+            notes += [answer.how] if answer.how and answer.how not in notes else []
+            mark = f" ({notes.index(answer.how) + 1})" if answer.how else ""
+            cells.append(f"{answer.state}{mark}{' *' if any(algo in r.found for r in of) else ''}")
+        rows.append(f"| `{algo}` | {' | '.join(cells)} |")
+    lines = [f"| label | {' | '.join(classes)} |", f"|{'---|' * (len(classes) + 1)}", *rows, ""]
+    lines += [f"{number}. {note}." for number, note in enumerate(notes, 1)]
+    lines += ["", f"No class has a kernel of vLLM {VERSION} for {', '.join(nowhere)}.", ""]
+    lines += [f"- {name}: {'; '.join(record.source for record in of)}." for name, of in classes.items()]
+    return "\n".join(lines) + "\n"
+
+
+PAGES: Mapping[str, Callable[[], str]] = {"export.md": table, "serving.md": processors}
+"""The pages with a table, and what makes it."""
+
+
+def page(text: str, made: str) -> str:
     """A page with the table between its two comments renewed."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{made}\n{END}{after}"
 
 
 def _pairs() -> list[QuantPair]:
@@ -107,7 +139,7 @@ def _section(pair: QuantPair, variant: str, exported: Sequence[Exportable], serv
     """The granularities of a pair that export, and why the default does not where it does not."""
     title = f"**`{pair.name}`**" + (f", `fp4={variant}`" if variant else "")
     rows = [_row(row, label, served) for row in exported for label in row.known]
-    about = ("granularity", "bits", "format", "label", "vLLM's source", served.runtime)
+    about = ("granularity", "bits", "format", "label", "vLLM's source", f"{served.runtime} on {served.processor}")
     header = (*about, "served KL", "restored", "scored", "probed")
     lines = [title, ""]
     if rows:
@@ -151,6 +183,8 @@ def _computed(candidate: Candidate) -> bool:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        PAGE.write_text(page(PAGE.read_text("utf-8")))
+        for name, made in PAGES.items():
+            file = DOCS / name
+            file.write_text(page(file.read_text(encoding="utf-8"), made()), encoding="utf-8")
     else:
-        print(table(), end="")
+        print(*(made() for made in PAGES.values()), sep="\n", end="")
