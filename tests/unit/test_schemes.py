@@ -395,3 +395,10 @@ def test_settings_that_make_nothing_are_explained(changes, message):
 def test_a_source_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(UserError, match="no manifest"):
         load_scores([f"{tmp_path}/nothing"])
+
+
+def test_a_run_with_measured_groups_does_not_compare_with_one_without(make_result):
+    eight, four = make_result(pair="wfp8_afp8"), make_result(pair="wfp4_afp16")
+    measured = replace(four, measured_se=np.full(len(four.groups), np.nan))
+    with pytest.raises(UserError, match="gradient and gradient with groups measured after the pass"):
+        combine({"run8": eight, "run4": measured})

@@ -196,7 +196,7 @@ def _check_comparable(a: str, first: SensitivityResult, b: str, other: Sensitivi
         ("models", first.model.source, other.model.source),
         ("model revisions", first.model.revision, other.model.revision),
         ("dtypes", first.model.dtype, other.model.dtype),
-        ("methods", first.method, other.method),
+        ("methods", _method(first), _method(other)),
         ("calibrations", _scale(first.calibration), _scale(other.calibration)),
     ):
         if one != two:
@@ -204,6 +204,11 @@ def _check_comparable(a: str, first: SensitivityResult, b: str, other: Sensitivi
                 f"{a} and {b} have different {what} ({one} and {two}), so their scores do not compare; "
                 "give runs of one grid and size"
             )
+
+
+def _method(result: SensitivityResult) -> str:
+    """How it was scored; measured groups put predictions on another scale."""
+    return result.method if result.measured_se is None else f"{result.method} with groups measured after the pass"
 
 
 def _scale(data: CalibrationInfo) -> str:

@@ -104,10 +104,12 @@ def validate(
         kv = measure_kv(model, caches, priced, batches, ABOVE_FLOOR * float(damage.floor.max()))
         seconds["kv_cache"] = clock() - start
 
-    own = Prediction(result.method, result.predicted_kl, True, _captions(result), math.nan)
+    measured = 0 if result.measured_se is None else int(np.isfinite(result.measured_se).sum())
+    how = f"{result.method}, {measured} groups measured" if measured else result.method
+    own = Prediction(how, result.predicted_kl, True, _captions(result), math.nan)
     rankings = [rank(name, job, linears, search) for name in settings.rankers]
     seconds["rank"] = sum(r.seconds for r in rankings)
-    again = next((r.predicted for r in rankings if r.name == result.method), None)
+    again = next((r.predicted for r in rankings if r.name == result.method), None) if measured == 0 else None
     return Validation(
         source_run_id=reference,
         model=loaded.info,
