@@ -2,8 +2,9 @@
 
     PYTHONPATH=tests/serving/vllm_plugin .venv-vllm/bin/python benchmarks/serving_runtime.py WORK FOLDER ...
 
-Reads the texts from WORK/rows.json, writes what vLLM tells of them to WORK/told/NAME.npz, or its error to NAME.error.
-A name that is there already is left alone. It computes what `vllm serve` does (the same engine and kernels, bfloat16,
+Reads the texts from WORK/rows.json, writes what vLLM tells of them to WORK/told/NAME.npz and the kernel of each linear
+to NAME.kernels.json, or its error to NAME.error. A name that is there already is left alone, so several of these may
+share the folders of one GPU (GPU_SHARE, 0.04 of it each unless set). It computes what `vllm serve` does (the same engine and kernels, bfloat16,
 eager, one text at a time); a server a checkpoint would import vLLM anew for each, which takes longer than all else.
 """
 
@@ -13,6 +14,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 os.environ.update(
     VLLM_CPU_INT4_W4A8=os.environ.get("VLLM_CPU_INT4_W4A8", "0"),
@@ -28,6 +30,8 @@ import numpy as np
 from vllm import LLM, SamplingParams
 
 TOP_K = 1000
+GPU_SHARE = float(os.environ.get("GPU_SHARE", "0.04"))
+"""Of a GPU's memory for weights and KV cache; a CPU has VLLM_CPU_KVCACHE_SPACE instead."""
 
 
 def main() -> None:
@@ -37,7 +41,12 @@ def main() -> None:
     (work / "told").mkdir(exist_ok=True)
     for folder in map(Path, sys.argv[2:]):
         target = work / "told" / f"{folder.name}.npz"
+        claim = target.with_suffix(".claimed")
         if target.exists() or target.with_suffix(".error").exists():
+            continue
+        try:
+            claim.touch(exist_ok=False)  # another process has it
+        except FileExistsError:
             continue
         pid = os.fork()
         if pid == 0:
@@ -63,7 +72,10 @@ def tell(folder: Path, rows: list[list[int]], target: Path) -> None:
         max_num_seqs=1,
         max_num_batched_tokens=max(map(len, rows)) + 1,  # else it warms up with thousands
         enforce_eager=True,
+        gpu_memory_utilization=GPU_SHARE,
     )
+    (found,) = llm.apply_model(kernels)
+    target.with_suffix(".kernels.json").write_text(json.dumps(found, indent=1))
     settings = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=TOP_K, detokenize=False, flat_logprobs=True)
     prompts = [{"prompt_token_ids": row} for row in rows]
     parts: dict[str, list[np.ndarray]] = {"row": [], "position": [], "token": [], "logprob": []}
@@ -80,6 +92,19 @@ def tell(folder: Path, rows: list[list[int]], target: Path) -> None:
     with target.with_suffix(".partial").open("wb") as file:
         np.savez(file, **{key: np.concatenate(value) for key, value in parts.items()})
     target.with_suffix(".partial").rename(target)
+
+
+def kernels(model: Any) -> dict[str, str]:
+    """The kernel that vLLM chose for each linear: the object of a class ``…Kernel`` that its method or scheme holds."""
+    found = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        holders = (method, getattr(module, "scheme", None))
+        held = [type(value).__name__ for holder in holders if holder is not None for value in vars(holder).values()]
+        names = [kind for kind in held if kind.endswith("Kernel")]
+        if method is not None:
+            found[name] = names[0] if names else type(method).__name__
+    return found
 
 
 if __name__ == "__main__":
