@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from layerbits.checkpoint.labels import read_quantization
-from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.restore import restore
 from layerbits.serving.server import last_error
@@ -55,7 +54,12 @@ def main() -> None:
             row |= {"loads": None, "words": "not asked"}
         layouts.append(row)
         print({k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    record = {"runtime": arguments.runtime, "machine": arguments.machine, "model": "random Llama of two blocks"}
+    record = {
+        "date": date.today().isoformat(),
+        "runtime": arguments.runtime,
+        "machine": arguments.machine,
+        "model": "random Llama of two blocks",
+    }
     record |= {"positions": sum(len(row) - 1 for row in rows), "noise": kl(unquantized, served_plain)}
     arguments.out.write_text(json.dumps({**record, "layouts": layouts}, indent=1) + "\n")
 
@@ -69,16 +73,11 @@ def compared(
     restored = logprobs(restore(checkpoint, quantization, "cpu").float(), rows)
     row = {"damage_restored": kl(unquantized, restored), "damage_served": kl(served_plain, served)}
     row["from_restored"] = kl(restored, served)
-    if all(label.arithmetic is None for label in quantization.layers.values()):
+    if not quantization.rounds_activations:
         return {**row, "computed": WRITTEN}
-    weights = logprobs(restore(checkpoint, without_rounding(quantization), "cpu").float(), rows)
+    weights = logprobs(restore(checkpoint, quantization.weights_only, "cpu").float(), rows)
     row |= {"damage_weights": kl(unquantized, weights), "from_weights": kl(weights, served)}
     return {**row, "computed": WRITTEN if row["from_restored"] <= row["from_weights"] else LEFT}
-
-
-def without_rounding(quantization: Quantization) -> Quantization:
-    """The same weights; activations stay as they are."""
-    return replace(quantization, layers={k: replace(v, arithmetic=None) for k, v in quantization.layers.items()})
 
 
 def kernels(file: Path) -> dict[str, int]:

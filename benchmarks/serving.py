@@ -266,7 +266,7 @@ def reference_of(checkpoint: Path, texts: Texts, plain: Plain, kept: Path) -> Re
         exact = logprobs(model, texts.batches)
         torch.save([x.logprobs for x in (exact, *replicas(model, texts.batches, DTYPE))], kept)
     exact, rounded, expected = (Whole(x) for x in torch.load(kept))
-    return Reference(plain, exact, exact, rounded, expected, lambda e, d: gain_scores(model, texts.batches, e, d))
+    return Reference(plain, exact, exact, rounded, expected, None, lambda e, d: gain_scores(model, texts.batches, e, d))
 
 
 def compare_all(work: Path, checkpoints: list[Path], chosen_on: set[str], out: Path | None) -> None:

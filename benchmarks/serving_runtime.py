@@ -4,8 +4,9 @@
 
 Reads the texts from WORK/rows.json, writes what vLLM tells of them to WORK/told/NAME.npz and the kernel of each linear
 to NAME.kernels.json, or its error to NAME.error. A name that is there already is left alone, so several of these may
-share the folders of one GPU (GPU_SHARE, 0.04 of it each unless set). It computes what `vllm serve` does (the same engine and kernels, bfloat16,
-eager, one text at a time); a server a checkpoint would import vLLM anew for each, which takes longer than all else.
+share the folders of one GPU (GPU_SHARE, 0.04 of it each unless set). It computes what `vllm serve` does (the same
+engine and kernels, bfloat16, eager, one text at a time); a server a checkpoint would import vLLM anew for each, which
+takes longer than all else.
 """
 
 import json

@@ -89,7 +89,16 @@ def test_log_probabilities_of_another_text_are_refused():
         read([told({0: 0.5})], [[0, 7]])
 
 
-def measured(from_restored=0.0179, rounding=0.0169, noise=0.0013, rounding_noise=0.0006, t=2.0, damage=0.01, off=0.05):
+def measured(
+    from_restored=0.0179,
+    rounding=0.0169,
+    noise=0.0013,
+    rounding_noise=0.0006,
+    t=2.0,
+    damage=0.01,
+    off=0.05,
+    weights=None,
+):
     values = {name: Divergence(0.01, 0.001) for name in ("restored_damage", "rounded_damage", "scored_damage")}
     return Measured(
         tokens=1000,
@@ -106,6 +115,7 @@ def measured(from_restored=0.0179, rounding=0.0169, noise=0.0013, rounding_noise
         files=Divergence(0.0, 0.0),
         gain=Gain("layers.3.mlp.up_proj", t, off, 64, 210),
         perplexity=9.0,
+        from_weights=UNKNOWN if weights is None else Divergence(weights, 0.0),
     )
 
 
@@ -114,6 +124,18 @@ def test_what_rounding_explains_is_served_as_scored():
     assert not made.diverges
     assert made.ratio == pytest.approx(0.0179 / 0.0182)
     assert made.metrics()["serve/ratio"] == made.ratio
+
+
+def test_a_runtime_that_answers_as_the_weights_alone_left_the_activations():
+    made = measured(from_restored=0.00136, rounding=0.001, noise=4e-6, weights=2e-6)
+    assert made.diverges
+    assert "activations left in 16 bits" in made.sentence
+    assert made.metrics()["serve/from_weights"] == 2e-6
+
+
+@pytest.mark.parametrize("weights", [0.0448, 0.0224])  # it rounds them elsewhere: up to twice as far from PyTorch's
+def test_a_runtime_that_rounds_activations_in_other_places_is_not_blamed(weights):
+    assert not measured(from_restored=0.0448, rounding=0.0434, noise=0.0013, weights=weights).diverges
 
 
 def test_what_rounding_does_not_explain_diverges():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from layerbits.checkpoint.label import COMPRESSED, Label
@@ -27,6 +27,16 @@ class Quantization:
     exclude: tuple[str, ...]
     kv_cache: str | None
     mixed: bool
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether some linear's inputs are quantized."""
+        return any(label.arithmetic is not None for label in self.layers.values())
+
+    @property
+    def weights_only(self) -> Quantization:
+        """The same weights, with the inputs of every linear left as they are."""
+        return replace(self, layers={name: replace(label, arithmetic=None) for name, label in self.layers.items()})
 
     def matches(self, name: str, pattern: str) -> bool:
         """Whether a pattern of :attr:`exclude` names a module."""

@@ -131,6 +131,7 @@ def _table(m: Measured) -> list[str]:
         ("the same over the whole vocabulary", m.scored_damage_whole),
         ("noise: served unquantized model from PyTorch's", m.noise),
         ("served scheme from the restored checkpoint", m.from_restored),
+        ("served scheme from the restored checkpoint with its activations in 16 bits", m.from_weights),
         ("served scheme from the scheme as scored", m.from_scored),
         ("rounding: restored checkpoint in the runtime's dtype from float32, in PyTorch", m.rounding),
         ("files: restored checkpoint from the scheme as scored, in PyTorch", m.files),
@@ -141,7 +142,7 @@ def _table(m: Measured) -> list[str]:
         "",
         "| KL divergence, nats per token | mean ± SE over captions |",
         "|---|---|",
-        *(f"| {what} | {value if math.isfinite(value.kl) else 'not served'} |" for what, value in rows),
+        *(f"| {what} | {value if math.isfinite(value.kl) else '–'} |" for what, value in rows),
         "",
         f"Of {gain.linears} linears, the output of `{gain.linear}` is off most surely: by about {gain.off:+.1%}. "
         f"Of what is beyond {GAIN_BOUND:.0%}, t is {gain.t:.2f} over {gain.captions} captions; {gain.allowed:.2f} is "
@@ -225,6 +226,7 @@ def compare(pytorch: Reference, unquantized: Told | None, served: Told, texts: T
         files=between(p["scored"], p["restored"]),
         gain=largest_gain(gains.linears, gains.scores, gains.information),
         perplexity=math.exp(-float(np.mean(served.distributions.own))),
+        from_weights=between(None if pytorch.weights is None else pytorch.weights.at(events), runtime),
     )
 
 

@@ -71,6 +71,8 @@ class Reference:
         restored: The model made of the checkpoint alone.
         rounded: The same, rounded too: another computation of it, which tells what rounding alone does.
         expected: Logarithm of the mean probabilities of several such computations.
+        weights: The model made of the checkpoint without the activation rounding that it asks for; ``None`` = it asks
+            for none.
         gain_scores: Of events and a deviation from ``expected``, :func:`layerbits.serving.gains.gain_scores`.
     """
 
@@ -79,6 +81,7 @@ class Reference:
     restored: Whole
     rounded: Whole
     expected: Whole
+    weights: Whole | None
     gain_scores: Callable[[Events, FloatArray], GainScores]
 
 
@@ -117,10 +120,16 @@ def reference(
     with apply_scheme(model, prepared.scheme, ranges):
         scored = logprobs(model, batches)
     del model
-    restored = restore(checkpoint, read_quantization(checkpoint), device).float()
+    quantization = read_quantization(checkpoint)
+    weights = None
+    if quantization.rounds_activations:
+        weights = logprobs(restore(checkpoint, quantization.weights_only, device).float(), batches)
+    restored = restore(checkpoint, quantization, device).float()
     exact = logprobs(restored, batches)
     rounded, expected = replicas(restored, batches, dtype)
-    return Reference(plain, scored, exact, rounded, expected, lambda e, d: gain_scores(restored, batches, e, d))
+    return Reference(
+        plain, scored, exact, rounded, expected, weights, lambda e, d: gain_scores(restored, batches, e, d)
+    )
 
 
 def replicas(model: Any, batches: Sequence[Batch], dtype: str, count: int = REPLICAS) -> tuple[Whole, Whole]:

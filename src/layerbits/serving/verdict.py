@@ -28,6 +28,12 @@ GAIN_BOUND = 0.01
 """Share that a linear's gain may be off: a scale in bfloat16 is itself rounded by up to 0.4 %, and where rounding is
 all the noise there is, what one runtime rounds and another does not is significant long before it matters."""
 
+LEFT_BOUND = 4.0
+"""Times nearer to the quantized weights alone than to what the files say: then the activations were not rounded.
+
+A runtime that rounds them, but elsewhere than PyTorch, is at most twice as far from PyTorch's rounding as from none.
+"""
+
 NOISE_BOUND = 10.0
 """Times what rounding explains that the served unquantized model may be away from PyTorch's: a runtime rounds more
 often than a module at a time (2.2 was found), but one that is further away computes another model."""
@@ -104,6 +110,8 @@ class Measured:
         files: The restored checkpoint from the scheme as it was scored, in PyTorch.
         gain: The linear that deviates most.
         perplexity: Of the served scheme.
+        from_weights: The served scheme from the restored checkpoint without its activation rounding; unknown where it
+            has none.
     """
 
     tokens: int
@@ -122,6 +130,7 @@ class Measured:
     files: Divergence
     gain: Gain
     perplexity: float
+    from_weights: Divergence = UNKNOWN
 
     @property
     def explained(self) -> float:
@@ -147,9 +156,14 @@ class Measured:
         return served > DAMAGE_BOUND * files + noise or files > DAMAGE_BOUND * (served + noise)
 
     @property
+    def activations_left(self) -> bool:
+        """Whether the runtime left activations in 16 bits that the files say are rounded, by :data:`LEFT_BOUND`."""
+        return LEFT_BOUND * self.from_weights.kl < self.from_restored.kl
+
+    @property
     def diverges(self) -> bool:
         """Whether it is beyond what is explained."""
-        return not self.ratio <= BOUND or self.other_damage or self.gain.wrong
+        return not self.ratio <= BOUND or self.other_damage or self.gain.wrong or self.activations_left
 
     @property
     def sentence(self) -> str:
@@ -163,6 +177,11 @@ class Measured:
             return f"{text}; and no linear is off (t of {gain.linear} {gain.t:.1f}, {gain.allowed:.1f} is allowed)"
         if self.noise.kl > NOISE_BOUND * self.rounding_noise.kl:
             return f"{text}: the runtime computes another unquantized model, too"
+        if self.activations_left:
+            return (
+                f"{text}; it is {self.from_weights.kl:.3g} from the quantized weights alone: activations left in 16 "
+                "bits, so what was scored is not what is computed; score the pair with afp16, which is"
+            )
         if self.other_damage:
             text += f"; it does {self.served_damage.kl:.3g} of damage, the files {self.restored_damage.kl:.3g}"
         if gain.wrong:
@@ -183,6 +202,7 @@ class Measured:
             "serve/noise": self.noise,
             "serve/from_restored": self.from_restored,
             "serve/from_scored": self.from_scored,
+            "serve/from_weights": self.from_weights,
             "serve/rounding": self.rounding,
         }
         values = {"serve/tokens": float(self.tokens), "serve/top_k": float(self.top_k), "serve/mass": self.mass}
