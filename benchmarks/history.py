@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from layerbits import history
-from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, Recipe, SensitivityResult
+from layerbits.results.assignment import Assignment
+from layerbits.results.result import Allocation, CalibrationInfo, CandidateInfo, Group, ModelInfo, SensitivityResult
 from layerbits.tracking import contract
 
 PAIRS = ("wfp4_afp8", "wfp4_afp16", "wfp8_afp8", "wfp8_afp16", "wint8_afp16", "wint8_aint8")
@@ -59,7 +60,7 @@ def synthetic(index: int, blocks: int = BLOCKS) -> SensitivityResult:
         weight[1:], activation[1:], {"algorithm": "max"}, f"{index:064x}", 8.25, 8.0,
     )  # fmt: skip
     scores = draw.lognormal(-18, 2, len(groups))
-    chosen = tuple(info.name if flag else None for flag in draw.random(len(groups)) < 0.5)
+    assignment = Assignment(info.name if flag else None for flag in draw.random(len(groups)) < 0.5)
     return SensitivityResult(
         model=ModelInfo(model, f"org/{model}", "c0ffee" * 6, "Qwen3VLForConditionalGeneration", "bfloat16"),
         calibration=CalibrationInfo(
@@ -73,7 +74,7 @@ def synthetic(index: int, blocks: int = BLOCKS) -> SensitivityResult:
         candidate=info,
         scores=scores,
         predicted_kl=scores * draw.uniform(1e5, 2e5),
-        recipe=Recipe(12.0, chosen, 11.5 + draw.random(), 11.9, float(scores.sum() / 3)),
+        allocation=Allocation(12.0, assignment, 11.5 + draw.random(), 11.9, float(scores.sum() / 3)),
         provenance={
             f"version.{name}": "1.2.3" for name in ("layerbits", "modelopt", "torch", "transformers", "mlflow")
         },

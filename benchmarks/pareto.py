@@ -27,6 +27,7 @@ from layerbits.schemes import solver
 BUDGETS = 50
 WEIGHTS = np.tile([15_728_640, 10_485_760, 49_807_360, 24_903_680], 36)
 BITS = (8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 4.25, 4.25, 4.25, 4.125, 4.125, 4.125)
+NAMED = {f"candidate {c}": bits for c, bits in enumerate(BITS)}
 RATIOS = (1.0, 1.2, 0.9, 0.02, 0.03, 1.3, 20.0, 22.0, 18.0, 9.0, 9.5, 15.0)
 DEVIATIONS = (0.0, 0.1, 0.3, 1.0)
 SEEDS = 5
@@ -60,11 +61,11 @@ def main() -> None:
         for seed in range(SEEDS):
             scores = problem(deviation, seed)
             start = time.perf_counter()
-            solver.pareto(scores, BITS, WEIGHTS, budgets)
+            solver.pareto(scores, NAMED, WEIGHTS, budgets)
             seconds.append(time.perf_counter() - start)
             for budget in budgets:
                 start = time.perf_counter()
-                solver.solve(scores, BITS, WEIGHTS, budget)
+                solver.solve(scores, NAMED, WEIGHTS, budget)
                 slowest = max(slowest, time.perf_counter() - start)
         record["curves"].append({"deviation": deviation, "seconds": seconds, "slowest_budget": slowest})
         print(f"{deviation:9.1f} {min(seconds):7.2f} {max(seconds):7.2f} {slowest:15.2f}")

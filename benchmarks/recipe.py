@@ -30,7 +30,7 @@ from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.models import LoadedModel
 from layerbits.provenance import provenance
 from layerbits.recipes.recipe import LoadedRecipe, load_recipe
-from layerbits.recipes.solve import answer, modelopt_answer
+from layerbits.recipes.solve import solve_like_modelopt, solve_recipe
 from layerbits.recipes.space import RecipeSpace, lay_out
 from layerbits.scoring import onepass
 from layerbits.scoring.groups import recipe_hparams
@@ -162,15 +162,15 @@ def main() -> None:
     for _ in range(arguments.rounds):
         mine, one = bench.timed(bench.one_pass, bench.rows)
         theirs, stock = bench.timed(bench.stock, bench.rows)
-        both = modelopt_answer(bench.space, mine).choice, modelopt_answer(bench.space, theirs).choice
+        both = solve_like_modelopt(bench.space, mine).assignment, solve_like_modelopt(bench.space, theirs).assignment
         row = {
             "one_pass": one,
             "stock": stock,
             "ratio": one["seconds"] / stock["seconds"],
             "largest_relative_difference": float((np.abs(mine - theirs) / np.abs(theirs)).max()),
             "different_choices": sum(a != b for a, b in zip(*both, strict=True)),
-            "our_answer": answer(bench.space, mine).score,
-            "modelopt_answer": modelopt_answer(bench.space, mine).score,
+            "our_answer": solve_recipe(bench.space, mine).score,
+            "modelopt_answer": solve_like_modelopt(bench.space, mine).score,
         }
         record["rounds"].append(row)
         print(json.dumps(row, indent=1), flush=True)

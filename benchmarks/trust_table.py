@@ -31,9 +31,10 @@ from layerbits.config import Settings
 from layerbits.inputs.calibration import build_rows
 from layerbits.inputs.captions import load_captions
 from layerbits.provenance import provenance
+from layerbits.results.assignment import UNQUANTIZED_BITS
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import FloatArray
-from layerbits.schemes.solver import UNQUANTIZED_BITS, pareto
+from layerbits.schemes.solver import pareto
 from layerbits.scoring import kl, onepass
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.norms import fused_norms
@@ -138,8 +139,8 @@ def schemes(found: dict[str, Scores], pairs: list[str], bits: list[float]) -> li
             budget = UNQUANTIZED_BITS - saved * (UNQUANTIZED_BITS - bits[c])
             for name, scores in found.items():
                 weights = [g.weights for g in scores.groups]
-                (solution,) = pareto(scores.predicted_kl[:, [c]], [bits[c]], weights, [budget])
-                groups = tuple(np.flatnonzero(solution.choice == 0).tolist())
+                (solution,) = pareto(scores.predicted_kl[:, [c]], {pair: bits[c]}, weights, [budget])
+                groups = tuple(g for g, name in enumerate(solution.assignment) if name is not None)
                 if not groups:
                     continue
                 row = made.setdefault((c, *groups), {"pair": pair, "groups": list(groups), "bits": solution.bits})

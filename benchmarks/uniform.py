@@ -27,6 +27,7 @@ from layerbits.errors import UserError  # noqa: E402
 from layerbits.export.plan import plan_export  # noqa: E402
 from layerbits.export.scheme import export_scheme  # noqa: E402
 from layerbits.probing.loading import Prepared  # noqa: E402
+from layerbits.results.assignment import Assignment  # noqa: E402
 from layerbits.results.result import CalibrationInfo, Group, ModelInfo  # noqa: E402
 from layerbits.schemes import Scheme  # noqa: E402
 from layerbits.scoring.groups import named_groups  # noqa: E402
@@ -84,7 +85,7 @@ def scheme_of(bench: Workbench, candidate: Candidate, name: str) -> Scheme:
         ),
         groups=groups,
         candidates=(candidate.info,),
-        assignment=(candidate.info.name,) * len(groups),
+        assignment=Assignment([candidate.info.name] * len(groups)),
         effective_bits=candidate.info.bits,
         effective_bits_modelopt=None,
         predicted_kl=float("nan"),

@@ -21,6 +21,7 @@ from layerbits.export.plan import plan_export
 from layerbits.export.scheme import export_scheme
 from layerbits.inputs.models import ModelSpec, resolve, undecided
 from layerbits.probing.loading import Prepared
+from layerbits.results.assignment import Assignment
 from layerbits.results.result import Group, by_kind
 from layerbits.schemes import Scheme
 from layerbits.scoring import onepass, stock
@@ -156,7 +157,7 @@ def _exported(family: str, groups: Sequence[Group], form: str) -> str:
                 (source / name).write_text(text)
             resolved = resolve(ModelSpec(family, str(source)))
             whole = replace(INFO, revision=resolved.revision, dtype="bfloat16")
-            chosen, how = tuple(info.name for _ in groups), {"method": "budget"}
+            chosen, how = Assignment(info.name for _ in groups), {"method": "budget"}
             scheme = Scheme("all", ("r",), whole, DATA, tuple(groups), (info,), chosen, 8.0, None, 0.0, 0.0, how)
             plan = plan_export(
                 Prepared(scheme, resolved, None, None, CALIBRATION), Path(folder) / "out" / "all", format=form

@@ -249,7 +249,7 @@ def _run_pass(
                 run_id=run_id,
                 predicted_kl=result.total("predicted_kl"),
                 score=result.total("scores"),
-                bits=result.recipe.effective_bits,
+                bits=result.allocation.effective_bits,
                 seconds=sum(result.seconds.values()),
             )
         )

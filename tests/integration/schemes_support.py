@@ -5,6 +5,7 @@ import torch
 from layerbits.inputs.calibration import Batch
 from layerbits.probing.measured import Rows
 from layerbits.probing.probe import probe
+from layerbits.results.assignment import Assignment
 from layerbits.results.result import CalibrationInfo, Group, ModelInfo
 from layerbits.schemes import Scheme
 
@@ -34,7 +35,7 @@ def scheme_of(model, name="mine", **assigned):
             names.append(made.info.name if made else None)
     used = {made.info.name: made.info for made in assigned.values()}
     candidates, how = tuple(used.values()), {"method": "budget"}
-    return Scheme(name, ("run",), INFO, DATA, tuple(groups), candidates, tuple(names), 9.0, None, 0.01, 1e-6, how)
+    return Scheme(name, ("run",), INFO, DATA, tuple(groups), candidates, Assignment(names), 9.0, None, 0.01, 1e-6, how)
 
 
 def logits(model, batches=HELD_OUT):

@@ -17,6 +17,7 @@ import mlflow
 import pytest
 
 from layerbits import cli
+from layerbits.results.assignment import Assignment
 from tests.integration.tracking_support import Server, environment, small_result, write_folder
 
 PAIRS = ("wint8_afp16", "wfp8_afp8")
@@ -25,11 +26,11 @@ PAIRS = ("wint8_afp16", "wfp8_afp8")
 def result(pair, seed=0, digest="d1" * 32):
     base = small_result(seed=seed)
     info = replace(base.candidate, name=pair, quant_pair=pair)
-    chosen = tuple(name and pair for name in base.recipe.chosen)
+    assignment = Assignment(name and pair for name in base.allocation.assignment)
     return replace(
         base,
         candidate=info,
-        recipe=replace(base.recipe, chosen=chosen),
+        allocation=replace(base.allocation, assignment=assignment),
         calibration=replace(base.calibration, digest=digest),
     )
 

@@ -9,6 +9,7 @@ import torch
 
 from layerbits.inputs.experts import named_experts
 from layerbits.probing.apply import apply_scheme
+from layerbits.results.assignment import Assignment
 from layerbits.results.result import Group
 from layerbits.schemes import Scheme
 from layerbits.scoring import kl, memory, onepass, stock
@@ -230,7 +231,9 @@ def test_experts_without_a_gate_score_as_in_stock(tmp_path):
 def test_a_scheme_on_experts_is_probed(mixture):
     made = candidate("wfp8_afp8")
     groups = (Group("B01.experts", 1, "other", ("model.layers.1.mlp.experts",), 1000),)
-    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), (made.info.name,), 9.0, None, 0.01, 1e-6, {})
+    scheme = Scheme(
+        "mine", ("run",), INFO, DATA, groups, (made.info,), Assignment([made.info.name]), 9.0, None, 0.01, 1e-6, {}
+    )
     (found,) = probed(mixture.model, [scheme]).schemes
     assert 0 < found.difference.kl < 1
 
@@ -255,7 +258,9 @@ def test_a_scheme_computes_what_modelopt_computes_with_its_config(variant, keep_
     made = candidate("wfp4_afp8", variant=variant)
     name = "model.layers.1.mlp.experts"
     groups = (Group("B01.experts", 1, "other", (name,), 1000),)
-    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), (made.info.name,), 9.0, None, 0.01, 1e-6, {})
+    scheme = Scheme(
+        "mine", ("run",), INFO, DATA, groups, (made.info,), Assignment([made.info.name]), 9.0, None, 0.01, 1e-6, {}
+    )
 
     def forward_loop(model):
         for batch in CALIBRATION:

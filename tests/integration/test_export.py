@@ -25,6 +25,7 @@ from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.captions import load_captions
 from layerbits.inputs.models import ModelSpec, resolve
+from layerbits.results.assignment import Assignment
 from layerbits.results.experiment import made_by
 from layerbits.tracking.settings import TrackingSpec
 
@@ -241,7 +242,7 @@ def test_a_tied_output_head_is_refused(tmp_path):
     made = prepared(model, source, down=FP8)
     head = Group("lm_head", None, "lm_head", ("lm_head",), 1000)
     scheme = replace(
-        made.scheme, groups=(*made.scheme.groups, head), assignment=(*made.scheme.assignment, FP8.info.name)
+        made.scheme, groups=(*made.scheme.groups, head), assignment=Assignment([*made.scheme.assignment, FP8.info.name])
     )
     with pytest.raises(Unsupported, match="shares its weight with the embedding"):
         export_scheme(plan_export(replace(made, scheme=scheme), tmp_path / "out"), "cpu")
@@ -341,7 +342,7 @@ def test_from_the_command_line_to_the_registry(tmp_path):
 
 def test_a_scheme_that_quantizes_nothing_does_not_keep_others_from_being_exported(tmp_path, capsys, monkeypatch):
     some = planned("llama", tmp_path, qkv=FP8).scheme
-    nothing = replace(some, name="nothing", assignment=(None,) * len(some.assignment), candidates=())
+    nothing = replace(some, name="nothing", assignment=Assignment([None] * len(some.assignment)), candidates=())
     settings = ExportSettings(tmp_path / "exports", tmp_path, "auto", "cpu", 0, False, None)
 
     def exported(*schemes):

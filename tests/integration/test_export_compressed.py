@@ -17,6 +17,7 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.models import language_model_linears, output_head, unscored_patterns
+from layerbits.results.assignment import Assignment
 from layerbits.scoring.groups import named_groups
 from layerbits.scoring.state import decisions
 from tests.families import build
@@ -234,7 +235,7 @@ def test_what_a_hybrid_fuses_keeps_one_format(tmp_path, monkeypatch, format):
     assert {"in_proj_a", "in_proj_b"} in leaves
     names = [(NVFP4 if "out_proj" in leaf or "down_proj" in leaf else FP8).info.name for leaf in leaves]
     made = prepared(model, source)
-    scheme = replace(made.scheme, groups=groups, candidates=(FP8.info, NVFP4.info), assignment=tuple(names))
+    scheme = replace(made.scheme, groups=groups, candidates=(FP8.info, NVFP4.info), assignment=Assignment(names))
     plan = plan_export(replace(made, scheme=scheme), tmp_path / "out", format=format)
     done = export_scheme(plan, "cpu")
     assert len(done.proof.record.labels) == 2

@@ -16,6 +16,7 @@ from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.experts import named_experts
 from layerbits.inputs.models import ModelSpec, resolve
 from layerbits.probing.loading import Prepared
+from layerbits.results.assignment import Assignment
 from layerbits.results.result import Group
 from layerbits.schemes import Scheme
 
@@ -32,7 +33,7 @@ def planned(kind, folder, made, format="auto", module=None):
     linear = next(n for n, _ in model.named_modules() if n.endswith("layers.0.self_attn.o_proj"))
     groups = (Group("B00.o", 0, "o", (linear,), 1000), Group("B01.experts", 1, "other", (module,), 1000))
     names = (made.info.name,) * 2
-    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), names, 9.0, None, 0.01, 1e-6, {})
+    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), Assignment(names), 9.0, None, 0.01, 1e-6, {})
     resolved = resolve(ModelSpec("tiny", str(source)))
     scheme = replace(scheme, model=replace(scheme.model, revision=resolved.revision, dtype="bfloat16"))
     prepared = Prepared(scheme, resolved, None, None, CALIBRATION)

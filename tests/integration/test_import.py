@@ -121,7 +121,7 @@ def test_the_result_of_an_imported_run_comes_back(store):
     run_id = history.runs(pair="wint8_afp16", tracking_uri=store)["run_id"].iloc[0]
     with pytest.warns(UserWarning, match="without per-sample scores"):
         result = history.result(run_id, tracking_uri=store)
-    assert (result.recipe.chosen, result.calibration.seq_len) == ((), None)
+    assert (result.allocation.assignment, result.calibration.seq_len) == ((), None)
 
 
 def test_recipes_of_imported_runs_are_in_no_pareto_front(store):

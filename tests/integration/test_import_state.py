@@ -41,8 +41,8 @@ def test_scores_costs_and_choice_are_those_of_the_state(search):
         assert [g.weights for g in result.groups] == [s["uncompressed_cost"] for s in stats]
         assert result.groups[0].modules == tuple(stats[0]["module_names"])
         chosen = [r == s["formats"][position] for r, s in zip(state["best"]["recipe"].values(), stats, strict=True)]
-        assert [name is not None for name in result.recipe.chosen] == chosen
-        assert result.recipe.effective_bits_modelopt == state["best"]["constraints"]["effective_bits"]
+        assert [name is not None for name in result.allocation.assignment] == chosen
+        assert result.allocation.effective_bits_modelopt == state["best"]["constraints"]["effective_bits"]
         assert result.tags["scores_clamped"] == "true"
 
 

@@ -11,6 +11,7 @@ from layerbits.errors import Unsupported
 from layerbits.inputs.linears import is_convolution, is_transposed
 from layerbits.inputs.models import output_head
 from layerbits.probing.apply import apply_scheme
+from layerbits.results.assignment import Assignment
 from layerbits.schemes import Scheme
 from layerbits.scoring import kl, onepass, stock
 from layerbits.scoring.groups import named_groups
@@ -34,7 +35,7 @@ def whole_scheme(found, made):
     head = output_head(found.model)
     named = named_groups(found.model, [(d.modules, d.weights) for d in decisions(found.model, [])], head)
     groups = tuple(g for g in named if g.kind not in ("lm_head", "experts"))
-    chosen = tuple(made.info.name for _ in groups)
+    chosen = Assignment(made.info.name for _ in groups)
     return Scheme("all", ("r",), INFO, DATA, groups, (made.info,), chosen, 8.0, None, 0.0, 0.0, {"method": "budget"})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from layerbits.recipes.recipe import load_recipe
-from layerbits.recipes.solve import answer, modelopt_answer, search_state
+from layerbits.recipes.solve import search_state, solve_like_modelopt, solve_recipe
 
 from .recipes_support import made_recipe, raw_scores, stock_search
 from .scoring_support import tiny_model
@@ -44,7 +44,7 @@ def check_against_stock(recipe, kind, folder, rel=1e-5):
 @pytest.mark.parametrize("name", FAMILY)
 def test_shipped_recipe_comes_to_what_modelopt_finds(name, tmp_path):
     space, raw = check_against_stock(load_recipe(GENERAL + name), FAMILY[name], tmp_path)
-    assert answer(space, raw).score <= modelopt_answer(space, raw).score * (1 + 1e-9)
+    assert solve_recipe(space, raw).score <= solve_like_modelopt(space, raw).score * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(

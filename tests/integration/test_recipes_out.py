@@ -10,6 +10,7 @@ from layerbits.inputs.experts import named_experts
 from layerbits.probing.apply import apply_scheme
 from layerbits.recipes.recipe import load_recipe
 from layerbits.recipes.space import lay_out
+from layerbits.results.assignment import Assignment
 from layerbits.results.result import Group
 from layerbits.schemes import Scheme
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
@@ -100,7 +101,7 @@ def test_ptq_recipe_of_fused_experts_gives_the_same_logits(pair, tmp_path):
     names = list(named_experts(model))
     groups = tuple(Group(f"B{b:02d}.experts", b, "experts", (name,), 1000) for b, name in enumerate(names))
     assigned = (made.info.name,) * len(groups)
-    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), assigned, 9.0, None, 0.01, 1e-6, {})
+    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), Assignment(assigned), 9.0, None, 0.01, 1e-6, {})
     before = logits(model)
     with apply_scheme(model, scheme, CALIBRATION):
         mine = logits(model)

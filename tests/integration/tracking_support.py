@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from layerbits.atomic import write_json
+from layerbits.results.assignment import Assignment
 from layerbits.results.manifest import to_manifest
 from layerbits.results.result import (
+    Allocation,
     CalibrationInfo,
     CandidateInfo,
     Group,
     ModelInfo,
     NonFinite,
-    Recipe,
     SensitivityResult,
 )
 
@@ -87,7 +88,9 @@ def small_result(blocks=3, seed=0, **changes):
         "candidate": info,
         "scores": scores,
         "predicted_kl": scores * 3e4,
-        "recipe": Recipe(12.0, tuple(info.name if i % 2 else None for i in range(len(groups))), 12.0, 12.5, 1e-7),
+        "allocation": Allocation(
+            12.0, Assignment(info.name if i % 2 else None for i in range(len(groups))), 12.0, 12.5, 1e-7
+        ),
         "nonfinite": (NonFinite("B01.o", info.name),),
         "provenance": {"version.layerbits": "0.1.0", "version.torch": "2.13.0", "git.commit": "abc"},
         "seconds": {"load": 1.0, "score": 2.5},

@@ -13,13 +13,14 @@ import pytest
 
 import layerbits
 from layerbits.importing import read, results
+from layerbits.results.assignment import Assignment
 from layerbits.results.result import (
+    Allocation,
     CalibrationInfo,
     CandidateInfo,
     Group,
     ModelInfo,
     NonFinite,
-    Recipe,
     SensitivityResult,
 )
 
@@ -41,7 +42,7 @@ QUANTIZERS = {
 
 @pytest.fixture(scope="session")
 def make_result() -> Callable[..., SensitivityResult]:
-    """A factory of synthetic results, consistent in itself (samples sum to the predicted KL, bits to the recipe)."""
+    """A factory of synthetic results, consistent in itself: samples sum to the predicted KL, bits to the recipe."""
     return synthetic
 
 
@@ -84,7 +85,7 @@ def synthetic(
         lm_head: Whether the output head is a group as well.
         nonfinite: Group keys whose score overflowed.
         method: ``gradient`` or ``kl_div``.
-        target_bits: Budget of the recipe.
+        target_bits: Budget of the allocation.
         seed: Of the numbers.
     """
     rng = np.random.default_rng(seed)
@@ -133,7 +134,7 @@ def synthetic(
         candidate=info,
         scores=raw,
         predicted_kl=kl,
-        recipe=recipe(groups, raw, info, target_bits),
+        allocation=allocation(groups, raw, info, target_bits),
         sample_kl=sample_kl if samples else None,
         sample_tokens=np.full(samples, batches * tokens // samples) if samples else None,
         nonfinite=tuple(NonFinite(key, info.name, detail="overflow") for key in nonfinite),
@@ -168,7 +169,7 @@ def candidate(pair: str) -> CandidateInfo:
     )
 
 
-def recipe(groups: Sequence[Group], raw: np.ndarray, info: CandidateInfo, target_bits: float) -> Recipe:
+def allocation(groups: Sequence[Group], raw: np.ndarray, info: CandidateInfo, target_bits: float) -> Allocation:
     """Quantizes the least sensitive groups until the budget holds."""
     total, stored, chosen = sum(g.weights for g in groups), 0.0, [None] * len(groups)
     order = np.argsort(np.where(np.isfinite(raw), raw, np.inf), kind="stable")
@@ -180,9 +181,9 @@ def recipe(groups: Sequence[Group], raw: np.ndarray, info: CandidateInfo, target
         stored += (info.bits - 16.0) * groups[at].weights
     quantized = [i for i, name in enumerate(chosen) if name]
     share = sum(groups[i].weights for i in quantized) / total
-    return Recipe(
+    return Allocation(
         target_bits=target_bits,
-        chosen=tuple(chosen),
+        assignment=Assignment(chosen),
         effective_bits=stored / total,
         effective_bits_modelopt=16 + (info.bits_modelopt - 16) * share,
         score=float(np.nansum(raw[quantized])),

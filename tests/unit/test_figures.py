@@ -64,7 +64,8 @@ def test_heatmap_dots_what_the_recipe_quantized(make_result):
     result = make_result(blocks=6)
     (dots,) = [c for c in figures.heatmap(figures.tidy(result)).axes[0].collections if len(c.get_offsets()) > 5]
     kinds = ["qkv", "o", "gate_up", "down"]
-    expected = {(g.block, kinds.index(g.kind)) for g, c in zip(result.groups, result.recipe.chosen, strict=True) if c}
+    pairs = zip(result.groups, result.allocation.assignment, strict=True)
+    expected = {(g.block, kinds.index(g.kind)) for g, name in pairs if name}
     assert {tuple(at) for at in dots.get_offsets().data.astype(int).tolist()} == expected
 
 

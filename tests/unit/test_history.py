@@ -81,7 +81,7 @@ def test_damaged_layer_tags_say_so(damage):
 def test_the_damage_of_the_recipe_counts_quantized_groups_alone():
     result = small_result()
     metrics = {key: value for key, value, _ in contract.metrics(result)}
-    chosen = [k for k, c in zip(result.predicted_kl, result.recipe.chosen, strict=True) if c]
+    chosen = [k for k, c in zip(result.predicted_kl, result.allocation.assignment, strict=True) if c]
     assert not np.isfinite(chosen).all()
     assert "summary/predicted_kl_chosen" not in metrics  # a part is not the sum
     finite = replace(result, predicted_kl=np.full_like(result.predicted_kl, 0.5))

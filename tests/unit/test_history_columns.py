@@ -11,6 +11,7 @@ from layerbits.history import rows
 from layerbits.history.derived import _rows
 from layerbits.history.query import _long
 from layerbits.history.source import RawRun
+from layerbits.results.assignment import Assignment
 from layerbits.results.intervals import Intervals
 from layerbits.tracking import contract
 from tests.integration.tracking_support import small_result
@@ -70,7 +71,7 @@ def test_tags_of_runs_before_intervals_are_read():
 
 def test_a_recipe_that_is_not_known_is_missing_not_false():
     result = small_result()
-    unknown = replace(result, recipe=replace(result.recipe, chosen=(), effective_bits=math.nan))
+    unknown = replace(result, allocation=replace(result.allocation, assignment=Assignment(), effective_bits=math.nan))
     assert scores(row(unknown))["chosen"].isna().all()
     table = json.loads(contract.table(unknown))
     assert {line[table["columns"].index("chosen")] for line in table["data"]} == {None}

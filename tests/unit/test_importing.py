@@ -113,7 +113,7 @@ def test_what_the_file_does_not_say_stays_unknown(tmp_path):
     assert np.isnan(result.predicted_kl).all()
     assert (info.config, info.config_hash, math.isnan(info.bits), info.bits_modelopt) == ({}, "", True, 8.0)
     assert (cal.dataset, cal.digest, cal.seq_len, cal.loss_tokens, result.seed) == ("", "", None, None, None)
-    assert (result.recipe.chosen, result.recipe.effective_bits_modelopt) == ((), 8.25)
+    assert (result.allocation.assignment, result.allocation.effective_bits_modelopt) == ((), 8.25)
     names = {name.removeprefix("eff.") for name in contract.parameters(result)}
     assert not names & {"model_revision", "config_hash", "dataset", "seq_len", "seed", "dtype", "device", "engine"}
     metrics = {key: value for key, value, _ in contract.metrics(result)}
@@ -280,7 +280,7 @@ def test_the_folder_of_a_result_can_be_read_back_and_is_the_same_each_time(tmp_p
     again = load_manifest(folder)
     assert again.groups == result.groups
     assert np.array_equal(again.scores, result.scores)
-    assert (again.recipe.chosen, math.isnan(again.recipe.effective_bits)) == ((), True)
+    assert (again.allocation.assignment, math.isnan(again.allocation.effective_bits)) == ((), True)
     assert again.calibration.seq_len is None
     assert importing.write(result, table, tmp_path / "out") == folder
     assert contract.result_id(folder) == first

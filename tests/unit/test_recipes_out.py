@@ -11,6 +11,7 @@ from compressed_tensors.utils import match_named_modules
 
 from layerbits.errors import Unsupported
 from layerbits.recipes.recipe import load_recipe
+from layerbits.results.assignment import Assignment
 from layerbits.results.result import CalibrationInfo, Group, ModelInfo
 from layerbits.schemes import Scheme
 from layerbits.schemes.llm_compressor import compressor_recipe, compressor_recipe_yaml
@@ -35,7 +36,7 @@ def scheme(assigned, prefix="model", language_model=""):
     model = ModelInfo("tiny", "tiny", "r0", "M", "float32", language_model)
     numbers, candidates = (9.0, None, math.nan, 0.0), tuple(used.values())
     return Scheme(
-        "mine", ("run",), model, DATA, tuple(groups), candidates, tuple(names), *numbers, {"method": "budget"}
+        "mine", ("run",), model, DATA, tuple(groups), candidates, Assignment(names), *numbers, {"method": "budget"}
     )
 
 

@@ -62,7 +62,7 @@ def test_few_groups_are_listed_once(make_result):
 def test_the_exclude_list_can_be_pasted(make_result):
     result = make_result(blocks=6)
     pasted = json.loads(re.search(r"```json\n(.*?)```", markdown_report(result), re.DOTALL)[1])
-    pairs = zip(result.groups, result.recipe.chosen, strict=True)
+    pairs = zip(result.groups, result.allocation.assignment, strict=True)
     assert pasted == [m for group, chosen in pairs if chosen is None for m in group.modules]
     assert pasted
 
@@ -76,8 +76,8 @@ def test_an_empty_exclude_list_is_said(make_result):
 def test_both_counts_of_bits_are_told(make_result):
     result = make_result(pair="wfp4_afp16", target_bits=6.0)
     text = section(markdown_report(result), "In short")
-    assert f"**Effective bits {result.recipe.effective_bits:.3f}**" in text
-    assert f"ModelOpt counts {result.recipe.effective_bits_modelopt:.3f}" in text
+    assert f"**Effective bits {result.allocation.effective_bits:.3f}**" in text
+    assert f"ModelOpt counts {result.allocation.effective_bits_modelopt:.3f}" in text
     assert "wfp4_afp16 4.25 (ModelOpt 4)" in text
 
 
@@ -301,7 +301,7 @@ def test_synthetic_result_is_consistent(make_result):
     assert tokens.sum() == result.calibration.loss_tokens == result.sample_tokens.sum()
     per_batch = result.scores / len(tokens)
     assert np.allclose(0.5 * (tokens**2).sum() * per_batch / tokens.sum(), result.predicted_kl)
-    assert math.isclose(result.recipe.score, sum(r["score"] for r in result.rows() if r["chosen"]))
+    assert math.isclose(result.allocation.score, sum(r["score"] for r in result.rows() if r["chosen"]))
 
 
 def test_published_table_gets_a_full_report(published):

@@ -55,8 +55,8 @@ def test_a_manifest_without_routing_is_read(make_result):
         del data["recipe"][key]
     read = from_manifest(data)
     assert read.routing == ()
-    assert np.isnan(read.recipe.effective_bits_active)
-    assert read.recipe.cost_model == "weight"
+    assert np.isnan(read.allocation.effective_bits_active)
+    assert read.allocation.cost_model == "weight"
 
 
 def test_the_figure_has_a_panel_per_phase_and_the_floor():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from layerbits.errors import UserError
 from layerbits.schemes import solver
 
-BITS = (4.25, 4.5, 8.0, 8.5)
+BITS = {"a": 4.25, "b": 4.5, "c": 8.0, "d": 8.5}
 
 
 def brute_force(stated, budget):
@@ -28,9 +28,9 @@ def problems(draw):
     groups, candidates = draw(st.integers(1, 5)), draw(st.integers(1, 3))
     value = st.one_of(st.floats(1e-9, 1e-2), st.just(float("nan")))
     scores = draw(st.lists(st.lists(value, min_size=candidates, max_size=candidates), min_size=groups, max_size=groups))
-    bits = draw(st.lists(st.sampled_from(BITS), min_size=candidates, max_size=candidates))
+    bits = draw(st.lists(st.sampled_from([*BITS.values()]), min_size=candidates, max_size=candidates))
     weights = draw(st.lists(st.integers(1, 40).map(lambda n: n * 1024), min_size=groups, max_size=groups))
-    return np.array(scores), bits, weights, draw(st.floats(0.0, 1.0))
+    return np.array(scores), dict(zip("abc", bits, strict=False)), weights, draw(st.floats(0.0, 1.0))
 
 
 @settings(deadline=None, max_examples=150)
@@ -50,7 +50,7 @@ def test_it_is_optimal_where_groups_are_too_many_to_try_all(seed):
     rng = np.random.default_rng(seed)
     weights = rng.integers(1, 9, 40)
     scores = rng.lognormal(-9, 1.5, (40, 1)) * [25, 20, 1.1, 1.0] * rng.lognormal(0, 0.4, (40, 4))
-    quarters = np.round(4 * np.append(BITS, 16)).astype(int)  # all costs in quarter bits, so that they are whole
+    quarters = np.round(4 * np.array([*BITS.values(), 16])).astype(int)  # all costs in quarter bits: whole numbers
     least = np.full(weights.sum() * 64 + 1, np.inf)
     least[0] = 0.0
     for weight, row in zip(weights, np.hstack([scores, np.zeros((40, 1))]), strict=True):
@@ -65,17 +65,18 @@ def test_it_is_optimal_where_groups_are_too_many_to_try_all(seed):
 
 def test_score_and_bits_are_those_of_the_choice():
     scores, weights = np.array([[3.0, 1.0], [2.0, 0.5], [9.0, 4.0]]), [100, 300, 600]
-    found = solver.solve(scores, [4.0, 8.0], weights, 10.0)
-    bits = np.append([4.0, 8.0], 16.0)[found.choice]
-    assert found.bits == pytest.approx(np.dot(bits, weights) / 1000)
-    picked = found.choice != solver.UNQUANTIZED
-    assert found.score == pytest.approx(scores[picked, found.choice[picked]].sum())
+    found = solver.solve(scores, {"four": 4.0, "eight": 8.0}, weights, 10.0)
+    bits = {"four": 4.0, "eight": 8.0, None: 16.0}
+    assert found.bits == pytest.approx(np.dot([bits[name] for name in found.assignment], weights) / 1000)
+    column = {"four": 0, "eight": 1}
+    chosen = [scores[g, column[name]] for g, name in enumerate(found.assignment) if name]
+    assert found.score == pytest.approx(sum(chosen))
 
 
 def test_a_candidate_without_a_finite_score_is_not_chosen():
     scores = np.array([[np.nan, 5.0], [1.0, np.inf]])
-    found = solver.solve(scores, [4.0, 8.0], [10, 10], 6.0)
-    assert found.choice.tolist() == [1, 0]
+    found = solver.solve(scores, {"four": 4.0, "eight": 8.0}, [10, 10], 6.0)
+    assert found.assignment == ("eight", "four")
 
 
 def test_a_larger_budget_never_costs_more():
@@ -90,32 +91,32 @@ def test_a_larger_budget_never_costs_more():
 
 def test_a_budget_below_the_floor_says_the_feasible_range():
     with pytest.raises(UserError, match=r"effective_bits=4 .* 4\.25 to 16"):
-        solver.solve(np.array([[1.0]]), [4.25], [10], 4.0)
+        solver.solve(np.array([[1.0]]), {"a": 4.25}, [10], 4.0)
 
 
 def test_a_floor_that_bad_scores_raise_is_explained():
     scores = np.array([[1.0], [np.nan]])
     with pytest.raises(UserError, match=r"12 to 16; 1 groups without a finite score stay unquantized"):
-        solver.solve(scores, [8.0], [10, 10], 9.0)
+        solver.solve(scores, {"a": 8.0}, [10, 10], 9.0)
 
 
 def test_a_budget_above_16_is_refused():
     with pytest.raises(UserError, match="8 to 16"):
-        solver.solve(np.array([[1.0]]), [8.0], [10], 17.0)
+        solver.solve(np.array([[1.0]]), {"a": 8.0}, [10], 17.0)
 
 
 def test_nothing_is_printed(capfd):
     rng = np.random.default_rng(0)
     weights = np.tile([15_728_640, 10_485_760, 49_807_360, 24_903_680], 36)
     scores = rng.lognormal(-9, 1.5, (144, 1)) * [1, 1.2, 20, 22] * rng.lognormal(0, 0.3, (144, 4))
-    solver.pareto(scores, [8.0, 8.0, 4.25, 4.5], weights, np.linspace(4.3, 12, 6))
+    solver.pareto(scores, {"a": 8.0, "b": 8.0, "c": 4.25, "d": 4.5}, weights, np.linspace(4.3, 12, 6))
     assert capfd.readouterr().out == ""
 
 
 def test_solving_needs_neither_torch_nor_mlflow():
     code = (
         "import sys, numpy; from layerbits.schemes import solver, make, source, settings\n"
-        "solver.solve(numpy.array([[1.0, 2.0]]), [4.25, 8.0], [10], 8.0)\n"
+        "solver.solve(numpy.array([[1.0, 2.0]]), {'a': 4.25, 'b': 8.0}, [10], 8.0)\n"
         "print([m for m in ('torch', 'mlflow', 'modelopt') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

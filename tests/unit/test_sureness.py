@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from layerbits.results.assignment import UNQUANTIZED
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.folder import write_schemes
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.report import markdown, metrics
-from layerbits.schemes.solver import UNQUANTIZED, pareto, relaxed
+from layerbits.schemes.solver import pareto, relaxed
 from layerbits.schemes.source import combine
 from layerbits.schemes.sureness import by_group, in_words, sureness
 
@@ -98,11 +99,11 @@ def test_the_relaxed_choice_is_near_the_optimum_and_within_the_budget():
     rng = np.random.default_rng(1)
     scores = np.exp(rng.normal(0, 1, (20, 40, 2)))
     scores[:, :, 1] *= 5
-    weights, bits, budget = rng.uniform(1, 3, 40), [8.0, 4.25], 7.0
-    for values, choice in zip(scores, relaxed(scores, bits, weights, budget), strict=True):
+    weights, bits, budget = rng.uniform(1, 3, 40), {"eight": 8.0, "four": 4.25}, 7.0
+    for values, choice in zip(scores, relaxed(scores, [*bits.values()], weights, budget), strict=True):
         (best,) = pareto(values, bits, weights, [budget])
         picked = choice != UNQUANTIZED
-        spent = np.average(np.where(picked, np.array(bits)[choice], 16.0), weights=weights)
+        spent = np.average(np.where(picked, np.array([*bits.values()])[choice], 16.0), weights=weights)
         total = values[np.flatnonzero(picked), choice[picked]].sum()
         assert spent <= budget + 1e-6
         assert best.score <= total + 1e-9

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from layerbits.results.assignment import Assignment
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import Group
 from layerbits.tracking import contract
@@ -88,7 +89,7 @@ def test_several_groups_of_a_kind_in_a_block_are_summed():
         groups=groups,
         scores=np.array([1.0, 2.0]),
         predicted_kl=np.array([4.0, np.nan]),
-        recipe=replace(base.recipe, chosen=(None, None)),
+        allocation=replace(base.allocation, assignment=Assignment([None] * 2)),
     )
     assert line(result, "score_by_layer/down") == [(0, 3.0)]
     assert line(result, "predicted_kl_by_layer/down") == []  # a sum of a part would look like a sum
@@ -101,7 +102,7 @@ def test_a_group_outside_the_blocks_has_a_score_and_no_line():
         groups=(*base.groups, Group("lm_head", None, "lm_head", ("lm_head",), 1)),
         scores=np.ones(5),
         predicted_kl=np.ones(5),
-        recipe=replace(base.recipe, chosen=(None,) * 5),
+        allocation=replace(base.allocation, assignment=Assignment([None] * 5)),
     )
     assert values(result)["score/lm_head"] == 1
     assert values(result)["share/lm_head"] == pytest.approx(0.2)

@@ -14,7 +14,8 @@ import numpy as np
 from layerbits.errors import UserError
 from layerbits.importing.layouts import Score, Table, count
 from layerbits.report import write_report
-from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, Recipe, SensitivityResult
+from layerbits.results.assignment import Assignment
+from layerbits.results.result import Allocation, CalibrationInfo, CandidateInfo, Group, ModelInfo, SensitivityResult
 from layerbits.scoring.groups import named_groups
 
 _PAIR = re.compile(r"w(?P<weight>(?:fp|int)\d+)_a(?P<activation>(?:fp|int)\d+)(?=_|$)")
@@ -103,7 +104,7 @@ def _result(table: Table, scores: Sequence[Score], forms: Sequence[str]) -> Sens
         candidate=info,
         scores=raw[order],
         predicted_kl=np.full_like(raw, np.nan),
-        recipe=Recipe(table.target_bits, (), math.nan, table.found_bits, table.found_score),
+        allocation=Allocation(table.target_bits, Assignment(), math.nan, table.found_bits, table.found_score),
         tags={
             "source": "imported",
             "import.layout": table.layout,

@@ -14,7 +14,8 @@ import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.importing.convert import PRESETS
-from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo, Recipe, SensitivityResult
+from layerbits.results.assignment import Assignment
+from layerbits.results.result import Allocation, CalibrationInfo, CandidateInfo, Group, ModelInfo, SensitivityResult
 from layerbits.scoring.groups import named_groups
 
 SUFFIXES = (".pt", ".pth")
@@ -102,7 +103,7 @@ def _result(
     raw = np.array([float(stat["scores"][stat["formats"].index(form)]) for stat in mine.values()])
     best = file.state.get("best") or {}
     recipe = best.get("recipe") or {}
-    chosen = tuple(info.name if recipe[name] == form else None for name in mine) if recipe else ()
+    chosen = Assignment(info.name if recipe[name] == form else None for name in mine) if recipe else Assignment()
     lines = [f"imported from {file.path.name} ({LAYOUT}): it does not say what it was calibrated and scored on"]
     clamped = forms > 1
     if clamped:
@@ -124,9 +125,9 @@ def _result(
         candidate=info,
         scores=np.where(np.isfinite(raw), raw, np.nan),
         predicted_kl=np.full_like(raw, np.nan),
-        recipe=Recipe(
+        allocation=Allocation(
             target_bits=math.nan,
-            chosen=chosen,
+            assignment=chosen,
             effective_bits=_bits(groups, chosen, info) if chosen else math.nan,
             effective_bits_modelopt=float((best.get("constraints") or {}).get("effective_bits", math.nan)),
             score=float(sum(s for s, c in zip(raw, chosen, strict=True) if c)) if chosen else math.nan,

@@ -16,11 +16,13 @@ from layerbits.config import Settings
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.captions import load_captions
 from layerbits.recipes.recipe import LoadedRecipe
-from layerbits.recipes.solve import Answer, answer, modelopt_answer
+from layerbits.recipes.solve import solve_like_modelopt, solve_recipe
 from layerbits.recipes.space import RecipeSpace, lay_out
+from layerbits.results.assignment import Assignment
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.result import FloatArray, SensitivityResult, effective_bits
 from layerbits.schemes.kv_cache import AUTO
+from layerbits.schemes.solver import Solution
 from layerbits.stages.plan import Held, Plan
 from layerbits.stages.run import Outcome
 from layerbits.stages.workbench import scored_together, workbench
@@ -55,14 +57,14 @@ class RecipeOutcome:
     Attributes:
         outcomes: A result for each candidate, on the groups that it may be chosen for.
         raw: ``[searched slots, C]`` raw scores, never clamped.
-        found: The answer on them. stock: ModelOpt's own answer on the same scores, ``None`` for a PTQ recipe.
+        solution: What they come to, per slot. stock: The same by ModelOpt's own solver, ``None`` for a PTQ recipe.
     """
 
     plan: RecipePlan
     outcomes: tuple[Outcome, ...]
     raw: FloatArray
-    found: Answer
-    stock: Answer | None
+    solution: Solution
+    stock: Solution | None
 
     @property
     def results(self) -> dict[str, SensitivityResult]:
@@ -132,9 +134,9 @@ def run_recipe(plan: RecipePlan, root: Path) -> RecipeOutcome:
             for g in eligible:
                 raw[row_of[result.groups[g].modules], c] = result.scores[g]
             outcomes[name] = replace(outcome, result=_selected(result, eligible, space.recipe))
-    found = answer(space, raw)
-    stock = None if space.recipe.effective_bits is None else modelopt_answer(space, np.nan_to_num(raw, nan=1e30))
-    return RecipeOutcome(plan, tuple(outcomes[n] for n in names if n in outcomes), raw, found, stock)
+    solution = solve_recipe(space, raw)
+    stock = None if space.recipe.effective_bits is None else solve_like_modelopt(space, np.nan_to_num(raw, nan=1e30))
+    return RecipeOutcome(plan, tuple(outcomes[n] for n in names if n in outcomes), raw, solution, stock)
 
 
 def _with_recipe(settings: Settings, recipe: LoadedRecipe) -> tuple[Settings, list[str]]:
@@ -173,13 +175,13 @@ def _selected(result: SensitivityResult, keep: Sequence[int], recipe: LoadedReci
     rows = list(keep)
     groups = tuple(result.groups[g] for g in rows)
     kept = {group.key for group in groups}
-    info, chosen = result.candidate, tuple(result.recipe.chosen[g] for g in rows)
-    model = result.recipe.cost_model
+    info, allocation = result.candidate, result.allocation
+    assignment = Assignment(allocation.assignment[g] for g in rows)
 
     def bits(each: float) -> float:
-        return effective_bits(groups, [16.0 if name is None else each for name in chosen], model)
+        return effective_bits(groups, [16.0 if name is None else each for name in assignment], allocation.cost_model)
 
-    finite = [s for s, name in zip(result.scores[rows], chosen, strict=True) if name is not None and np.isfinite(s)]
+    finite = [s for s, name in zip(result.scores[rows], assignment, strict=True) if name is not None and np.isfinite(s)]
     return with_intervals(
         replace(
             result,
@@ -188,9 +190,9 @@ def _selected(result: SensitivityResult, keep: Sequence[int], recipe: LoadedReci
             predicted_kl=result.predicted_kl[rows],
             sample_kl=None if result.sample_kl is None else result.sample_kl[:, rows],
             nonfinite=tuple(n for n in result.nonfinite if n.group in kept),
-            recipe=replace(
-                result.recipe,
-                chosen=chosen,
+            allocation=replace(
+                allocation,
+                assignment=assignment,
                 effective_bits=bits(info.bits),
                 effective_bits_modelopt=bits(info.bits_modelopt),
                 score=float(sum(finite)),

@@ -101,8 +101,8 @@ def _written(outcome: RecipeOutcome) -> dict[str, Path]:
 def _finish(outcome: RecipeOutcome, runs: dict[str, str]) -> tuple[Path, list[Scheme]]:
     """Writes and prints the answers."""
     recipe = outcome.plan.space.recipe
-    schemes = recipe_schemes(outcome, list(runs.values()))
     source = combine({runs[name]: result for name, result in outcome.results.items()})
+    schemes = recipe_schemes(outcome, source)
     text = markdown(outcome, schemes)
     name = f"recipe_{source.model.name}_{recipe.short_name}"
     more = {
@@ -116,12 +116,12 @@ def _finish(outcome: RecipeOutcome, runs: dict[str, str]) -> tuple[Path, list[Sc
 
 
 def _metrics(outcome: RecipeOutcome, schemes: list[Scheme]) -> dict[str, float]:
-    space, found = outcome.plan.space, outcome.found
+    space, solution = outcome.plan.space, outcome.solution
     values = metrics(schemes)
-    values |= {"recipe/effective_bits": found.effective_bits, "recipe/score": found.score}
+    values |= {"recipe/effective_bits": solution.bits, "recipe/score": solution.score}
     values |= {"recipe/floor": space.floor, "recipe/ceiling": space.ceiling}
     if outcome.stock is not None:
-        differ = sum(a != b for a, b in zip(found.choice, outcome.stock.choice, strict=True))
-        values |= {"recipe/modelopt_effective_bits": outcome.stock.effective_bits}
+        differ = solution.assignment.differs(outcome.stock.assignment)
+        values |= {"recipe/modelopt_effective_bits": outcome.stock.bits}
         values |= {"recipe/modelopt_score": outcome.stock.score, "recipe/modelopt_differs": float(differ)}
     return values

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from layerbits.recipes.job import RecipeOutcome
-from layerbits.recipes.solve import Answer, clamped_scores
+from layerbits.recipes.solve import clamped_scores
+from layerbits.results.assignment import Assignment
 from layerbits.schemes.report import markdown as scheme_table
 from layerbits.schemes.scheme import Scheme
-from layerbits.schemes.solver import UNQUANTIZED
+from layerbits.schemes.solver import Solution
 
 _SHOWN = 12
 
@@ -23,10 +24,10 @@ def markdown(outcome: RecipeOutcome, schemes: Sequence[Scheme]) -> str:
     if recipe.effective_bits is not None:
         lines.append(
             f"Budget {recipe.effective_bits:g} effective bits by ModelOpt's count ({recipe.cost_model}); feasible "
-            f"{space.floor:.4g} to {space.ceiling:.4g}. {_counted(outcome, outcome.found)}."
+            f"{space.floor:.4g} to {space.ceiling:.4g}. {_counted(outcome, outcome.solution)}."
         )
     else:
-        lines.append(f"A PTQ recipe has nothing to choose: {_counted(outcome, outcome.found)}.")
+        lines.append(f"A PTQ recipe has nothing to choose: {_counted(outcome, outcome.solution)}.")
     held = [slot for slot in space.slots if slot.fixed and slot.choices]
     if held:
         lines.append(f"{len(held)} groups are given by the recipe and were quantized while the others were scored.")
@@ -41,8 +42,8 @@ def record(outcome: RecipeOutcome) -> str:
     """Everything about each group, as JSON: choices, costs, raw scores, both answers."""
     space = outcome.plan.space
     rows, raw = [], iter(outcome.raw.tolist())
-    stock = outcome.stock.choice if outcome.stock else (None,) * len(space.slots)
-    for slot, mine, theirs in zip(space.slots, outcome.found.choice, stock, strict=True):
+    stock = outcome.stock.assignment if outcome.stock else Assignment([None] * len(space.slots))
+    for slot, mine, theirs in zip(space.slots, outcome.solution.assignment, stock, strict=True):
         scores = next(raw) if slot.searched else None
         rows.append(
             {
@@ -57,8 +58,8 @@ def record(outcome: RecipeOutcome) -> str:
                 and {
                     space.candidates[c].info.name: scores[c] if math.isfinite(scores[c]) else None for c in slot.choices
                 },
-                "chosen": _name(outcome, mine),
-                "modelopt_chosen": None if theirs is None else _name(outcome, theirs),
+                "chosen": mine,
+                "modelopt_chosen": theirs,
             }
         )
     data = {
@@ -71,16 +72,16 @@ def record(outcome: RecipeOutcome) -> str:
             c.info.name: {"format": c.info.format_name, "config_hash": c.info.config_hash, "modelopt_bits": cost}
             for c, cost in zip(space.candidates, space.costs, strict=True)
         },
-        "effective_bits": outcome.found.effective_bits,
-        "score": outcome.found.score,
+        "effective_bits": outcome.solution.bits,
+        "score": outcome.solution.score,
         "groups": rows,
     }
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
-def _check(outcome: RecipeOutcome, stock: Answer) -> list[str]:
+def _check(outcome: RecipeOutcome, stock: Solution) -> list[str]:
     names = [slot.name.removesuffix(".quant_recipe") for slot in outcome.plan.space.slots]
-    pairs = zip(names, outcome.found.choice, stock.choice, strict=True)
+    pairs = zip(names, outcome.solution.assignment, stock.assignment, strict=True)
     differ = [(name, mine, theirs) for name, mine, theirs in pairs if mine != theirs]
     if not differ:
         return ["ModelOpt's own solver chooses the same formats.", ""]
@@ -90,7 +91,7 @@ def _check(outcome: RecipeOutcome, stock: Answer) -> list[str]:
         "",
         "| group | on raw scores | ModelOpt's |",
         "|---|---|---|",
-        *(f"| {n} | {_name(outcome, a) or '–'} | {_name(outcome, b) or '–'} |" for n, a, b in differ[:_SHOWN]),
+        *(f"| {n} | {a or '–'} | {b or '–'} |" for n, a, b in differ[:_SHOWN]),
     ]
     more = [f"| {len(differ) - _SHOWN} more | | |"] if len(differ) > _SHOWN else []
     return [*lines, *more, ""]
@@ -104,12 +105,8 @@ def _why(outcome: RecipeOutcome) -> str:
     return "No score was clamped: its solver stops at tolerances that raw scores this small do not reach."
 
 
-def _counted(outcome: RecipeOutcome, answer: Answer) -> str:
+def _counted(outcome: RecipeOutcome, solution: Solution) -> str:
     slots = outcome.plan.space.slots
-    chosen = Counter(_name(outcome, at) for slot, at in zip(slots, answer.choice, strict=True) if slot.choices)
+    chosen = Counter(name for slot, name in zip(slots, solution.assignment, strict=True) if slot.choices)
     words = ", ".join(f"{n} groups {name or 'unquantized'}" for name, n in sorted(chosen.items(), key=str))
-    return f"{words}; {answer.effective_bits:.4g} bits, raw score {answer.score:.4g}"
-
-
-def _name(outcome: RecipeOutcome, at: int) -> str | None:
-    return None if at == UNQUANTIZED else outcome.plan.space.candidates[at].info.name
+    return f"{words}; {solution.bits:.4g} bits, raw score {solution.score:.4g}"

@@ -1,90 +1,78 @@
-"""The answers of a recipe as schemes."""
+"""The solutions of a recipe as schemes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from layerbits.recipes.job import RecipeOutcome
-from layerbits.recipes.solve import Answer
-from layerbits.results.kv_cache import kv_sums
-from layerbits.results.result import Group, SensitivityResult
+from layerbits.results.assignment import Assignment
 from layerbits.schemes.kv_cache import chosen_cache
-from layerbits.schemes.scheme import UNQUANTIZED_BITS, Scheme
-from layerbits.schemes.solver import UNQUANTIZED
-from layerbits.schemes.source import SETTINGS
+from layerbits.schemes.make import scheme_of
+from layerbits.schemes.scheme import Scheme
+from layerbits.schemes.solver import Solution
+from layerbits.schemes.source import Source
 from layerbits.scoring.groups import named_groups
 
 
-def recipe_schemes(outcome: RecipeOutcome, run_ids: Sequence[str]) -> list[Scheme]:
-    """The answer on raw scores and, where it is another, ModelOpt's.
+def recipe_schemes(outcome: RecipeOutcome, source: Source) -> list[Scheme]:
+    """The solution on raw scores and, where it is another, that of ModelOpt's own solver.
 
     Args:
         outcome: What came out of the recipe.
-        run_ids: Runs of its candidates, or their files.
+        source: The scores of its candidates.
     """
     name = outcome.plan.space.recipe.short_name.replace(" ", "_")
-    schemes = [_scheme(outcome, outcome.found, name, run_ids, "raw scores")]
-    if outcome.stock is not None and outcome.stock.choice != outcome.found.choice:
-        schemes.append(_scheme(outcome, outcome.stock, f"{name}.modelopt", run_ids, "ModelOpt's clamped scores"))
+    whole = _with_given(outcome, source)
+    schemes = [_scheme(name, outcome.solution, "raw scores", outcome, whole)]
+    if outcome.stock is not None and outcome.stock.assignment != outcome.solution.assignment:
+        schemes.append(_scheme(f"{name}.modelopt", outcome.stock, "ModelOpt's clamped scores", outcome, whole))
     return schemes
 
 
-def _scheme(outcome: RecipeOutcome, answer: Answer, name: str, run_ids: Sequence[str], scores: str) -> Scheme:
-    space, results = outcome.plan.space, outcome.results
-    first = next(iter(results.values()))
-    groups, assignment = _groups(outcome, answer), []
-    predicted = {name: dict(zip(_keys(r), r.predicted_kl, strict=True)) for name, r in results.items()}
-    kl, given = 0.0, 0
-    for group, at in groups:
-        info = None if at == UNQUANTIZED else space.candidates[at].info
-        assignment.append(None if info is None else info.name)
-        if info is not None:
-            found = predicted.get(info.name, {}).get(group.key)
-            kl, given = kl + float(found or 0.0), given + (found is None)
+def _scheme(name: str, solution: Solution, solved_on: str, outcome: RecipeOutcome, whole: Source) -> Scheme:
+    space = outcome.plan.space
+    slots = zip(space.slots, solution.assignment, strict=True)
+    assignment = Assignment(name for slot, name in slots if slot.choices)
+    given = sum(slot.fixed and bool(slot.choices) for slot in space.slots)
     notes = [f"{given} groups that the recipe gives have no predicted KL"] if given else []
-    prices = kv_sums(first.kv_cache)
-    infos = {c.info.name: c.info for c in space.candidates}
-    used = {name for name in assignment if name is not None}
-    weights = [group.weights for group, _ in groups]
-    saved = sum(
-        w * (UNQUANTIZED_BITS - infos[n].bits) for w, n in zip(weights, assignment, strict=True) if n is not None
-    )
     how: dict[str, Any] = {
         "method": "recipe",
         "recipe": space.recipe.name,
         "recipe_digest": space.recipe.digest,
-        "solved_on": scores,
+        "solved_on": solved_on,
     }
     if space.recipe.effective_bits is not None:
         how |= {"target_effective_bits": space.recipe.effective_bits, "cost_model": space.recipe.cost_model}
-    return Scheme(
-        name=name,
-        source_run_ids=tuple(run_ids),
-        model=first.model,
-        calibration=first.calibration,
-        groups=tuple(group for group, _ in groups),
-        candidates=tuple(c.info for c in space.candidates if c.info.name in used),
-        assignment=tuple(assignment),
-        effective_bits=UNQUANTIZED_BITS - saved / sum(weights),
-        effective_bits_modelopt=answer.effective_bits,
-        predicted_kl=kl,
-        score=answer.score,
-        how=how,
-        settings={key: first.settings[key] for key in SETTINGS if key in first.settings},
-        notes=(*outcome.plan.notes, *notes),
-        kv_cache=chosen_cache(outcome.plan.kv_cache, prices),
-        kv_prices=prices,
+    made = scheme_of(name, assignment, whole, how, (*outcome.plan.notes, *notes))
+    # Which share of given experts a token uses is not known, so neither are the bits of active weights.
+    return replace(made, effective_bits_modelopt=solution.bits, effective_bits_active=math.nan, score=solution.score)
+
+
+def _with_given(outcome: RecipeOutcome, source: Source) -> Source:
+    """The scores on every group that the recipe may quantize, as it names them; what it gives counts 0."""
+    space = outcome.plan.space
+    known = {group.modules: g for g, group in enumerate(source.groups)}
+    slots = [slot for slot in space.slots if slot.choices]
+    named = named_groups(None, [(slot.modules, slot.weights) for slot in slots], None)
+    scores, predicted_kl = np.zeros((2, len(slots), len(space.names)))
+    columns = [space.names.index(c.name) for c in source.candidates]
+    groups = []
+    for row, (slot, group) in enumerate(zip(slots, named, strict=True)):
+        at = known.get(slot.modules)
+        groups.append(group if at is None else source.groups[at])
+        if at is not None:
+            scores[row, columns], predicted_kl[row, columns] = source.scores[at], source.predicted_kl[at]
+    return replace(
+        source,
+        groups=tuple(groups),
+        candidates=tuple(c.info for c in space.candidates),
+        scores=scores,
+        predicted_kl=predicted_kl,
+        sample_kl=None,
+        sample_tokens=None,
+        kv_cache=chosen_cache(outcome.plan.kv_cache, source.kv_prices),
     )
-
-
-def _groups(outcome: RecipeOutcome, answer: Answer) -> list[tuple[Group, int]]:
-    """Every group that the recipe may quantize, with what it becomes; one with a score under the name it has there."""
-    known = {group.modules: group for result in outcome.results.values() for group in result.groups}
-    slots = [(slot, at) for slot, at in zip(outcome.plan.space.slots, answer.choice, strict=True) if slot.choices]
-    named = named_groups(None, [(slot.modules, slot.weights) for slot, _ in slots], None)
-    return [(known.get(slot.modules, group), at) for (slot, at), group in zip(slots, named, strict=True)]
-
-
-def _keys(result: SensitivityResult) -> list[str]:
-    return [group.key for group in result.groups]

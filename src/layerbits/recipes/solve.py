@@ -4,52 +4,41 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from layerbits.recipes.space import RecipeSpace, Slot
+from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import FloatArray
-from layerbits.schemes.solver import UNQUANTIZED, UNQUANTIZED_BITS, solve_problem
+from layerbits.schemes.solver import Solution, solve_problem
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What each slot becomes.
-
-    Attributes:
-        choice: ``[S]`` position of the candidate, :data:`~layerbits.schemes.solver.UNQUANTIZED` = none.
-        effective_bits: By ModelOpt's count.
-        score: Raw score summed over the searched slots that are quantized.
-    """
-
-    choice: tuple[int, ...]
-    effective_bits: float
-    score: float
-
-
-def answer(space: RecipeSpace, raw: FloatArray) -> Answer:
+def solve_recipe(space: RecipeSpace, raw: FloatArray) -> Solution:
     """The exact optimum on raw scores; a PTQ recipe has nothing to choose.
 
     Args:
         space: The recipe on its model.
         raw: ``[searched slots, C]``, NaN where not finite.
 
+    Returns:
+        What each slot becomes, with its bits by ModelOpt's count and the raw score of the searched slots.
+
     Raises:
         UserError: Scores that are not finite leave no choice that fits the budget.
     """
     if space.recipe.effective_bits is None:
-        return _told(space, raw, [slot.choices[0] if slot.choices else UNQUANTIZED for slot in space.slots])
+        given = [slot.choices[0] if slot.choices else UNQUANTIZED for slot in space.slots]
+        return _solution(space, raw, Assignment.at(given, space.names))
     solution = solve_problem(space.problem(raw), space.recipe.effective_bits)
-    return _told(space, raw, [int(c) for c in solution.choice])
+    return _solution(space, raw, solution.assignment)
 
 
-def modelopt_answer(space: RecipeSpace, raw: FloatArray) -> Answer:
+def solve_like_modelopt(space: RecipeSpace, raw: FloatArray) -> Solution:
     """What ``mtq.auto_quantize`` chooses given these scores: clamped as it clamps them, by its own solver."""
     chosen, named = search_state(space, raw)["best"]["recipe"], _recipes(space)
     choice = [next((c for c in slot.choices if named[c] == chosen[slot.name]), UNQUANTIZED) for slot in space.slots]
-    return _told(space, raw, choice)
+    return _solution(space, raw, Assignment.at(choice, space.names))
 
 
 def clamped_scores(space: RecipeSpace, raw: FloatArray) -> int:
@@ -141,13 +130,14 @@ def _recipes(space: RecipeSpace) -> dict[int, Any]:
     return made
 
 
-def _told(space: RecipeSpace, raw: FloatArray, choice: list[int]) -> Answer:
+def _solution(space: RecipeSpace, raw: FloatArray, assignment: Assignment) -> Solution:
     bits = [*space.costs, UNQUANTIZED_BITS]
     counted = [slot.weights * slot.cost_weight for slot in space.slots]
     score, rows = 0.0, iter(raw)
+    choice = assignment.positions(space.names)
     for slot, at in zip(space.slots, choice, strict=True):
         if slot.searched:
             row = next(rows)
             score += float(row[at]) if at != UNQUANTIZED else 0.0
     spent = sum(n * bits[at] for n, at in zip(counted, choice, strict=True))
-    return Answer(tuple(choice), spent / sum(counted), score)
+    return Solution(assignment, spent / sum(counted), score)

@@ -17,8 +17,9 @@ from layerbits.candidates.linear import QUANTIZERS, WEIGHT, Config
 from layerbits.errors import UserError
 from layerbits.inputs.models import Shapes
 from layerbits.recipes.recipe import LoadedRecipe, SearchSpace, setting_of
+from layerbits.results.assignment import UNQUANTIZED_BITS
 from layerbits.results.result import FloatArray
-from layerbits.schemes.solver import UNQUANTIZED_BITS, Problem
+from layerbits.schemes.solver import Problem
 from layerbits.scoring.state import decisions
 
 
@@ -71,6 +72,11 @@ class RecipeSpace:
     notes: tuple[str, ...] = ()
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """``[C]`` names of the candidates."""
+        return tuple(c.info.name for c in self.candidates)
+
+    @property
     def searched(self) -> tuple[Slot, ...]:
         """Slots with a score."""
         return tuple(slot for slot in self.slots if slot.searched)
@@ -107,7 +113,7 @@ class RecipeSpace:
         counted = np.array([slot.weights * slot.cost_weight for slot in self.slots], dtype=np.float64)
         if counted.sum() <= 0:
             raise UserError(f"recipe {self.recipe.name}: no weight counts in the budget; mend cost_excluded_layers")
-        return Problem(scores, counted[:, None] / counted.sum() * np.array([*self.costs, UNQUANTIZED_BITS]))
+        return Problem(self.names, scores, counted[:, None] / counted.sum() * np.array([*self.costs, UNQUANTIZED_BITS]))
 
     @property
     def floor(self) -> float:

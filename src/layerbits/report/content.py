@@ -26,8 +26,9 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
     Where the choice of the recipe is not known, its counts are ``None`` and layers have no ``chosen``. Without
     intervals, ``intervals`` is ``None`` and layers have no ``low``, ``high``, ``rank_low``, ``rank_high`` and ``tied``.
     """
-    recipe, cal = result.recipe, result.calibration
-    kept = [g for g, name in zip(result.groups, recipe.chosen, strict=True) if name is None] if recipe.chosen else None
+    allocation, cal = result.allocation, result.calibration
+    assignment = allocation.assignment
+    kept = [g for g, name in zip(result.groups, assignment, strict=True) if name is None] if assignment else None
     return {
         "schema_version": SCHEMA_VERSION,
         "run_name": result.run_name,
@@ -45,12 +46,12 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
         "seed": result.seed,
         "device": result.device,
         "recipe": {
-            "target_bits": _number(recipe.target_bits),
-            "effective_bits": _number(recipe.effective_bits),
-            "effective_bits_modelopt": _number(recipe.effective_bits_modelopt),
-            "effective_bits_active": _number(recipe.effective_bits_active),
-            "cost_model": recipe.cost_model,
-            "score": _number(recipe.score),
+            "target_bits": _number(allocation.target_bits),
+            "effective_bits": _number(allocation.effective_bits),
+            "effective_bits_modelopt": _number(allocation.effective_bits_modelopt),
+            "effective_bits_active": _number(allocation.effective_bits_active),
+            "cost_model": allocation.cost_model,
+            "score": _number(allocation.score),
             "groups": len(result.groups),
             "quantized_groups": None if kept is None else len(result.groups) - len(kept),
             "unquantized_modules": None if kept is None else [m for g in kept for m in g.modules],
@@ -89,7 +90,7 @@ def _intervals(result: SensitivityResult) -> dict[str, Any] | None:
 
 def _candidate(result: SensitivityResult) -> dict[str, Any]:
     info, scores, kl = result.candidate, result.scores, result.predicted_kl
-    total, chosen, shares = result.total("scores"), result.recipe.chosen, result.shares()
+    total, assignment, shares = result.total("scores"), result.allocation.assignment, result.shares()
     position = {g.key: i for i, g in enumerate(result.groups)}
     layers = []
     for row in result.rows():
@@ -108,8 +109,8 @@ def _candidate(result: SensitivityResult) -> dict[str, Any]:
             layer["believable"] = row["believable"]
         if row.get("measured_se") is not None:
             layer["measured_se"] = row["measured_se"]
-        if chosen:
-            layer["chosen"] = chosen[position[row["layer"]]]
+        if assignment:
+            layer["chosen"] = assignment[position[row["layer"]]]
         if result.intervals is not None:
             layer |= {"low": _number(row["low"]), "high": _number(row["high"])}
             layer |= {name: row[name] for name in ("rank_low", "rank_high", "tied")}
@@ -122,7 +123,7 @@ def _candidate(result: SensitivityResult) -> dict[str, Any]:
             "predicted_kl": _sum(kl[at]),
             "score": _sum(scores[at]),
             "share": shares[kind] if total > 0 else None,
-            "quantized": sum(chosen[i] == info.name for i in at) if chosen else None,
+            "quantized": sum(assignment[i] == info.name for i in at) if assignment else None,
         }
         for kind, at in by_kind(result.groups)
     ]

@@ -41,11 +41,11 @@ class Grid:
 def tidy(result: SensitivityResult) -> pd.DataFrame:
     """The rows of a result as a frame.
 
-    Without ``chosen`` where the recipe is not known; with ``low`` and ``high`` (of the predicted KL), ``rank_low``,
+    Without ``chosen`` where the assignment is not known; with ``low`` and ``high`` (of the predicted KL), ``rank_low``,
     ``rank_high`` and ``tied`` where intervals are; with ``believable`` where the baseline is.
     """
     frame = pd.DataFrame(result.rows())
-    if not result.recipe.chosen:
+    if not result.allocation.assignment:
         frame = frame.drop(columns="chosen")
     return frame
 

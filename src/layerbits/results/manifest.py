@@ -13,16 +13,17 @@ import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.paths import home_path
+from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
 from layerbits.results.kv_cache import kv_from_json
 from layerbits.results.result import (
+    Allocation,
     CalibrationInfo,
     CandidateInfo,
     Group,
     ModelInfo,
     NonFinite,
-    Recipe,
     SensitivityResult,
 )
 from layerbits.results.routing import Routing
@@ -43,7 +44,7 @@ def to_manifest(result: SensitivityResult) -> dict[str, Any]:
         "device": result.device,
         "candidates": [_plain(result.candidate)],
         "groups": [asdict(g) for g in result.groups],
-        "recipe": _plain(result.recipe),
+        "recipe": allocation_json(result.allocation),
         "intervals": result.intervals.to_json(result.candidate.name) if result.intervals else None,
         "baseline": _plain(result.baseline) if result.baseline else None,
         "layers": [_finite(row) for row in result.rows()],
@@ -90,10 +91,6 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
             measured_se[at] = np.nan if layer.get("measured_se") is None else layer["measured_se"]
         calibration = _numbers(data["calibration"], "padding_share")
         calibration["batch_loss_tokens"] = tuple(calibration["batch_loss_tokens"])
-        told = {"effective_bits_active": None, **data["recipe"]}
-        names = ("target_bits", "effective_bits", "effective_bits_modelopt", "effective_bits_active", "score")
-        recipe = _numbers(told, *names)
-        recipe["chosen"] = tuple(recipe["chosen"])
         return SensitivityResult(
             model=ModelInfo(**data["model"]),
             calibration=CalibrationInfo(**calibration),
@@ -105,7 +102,7 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
             candidate=candidate,
             scores=scores,
             predicted_kl=predicted_kl,
-            recipe=Recipe(**recipe),
+            allocation=_allocation(data["recipe"]),
             baseline=Baseline(**_numbers(measured, "loss_per_token")) if (measured := data.get("baseline")) else None,
             intervals=Intervals.from_json(data.get("intervals"), candidate.name, data["layers"], row_of),
             nonfinite=tuple(NonFinite(**n) for n in data["nonfinite"]),
@@ -183,6 +180,18 @@ def load_manifest(path: str | Path) -> SensitivityResult:
 
         result = with_samples(result, pd.read_parquet(samples))
     return result
+
+
+def allocation_json(allocation: Allocation) -> dict[str, Any]:
+    """An allocation as a manifest has it: its assignment is called ``chosen`` there."""
+    return {"chosen" if name == "assignment" else name: value for name, value in _plain(allocation).items()}
+
+
+def _allocation(data: Mapping[str, Any]) -> Allocation:
+    values = {"effective_bits_active": None, **data}  # earlier versions did not say it
+    assignment = Assignment(values.pop("chosen"))
+    names = ("target_bits", "effective_bits", "effective_bits_modelopt", "effective_bits_active", "score")
+    return Allocation(assignment=assignment, **_numbers(values, *names))
 
 
 def _plain(info: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.errors import UserError
+from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
 from layerbits.results.kv_cache import KvScore
@@ -137,15 +138,14 @@ class CalibrationInfo:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What the solver chose for a budget.
+class Allocation:
+    """What a search chose for a budget of bits; its manifest and report call it ``recipe``, as ModelOpt does.
 
     Attributes:
         target_bits: The budget, bits per weight over the searched groups in the unit of ``cost_model``.
-        chosen: Candidate name per group, ``None`` = left unquantized, in the order of the groups; empty where the
-            choice is not known.
-        effective_bits: Weight storage bits per weight that the choice takes.
-        effective_bits_modelopt: ModelOpt's own figure for the same choice.
+        assignment: What each group gets; empty where that is not known.
+        effective_bits: Weight storage bits per weight that the assignment takes.
+        effective_bits_modelopt: ModelOpt's own figure for it.
         score: Raw score summed over the quantized groups.
         effective_bits_active: Weight storage bits per weight that a token uses (``cost_model=active_moe``); NaN where
             an earlier version did not tell it.
@@ -153,7 +153,7 @@ class Recipe:
     """
 
     target_bits: float
-    chosen: tuple[str | None, ...]
+    assignment: Assignment
     effective_bits: float
     effective_bits_modelopt: float
     score: float
@@ -183,7 +183,7 @@ class SensitivityResult:
         predicted_kl: ``[G]`` nats per token (for ``kl_div``: measured on the calibration rows).
         sample_kl: ``[S, G]`` share of each calibration sample in ``predicted_kl`` (sums to it), or ``None``.
         sample_tokens: ``[S]`` loss tokens of each sample, or ``None``.
-        recipe: The solver's choice for the target budget.
+        allocation: What the search chose for the target budget.
         intervals: ``None`` where they are not known.
         baseline: The unquantized model on the scored rows, ``None`` where it is not known.
         settings: The composed configuration of the run.
@@ -206,7 +206,7 @@ class SensitivityResult:
     candidate: CandidateInfo
     scores: FloatArray
     predicted_kl: FloatArray
-    recipe: Recipe
+    allocation: Allocation
     sample_kl: FloatArray | None = None
     sample_tokens: npt.NDArray[np.int64] | None = None
     intervals: Intervals | None = None
@@ -262,14 +262,14 @@ class SensitivityResult:
         """One plain record per group, most sensitive first.
 
         Returns:
-            Records with block, kind, layer, candidate, score, predicted_kl, bits, chosen (``None`` where the recipe
-            is not known), rank (1 = most sensitive; non-finite scores come last), weights and modules. Where intervals
-            are known, also low and high (of the predicted KL), rank_low and rank_high (``None`` where the predicted KL
-            is not finite), and tied: the groups whose order against this one is not supported. Where the baseline
-            is known, also believable. Where groups were measured after the pass, also measured_se (``None`` for a
-            prediction).
+            Records with block, kind, layer, candidate, score, predicted_kl, bits, chosen (``None`` where the
+            assignment is not known), rank (1 = most sensitive; non-finite scores come last), weights and modules. Where
+            intervals are known, also low and high (of the predicted KL), rank_low and rank_high (``None`` where the
+            predicted KL is not finite), and tied: the groups whose order against this one is not supported. Where the
+            baseline is known, also believable. Where groups were measured after the pass, also measured_se (``None``
+            for a prediction).
         """
-        beyond, chosen = self.beyond, self.recipe.chosen
+        beyond, assignment = self.beyond, self.allocation.assignment
         keys = [g.key for g in self.groups]
         order = np.argsort(np.where(np.isfinite(self.scores), -self.scores, np.inf), kind="stable").tolist()
         return [
@@ -281,7 +281,7 @@ class SensitivityResult:
                 "score": float(self.scores[g]),
                 "predicted_kl": float(self.predicted_kl[g]),
                 "bits": self.candidate.bits,
-                "chosen": chosen[g] == self.candidate.name if chosen else None,
+                "chosen": assignment[g] == self.candidate.name if assignment else None,
                 "rank": rank,
                 "weights": group.weights,
                 "modules": list(group.modules),

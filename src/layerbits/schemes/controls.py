@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from layerbits.results.result import Group, costs
-from layerbits.schemes.solver import TOLERANCE, UNQUANTIZED, UNQUANTIZED_BITS, IntArray
+from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment
+from layerbits.results.result import CandidateInfo, Group, costs
+from layerbits.schemes.solver import TOLERANCE
 
 KINDS = ("random", "first_last")
 _DRAWS = 500
@@ -15,13 +16,13 @@ _DRAWS = 500
 
 def control(
     kind: str,
-    reference: IntArray,
+    reference: Assignment,
     groups: Sequence[Group],
-    bits: Sequence[float],
+    candidates: Sequence[CandidateInfo],
     eligible: np.ndarray,
     seed: int,
     cost_model: str = "weight",
-) -> IntArray:
+) -> Assignment:
     """Quantizes groups in an order that the scores have no say in, up to the bits of a reference.
 
     Groups are taken in turn, each with a candidate drawn as often as the reference uses it, as long as no more is saved
@@ -31,21 +32,20 @@ def control(
     Args:
         kind: ``random``: any order. ``first_last``: from the middle block outwards, so that the first and last blocks
             stay unquantized; groups of a block, and blocks as far from the middle, in any order.
-        reference: ``[G]`` candidate per group, :data:`~layerbits.schemes.solver.UNQUANTIZED` = none.
+        reference: The assignment that has the bits.
         groups: ``[G]``.
-        bits: ``[C]`` weight storage bits of the candidates.
+        candidates: ``[C]``.
         eligible: ``[G, C]`` whether a candidate may be used for a group.
         seed: Of the draws.
         cost_model: What bits count.
-
-    Returns:
-        ``[G]`` candidate per group.
     """
-    rng = np.random.default_rng(seed)
-    used = reference[reference != UNQUANTIZED]
+    rng, names = np.random.default_rng(seed), [c.name for c in candidates]
+    given = reference.positions(names)
+    quantized = given != UNQUANTIZED
+    used = given[quantized]
     weights = np.array(costs(groups, cost_model), dtype=np.float64)
-    saving = weights[:, None] / weights.sum() * (UNQUANTIZED_BITS - np.asarray(bits, dtype=np.float64))
-    target = float(saving[reference != UNQUANTIZED, used].sum())
+    saving = weights[:, None] / weights.sum() * (UNQUANTIZED_BITS - np.array([c.bits for c in candidates]))
+    target = float(saving[quantized, used].sum())
     distance = _from_middle(groups) if kind == "first_last" else np.zeros(len(groups))
     best, missed = np.full(len(groups), UNQUANTIZED), target
     for _ in range(_DRAWS):
@@ -61,7 +61,7 @@ def control(
                 left -= saving[group, candidate]
         if left < missed:
             best, missed = choice, left
-    return best
+    return Assignment.at(best.tolist(), names)
 
 
 def _from_middle(groups: Sequence[Group]) -> np.ndarray:

@@ -9,7 +9,6 @@ import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.results.result import FloatArray, Group
-from layerbits.schemes.solver import UNQUANTIZED, IntArray
 
 ORDERS = ("least_sensitive", "most_sensitive")
 
@@ -55,9 +54,3 @@ def covered_blocks(groups: Sequence[Group], scores: FloatArray, coverage: float,
     count = max(1, math.floor(coverage * len(sums) + 0.5))
     ranked = sorted(sums, key=lambda block: (sums[block], block), reverse=order == "most_sensitive")
     return sorted(ranked[:count])
-
-
-def reverted(choice: IntArray, groups: Sequence[Group], blocks: Sequence[int]) -> IntArray:
-    """The choice ``[G]`` with every group outside ``blocks`` left unquantized."""
-    kept = np.array([group.block in blocks for group in groups])
-    return np.where(kept, choice, UNQUANTIZED)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.errors import UserError
-from layerbits.schemes.scheme import UNQUANTIZED_BITS, Scheme
+from layerbits.results.assignment import UNQUANTIZED_BITS, Assignment
+from layerbits.schemes.scheme import Scheme
 
 AUTO = "auto"
 ALONE = "kv_cache"
@@ -48,7 +49,7 @@ def toggles(schemes: Sequence[Scheme]) -> list[Scheme]:
                 scheme,
                 name=f"kv_{scheme.kv_cache}",
                 candidates=(),
-                assignment=(None,) * len(scheme.groups),
+                assignment=Assignment([None] * len(scheme.groups)),
                 effective_bits=UNQUANTIZED_BITS,
                 effective_bits_active=UNQUANTIZED_BITS,
                 effective_bits_modelopt=UNQUANTIZED_BITS,

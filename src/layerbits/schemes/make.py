@@ -10,13 +10,13 @@ import numpy as np
 
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.errors import UserError
+from layerbits.results.assignment import UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import CandidateInfo, FloatArray, costs, effective_bits
 from layerbits.schemes import solver
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.controls import control
-from layerbits.schemes.coverage import covered_blocks, reverted
-from layerbits.schemes.scheme import UNQUANTIZED_BITS, Scheme
-from layerbits.schemes.solver import UNQUANTIZED, IntArray
+from layerbits.schemes.coverage import covered_blocks
+from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
 
 
@@ -53,10 +53,9 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
     columns = source.columns(spec.candidates)
     candidates = [source.candidates[c] for c in columns]
     values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
-    choices = covered(spec, source, values, solved(spec, source, values))
     notes = _notes(spec, source, candidates, values)
     schemes = []
-    for budget, choice in zip(spec.effective_bits, choices, strict=True):
+    for budget, assignment in zip(spec.effective_bits, solved(spec, source, values), strict=True):
         how: dict[str, Any] = {
             "method": "budget",
             "target_effective_bits": budget,
@@ -67,10 +66,11 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
         more = notes
         if spec.coverage is not None:
             blocks = covered_blocks(source.groups, values, spec.coverage, spec.coverage_order)
+            assignment = assignment.within(source.groups, blocks) if spec.coverage < 1 else assignment
             how |= {"method": "coverage", "coverage": spec.coverage, "coverage_order": spec.coverage_order}
             how |= {"blocks": blocks}
             more = (*notes, _explained(spec, blocks, source)) if spec.coverage < 1 else notes
-        schemes.append(_scheme(scheme_name(spec, budget), choice, columns, source, how, more))
+        schemes.append(scheme_of(scheme_name(spec, budget), assignment, source, how, more))
     return schemes
 
 
@@ -79,7 +79,7 @@ def scheme_name(spec: SchemeSpec, budget: float) -> str:
     return spec.name if len(spec.effective_bits) == 1 else f"{spec.name}_{budget:g}"
 
 
-def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[IntArray]:
+def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[Assignment]:
     """What the solver makes of some values.
 
     Args:
@@ -88,45 +88,31 @@ def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[IntArra
         values: ``[G, C]`` what is summed, of the spec's candidates.
 
     Returns:
-        Per budget ``[G]`` the position among the spec's candidates, :data:`UNQUANTIZED` = none.
+        The assignment of each budget, before its coverage leaves blocks unquantized.
 
     Raises:
         UserError: A budget is infeasible.
     """
     candidates = [source.candidates[c] for c in source.columns(spec.candidates)]
-    return [s.choice for s in solver.pareto(values, _bits(candidates), _costs(source), spec.effective_bits)]
-
-
-def covered(spec: SchemeSpec, source: Source, values: FloatArray, choices: Sequence[IntArray]) -> list[IntArray]:
-    """The choices of :func:`solved` less what the coverage of a spec reverts.
-
-    Raises:
-        UserError: The coverage is out of range.
-    """
-    if spec.coverage is None or spec.coverage >= 1:
-        return list(choices)
-    blocks = covered_blocks(source.groups, values, spec.coverage, spec.coverage_order)
-    return [reverted(choice, source.groups, blocks) for choice in choices]
+    return [s.assignment for s in solver.pareto(values, _bits(candidates), _costs(source), spec.effective_bits)]
 
 
 def controls_of(spec: SchemeSpec, reference: Scheme, source: Source) -> list[Scheme]:
     """Controls with the bits and candidates of a scheme, one per seed."""
-    names = [c.name for c in source.candidates]
-    assigned = np.array([UNQUANTIZED if n is None else names.index(n) for n in reference.assignment])
     made = []
     for seed in spec.seeds:
-        choice = control(
+        assignment = control(
             str(spec.control),
-            assigned,
+            reference.assignment,
             source.groups,
-            _bits(source.candidates),
+            source.candidates,
             np.isfinite(source.scores),
             seed,
             source.cost_model,
         )
         how = {"method": spec.control, "reference": reference.name, "seed": seed}
         name = f"{reference.name}.{spec.name}" + (f"{seed}" if len(spec.seeds) > 1 else "")
-        made.append(_scheme(name, choice, list(range(len(names))), source, how, ()))
+        made.append(scheme_of(name, assignment, source, how))
     return made
 
 
@@ -147,38 +133,45 @@ def curve(spec: SchemeSpec, source: Source, points: int) -> list[dict[str, float
     budgets = np.linspace(solver.problem(values, bits, weights).floor, UNQUANTIZED_BITS, points).tolist()
     rows = []
     for budget, solution in zip(budgets, solver.pareto(values, bits, weights, budgets), strict=True):
-        picked = solution.choice != UNQUANTIZED
-        at = np.flatnonzero(picked), np.array(columns)[solution.choice[picked]]
+        at = source.scored(solution.assignment)
         rows.append(
             {
                 "target_bits": budget,
                 "bits": solution.bits,
                 "score": float(source.scores[at].sum()),
                 "predicted_kl": float(source.predicted_kl[at].sum()),
-                "quantized_groups": float(picked.sum()),
+                "quantized_groups": float(solution.assignment.quantized),
             }
         )
     return rows
 
 
-def _scheme(
-    name: str, choice: IntArray, columns: list[int], source: Source, how: Mapping[str, Any], notes: tuple[str, ...]
+def scheme_of(
+    name: str, assignment: Assignment, source: Source, how: Mapping[str, Any], notes: tuple[str, ...] = ()
 ) -> Scheme:
-    infos = [source.candidates[columns[c]] if c != UNQUANTIZED else None for c in choice]
-    picked = np.flatnonzero(choice != UNQUANTIZED)
-    at = picked, np.array(columns)[choice[picked]]
+    """An assignment of a source's groups as a scheme, with its bits and the sums of its scores.
+
+    Args:
+        name: Of the scheme.
+        assignment: ``[G]``.
+        source: The scores.
+        how: What it was made by, as :attr:`Scheme.how`.
+        notes: What a reader should know, a line each.
+    """
+    by_name = {c.name: c for c in source.candidates}
+    infos = [None if candidate is None else by_name[candidate] for candidate in assignment]
+    at = source.scored(assignment)
     weights = [g.weights for g in source.groups]
     bits = [UNQUANTIZED_BITS if info is None else info.bits for info in infos]
     saved_modelopt = sum(w * (UNQUANTIZED_BITS - i.bits_modelopt) for w, i in zip(weights, infos, strict=True) if i)
-    used = {info.name for info in infos if info}
     return Scheme(
         name=name,
         source_run_ids=source.run_ids,
         model=source.model,
         calibration=source.calibration,
         groups=source.groups,
-        candidates=tuple(c for c in source.candidates if c.name in used),
-        assignment=tuple(info.name if info else None for info in infos),
+        candidates=tuple(c for c in source.candidates if c.name in assignment.used),
+        assignment=assignment,
         effective_bits=effective_bits(source.groups, bits, "weight"),
         effective_bits_active=effective_bits(source.groups, bits, "active_moe"),
         effective_bits_modelopt=None
@@ -224,8 +217,8 @@ def _explained(spec: SchemeSpec, blocks: Sequence[int], source: Source) -> str:
     )
 
 
-def _bits(candidates: Sequence[CandidateInfo]) -> list[float]:
-    return [c.bits for c in candidates]
+def _bits(candidates: Sequence[CandidateInfo]) -> dict[str, float]:
+    return {c.name: c.bits for c in candidates}
 
 
 def _costs(source: Source) -> list[float]:

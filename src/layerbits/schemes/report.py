@@ -41,7 +41,7 @@ def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
                 "kv_cache": scheme.kv_cache,
                 "kv_predicted_kl": scheme.kv_predicted_kl if math.isfinite(scheme.kv_predicted_kl) else None,
                 "groups": len(scheme.groups),
-                "quantized_groups": sum(name is not None for name in scheme.assignment),
+                "quantized_groups": scheme.assignment.quantized,
                 "candidates": [c.name for c in scheme.candidates],
                 "digest": scheme.digest,
                 "same_as": same if same != scheme.name else None,

@@ -15,10 +15,10 @@ from layerbits.atomic import write_json
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.errors import UserError
 from layerbits.paths import home_path
+from layerbits.results.assignment import Assignment
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo
 
 SCHEMA_VERSION = 1
-UNQUANTIZED_BITS = 16.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Scheme:
         calibration: What the scores, and so the static activation ranges, were taken on.
         groups: ``[G]`` all groups that the search could touch.
         candidates: Those that the assignment uses, in the order of the source.
-        assignment: ``[G]`` candidate name, ``None`` = left unquantized.
+        assignment: ``[G]`` what each group gets.
         effective_bits: Weight storage bits per weight over all groups.
         effective_bits_modelopt: ModelOpt's own figure; ``None`` where the source does not tell its denominator.
         predicted_kl: Nats per token, summed over the quantized groups; NaN where the source has none.
@@ -51,7 +51,7 @@ class Scheme:
     calibration: CalibrationInfo
     groups: tuple[Group, ...]
     candidates: tuple[CandidateInfo, ...]
-    assignment: tuple[str | None, ...]
+    assignment: Assignment
     effective_bits: float
     effective_bits_modelopt: float | None
     predicted_kl: float
@@ -71,7 +71,7 @@ class Scheme:
         """
         if len(self.assignment) != len(self.groups):
             raise ValueError(f"{len(self.assignment)} assignments for {len(self.groups)} groups")
-        if {c.name for c in self.candidates} != {name for name in self.assignment if name is not None}:
+        if {c.name for c in self.candidates} != self.assignment.used:
             raise ValueError("the candidates are not those that the assignment uses")
         if self.kv_cache not in (NO_CACHE, *KV_FORMATS):
             raise ValueError(f"{self.kv_cache} is no format of the KV cache")
@@ -164,7 +164,7 @@ class Scheme:
                 candidates=tuple(
                     CandidateInfo(**{**c, "adjustments": tuple(c["adjustments"])}) for c in data["candidates"]
                 ),
-                assignment=tuple(data["assignment"]),
+                assignment=Assignment(data["assignment"]),
                 effective_bits=data["effective_bits"],
                 effective_bits_modelopt=data["effective_bits_modelopt"],
                 predicted_kl=_number(data["predicted_kl"]),

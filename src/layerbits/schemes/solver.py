@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,27 +20,24 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.errors import UserError
+from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment, IntArray
 from layerbits.results.result import FloatArray
 
-UNQUANTIZED = -1
-UNQUANTIZED_BITS = 16.0
 TOLERANCE = 1e-6
 """Bits per weight by which a choice may miss its budget: the solver's feasibility tolerance."""
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Solution:
-    """An optimal choice.
+    """An assignment with what it costs.
 
     Attributes:
-        choice: ``[G]`` position of the candidate, :data:`UNQUANTIZED` = none.
+        assignment: What each group gets.
         bits: Weight storage bits per weight.
         score: Sum over the quantized groups.
     """
 
-    choice: IntArray
+    assignment: Assignment
     bits: float
     score: float
 
@@ -50,10 +47,12 @@ class Problem:
     """Scores and costs of all choices, unquantized last; ``K = C + 1``.
 
     Attributes:
+        candidates: Their names.
         scores: ``[G, K]``; infinite where a candidate is not eligible.
         bits: ``[G, K]`` share of a choice in the effective bits of the whole.
     """
 
+    candidates: tuple[str, ...]
     scores: FloatArray
     bits: FloatArray
 
@@ -70,29 +69,29 @@ class Problem:
     def solution(self, at: IntArray) -> Solution:
         """The solution of a choice ``[G]`` among the ``K``."""
         rows = np.arange(len(at))
-        choice = np.where(at == self.scores.shape[1] - 1, UNQUANTIZED, at)
-        return Solution(choice, float(self.bits[rows, at].sum()), float(self.scores[rows, at].sum()))
+        chosen = Assignment.at(np.where(at == len(self.candidates), UNQUANTIZED, at).tolist(), self.candidates)
+        return Solution(chosen, float(self.bits[rows, at].sum()), float(self.scores[rows, at].sum()))
 
 
-def problem(scores: FloatArray, bits: Sequence[float], weights: Sequence[float]) -> Problem:
+def problem(scores: FloatArray, bits: Mapping[str, float], weights: Sequence[float]) -> Problem:
     """States a problem.
 
     Args:
         scores: ``[G, C]``, any unit; a candidate is not eligible for a group where its score is not finite.
-        bits: ``[C]`` weight storage bits per weight of each candidate.
+        bits: Candidate → weight storage bits per weight, ``C`` of them in the order of the columns.
         weights: ``[G]`` what each group counts: its number of weights, or of those that a token uses.
     """
     share = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
     padded = np.hstack([np.where(np.isfinite(scores), scores, np.inf), np.zeros((len(scores), 1))])
-    return Problem(padded, share[:, None] * np.append(np.asarray(bits, dtype=np.float64), UNQUANTIZED_BITS))
+    return Problem(tuple(bits), padded, share[:, None] * np.array([*bits.values(), UNQUANTIZED_BITS]))
 
 
-def solve(scores: FloatArray, bits: Sequence[float], weights: Sequence[float], budget: float) -> Solution:
+def solve(scores: FloatArray, bits: Mapping[str, float], weights: Sequence[float], budget: float) -> Solution:
     """Least score sum under a budget; the arguments are those of :func:`problem`.
 
     Args:
         scores: ``[G, C]``.
-        bits: ``[C]``.
+        bits: Candidate → bits.
         weights: ``[G]``.
         budget: Effective bits, at most (:data:`TOLERANCE`).
 
@@ -113,7 +112,7 @@ def solve_problem(stated: Problem, budget: float) -> Solution:
 
 
 def pareto(
-    scores: FloatArray, bits: Sequence[float], weights: Sequence[float], budgets: Sequence[float]
+    scores: FloatArray, bits: Mapping[str, float], weights: Sequence[float], budgets: Sequence[float]
 ) -> list[Solution]:
     """:func:`solve` for many budgets.
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.errors import UserError
+from layerbits.results.assignment import UNQUANTIZED, Assignment, IntArray
 from layerbits.results.kv_cache import kv_sums
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
 from layerbits.schemes.kv_cache import AUTO, chosen_cache
-from layerbits.schemes.solver import IntArray
 
 SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
 """Parts of a run's configuration that load its model and data again."""
@@ -76,6 +76,12 @@ class Source:
             found.update(dict.fromkeys(at))
         return sorted(found)
 
+    def scored(self, assignment: Assignment) -> tuple[IntArray, IntArray]:
+        """Rows and columns of the quantized groups: the index of their scores."""
+        at = assignment.positions([c.name for c in self.candidates])
+        rows = np.flatnonzero(at != UNQUANTIZED)
+        return rows, at[rows]
+
 
 def load_scores(references: Sequence[str], tracking_uri: str | None = None) -> Source:
     """Reads the scores of finished runs.
@@ -112,7 +118,7 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
     groups: dict[str, Group] = {}
     columns: dict[str, tuple[str, CandidateInfo]] = {}
     for name, result in results.items():
-        if not result.recipe.chosen or math.isnan(result.candidate.bits):
+        if not result.allocation.assignment or math.isnan(result.candidate.bits):
             raise UserError(f"{name} was imported and does not say what its formats store; score the model anew")
         _check_comparable(names[0], first, name, result)
         for group in result.groups:
@@ -142,7 +148,7 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
         candidates=tuple(candidate for _, candidate in columns.values()),
         scores=scores,
         predicted_kl=predicted_kl,
-        cost_model=first.recipe.cost_model,
+        cost_model=first.allocation.cost_model,
         all_weights=next((n for n in map(_all_weights, results.values()) if n is not None), None),
         settings={key: first.settings[key] for key in SETTINGS if key in first.settings},
         kv_prices=kv_prices,
@@ -222,10 +228,10 @@ def _all_weights(result: SensitivityResult) -> int | None:
     """ModelOpt's denominator, from its figure for the recorded recipe (it counts linears outside the search too)."""
     saved = sum(
         (16 - result.candidate.bits_modelopt) * group.weights
-        for group, name in zip(result.groups, result.recipe.chosen, strict=True)
+        for group, name in zip(result.groups, result.allocation.assignment, strict=True)
         if name is not None
     )
-    missing = 16 - result.recipe.effective_bits_modelopt
+    missing = 16 - result.allocation.effective_bits_modelopt
     if not (saved > 0 and missing > 0 and math.isfinite(missing)):
         return None
     return max(round(saved / missing), sum(g.weights for g in result.groups))

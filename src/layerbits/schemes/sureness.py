@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from layerbits.results.assignment import UNQUANTIZED, IntArray
 from layerbits.results.bootstrap import FEWEST, SUPPORTED, draw, resampled
 from layerbits.results.result import FloatArray, costs
 from layerbits.schemes.catalog import SchemeSpec
-from layerbits.schemes.make import covered, scheme_name, solved
-from layerbits.schemes.solver import UNQUANTIZED, IntArray, relaxed
+from layerbits.schemes.coverage import covered_blocks
+from layerbits.schemes.make import scheme_name, solved
+from layerbits.schemes.solver import relaxed
 from layerbits.schemes.source import Source
 
 DRAWS = 100
@@ -123,7 +125,7 @@ def sureness(specs: Sequence[SchemeSpec], source: Source, draws: int = DRAWS, se
         key = (*columns, *spec.effective_bits)
         if key not in known:  # specs that differ in coverage alone share their solutions
             drawn = _drawn(source.sample_kl, tokens, source.predicted_kl, columns, weights)
-            known[key] = drawn, [solved(spec, source, values) for values in drawn]
+            known[key] = drawn, [_solved(spec, source, columns, values) for values in drawn]
         found += _of_spec(spec, source, columns, *known[key])
     return found
 
@@ -140,8 +142,8 @@ def _of_spec(
 ) -> list[Sureness]:
     assert source.sample_tokens is not None
     values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
-    own = covered(spec, source, values, solved(spec, source, values))
-    every = [covered(spec, source, v, choices) for v, choices in zip(drawn, solutions, strict=True)]
+    own = [_covered(spec, source, values, choice) for choice in _solved(spec, source, columns, values)]
+    every = [[_covered(spec, source, v, c) for c in choices] for v, choices in zip(drawn, solutions, strict=True)]
     count, captions = len(columns), int(np.count_nonzero(source.sample_tokens))
     found = []
     for at, budget in enumerate(spec.effective_bits):
@@ -165,6 +167,20 @@ def _of_spec(
             )
         )
     return found
+
+
+def _solved(spec: SchemeSpec, source: Source, columns: list[int], values: FloatArray) -> list[IntArray]:
+    """The assignment of each budget as positions among the spec's candidates."""
+    names = [source.candidates[c].name for c in columns]
+    return [assignment.positions(names) for assignment in solved(spec, source, values)]
+
+
+def _covered(spec: SchemeSpec, source: Source, values: FloatArray, choice: IntArray) -> IntArray:
+    """A choice ``[G]`` with the blocks left unquantized that the coverage of a spec leaves out."""
+    if spec.coverage is None or spec.coverage >= 1:
+        return choice
+    blocks = covered_blocks(source.groups, values, spec.coverage, spec.coverage_order)
+    return np.where([group.block in blocks for group in source.groups], choice, UNQUANTIZED)
 
 
 def _shares(choices: Any, count: int) -> FloatArray:
@@ -193,7 +209,7 @@ def _needed(
 
     def choices(values: FloatArray) -> Any:
         found = relaxed(values, bits, weights, budget)
-        return np.array([covered(spec, source, v, [c])[0] for v, c in zip(values, found, strict=True)])
+        return np.array([_covered(spec, source, v, c) for v, c in zip(values, found, strict=True)])
 
     own = choices(base[None])[0]
     at = np.where(own == UNQUANTIZED, count, own)

@@ -20,9 +20,10 @@ from layerbits.inputs.loading import load
 from layerbits.inputs.models import LoadedModel
 from layerbits.inputs.offload import offloaded
 from layerbits.provenance import peak_memory, provenance
+from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import Baseline, check_first_batch
 from layerbits.results.bootstrap import with_intervals
-from layerbits.results.result import CalibrationInfo, CandidateInfo, Recipe, SensitivityResult, effective_bits
+from layerbits.results.result import Allocation, CalibrationInfo, CandidateInfo, SensitivityResult, effective_bits
 from layerbits.results.routing import coverage_warnings
 from layerbits.stages.plan import Plan
 from layerbits.stages.workbench import scored_together
@@ -146,7 +147,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     candidate=candidate.info,
                     scores=scores.raw[:, c],
                     predicted_kl=scores.predicted_kl[:, c],
-                    recipe=_recipe(scores, c, candidate.info, spec),
+                    allocation=_allocation(scores, c, candidate.info, spec),
                     sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, c],
                     sample_tokens=scores.sample_tokens,
                     baseline=baseline,
@@ -225,7 +226,7 @@ def _opening(plan: Plan) -> str:
     return f"its tokenizer has {plan.tokenizer.bos_token} to begin a text, but puts none"
 
 
-def _recipe(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuantSpec) -> Recipe:
+def _allocation(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuantSpec) -> Allocation:
     """The solver's choice with its bits counted honestly, and as ModelOpt counts them."""
     flags = scores.chosen[info.name]
     weights = [g.weights for g in scores.groups]
@@ -233,9 +234,9 @@ def _recipe(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuantSpe
     total = sum(weights)
     raw = scores.raw[:, column]
     bits = [info.bits if flag else 16.0 for flag in flags]
-    return Recipe(
+    return Allocation(
         target_bits=spec.effective_bits,
-        chosen=tuple(info.name if flag else None for flag in flags),
+        assignment=Assignment(info.name if flag else None for flag in flags),
         effective_bits=effective_bits(scores.groups, bits, "weight"),
         effective_bits_modelopt=16 + (info.bits_modelopt - 16) * quantized / (total + scores.other_weights),
         score=float(sum(s for s, flag in zip(raw, flags, strict=True) if flag and math.isfinite(s))),

@@ -78,8 +78,8 @@ def parameters(result: SensitivityResult) -> dict[str, str]:
         "method": result.method,
         "draws": _draws(result),
         "engine": result.engine,
-        "target_effective_bits": result.recipe.target_bits,
-        "cost_model": result.recipe.cost_model,
+        "target_effective_bits": result.allocation.target_bits,
+        "cost_model": result.allocation.cost_model,
         "seed": result.seed,
         "exclude": ",".join(result.settings.get("model", {}).get("exclude") or ()),
         "vocabulary": result.baseline.vocabulary if result.baseline else None,
@@ -241,21 +241,21 @@ def milliseconds(result: SensitivityResult) -> int:
 
 
 def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
-    recipe = result.recipe
-    yield "summary/effective_bits", recipe.effective_bits
-    yield "summary/effective_bits_modelopt", recipe.effective_bits_modelopt
-    yield "summary/effective_bits_active", recipe.effective_bits_active
+    allocation = result.allocation
+    yield "summary/effective_bits", allocation.effective_bits
+    yield "summary/effective_bits_modelopt", allocation.effective_bits_modelopt
+    yield "summary/effective_bits_active", allocation.effective_bits_active
     for seen in coverage(result.routing):
         for name in ("unseen", "starved", "least", "median"):
             yield f"experts/{seen.phase}/{name}", float(getattr(seen, name))
     yield "summary/score_sum", result.total("scores")
     if known := not np.isnan(result.predicted_kl).all():
         yield "summary/predicted_kl_sum", result.total("predicted_kl")
-    yield "summary/score_chosen", recipe.score
-    if recipe.chosen:
-        chosen_kl = [k for k, c in zip(result.predicted_kl, recipe.chosen, strict=True) if c is not None]
+    yield "summary/score_chosen", allocation.score
+    if assignment := allocation.assignment:
+        chosen_kl = [k for k, c in zip(result.predicted_kl, assignment, strict=True) if c is not None]
         yield "summary/predicted_kl_chosen", float(sum(chosen_kl))
-        yield "summary/quantized_groups", float(sum(chosen is not None for chosen in recipe.chosen))
+        yield "summary/quantized_groups", float(assignment.quantized)
     yield "summary/groups", float(len(result.groups))
     finite = np.isfinite(result.scores) & (np.isfinite(result.predicted_kl) if known else True)
     yield "summary/nonfinite", float((~finite).sum())
