@@ -10,12 +10,14 @@ from layerbits.figures.settings import import_matplotlib
 
 import_matplotlib()  # before the modules that import it
 
+from layerbits.figures.answers import answers  # noqa: E402
 from layerbits.figures.choices import choice_strips  # noqa: E402
 from layerbits.figures.compare import overlay, pareto, rank_change, rank_correlation, scatter_agreement  # noqa: E402
 from layerbits.figures.run import by_layer, cumulative_share, heatmap, ranked_bars, save_figures  # noqa: E402
 from layerbits.results.frames import groups_for_share, tidy  # noqa: E402
 
 __all__ = [
+    "answers",
     "by_layer",
     "choice_strips",
     "cumulative_share",

@@ -1,0 +1,219 @@
+"""Answers of models to tasks, and what they say of schemes, as plain data (no torch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from layerbits.answers.paired import Paired, Verdict, judge
+from layerbits.results.result import FloatArray, ModelInfo
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model made of one document.
+
+    Attributes:
+        document: Its number in the task.
+        question: End of the prompt.
+        target: The right answer.
+        said: The model's: the most likely choice, or what it generated.
+        right: Whether the harness counts it as right.
+        log_odds: Of the right answer, in nats: of it against all other choices, or of a single continuation against
+            all others; ``None`` for generated answers.
+        prompt_hash: The harness's, of the whole prompt.
+    """
+
+    document: int
+    question: str
+    target: str
+    said: str
+    right: bool
+    log_odds: float | None
+    prompt_hash: str
+
+
+@dataclass(frozen=True)
+class TaskAnswers:
+    """One model's answers to one task.
+
+    Attributes:
+        task: Its name.
+        metric: The harness's metric that says right or wrong, and its filter.
+        answers: In the order of the documents.
+        cut: Generated answers that ended only at the limit of tokens.
+    """
+
+    task: str
+    metric: str
+    answers: tuple[Answer, ...]
+    cut: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return sum(a.right for a in self.answers) / len(self.answers)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TaskAnswers:
+        """Reads ``asdict``'s data back."""
+        return cls(data["task"], data["metric"], tuple(Answer(**a) for a in data["answers"]), data["cut"])
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A scheme's answers beside what else is known of it.
+
+    Attributes:
+        scheme: Its name, or ``served``.
+        digest: Its digest; empty where it is not known.
+        control_of: Scheme that it is a control of.
+        effective_bits: Weight storage bits per weight.
+        predicted_kl: Nats per token.
+        kl: Measured on held-out rows, with its standard error; NaN where it was not measured.
+        tasks: Task → answers.
+        seconds: What the answers took.
+    """
+
+    scheme: str
+    digest: str
+    control_of: str | None
+    effective_bits: float
+    predicted_kl: float
+    kl: float
+    kl_se: float
+    tasks: Mapping[str, TaskAnswers]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The unquantized model and schemes on the same documents.
+
+    Attributes:
+        unquantized: Task → the unquantized model's answers.
+        floor_kl: KL of the unquantized model to itself by arithmetic alone; NaN where it was not measured.
+        margin: Loss of accuracy that is allowed, a share; ``None`` = not asked.
+        settings: What was in force: tasks, limit, batch size, the harness's version and so on.
+    """
+
+    model: ModelInfo
+    source_run_ids: tuple[str, ...]
+    dataset: str
+    unquantized: Mapping[str, TaskAnswers]
+    schemes: tuple[Evaluated, ...]
+    floor_kl: float
+    margin: float | None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    def pair(self, task: str, scheme: Evaluated) -> Paired:
+        """One comparison in counts."""
+        before, after = self.unquantized[task], scheme.tasks[task]
+        return Paired.of([a.right for a in before.answers], [a.right for a in after.answers])
+
+    def log_odds_changes(self, task: str, scheme: Evaluated) -> FloatArray | None:
+        """``[documents]`` change of the right answers' log-odds in nats, ``None`` for generated answers."""
+        return log_odds_changes(self.unquantized[task].answers, scheme.tasks[task].answers)
+
+    def verdicts(self) -> dict[tuple[str, str], Verdict]:
+        """(task, scheme) → verdict, Holm over all of them."""
+        keys = [(task, scheme) for scheme in self.schemes for task in self.unquantized]
+        changes = {(task, s.scheme): self.log_odds_changes(task, s) for task, s in keys}
+        known = {key: [float(v) for v in values] for key, values in changes.items() if values is not None}
+        return judge({(task, s.scheme): self.pair(task, s) for task, s in keys}, known, self.margin)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers by the names in ``docs/tracking.md``: ``eval/<task>/<scheme>/<number>`` and so on."""
+        values: dict[str, float] = {}
+        for task, answers in self.unquantized.items():
+            values[f"eval/{task}/unquantized/accuracy"] = answers.accuracy
+            values[f"eval/{task}/documents"] = float(len(answers.answers))
+        verdicts = self.verdicts()
+        for scheme in self.schemes:
+            for task in self.unquantized:
+                verdict = verdicts[task, scheme.scheme]
+                values |= {
+                    f"eval/{task}/{scheme.scheme}/{name}": value for name, value in _numbers(scheme, verdict).items()
+                }
+        values["eval/floor_kl"] = self.floor_kl
+        values |= {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
+        return {key: value for key, value in values.items() if math.isfinite(value)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON data with the verdicts and its schema version; what is not a number becomes null."""
+        verdicts = [
+            {"task": task, "scheme": scheme, **verdict.to_json()} for (task, scheme), verdict in self.verdicts().items()
+        ]
+        plain: dict[str, Any] = _plain(asdict(self))
+        return {"schema_version": SCHEMA_VERSION, **plain, "verdicts": _plain(verdicts)}
+
+
+def log_odds_changes(before: Sequence[Answer], after: Sequence[Answer]) -> FloatArray | None:
+    """``[documents]`` change of the right answers' log-odds in nats; ``None`` where one of them has none."""
+    pairs = [(a.log_odds, b.log_odds) for a, b in zip(before, after, strict=True)]
+    known = [b - a for a, b in pairs if a is not None and b is not None]
+    return np.asarray(known, dtype=np.float64) if len(known) == len(pairs) else None
+
+
+def documents(evaluation: Evaluation, scheme: Evaluated) -> list[dict[str, Any]]:
+    """A row per task and document of one scheme, changed answers first."""
+    rows = [
+        {
+            "task": task,
+            "document": a.document,
+            "change": "lost" if a.right and not b.right else "won" if b.right and not a.right else "",
+            "question": a.question,
+            "right_answer": a.target,
+            "unquantized": a.said,
+            "quantized": b.said,
+            "unquantized_right": a.right,
+            "quantized_right": b.right,
+            "log_odds": a.log_odds,
+            "log_odds_change": None if a.log_odds is None or b.log_odds is None else b.log_odds - a.log_odds,
+        }
+        for task, before in evaluation.unquantized.items()
+        for a, b in zip(before.answers, scheme.tasks[task].answers, strict=True)
+    ]
+    return sorted(rows, key=lambda row: row["change"] == "")
+
+
+def _numbers(scheme: Evaluated, verdict: Verdict) -> dict[str, float]:
+    difference, paired = verdict.difference, verdict.paired
+    found = {
+        "accuracy": paired.accuracies[1],
+        "difference": difference.value,
+        "difference_low": difference.low,
+        "difference_high": difference.high,
+        "lost": float(paired.lost),
+        "won": float(paired.won),
+        "p_value": verdict.p_value,
+        "p_holm": verdict.adjusted,
+        "detectable": verdict.detectable,
+        "bits": scheme.effective_bits,
+        "predicted_kl": scheme.predicted_kl,
+        "kl": scheme.kl,
+        "kl_se": scheme.kl_se,
+    }
+    if verdict.within_margin is not None:
+        found["within_margin"] = float(verdict.within_margin)
+    if verdict.log_odds is not None:
+        ends = verdict.log_odds
+        found |= {"log_odds": ends.value, "log_odds_low": ends.low, "log_odds_high": ends.high}
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,274 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, put to a model; it does prompts, examples, filters and scores."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from difflib import get_close_matches
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerbits.answers.evaluation import Answer, TaskAnswers
+from layerbits.answers.settings import TaskSettings
+from layerbits.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
+    from torch import nn
+
+OWN = Path(__file__).resolve().parent / "tasks"
+"""YAML files of the tasks that need no network."""
+_TOKENS = 256
+"""Generated tokens where a task does not say."""
+_SHOWN = 2000
+_SEED = 1234
+
+
+def own_tasks() -> list[str]:
+    """Names of the tasks that come with LayerBits."""
+    return sorted(path.stem for path in OWN.glob("*.yaml"))
+
+
+class Harness:
+    """Tasks with their documents loaded.
+
+    Args:
+        settings: Which, and how.
+        held_out: Captions that no scheme was calibrated on, for ``cloze``.
+
+    Raises:
+        UserError: A task is not known, its data cannot be had, or it has no documents.
+    """
+
+    def __init__(self, settings: TaskSettings, held_out: Sequence[str] = ()) -> None:
+        self._settings = settings
+        with _quiet():
+            self.tasks: dict[str, Task] = _load(settings, {"held_out": list(held_out)})
+        for name, task in self.tasks.items():
+            _make_greedy(name, task)
+
+    @property
+    def documents(self) -> dict[str, int]:
+        """Task → documents that will be put."""
+        limit = self._settings.limit
+        counts = {name: len(task.eval_docs) for name, task in self.tasks.items()}
+        return {name: count if limit is None else min(limit, count) for name, count in counts.items()}
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Task → version, as its file says."""
+        return {name: str(getattr(task, "VERSION", "")) for name, task in self.tasks.items()}
+
+    def wrap(self, model: nn.Module, tokenizer: Any) -> LM:
+        """A loaded model as the harness takes it.
+
+        Raises:
+            UserError: It has no chat template, where one is asked for.
+        """
+        from lm_eval.models.huggingface import HFLM
+
+        if self._settings.chat_template and not getattr(tokenizer, "chat_template", None):
+            raise UserError("chat_template=true, but the model's tokenizer has no chat template; set it to false")
+        with _quiet():
+            return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=self._settings.batch_size)
+
+    def check_lengths(self, lm: LM) -> None:
+        """Checks that every prompt with its answer fits the model, which would cut it silently.
+
+        Raises:
+            UserError: One does not.
+        """
+        most = lm.max_length
+        for name, task in self.tasks.items():
+            self._build(lm, name, task)
+            room = 0
+            if task.OUTPUT_TYPE == "generate_until":
+                room = int(task.config.generation_kwargs.get("max_gen_toks", _TOKENS))
+            texts = ["".join(a for a in instance.args if isinstance(a, str)) for instance in task.instances]
+            longest = max(len(tokens) for tokens in lm.tokenizer(texts)["input_ids"]) + room
+            if longest > most:
+                raise UserError(
+                    f"task {name} has a prompt of {longest} tokens with its answer, and the model takes {most}; "
+                    "use fewer examples (num_fewshot), or leave the task out"
+                )
+
+    def answers(self, lm: LM) -> dict[str, TaskAnswers]:
+        """Puts all tasks to a model.
+
+        Raises:
+            UserError: A task does not say right or wrong.
+        """
+        from lm_eval.evaluator import evaluate
+
+        for task in self.tasks.values():
+            task.set_fewshot_seed(seed=_SEED)  # the same examples every time
+        with _quiet():
+            found = evaluate(
+                lm=lm,
+                task_dict={"tasks": self.tasks, "groups": {}, "group_map": {}},
+                limit=self._settings.limit,
+                bootstrap_iters=0,
+                apply_chat_template=self._settings.chat_template,
+                fewshot_as_multiturn=self._settings.chat_template,
+            )
+        return {name: _read(name, task, found["samples"][name], lm) for name, task in self.tasks.items()}
+
+    def _build(self, lm: LM, name: str, task: Task) -> None:
+        task.set_fewshot_seed(seed=_SEED)
+        chat = self._settings.chat_template
+        with _quiet():
+            task.build_all_requests(
+                limit=self._settings.limit,
+                rank=0,
+                world_size=1,
+                cache_requests=False,
+                rewrite_requests_cache=False,
+                system_instruction=None,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+                chat_template=lm.apply_chat_template if chat else None,
+                tokenizer_name=lm.tokenizer_name if chat else "",
+            )
+
+
+def _load(settings: TaskSettings, metadata: Mapping[str, Any]) -> dict[str, Task]:
+    from lm_eval.tasks import TaskManager
+
+    paths = [OWN, *([settings.path] if settings.path else [])]
+    manager = TaskManager(include_path=paths, include_defaults=False, metadata=dict(metadata))
+    if any(name not in manager.all_tasks for name in settings.names):  # the harness's own are a second of work
+        manager = TaskManager(include_path=paths, metadata=dict(metadata))
+    if unknown := [name for name in settings.names if name not in manager.all_tasks]:
+        near = get_close_matches(unknown[0], manager.all_tasks, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"without a network there are {', '.join(own_tasks())}"
+        raise UserError(f"task {unknown[0]} is not known; {hint}")
+    tasks: dict[str, Task] = {}
+    for name in settings.names:
+        try:
+            tasks |= manager.load([name])["tasks"]
+        except Exception as error:
+            raise UserError(_no_data(name, manager, error)) from error
+    for name, task in tasks.items():
+        if not len(task.eval_docs):
+            raise UserError(f"task {name} has no documents; give it data, or leave it out")
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"task {name} runs programs of the model without limits; humaneval_offline has limits")
+        if task.OUTPUT_TYPE == "loglikelihood_rolling":
+            raise UserError(f"task {name} measures perplexity, not answers; `-e probe` does that")
+        if settings.num_fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=settings.num_fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    return tasks
+
+
+def _no_data(name: str, manager: Any, error: Exception) -> str:
+    why = first_line(error)
+    if isinstance(error, ImportError):
+        return f"task {name} needs a package that is not installed ({why}); install it, or leave the task out"
+    config = getattr(manager.task_index.get(name), "cfg", None) or {}
+    where = config.get("dataset_path", "its data")
+    return (
+        f"the data of task {name} ({where}) cannot be had here ({why}); give a folder of task files with "
+        "task_path, with `dataset_path: json` and the files under dataset_kwargs.data_files, or a Hugging Face cache "
+        "that has it with HF_HOME"
+    )
+
+
+def _make_greedy(name: str, task: Task) -> None:
+    if int(task.get_config("repeats") or 1) > 1:
+        raise UserError(f"task {name} draws several answers to a question; use a task with repeats: 1")
+    if task.OUTPUT_TYPE == "generate_until":
+        task.set_config(key="generation_kwargs", value={"do_sample": False, "temperature": 0.0}, update=True)
+
+
+def _read(name: str, task: Task, samples: Sequence[Mapping[str, Any]], lm: LM) -> TaskAnswers:
+    first = samples[0]["filter"]  # a task may read answers in several ways; its first is its main one
+    samples = sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
+    metric = _right_or_wrong(name, samples)
+    read = {"multiple_choice": _choice, "loglikelihood": _continuation}.get(task.OUTPUT_TYPE, _generated)
+    answers = []
+    for sample in samples:
+        target, said, log_odds = read(task, sample)
+        answers.append(
+            Answer(
+                document=int(sample["doc_id"]),
+                question=str(sample["arguments"][0][0])[-_SHOWN:],
+                target=target[:_SHOWN],
+                said=said[:_SHOWN],
+                right=bool(sample[metric]),
+                log_odds=log_odds,
+                prompt_hash=str(sample["prompt_hash"]),
+            )
+        )
+    return TaskAnswers(name, f"{metric},{first}", tuple(answers), _cut(task, samples, lm))
+
+
+def _right_or_wrong(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
+    for metric in samples[0]["metrics"]:
+        if all(isinstance(s[metric], int | float) and s[metric] in (0, 1) for s in samples):
+            return str(metric)
+    raise UserError(
+        f"task {name} scores answers by {', '.join(samples[0]['metrics'])}, none of which says right or wrong; choose "
+        "a task with acc or exact_match"
+    )
+
+
+def _choice(task: Task, sample: Mapping[str, Any]) -> tuple[str, str, float | None]:
+    choices = task.doc_to_choice(sample["doc"])
+    lls = [float(resp[0][0]) for resp in sample["resps"]][: len(choices)]
+    target = sample["target"]
+    right = choices.index(target) if isinstance(target, str) and target in choices else target
+    if not isinstance(right, int) or not 0 <= right < len(lls):  # several right answers, or none
+        return str(target), str(choices[lls.index(max(lls))]), None
+    return choices[right], choices[lls.index(max(lls))], choice_log_odds(lls, right)
+
+
+def choice_log_odds(log_likelihoods: Sequence[float], right: int) -> float:
+    """Log-odds of one choice against all others, each by its likelihood, in nats."""
+    others = [ll for i, ll in enumerate(log_likelihoods) if i != right]
+    most = max(others)
+    return log_likelihoods[right] - most - math.log(sum(math.exp(ll - most) for ll in others))
+
+
+def _continuation(_task: Task, sample: Mapping[str, Any]) -> tuple[str, str, float | None]:
+    ll, greedy = sample["resps"][0][0]
+    target = str(sample["target"])
+    log_odds = ll - math.log(-math.expm1(ll)) if ll < 0 else None
+    return target, target if greedy else "another continuation", log_odds
+
+
+def _generated(_task: Task, sample: Mapping[str, Any]) -> tuple[str, str, float | None]:
+    return str(sample["target"]), str(sample["resps"][0][0]), None
+
+
+def _cut(task: Task, samples: Sequence[Mapping[str, Any]], lm: LM) -> int:
+    """Answers as long as the limit: they were not finished."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return 0
+    most = int(task.config.generation_kwargs.get("max_gen_toks", _TOKENS))
+    tokens = lm.tokenizer([str(s["resps"][0][0]) for s in samples], add_special_tokens=False)["input_ids"]
+    return sum(len(t) >= most for t in tokens)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what the harness and the dataset library tell of their work off the terminal."""
+    names = ("lm_eval", "datasets", "evaluate", "transformers.tokenization_utils_base")
+    before = {name: logging.getLogger(name).level for name in names}
+    bars = os.environ.get("TQDM_DISABLE")
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
+        if bars is None:
+            os.environ.pop("TQDM_DISABLE", None)

@@ -1,0 +1,211 @@
+"""Schemes on tasks: the model is loaded once, each scheme is applied, asked and taken away again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerbits.answers.evaluation import Evaluated, Evaluation, TaskAnswers
+from layerbits.answers.harness import Harness
+from layerbits.answers.paired import LEVEL, detectable, fewest, points
+from layerbits.answers.settings import EvaluateSettings, TaskSettings
+from layerbits.atomic import write_json
+from layerbits.cache import cache_dir
+from layerbits.errors import UserError
+
+if TYPE_CHECKING:
+    from layerbits.probing.loading import Prepared
+    from layerbits.probing.measured import ProbeResult
+    from layerbits.results.result import ModelInfo
+    from layerbits.schemes import Scheme
+
+
+def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, device: str, root: Path) -> Evaluation:
+    """Asks the unquantized model and each scheme the same questions.
+
+    Args:
+        schemes: Of one model and calibration.
+        settings: What to ask.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        root: Project folder, for the git commit.
+
+    Raises:
+        UserError: The harness is not installed, a task cannot be put, or there are too few documents to see anything;
+            all before the weights are loaded. Or as :func:`layerbits.probing.loading.prepare_together`.
+    """
+    from layerbits.probing.apply import Made, apply_scheme, find_ranges
+    from layerbits.probing.loading import prepare_together
+    from layerbits.progress import progress
+    from layerbits.provenance import provenance
+
+    clock = time.perf_counter
+    start = clock()
+    prepared = prepare_together(schemes, "evaluate")
+    harness = Harness(settings.tasks, prepared.captions.held_out)
+    check_documents(harness.documents, len({s.digest for s in schemes}))
+    loaded = prepared.load(device, whole=True)
+    lm = harness.wrap(loaded.model, loaded.tokenizer)
+    harness.check_lengths(lm)
+    seconds = {"load": clock() - start}
+
+    start = clock()
+    probe = _probe(prepared, loaded.model, loaded.info, schemes, settings) if settings.rows else None
+    seconds["probe"] = clock() - start
+    start = clock()
+    kept = _Kept(_key(loaded.info, harness, settings.tasks))
+    unquantized, _ = kept.answers("unquantized", lambda: harness.answers(lm))
+    ranges = find_ranges(loaded.model, schemes, prepared.calibration)
+    seconds["reference"] = clock() - start
+
+    start = clock()
+    made: Made | None = {} if loaded.model.device.type == "cuda" else None
+    measured = {} if probe is None else {p.scheme: p.difference for p in probe.schemes}
+    found = []
+    for scheme in progress(schemes, "evaluating"):
+
+        def ask(scheme: Scheme = scheme) -> dict[str, TaskAnswers]:
+            with apply_scheme(loaded.model, scheme, ranges, made=made):
+                return harness.answers(lm)
+
+        answers, spent = kept.answers(scheme.digest, ask)
+        check_same_prompts(unquantized, answers, scheme.name)
+        difference = measured.get(scheme.name)
+        found.append(
+            Evaluated(
+                scheme=scheme.name,
+                digest=scheme.digest,
+                control_of=scheme.how.get("reference"),
+                effective_bits=scheme.effective_bits,
+                predicted_kl=scheme.predicted_kl + scheme.kv_predicted_kl,
+                kl=math.nan if difference is None else difference.kl,
+                kl_se=math.nan if difference is None else difference.kl_se,
+                tasks=answers,
+                seconds=spent,
+            )
+        )
+    seconds["evaluate"] = clock() - start
+    evaluation = Evaluation(
+        model=loaded.info,
+        source_run_ids=tuple(dict.fromkeys(run for s in schemes for run in s.source_run_ids)),
+        dataset=prepared.scheme.calibration.dataset,
+        unquantized=unquantized,
+        schemes=tuple(found),
+        floor_kl=math.nan if probe is None else probe.floor.kl,
+        margin=settings.margin,
+        settings=_told(settings, harness, prepared),
+        seconds=seconds,
+        provenance=provenance(root),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    kept.forget()
+    return evaluation
+
+
+def check_documents(documents: Mapping[str, int], schemes: int) -> None:
+    """Checks that the documents could show something, before the run, and says what.
+
+    Args:
+        documents: Task → how many.
+        schemes: How many are compared with the unquantized model.
+
+    Raises:
+        UserError: Of one task there are so few that no number of lost answers could be told from chance.
+    """
+    comparisons = len(documents) * max(schemes, 1)
+    level = (1 - LEVEL) / comparisons
+    least = fewest(level)
+    for task, count in documents.items():
+        if count < least:
+            raise UserError(
+                f"{count} documents of {task} cannot show any difference in {comparisons} comparisons, whatever the "
+                f"answers; use limit={least} or more"
+            )
+        print(
+            f"{task}: {count} documents, which show a loss of {points(detectable(count, level=level))} points or more"
+        )
+
+
+def check_same_prompts(before: Mapping[str, TaskAnswers], after: Mapping[str, TaskAnswers], name: str) -> None:
+    """Checks that two models were asked the same, which the paired comparison rests on.
+
+    Raises:
+        UserError: They were not.
+    """
+    for task, answers in before.items():
+        asked = [(a.document, a.prompt_hash) for a in answers.answers]
+        if asked != [(a.document, a.prompt_hash) for a in after[task].answers]:
+            raise UserError(f"task {task} put other prompts to {name}: its prompts are drawn anew; use another task")
+
+
+def _probe(
+    prepared: Prepared, model: Any, info: ModelInfo, schemes: Sequence[Scheme], settings: EvaluateSettings
+) -> ProbeResult:
+    from layerbits.probing.measured import Rows
+    from layerbits.probing.probe import held_out_rows, probe
+
+    data = prepared.scheme.calibration
+    packing, seq_len, _ = data.row_shape
+    held_out, rows = prepared.captions.held_out, settings.rows
+    batches = held_out_rows(held_out, prepared.tokenizer, packing, seq_len, rows, rows)
+    what = Rows(data.dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
+    return probe(model, info, schemes, prepared.calibration, batches, what)
+
+
+class _Kept:
+    """Answers of finished schemes on disk, so that a killed job goes on where it was."""
+
+    def __init__(self, key: str) -> None:
+        self._folder = cache_dir() / "answers" / key
+
+    def answers(self, name: str, ask: Callable[[], dict[str, TaskAnswers]]) -> tuple[dict[str, TaskAnswers], float]:
+        """Those of a scheme, asked unless they are here, and the seconds that they took."""
+        path = self._folder / f"{name}.json"
+        if path.exists():
+            data = json.loads(path.read_text())
+            return {task: TaskAnswers.from_json(found) for task, found in data["tasks"].items()}, data["seconds"]
+        start = time.perf_counter()
+        found = ask()
+        spent = time.perf_counter() - start
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"seconds": spent, "tasks": {task: asdict(answers) for task, answers in found.items()}})
+        return found, spent
+
+    def forget(self) -> None:
+        """Removes them."""
+        for path in self._folder.glob("*.json"):
+            path.unlink()
+        if self._folder.exists():
+            self._folder.rmdir()
+
+
+def _key(info: ModelInfo, harness: Harness, settings: TaskSettings) -> str:
+    from layerbits import __version__
+
+    configs = {name: task.dump_config() for name, task in harness.tasks.items()}
+    plain = [asdict(info), configs, asdict(settings), __version__, metadata.version("lm-eval")]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _told(settings: EvaluateSettings, harness: Harness, prepared: Prepared) -> dict[str, str]:
+    tasks = settings.tasks
+    return {
+        "tasks": ",".join(harness.tasks),
+        "task_versions": ",".join(f"{name}:{version}" for name, version in harness.versions.items()),
+        "task_path": str(tasks.path or "none"),
+        "limit": str(tasks.limit or "none"),
+        "num_fewshot": "as the task says" if tasks.num_fewshot is None else str(tasks.num_fewshot),
+        "chat_template": str(tasks.chat_template).lower(),
+        "batch_size": str(tasks.batch_size),
+        "rows": str(settings.rows),
+        "margin": "none" if settings.margin is None else f"{settings.margin:g}",
+        "harness": metadata.version("lm-eval"),
+        "dataset": prepared.scheme.calibration.dataset,
+    }

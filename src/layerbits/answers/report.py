@@ -1,0 +1,144 @@
+"""An evaluation as Markdown, tables, figure and folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from layerbits.answers.evaluation import Evaluated, Evaluation, documents
+from layerbits.answers.paired import LEVEL, Interval, Verdict
+from layerbits.atomic import dated, whole_folder, write_json
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """A table per task with a row per scheme, and what to read it with."""
+    verdicts = evaluation.verdicts()
+    lines = [
+        f"{evaluation.model.name} ({evaluation.model.dtype}) and {len(evaluation.schemes)} schemes on the same "
+        f"questions, lm-evaluation-harness {evaluation.settings.get('harness', '')}, greedy.",
+    ]
+    for task, answers in evaluation.unquantized.items():
+        count = len(answers.answers)
+        odds = any(verdicts[task, s.scheme].log_odds is not None for s in evaluation.schemes)
+        lines += [
+            "",
+            f"**{task}**: {count} documents, {answers.metric}, unquantized {100 * answers.accuracy:.1f} % right",
+            "",
+            f"| scheme | bits | KL (nats/token) | right | lost / won | difference (points) |"
+            f"{' log-odds (nats) |' * odds} p (Holm) | verdict |",
+            f"|---|---|---|---|---|---|{'---|' * odds}---|---|",
+            *(_row(s, verdicts[task, s.scheme], odds) for s in evaluation.schemes),
+        ]
+        cut = {"unquantized": answers.cut, **{s.scheme: s.tasks[task].cut for s in evaluation.schemes}}
+        if any(cut.values()):
+            told = ", ".join(f"{name} {number}" for name, number in cut.items() if number)
+            lines += ["", f"Answers that ended only at the limit of tokens: {told}."]
+    lines += [
+        "",
+        f"Intervals and tests are paired, at {LEVEL:.0%}: Bonett and Price 2012, exact McNemar, Holm over all "
+        f"{len(verdicts)} comparisons. lost = right unquantized, wrong quantized.",
+    ]
+    if math.isfinite(evaluation.floor_kl):
+        lines.append(f"KL of the unquantized model to itself by arithmetic alone: {evaluation.floor_kl:.2g}.")
+    return "\n".join(lines) + "\n"
+
+
+def _row(scheme: Evaluated, verdict: Verdict, odds: bool) -> str:
+    paired = verdict.paired
+    kl = f"{scheme.kl:.4g} ± {scheme.kl_se:.1g}" if math.isfinite(scheme.kl) else "–"
+    change = f" {_interval(verdict.log_odds, 1.0)} |" if odds else ""
+    return (
+        f"| {scheme.scheme} | {scheme.effective_bits:.3f} | {kl} | {100 * paired.accuracies[1]:.1f} % | "
+        f"{paired.lost} / {paired.won} | {_interval(verdict.difference, 100.0)} |{change} {verdict.adjusted:.2g} | "
+        f"{verdict.words} |"
+    )
+
+
+def _interval(interval: Interval | None, scale: float) -> str:
+    if interval is None:
+        return "–"
+    return f"{scale * interval.value:+.2f} ({scale * interval.low:+.2f} to {scale * interval.high:+.2f})"
+
+
+def parameters(evaluation: Evaluation) -> dict[str, str]:
+    """What was in force, for the tracking server."""
+    model = evaluation.model
+    return {
+        "eff.model": model.name,
+        "eff.model_revision": model.revision,
+        "eff.dtype": model.dtype,
+        "eff.schemes": ",".join(s.scheme for s in evaluation.schemes),
+        **{f"eff.{name}": value for name, value in evaluation.settings.items()},
+    }
+
+
+def tags(evaluation: Evaluation) -> dict[str, str]:
+    """The tag that has MLflow show the tables of documents."""
+    tables = [{"path": table_path(s), "type": "table"} for s in evaluation.schemes]
+    return {"mlflow.loggedArtifacts": json.dumps(tables)}
+
+
+def table_path(scheme: Evaluated) -> str:
+    """Where a scheme's table of documents is, in the evaluation's folder."""
+    return f"documents/{scheme.scheme}.json"
+
+
+def table(evaluation: Evaluation, scheme: Evaluated) -> str:
+    """The documents of a scheme in the JSON that ``mlflow.load_table`` and the UI read, changed answers first."""
+    rows = documents(evaluation, scheme)
+    columns = list(rows[0])
+    return json.dumps({"columns": columns, "data": [[row[c] for c in columns] for row in rows]}, allow_nan=False)
+
+
+def figure(evaluation: Evaluation) -> Any:
+    """Accuracy difference against measured KL, a panel per task, both with their intervals."""
+    import pandas as pd
+
+    from layerbits.figures import answers
+
+    verdicts = evaluation.verdicts()
+    rows = [
+        {
+            "task": task,
+            "label": "schemes" if s.control_of is None else "controls",
+            "kl": s.kl,
+            "kl_se": s.kl_se,
+            "difference": (v := verdicts[task, s.scheme].difference).value,
+            "difference_low": v.low,
+            "difference_high": v.high,
+        }
+        for task in evaluation.unquantized
+        for s in evaluation.schemes
+    ]
+    return answers(pd.DataFrame(rows), title=f"{evaluation.model.name}: answers against KL, {LEVEL:.0%} intervals")
+
+
+def write_evaluation(evaluation: Evaluation, root: Path) -> Path:
+    """Writes ``evaluation.json``, ``evaluation.md``, the tables of documents and the figure, whole or not at all.
+
+    Args:
+        evaluation: What was found.
+        root: Output root; the folder is made below its ``tmp``.
+
+    Raises:
+        UserError: The disk is full or cannot be written.
+    """
+    from layerbits.figures.style import save_png
+
+    final = dated(root, f"evaluation_{evaluation.model.name}")
+    with whole_folder(final) as partial:
+        write_json(partial / "evaluation.json", evaluation.to_json())
+        (partial / "evaluation.md").write_text(markdown(evaluation))
+        (partial / "documents").mkdir()
+        for scheme in evaluation.schemes:
+            (partial / table_path(scheme)).write_text(table(evaluation, scheme))
+        if any(math.isfinite(s.kl) for s in evaluation.schemes):
+            save_png(figure(evaluation), partial / "figures" / "answers.png")
+    return final
+
+
+def summary(evaluation: Evaluation) -> str:
+    """A line per task and scheme."""
+    return "\n".join(f"{task} · {scheme}: {verdict.words}" for (task, scheme), verdict in evaluation.verdicts().items())

@@ -1,0 +1,105 @@
+"""What ``configs/evaluate.yaml`` composes to, as typed settings, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from layerbits.errors import UserError
+from layerbits.schemes.settings import listed, whole
+
+_NONE = (None, "", "none", "null")
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """Which tasks, and how they are put.
+
+    Attributes:
+        names: Tasks, groups or tags of the harness, ours, or of ``path``.
+        path: Folder of further task YAML files.
+        limit: Documents of each task, from the first on; ``None`` = all.
+        num_fewshot: Examples in the prompt; ``None`` = as the task says.
+        chat_template: Whether prompts go through the tokenizer's chat template.
+        batch_size: Requests a forward.
+    """
+
+    names: tuple[str, ...]
+    path: Path | None = None
+    limit: int | None = None
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is asked of the schemes.
+
+    Attributes:
+        tasks: The tasks.
+        rows: Held-out rows that the KL divergence is measured on; 0 = it is not.
+        margin: Loss of accuracy that is allowed, a share.
+    """
+
+    tasks: TaskSettings
+    rows: int = 8
+    margin: float | None = None
+
+
+def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
+    """Reads a resolved configuration.
+
+    Raises:
+        UserError: A value is out of range, a folder is missing, or the harness is not installed.
+    """
+    names = tuple(dict.fromkeys(listed(config["tasks"])))
+    if not names:
+        raise UserError("tasks names no task; use tasks=cloze, or others of docs/answers.md")
+    path = None if config["task_path"] in _NONE else Path(str(config["task_path"])).expanduser().absolute()
+    if path is not None and not path.is_dir():
+        raise UserError(f"task_path={path} is no folder; give one with task YAML files")
+    tasks = TaskSettings(
+        names=names,
+        path=path,
+        limit=_at_least(1, "limit", config["limit"]),
+        num_fewshot=_at_least(0, "num_fewshot", config["num_fewshot"]),
+        chat_template=_flag("chat_template", config["chat_template"]),
+        batch_size=_at_least(1, "eval_batch_size", config["eval_batch_size"]) or 1,
+    )
+    settings = EvaluateSettings(tasks, _at_least(0, "rows", config["rows"]) or 0, _margin(config["margin"]))
+    if find_spec("lm_eval") is None:
+        raise UserError(
+            "lm-evaluation-harness is not installed; run `pip install -r requirements-eval.lock` in this environment"
+        )
+    return settings
+
+
+def _at_least(least: int, key: str, value: object) -> int | None:
+    if value in _NONE:
+        return None
+    found = whole(key, value)
+    if found < least:
+        raise UserError(f"{key}={value} is too small; use {least} or more")
+    return found
+
+
+def _flag(key: str, value: object) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise UserError(f"{key}={value} is neither true nor false")
+    return str(value).lower() == "true"
+
+
+def _margin(value: object) -> float | None:
+    if value in _NONE:
+        return None
+    try:
+        share = float(str(value))
+    except ValueError:
+        raise UserError(f"margin={value} is not a number; 0.01 allows one point") from None
+    if not 0 < share < 1:
+        raise UserError(f"margin={value} must be a share between 0 and 1; 0.01 allows one point")
+    return share
