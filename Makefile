@@ -121,6 +121,6 @@ VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install
 	  'all but serving works without it, and vllm.url=ADDRESS asks a server elsewhere.' >&2; exit 1; }
 	touch $@
 
-.venv/test.stamp: requirements-dev.lock .venv/run.stamp
+.venv/test.stamp: requirements-dev.lock requirements-eval.lock .venv/run.stamp
 	$(PIP) install -r requirements-dev.lock
 	touch $@

@@ -39,10 +39,12 @@ def lines_of(name: str) -> list[str]:
 
 
 LOCK = pins(lines_of("requirements.lock"))
+EVAL_LOCK = pins([line for line in lines_of("requirements-eval.lock") if not line.startswith("-r ")])
 DEV_LOCK = pins([line for line in lines_of("requirements-dev.lock") if not line.startswith("-r ")])
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DIRECT = [Requirement(line) for line in PYPROJECT["dependencies"]]
 DEV = [Requirement(line) for line in PYPROJECT["optional-dependencies"]["dev"]]
+EVAL = [Requirement(line) for line in PYPROJECT["optional-dependencies"]["eval"]]
 PIXI = tomllib.loads((ROOT / "pixi.toml").read_text())
 CONDA = yaml.safe_load((ROOT / "conda.yaml").read_text())
 
@@ -62,17 +64,19 @@ def test_lock_keeps_the_promised_versions():
 
 
 def test_lock_names_no_build_of_torch():
-    assert not [version for version in (LOCK | DEV_LOCK).values() if Version(version).local]
+    assert not [version for version in (LOCK | EVAL_LOCK | DEV_LOCK).values() if Version(version).local]
 
 
 def test_dev_lock_adds_to_the_lock():
-    assert lines_of("requirements-dev.lock")[0] == "-r requirements.lock"
-    assert not DEV_LOCK.keys() & LOCK.keys()
+    assert lines_of("requirements-eval.lock")[0] == "-r requirements.lock"
+    assert lines_of("requirements-dev.lock")[0] == "-r requirements-eval.lock"
+    assert not EVAL_LOCK.keys() & LOCK.keys()
+    assert not DEV_LOCK.keys() & (LOCK | EVAL_LOCK).keys()
 
 
-@pytest.mark.parametrize("requirement", DIRECT + DEV, ids=str)
+@pytest.mark.parametrize("requirement", DIRECT + DEV + EVAL, ids=str)
 def test_lock_is_within_the_ranges_of_pyproject(requirement):
-    version = (LOCK | DEV_LOCK)[canonicalize_name(requirement.name)]
+    version = (LOCK | EVAL_LOCK | DEV_LOCK)[canonicalize_name(requirement.name)]
     assert requirement.specifier.contains(version)
 
 
@@ -110,14 +114,14 @@ def test_lock_holds_all_that_the_dependencies_need():
 
     Those of torch that carry a marker are left out: they are the CUDA libraries of its CUDA builds.
     """
-    todo, seen, missing = [*DIRECT, *DEV], set(), set()
+    todo, seen, missing = [*DIRECT, *DEV, *EVAL], set(), set()
     while todo:
         wanted = todo.pop()
         name = canonicalize_name(wanted.name)
         if (name, *sorted(wanted.extras)) in seen:
             continue
         seen.add((name, *sorted(wanted.extras)))
-        if name not in LOCK | DEV_LOCK:
+        if name not in LOCK | EVAL_LOCK | DEV_LOCK:
             missing.add(name)
             continue
         for needed in map(Requirement, importlib.metadata.requires(name) or []):
@@ -191,7 +195,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 @pytest.fixture
 def make(tmp_path):
     """``make TARGET`` in a folder of its own, with a PYTHON whose ``-m venv`` and pip are fakes."""
-    for name in ("Makefile", "requirements.lock", "requirements-dev.lock"):
+    for name in ("Makefile", "requirements.lock", "requirements-eval.lock", "requirements-dev.lock"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "python").write_text(
         "#!/bin/sh\n"

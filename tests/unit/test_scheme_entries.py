@@ -1,4 +1,4 @@
-"""The entry points ``scheme`` and ``probe`` of MLproject against the configuration that they start from."""
+"""The entry points ``scheme``, ``probe`` and ``evaluate`` of MLproject against the configurations they start from."""
 
 from pathlib import Path
 
@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[2]
 ENTRIES = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
 
 
-@pytest.fixture(params=[("scheme", "schemes"), ("probe", "probe")], ids=["scheme", "probe"])
+@pytest.fixture(
+    params=[("scheme", "schemes"), ("probe", "probe"), ("evaluate", "evaluate")], ids=["scheme", "probe", "evaluate"]
+)
 def entry(request):
     name, config = request.param
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

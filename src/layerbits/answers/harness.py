@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
@@ -259,9 +258,8 @@ def _cut(task: Task, samples: Sequence[Mapping[str, Any]], lm: LM) -> int:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps what the harness and the dataset library tell of their work off the terminal."""
-    names = ("lm_eval", "datasets", "evaluate", "transformers.tokenization_utils_base")
+    names = ("lm_eval", "datasets", "evaluate", "transformers")
     before = {name: logging.getLogger(name).level for name in names}
-    bars = os.environ.get("TQDM_DISABLE")
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -270,5 +268,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
-        if bars is None:
-            os.environ.pop("TQDM_DISABLE", None)

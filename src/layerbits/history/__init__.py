@@ -7,7 +7,19 @@ scores = history.scores(runs)
 
 from layerbits.history.comparison import Comparison, compare
 from layerbits.history.derived import probes, schemes
+from layerbits.history.evaluated import evaluations
 from layerbits.history.query import result, runs, scores
 from layerbits.history.recipes import best_scheme, pareto
 
-__all__ = ["Comparison", "best_scheme", "compare", "pareto", "probes", "result", "runs", "schemes", "scores"]
+__all__ = [
+    "Comparison",
+    "best_scheme",
+    "compare",
+    "evaluations",
+    "pareto",
+    "probes",
+    "result",
+    "runs",
+    "schemes",
+    "scores",
+]

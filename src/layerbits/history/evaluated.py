@@ -1,0 +1,67 @@
+"""What evaluations found of schemes' answers, a row per task and scheme."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from layerbits.history.source import RawRun, connect, experiment_id, search, told
+from layerbits.tracking.contract import DIGEST_TAG
+
+_PREFIX = "eval/"
+_FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "task", "scheme", "digest", "documents")
+
+
+def evaluations(experiment: str = "layerbits", *, tracking_uri: str | None = None) -> pd.DataFrame:
+    """What finished evaluations found, latest run first.
+
+    Returns:
+        A row per run, task and scheme: ``run_id``, ``run_name``, ``source_run_id`` (several separated by commas),
+        ``model``, ``start_time`` in UTC, ``task``, ``scheme`` (``unquantized`` for the model itself), ``digest`` of the
+        scheme, ``documents``, and the numbers of ``docs/tracking.md`` (``accuracy``, ``difference``,
+        ``difference_low``, ``difference_high``, ``lost``, ``won``, ``p_holm``, ``kl``, ``bits``, …), missing where a
+        run has none. Without rows where no such run exists.
+
+    Raises:
+        UserError: The store cannot be read, or there is no such experiment.
+    """
+    uri = connect(tracking_uri)
+    condition = "tags.`layerbits.kind` = 'evaluation' AND attributes.status = 'FINISHED'"
+    with told(uri):
+        found = search(uri, experiment_id(uri, experiment), condition, rows_of)
+    rows = [row for part in reversed(found) for row in part]
+    frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*_FACTS, *(name for row in rows for name in row)])))
+    frame["start_time"] = pd.to_datetime(frame["start_time"], unit="ms", utc=True)
+    return frame
+
+
+def rows_of(run: RawRun) -> list[dict[str, Any]]:
+    """A row per task and scheme of a run."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    documents: dict[str, float] = {}
+    for key, value in run.metrics.items():
+        parts = key.removeprefix(_PREFIX).split("/")
+        if key.startswith(_PREFIX) and len(parts) == 3:
+            task, scheme, number = parts
+            rows.setdefault((task, scheme), {})[number] = value
+        elif key.startswith(_PREFIX) and parts[1:] == ["documents"]:
+            documents[parts[0]] = value
+    facts = {
+        "run_id": run.run_id,
+        "run_name": run.info.get("run_name"),
+        "source_run_id": run.tags.get("source_run_id"),
+        "model": run.params.get("eff.model"),
+        "start_time": run.info.get("start_time"),
+    }
+    return [
+        {
+            **facts,
+            "task": task,
+            "scheme": scheme,
+            "digest": run.tags.get(f"{DIGEST_TAG}{scheme}"),
+            "documents": documents.get(task),
+            **numbers,
+        }
+        for (task, scheme), numbers in sorted(rows.items())
+    ]

@@ -1,0 +1,154 @@
+"""An evaluation from its command line, on a tiny checkpoint, with a SQLite store."""
+
+import json
+import shutil
+
+import pytest
+from mlflow import MlflowClient
+
+from layerbits import history
+from layerbits.inputs import smollm2
+
+from .entries import start
+from .scoring_support import everyday_tokens, knowing, tiny_model
+
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+
+TASK = """
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: right
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of a tiny model, its evaluation on a task of ours and on one of a folder."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    source = smollm2.checkpoint()
+    model = knowing(tiny_model("llama", vocab_size=49_152, num_hidden_layers=3), everyday_tokens())
+    model.save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / "model")
+    store = [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}/out"]
+    scored = start(
+        "sensitivity", "model=hf", f"model.path={folder}/model", "model.dtype=float32", "quant_pair=wint4_afp16",
+        "autoquant.seq_len=32", "dataset.size=32", *store,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    client = MlflowClient(store[0].partition("=")[2])
+    (source_run,) = client.search_runs(["1"])
+    tasks = folder / "tasks"
+    tasks.mkdir()
+    documents = [
+        {"question": f"Number {i} is", "choices": [" red", " green", " blue"], "right": i % 3} for i in range(20)
+    ]
+    (tasks / "colours.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    (tasks / "colours.yaml").write_text(TASK.replace("FILE", str(tasks / "colours.jsonl")))
+    done = start(
+        "evaluate", f"run_id={source_run.info.run_id}", "schemes=none", "effective_bits=5,8", "tasks=cloze,colours",
+        f"task_path={tasks}", "limit=16", "margin=0.2", "rows=2", *store, LAYERBITS_CACHE=folder / "cache",
+        HF_HOME=folder / "hf",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (made,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'evaluation'")
+    return {"folder": folder, "store": store, "source": source_run, "run": made, "text": done.stdout, "client": client}
+
+
+def test_both_tasks_are_put_to_both_schemes(run):
+    metrics = run["run"].data.metrics
+    for task in ("cloze", "colours"):
+        assert metrics[f"eval/{task}/documents"] == 16
+        for scheme in ("bits_5", "bits_8"):
+            before, after = metrics[f"eval/{task}/unquantized/accuracy"], metrics[f"eval/{task}/{scheme}/accuracy"]
+            assert metrics[f"eval/{task}/{scheme}/difference"] == pytest.approx(after - before)
+            assert metrics[f"eval/{task}/{scheme}/log_odds_low"] < metrics[f"eval/{task}/{scheme}/log_odds_high"]
+            assert metrics[f"eval/{task}/{scheme}/kl"] > 0
+    assert metrics["eval/cloze/bits_5/kl"] > metrics["eval/cloze/bits_8/kl"]
+
+
+def test_the_run_says_what_was_asked_and_of_what(run):
+    data = run["run"].data
+    assert data.tags["source_run_id"] == run["source"].info.run_id
+    assert data.tags["outcome"] == "ok"
+    assert data.params["eff.tasks"] == "cloze,colours"
+    assert data.params["eff.limit"] == "16"
+    assert data.params["eff.harness"] == "0.4.13"
+    assert "shows" not in data.tags["mlflow.note.content"]
+    assert "cloze: 16 documents, which show a loss of" in run["text"]
+
+
+def test_the_documents_are_tables_of_the_run(run):
+    table = run["client"].load_table if hasattr(run["client"], "load_table") else None
+    assert json.loads(run["run"].data.tags["mlflow.loggedArtifacts"])[0]["type"] == "table"
+    frame = table("1", "documents/bits_5.json", [run["run"].info.run_id])
+    assert len(frame) == 32
+    assert set(frame["task"]) == {"cloze", "colours"}
+
+
+def test_history_has_a_row_per_task_and_scheme(run):
+    frame = history.evaluations("layerbits", tracking_uri=run["store"][0].partition("=")[2])
+    assert set(zip(frame["task"], frame["scheme"], strict=True)) == {
+        (task, scheme) for task in ("cloze", "colours") for scheme in ("bits_5", "bits_8", "unquantized")
+    }
+    assert frame.loc[frame["scheme"] == "bits_5", "digest"].notna().all()
+
+
+def test_what_was_kept_for_a_killed_job_is_gone(run):
+    assert not list((run["folder"] / "cache" / "answers").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("tasks=cloz",), "task cloz is not known; did you mean cloze"),
+        (("tasks=none",), "tasks names no task"),
+        (("tasks=cloze", "limit=5"), "5 documents of cloze cannot show any difference in 1 comparisons"),
+        (("tasks=cloze", "chat_template=true"), "has no chat template"),
+        (("tasks=cloze", "margin=3"), "must be a share between 0 and 1"),
+        (("tasks=cloze", "task_path=/no/such"), "is no folder"),
+        (("tasks=empty",), "task empty has no documents"),
+        (("tasks=elsewhere",), "the data of task elsewhere (/no/such/data) cannot be had here"),
+        (("tasks=long",), "and the model takes"),
+        (("tasks=graded",), "none of which says right or wrong"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_line(run, arguments, words):
+    tasks = run["folder"] / "bad_tasks"
+    tasks.mkdir(exist_ok=True)
+    rows = {
+        "empty": [],
+        "long": [{"question": "word " * 6000, "choices": ["a", "b"], "right": 0}] * 8,
+        "graded": [{"question": "one", "answer": "two"}] * 8,
+    }
+    for name, documents in rows.items():
+        (tasks / f"{name}.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+        text = TASK.replace("FILE", str(tasks / f"{name}.jsonl")).replace("task: colours", f"task: {name}")
+        (tasks / f"{name}.yaml").write_text(text)
+    (tasks / "elsewhere.yaml").write_text(
+        TASK.replace("task: colours", "task: elsewhere").replace("dataset_path: json", "dataset_path: /no/such/data")
+    )
+    (tasks / "graded.yaml").write_text(
+        TASK.replace("FILE", str(tasks / "graded.jsonl"))
+        .replace("task: colours", "task: graded")
+        .replace("output_type: multiple_choice", "output_type: generate_until\ngeneration_kwargs: {max_gen_toks: 2}")
+        .replace("doc_to_choice: choices\n", "")
+        .replace("doc_to_target: right", "doc_to_target: answer")
+        .replace("metric: acc", "metric: bleu")
+    )
+    if not any(a.startswith("task_path") for a in arguments):
+        arguments = (*arguments, f"task_path={tasks}")
+    done = start(
+        "evaluate", f"run_id={run['source'].info.run_id}", "schemes=none", "effective_bits=8", "rows=0", *arguments,
+        *run["store"], HF_HOME=run["folder"] / "hf", LAYERBITS_CACHE=run["folder"] / "cache",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert not run["client"].search_runs(["1"], "attributes.status = 'RUNNING'")
