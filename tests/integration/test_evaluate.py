@@ -53,7 +53,7 @@ def run(tmp_path_factory):
     (tasks / "colours.yaml").write_text(TASK.replace("FILE", str(tasks / "colours.jsonl")))
     done = start(
         "evaluate", f"run_id={source_run.info.run_id}", "schemes=none", "effective_bits=5,8", "tasks=cloze,colours",
-        f"task_path={tasks}", "limit=16", "margin=0.2", "rows=2", *store, LAYERBITS_CACHE=folder / "cache",
+        f"task_path={tasks}", "limit=16", "margin=0.2", "rows=2", "predict=true", *store, LAYERBITS_CACHE=folder / "cache",
         HF_HOME=folder / "hf",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -73,6 +73,14 @@ def test_both_tasks_are_put_to_both_schemes(run):
     assert metrics["eval/cloze/bits_5/kl"] > metrics["eval/cloze/bits_8/kl"]
 
 
+def test_predicted_changes_follow_the_measured_ones(run):
+    metrics = run["run"].data.metrics
+    for task in ("cloze", "colours"):
+        assert metrics[f"eval/{task}/bits_8/predicted_spearman"] > 0.5
+    (file,) = run["folder"].glob("out/tmp/evaluation_*/layers.csv")
+    assert len(file.read_text().splitlines()) == 1 + 2 * 12  # tasks, groups
+
+
 def test_the_run_says_what_was_asked_and_of_what(run):
     data = run["run"].data
     assert data.tags["source_run_id"] == run["source"].info.run_id
@@ -80,14 +88,13 @@ def test_the_run_says_what_was_asked_and_of_what(run):
     assert data.params["eff.tasks"] == "cloze,colours"
     assert data.params["eff.limit"] == "16"
     assert data.params["eff.harness"] == "0.4.13"
-    assert "shows" not in data.tags["mlflow.note.content"]
+    assert "exact McNemar" in data.tags["mlflow.note.content"]
     assert "cloze: 16 documents, which show a loss of" in run["text"]
 
 
 def test_the_documents_are_tables_of_the_run(run):
-    table = run["client"].load_table if hasattr(run["client"], "load_table") else None
     assert json.loads(run["run"].data.tags["mlflow.loggedArtifacts"])[0]["type"] == "table"
-    frame = table("1", "documents/bits_5.json", [run["run"].info.run_id])
+    frame = run["client"].load_table("1", "documents/bits_5.json", [run["run"].info.run_id])
     assert len(frame) == 32
     assert set(frame["task"]) == {"cloze", "colours"}
 

@@ -30,7 +30,7 @@ def evaluated(name, tasks, **changes):
 
 def evaluation(*schemes, before=None):
     before = before or [answers([True] * 30 + [False] * 10, [1.0] * 40)]
-    return Evaluation(MODEL, ("run",), "everyday", {t.task: t for t in before}, schemes, 1e-9, None, {"harness": "0"})
+    return Evaluation(MODEL, ("run",), "everyday", {t.task: t for t in before}, schemes, 1e-9, None)
 
 
 def damaged():

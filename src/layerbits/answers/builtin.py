@@ -13,7 +13,8 @@ from typing import Any
 from layerbits.answers.programs import run_all
 
 _CHOICES = 4
-_SHOTS = 64
+_SHOTS = 32
+_QUESTIONS = 1000
 
 
 def cloze(held_out: Sequence[str] = (), **_: Any) -> dict[str, Any]:
@@ -40,29 +41,30 @@ def _halves(caption: str) -> tuple[str, str] | None:
     return (" ".join(words[:at]), " ".join(words[at:])) if at >= 2 else None
 
 
-def procedural(generator: str, level: Mapping[str, Any], documents: int = 500, **_: Any) -> dict[str, Any]:
-    """Questions of a generator of ``reasoning-gym``, and others to show as examples.
+def procedural(generator: str, level: Mapping[str, Any], choices: int = 0, **_: Any) -> dict[str, Any]:
+    """Distinct questions of a generator of ``reasoning-gym``, and others to show as examples.
 
     Args:
         generator: Its name there.
         level: Its settings.
-        documents: Distinct questions to make, at most.
+        choices: Answers to choose among: the right one and those of other questions; 0 = the answer is to be written.
     """
     import reasoning_gym
 
-    def made(seed: int, count: int) -> list[dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for entry in reasoning_gym.create_dataset(generator, size=4 * count, seed=seed, **level):
-            question, answer = str(entry["question"]), str(entry["answer"])
-            found.setdefault(question, {"question": question, "answer": answer})
-            if len(found) == count:
-                break
-        return list(found.values())
-
-    shots = made(1, _SHOTS)
-    shown = {shot["question"] for shot in shots}
-    asked = [one for one in made(0, documents + _SHOTS) if one["question"] not in shown]
-    return _splits(train=shots, test=asked[:documents])
+    found: dict[str, str] = {}
+    for entry in reasoning_gym.create_dataset(generator, size=2 * (_QUESTIONS + _SHOTS), seed=0, **level):
+        found.setdefault(str(entry["question"]), str(entry["answer"]))
+        if len(found) == _QUESTIONS + _SHOTS:
+            break
+    documents: list[dict[str, Any]] = [{"question": q, "answer": a} for q, a in found.items()]
+    if choices:
+        others, draw = sorted(set(found.values())), random.Random(0)
+        for document in documents:
+            answer = document["answer"]
+            offered = [answer, *draw.sample([o for o in others if o != answer], choices - 1)]
+            draw.shuffle(offered)
+            document |= {"choices": offered, "right": offered.index(answer)}
+    return _splits(train=documents[:_SHOTS], test=documents[_SHOTS:])
 
 
 def human_eval(**_: Any) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from layerbits.answers.paired import Paired, Verdict, judge
+from layerbits.answers.paired import Interval, Paired, Verdict, judge
 from layerbits.results.result import FloatArray, ModelInfo
 
 SCHEMA_VERSION = 1
@@ -79,6 +80,7 @@ class Evaluated:
         kl: Measured on held-out rows, with its standard error; NaN where it was not measured.
         tasks: Task → answers.
         seconds: What the answers took.
+        predicted: Task → ``[documents]`` first-order change of the right answers' log-odds, nats; where asked for.
     """
 
     scheme: str
@@ -90,6 +92,24 @@ class Evaluated:
     kl_se: float
     tasks: Mapping[str, TaskAnswers]
     seconds: float = 0.0
+    predicted: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """Which way quantizing one group alone moves the answers of a task, to first order.
+
+    Attributes:
+        task: The task.
+        layer: The group.
+        candidate: What it is quantized with.
+        change: Mean change of the right answers' log-odds over the documents with its interval, nats.
+    """
+
+    task: str
+    layer: str
+    candidate: str
+    change: Interval
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,7 @@ class Evaluation:
         unquantized: Task → the unquantized model's answers.
         floor_kl: KL of the unquantized model to itself by arithmetic alone; NaN where it was not measured.
         margin: Loss of accuracy that is allowed, a share; ``None`` = not asked.
+        layers: What each group does to the answers, where it was asked for.
         settings: What was in force: tasks, limit, batch size, the harness's version and so on.
     """
 
@@ -110,6 +131,7 @@ class Evaluation:
     schemes: tuple[Evaluated, ...]
     floor_kl: float
     margin: float | None
+    layers: tuple[LayerChange, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -123,6 +145,14 @@ class Evaluation:
     def log_odds_changes(self, task: str, scheme: Evaluated) -> FloatArray | None:
         """``[documents]`` change of the right answers' log-odds in nats, ``None`` for generated answers."""
         return log_odds_changes(self.unquantized[task].answers, scheme.tasks[task].answers)
+
+    def predicted_spearman(self, task: str, scheme: Evaluated) -> float:
+        """Rank correlation of predicted with measured changes of log-odds over the documents; NaN without either."""
+        measured = self.log_odds_changes(task, scheme)
+        predicted = scheme.predicted.get(task)
+        if measured is None or predicted is None or np.ptp(predicted) == 0 or np.ptp(measured) == 0:
+            return math.nan
+        return float(stats.spearmanr(predicted, measured).statistic)
 
     def verdicts(self) -> dict[tuple[str, str], Verdict]:
         """(task, scheme) → verdict, Holm over all of them."""
@@ -141,9 +171,11 @@ class Evaluation:
         for scheme in self.schemes:
             for task in self.unquantized:
                 verdict = verdicts[task, scheme.scheme]
-                values |= {
-                    f"eval/{task}/{scheme.scheme}/{name}": value for name, value in _numbers(scheme, verdict).items()
-                }
+                numbers = _numbers(scheme, verdict)
+                if task in scheme.predicted:
+                    numbers["predicted_log_odds"] = float(np.mean(scheme.predicted[task]))
+                    numbers["predicted_spearman"] = self.predicted_spearman(task, scheme)
+                values |= {f"eval/{task}/{scheme.scheme}/{name}": value for name, value in numbers.items()}
         values["eval/floor_kl"] = self.floor_kl
         values |= {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
         return {key: value for key, value in values.items() if math.isfinite(value)}

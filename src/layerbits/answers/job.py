@@ -13,15 +13,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from layerbits.answers.evaluation import Evaluated, Evaluation, TaskAnswers
+from layerbits.answers.evaluation import Evaluated, Evaluation, LayerChange, TaskAnswers
 from layerbits.answers.harness import Harness
-from layerbits.answers.paired import LEVEL, detectable, fewest, points
+from layerbits.answers.paired import LEVEL, detectable, fewest, mean_interval, points
 from layerbits.answers.settings import EvaluateSettings, TaskSettings
 from layerbits.atomic import write_json
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+    from layerbits.answers.predicted import PredictedChanges
+    from layerbits.probing.apply import Ranges
     from layerbits.probing.loading import Prepared
     from layerbits.probing.measured import ProbeResult
     from layerbits.results.result import ModelInfo
@@ -64,6 +68,9 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     unquantized, _ = kept.answers("unquantized", lambda: harness.answers(lm))
     ranges = find_ranges(loaded.model, schemes, prepared.calibration)
     seconds["reference"] = clock() - start
+    start = clock()
+    predicted = predict(harness, lm, schemes, ranges) if settings.predict else {}
+    seconds["predict"] = clock() - start
 
     start = clock()
     made: Made | None = {} if loaded.model.device.type == "cuda" else None
@@ -89,6 +96,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
                 kl_se=math.nan if difference is None else difference.kl_se,
                 tasks=answers,
                 seconds=spent,
+                predicted={task: tuple(map(float, p.of_scheme(scheme))) for task, p in predicted.items()},
             )
         )
     seconds["evaluate"] = clock() - start
@@ -100,6 +108,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
         schemes=tuple(found),
         floor_kl=math.nan if probe is None else probe.floor.kl,
         margin=settings.margin,
+        layers=_layers(predicted, schemes),
         settings=_told(settings, harness, prepared),
         seconds=seconds,
         provenance=provenance(root),
@@ -107,6 +116,29 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     )
     kept.forget()
     return evaluation
+
+
+def predict(harness: Harness, lm: LM, schemes: Sequence[Scheme], ranges: Ranges) -> dict[str, PredictedChanges]:
+    """Task → first-order changes of log-odds, of the tasks whose answers are chosen among several.
+
+    Raises:
+        UserError: There is no such task.
+    """
+    from layerbits.answers.predicted import predict_changes
+
+    tasks = {name: task for name, task in harness.tasks.items() if task.OUTPUT_TYPE == "multiple_choice"}
+    if not tasks:
+        raise UserError("predict=true needs a task whose answers are chosen among several, such as cloze; add one")
+    return {name: predict_changes(lm, task, schemes, ranges) for name, task in tasks.items()}
+
+
+def _layers(predicted: Mapping[str, PredictedChanges], schemes: Sequence[Scheme]) -> tuple[LayerChange, ...]:
+    names = {c.config_hash: c.name for scheme in schemes for c in scheme.candidates}
+    return tuple(
+        LayerChange(task, layer, names[config], mean_interval(values))
+        for task, found in predicted.items()
+        for (layer, config), values in found.changes.items()
+    )
 
 
 def check_documents(documents: Mapping[str, int], schemes: int) -> None:
@@ -205,6 +237,7 @@ def _told(settings: EvaluateSettings, harness: Harness, prepared: Prepared) -> d
         "chat_template": str(tasks.chat_template).lower(),
         "batch_size": str(tasks.batch_size),
         "rows": str(settings.rows),
+        "predict": str(settings.predict).lower(),
         "margin": "none" if settings.margin is None else f"{settings.margin:g}",
         "harness": metadata.version("lm-eval"),
         "dataset": prepared.scheme.calibration.dataset,

@@ -31,10 +31,16 @@ def markdown(evaluation: Evaluation) -> str:
             f"|---|---|---|---|---|---|{'---|' * odds}---|---|",
             *(_row(s, verdicts[task, s.scheme], odds) for s in evaluation.schemes),
         ]
+        told = [(s, evaluation.predicted_spearman(task, s)) for s in evaluation.schemes if task in s.predicted]
+        if told:
+            each = ", ".join(
+                f"{s.scheme} {rho:.2f} (mean {sum(s.predicted[task]) / count:+.2f} nats)" for s, rho in told
+            )
+            lines += ["", f"Predicted against measured change of log-odds, Spearman over the documents: {each}."]
         cut = {"unquantized": answers.cut, **{s.scheme: s.tasks[task].cut for s in evaluation.schemes}}
         if any(cut.values()):
-            told = ", ".join(f"{name} {number}" for name, number in cut.items() if number)
-            lines += ["", f"Answers that ended only at the limit of tokens: {told}."]
+            those = ", ".join(f"{name} {number}" for name, number in cut.items() if number)
+            lines += ["", f"Answers that ended only at the limit of tokens: {those}."]
     lines += [
         "",
         f"Intervals and tests are paired, at {LEVEL:.0%}: Bonett and Price 2012, exact McNemar, Holm over all "
@@ -92,6 +98,16 @@ def table(evaluation: Evaluation, scheme: Evaluated) -> str:
     return json.dumps({"columns": columns, "data": [[row[c] for c in columns] for row in rows]}, allow_nan=False)
 
 
+def layers_csv(evaluation: Evaluation) -> str:
+    """What each group alone does to the answers of each task, the most harmful first."""
+    ordered = sorted(evaluation.layers, key=lambda one: (one.task, one.candidate, one.change.value))
+    rows = (
+        f"{one.task},{one.layer},{one.candidate},{one.change.value:.6g},{one.change.low:.6g},{one.change.high:.6g}"
+        for one in ordered
+    )
+    return "\n".join(["task,layer,candidate,log_odds,log_odds_low,log_odds_high", *rows]) + "\n"
+
+
 def figure(evaluation: Evaluation) -> Any:
     """Accuracy difference against measured KL, a panel per task, both with their intervals."""
     import pandas as pd
@@ -131,6 +147,8 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> Path:
     with whole_folder(final) as partial:
         write_json(partial / "evaluation.json", evaluation.to_json())
         (partial / "evaluation.md").write_text(markdown(evaluation))
+        if evaluation.layers:
+            (partial / "layers.csv").write_text(layers_csv(evaluation))
         (partial / "documents").mkdir()
         for scheme in evaluation.schemes:
             (partial / table_path(scheme)).write_text(table(evaluation, scheme))

@@ -43,11 +43,13 @@ class EvaluateSettings:
         tasks: The tasks.
         rows: Held-out rows that the KL divergence is measured on; 0 = it is not.
         margin: Loss of accuracy that is allowed, a share.
+        predict: Whether the change of each document's log-odds is predicted per group too.
     """
 
     tasks: TaskSettings
     rows: int = 8
     margin: float | None = None
+    predict: bool = False
 
 
 def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
@@ -70,7 +72,12 @@ def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
         chat_template=_flag("chat_template", config["chat_template"]),
         batch_size=_at_least(1, "eval_batch_size", config["eval_batch_size"]) or 1,
     )
-    settings = EvaluateSettings(tasks, _at_least(0, "rows", config["rows"]) or 0, _margin(config["margin"]))
+    settings = EvaluateSettings(
+        tasks=tasks,
+        rows=_at_least(0, "rows", config["rows"]) or 0,
+        margin=_margin(config["margin"]),
+        predict=_flag("predict", config["predict"]),
+    )
     if find_spec("lm_eval") is None:
         raise UserError(
             "lm-evaluation-harness is not installed; run `pip install -r requirements-eval.lock` in this environment"
