@@ -53,8 +53,8 @@ def run(tmp_path_factory):
     (tasks / "colours.yaml").write_text(TASK.replace("FILE", str(tasks / "colours.jsonl")))
     done = start(
         "evaluate", f"run_id={source_run.info.run_id}", "schemes=none", "effective_bits=5,8", "tasks=cloze,colours",
-        f"task_path={tasks}", "limit=16", "margin=0.2", "rows=2", "predict=true", *store, LAYERBITS_CACHE=folder / "cache",
-        HF_HOME=folder / "hf",
+        f"task_path={tasks}", "limit=16", "margin=0.2", "rows=2", "predict=true", *store,
+        LAYERBITS_CACHE=folder / "cache", HF_HOME=folder / "hf",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (made,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'evaluation'")
