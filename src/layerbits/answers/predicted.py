@@ -1,7 +1,7 @@
 """Which layer moves which answers: the first-order change of each document's log-odds, with its sign.
 
 A candidate changes the output ``y`` of a linear by ``Δy``. To first order the log-odds ``o`` of a right answer change
-by ``Σ ∂o/∂y · Δy`` over the tokens of its document. AutoQuant's gradient score sums the square of the same products over
+by ``Σ ∂o/∂y · Δy`` over the tokens of its document. AutoQuant's gradient score sums the square of these products over
 all data, of the loss; here the sign is kept, and each document stays apart. One forward and one backward over the
 documents serve all linears and candidates.
 """
