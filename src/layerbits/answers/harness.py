@@ -24,7 +24,8 @@ OWN = Path(__file__).resolve().parent / "tasks"
 """YAML files of the tasks that need no network."""
 _TOKENS = 256
 """Generated tokens where a task does not say."""
-_SHOWN = 2000
+_SHOWN = 1000
+"""Characters kept of a prompt (its end) and of an answer."""
 _SEED = 1234
 
 
