@@ -128,14 +128,15 @@ def _row(
         predicted = scheme.get("predicted", {}).get(task)
         if predicted and np.ptp(predicted) and np.ptp(odds):
             rho = f"{stats.spearmanr(predicted, odds).statistic:.2f}"
+    kl = np.nan if scheme["kl"] is None else scheme["kl"]
     pair = Path(one["source_run_ids"][0]).name.split("_small_")[0].split("_medium_")[0]
     return {
         "model": one["model"]["name"],
         "n": paired.n,
-        "kl": np.nan if scheme["kl"] is None else scheme["kl"],
+        "kl": kl,
         "right": np.asarray(right[1], dtype=float),
         "width": (difference.high - difference.low) / paired.unpaired_width if paired.unpaired_width else np.nan,
-        "line": f"| {one['model']['name']} | {pair} | {scheme['effective_bits']:.2f} | {np.nan if scheme['kl'] is None else scheme['kl']:.4g} | "
+        "line": f"| {one['model']['name']} | {pair} | {scheme['effective_bits']:.2f} | {kl:.4g} | "
         f"{100 * paired.accuracies[1]:.1f} % | {paired.lost} / {paired.won} | {100 * difference.value:+.1f} "
         f"({100 * difference.low:+.1f} to {100 * difference.high:+.1f}) | {told} | {verdict['verdict']} | {rho} |",
     }  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 from layerbits import entry
 from layerbits.answers.report import markdown, parameters, tags, write_evaluation
 from layerbits.answers.settings import evaluate_settings
+from layerbits.paths import user_path
 from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
 from layerbits.tracking.settings import TrackingSpec
@@ -24,7 +25,7 @@ def evaluate(config: dict[str, Any]) -> None:
     """Makes or reads the schemes, asks, writes and logs the result."""
     settings = evaluate_settings(config)
     wanted = SchemeRequest.from_config(config, CONFIGS / "scheme")
-    root = Path(config["output_root"]).expanduser().absolute()
+    root = user_path(config["output_root"])
 
     def make(uri: str | None) -> entry.Derived:
         from layerbits.answers.job import evaluate_schemes
@@ -38,9 +39,8 @@ def evaluate(config: dict[str, Any]) -> None:
         return entry.Derived(folder, result.metrics(), parameters(result), told)
 
     name = f"evaluation of {wanted.source_name}"
-    entry.log_derived("evaluation", name, TrackingSpec(**config["tracking"]), ROOT, make, system_metrics=True)
+    entry.log_derived("evaluation", name, TrackingSpec.from_config(config), ROOT, make, system_metrics=True)
 
 
 if __name__ == "__main__":
-    keys = ("run_id", "schemes", "controls", "effective_bits", "candidates", "scheme_files", "tasks")
-    entry.start(evaluate, CONFIGS, "evaluate", lists=keys)
+    entry.start(evaluate, CONFIGS, "evaluate")

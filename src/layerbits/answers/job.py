@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from layerbits.schemes import Scheme
 
 
+_LONG = 512
+"""Tokens of a request, for the estimate of memory."""
+
+
 def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, device: str, root: Path) -> Evaluation:
     """Asks the unquantized model and each scheme the same questions.
 
@@ -47,8 +51,10 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     """
     from layerbits.probing.apply import Made, apply_scheme, find_ranges
     from layerbits.probing.loading import prepare_together
+    from layerbits.probing.probe import weights_fit
     from layerbits.progress import progress
     from layerbits.provenance import provenance
+    from layerbits.scoring.precision import computing, plan_precision
 
     clock = time.perf_counter
     start = clock()
@@ -63,42 +69,43 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     start = clock()
     probe = _probe(prepared, loaded.model, loaded.info, schemes, settings) if settings.rows else None
     seconds["probe"] = clock() - start
-    start = clock()
-    kept = _Kept(_key(loaded.info, harness, settings.tasks))
-    unquantized, _ = kept.answers("unquantized", lambda: harness.answers(lm))
     ranges = find_ranges(loaded.model, schemes, prepared.calibration)
-    seconds["reference"] = clock() - start
-    start = clock()
-    predicted = predict(harness, lm, schemes, ranges) if settings.predict else {}
-    seconds["predict"] = clock() - start
+    precision = plan_precision(loaded.model, settings.tasks.batch_size * _LONG, settings.dtype)
+    kept = _Kept(_key(loaded.info, precision.dtype, harness, settings.tasks))
+    with computing(loaded.model, precision):
+        start = clock()
+        unquantized, _ = kept.answers("unquantized", lambda: harness.answers(lm))
+        seconds["reference"] = clock() - start
+        start = clock()
+        predicted = predict(harness, lm, schemes, ranges) if settings.predict else {}
+        seconds["predict"] = clock() - start
+        start = clock()
+        made: Made | None = {} if weights_fit(loaded.model, schemes) else None
+        measured = {} if probe is None else {p.scheme: p.difference for p in probe.schemes}
+        found = []
+        for scheme in progress(schemes, "evaluating"):
 
-    start = clock()
-    made: Made | None = {} if loaded.model.device.type == "cuda" else None
-    measured = {} if probe is None else {p.scheme: p.difference for p in probe.schemes}
-    found = []
-    for scheme in progress(schemes, "evaluating"):
+            def ask(scheme: Scheme = scheme) -> dict[str, TaskAnswers]:
+                with apply_scheme(loaded.model, scheme, ranges, made=made):
+                    return harness.answers(lm)
 
-        def ask(scheme: Scheme = scheme) -> dict[str, TaskAnswers]:
-            with apply_scheme(loaded.model, scheme, ranges, made=made):
-                return harness.answers(lm)
-
-        answers, spent = kept.answers(scheme.digest, ask)
-        check_same_prompts(unquantized, answers, scheme.name)
-        difference = measured.get(scheme.name)
-        found.append(
-            Evaluated(
-                scheme=scheme.name,
-                digest=scheme.digest,
-                control_of=scheme.how.get("reference"),
-                effective_bits=scheme.effective_bits,
-                predicted_kl=scheme.predicted_kl + scheme.kv_predicted_kl,
-                kl=math.nan if difference is None else difference.kl,
-                kl_se=math.nan if difference is None else difference.kl_se,
-                tasks=answers,
-                seconds=spent,
-                predicted={task: tuple(map(float, p.of_scheme(scheme))) for task, p in predicted.items()},
+            answers, spent = kept.answers(scheme.digest, ask)
+            check_same_prompts(unquantized, answers, scheme.name)
+            difference = measured.get(scheme.name)
+            found.append(
+                Evaluated(
+                    scheme=scheme.name,
+                    digest=scheme.digest,
+                    control_of=scheme.how.get("reference"),
+                    effective_bits=scheme.effective_bits,
+                    predicted_kl=scheme.predicted_kl + scheme.kv_predicted_kl,
+                    kl=math.nan if difference is None else difference.kl,
+                    kl_se=math.nan if difference is None else difference.kl_se,
+                    tasks=answers,
+                    seconds=spent,
+                    predicted={task: tuple(map(float, p.of_scheme(scheme))) for task, p in predicted.items()},
+                )
             )
-        )
     seconds["evaluate"] = clock() - start
     evaluation = Evaluation(
         model=loaded.info,
@@ -109,7 +116,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
         floor_kl=math.nan if probe is None else probe.floor.kl,
         margin=settings.margin,
         layers=_layers(predicted, schemes),
-        settings=_told(settings, harness, prepared),
+        settings={**_told(settings, harness, prepared), "dtype": precision.dtype},
         seconds=seconds,
         provenance=provenance(root),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -188,7 +195,7 @@ def _probe(
     held_out, rows = prepared.captions.held_out, settings.rows
     batches = held_out_rows(held_out, prepared.tokenizer, packing, seq_len, rows, rows)
     what = Rows(data.dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
-    return probe(model, info, schemes, prepared.calibration, batches, what)
+    return probe(model, info, schemes, prepared.calibration, batches, what, dtype=settings.dtype)
 
 
 class _Kept:
@@ -218,11 +225,11 @@ class _Kept:
             self._folder.rmdir()
 
 
-def _key(info: ModelInfo, harness: Harness, settings: TaskSettings) -> str:
+def _key(info: ModelInfo, dtype: str, harness: Harness, settings: TaskSettings) -> str:
     from layerbits import __version__
 
     configs = {name: task.dump_config() for name, task in harness.tasks.items()}
-    plain = [asdict(info), configs, asdict(settings), __version__, metadata.version("lm-eval")]
+    plain = [asdict(info), dtype, configs, asdict(settings), __version__, metadata.version("lm-eval")]
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

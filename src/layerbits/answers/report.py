@@ -14,10 +14,10 @@ from layerbits.atomic import dated, whole_folder, write_json
 
 def markdown(evaluation: Evaluation) -> str:
     """A table per task with a row per scheme, and what to read it with."""
-    verdicts = evaluation.verdicts()
+    verdicts, told = evaluation.verdicts(), evaluation.settings
     lines = [
-        f"{evaluation.model.name} ({evaluation.model.dtype}) and {len(evaluation.schemes)} schemes on the same "
-        f"questions, lm-evaluation-harness {evaluation.settings.get('harness', '')}, greedy.",
+        f"{evaluation.model.name} ({told.get('dtype', evaluation.model.dtype)}) and {len(evaluation.schemes)} schemes on the same "
+        f"questions, lm-evaluation-harness {told.get('harness', '')}, greedy.",
     ]
     for task, answers in evaluation.unquantized.items():
         count = len(answers.answers)
@@ -31,10 +31,10 @@ def markdown(evaluation: Evaluation) -> str:
             f"|---|---|---|---|---|---|{'---|' * odds}---|---|",
             *(_row(s, verdicts[task, s.scheme], odds) for s in evaluation.schemes),
         ]
-        told = [(s, evaluation.predicted_spearman(task, s)) for s in evaluation.schemes if task in s.predicted]
-        if told:
+        rhos = [(s, evaluation.predicted_spearman(task, s)) for s in evaluation.schemes if task in s.predicted]
+        if rhos:
             each = ", ".join(
-                f"{s.scheme} {rho:.2f} (mean {sum(s.predicted[task]) / count:+.2f} nats)" for s, rho in told
+                f"{s.scheme} {rho:.2f} (mean {sum(s.predicted[task]) / count:+.2f} nats)" for s, rho in rhos
             )
             lines += ["", f"Predicted against measured change of log-odds, Spearman over the documents: {each}."]
         cut = {"unquantized": answers.cut, **{s.scheme: s.tasks[task].cut for s in evaluation.schemes}}
@@ -74,7 +74,6 @@ def parameters(evaluation: Evaluation) -> dict[str, str]:
     return {
         "eff.model": model.name,
         "eff.model_revision": model.revision,
-        "eff.dtype": model.dtype,
         "eff.schemes": ",".join(s.scheme for s in evaluation.schemes),
         **{f"eff.{name}": value for name, value in evaluation.settings.items()},
     }

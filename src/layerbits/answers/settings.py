@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.paths import user_path
 from layerbits.schemes.settings import listed, whole
+from layerbits.scoring.precision import check_dtype
 
 _NONE = (None, "", "none", "null")
 
@@ -44,12 +46,14 @@ class EvaluateSettings:
         rows: Held-out rows that the KL divergence is measured on; 0 = it is not.
         margin: Loss of accuracy that is allowed, a share.
         predict: Whether the change of each document's log-odds is predicted per group too.
+        dtype: What the model computes in, one of :data:`layerbits.scoring.precision.DTYPES`.
     """
 
     tasks: TaskSettings
     rows: int = 8
     margin: float | None = None
     predict: bool = False
+    dtype: str = "auto"
 
 
 def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
@@ -61,7 +65,7 @@ def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
     names = tuple(dict.fromkeys(listed(config["tasks"])))
     if not names:
         raise UserError("tasks names no task; use tasks=cloze, or others of docs/answers.md")
-    path = None if config["task_path"] in _NONE else Path(str(config["task_path"])).expanduser().absolute()
+    path = None if config["task_path"] in _NONE else user_path(str(config["task_path"]))
     if path is not None and not path.is_dir():
         raise UserError(f"task_path={path} is no folder; give one with task YAML files")
     tasks = TaskSettings(
@@ -77,6 +81,7 @@ def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
         rows=_at_least(0, "rows", config["rows"]) or 0,
         margin=_margin(config["margin"]),
         predict=_flag("predict", config["predict"]),
+        dtype=check_dtype(str(config["dtype"])),
     )
     if find_spec("lm_eval") is None:
         raise UserError(

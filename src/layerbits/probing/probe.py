@@ -162,7 +162,7 @@ def _measured(
     seconds["reference"] = clock() - start
 
     began = clock()
-    made: Made | None = {} if _weights_fit(model, schemes) else None
+    made: Made | None = {} if weights_fit(model, schemes) else None
     measured: dict[str, tuple[Difference, tuple[float, ...]]] = {}
     probes = []
     for scheme in progress(schemes, "probing"):
@@ -204,7 +204,7 @@ def _measured(
     )
 
 
-def _weights_fit(model: Any, schemes: Sequence[Scheme]) -> bool:
+def weights_fit(model: Any, schemes: Sequence[Scheme]) -> bool:
     """Whether the quantized weights of all schemes may stay in memory, each distinct one once."""
     from layerbits.inputs.offload import offloaded
     from layerbits.scoring.memory import free_bytes
