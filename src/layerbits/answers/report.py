@@ -15,9 +15,10 @@ from layerbits.atomic import dated, whole_folder, write_json
 def markdown(evaluation: Evaluation) -> str:
     """A table per task with a row per scheme, and what to read it with."""
     verdicts, told = evaluation.verdicts(), evaluation.settings
+    dtype = told.get("dtype", evaluation.model.dtype)
     lines = [
-        f"{evaluation.model.name} ({told.get('dtype', evaluation.model.dtype)}) and {len(evaluation.schemes)} schemes on the same "
-        f"questions, lm-evaluation-harness {told.get('harness', '')}, greedy.",
+        f"{evaluation.model.name} ({dtype}) and {len(evaluation.schemes)} schemes on the same questions, "
+        f"lm-evaluation-harness {told.get('harness', '')}, greedy.",
     ]
     for task, answers in evaluation.unquantized.items():
         count = len(answers.answers)
