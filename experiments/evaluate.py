@@ -35,7 +35,7 @@ def evaluate(config: dict[str, Any]) -> None:
         folder = write_evaluation(result, root)
         print(f"\n{markdown(result)}\nevaluation: {folder}")
         told = {**result.provenance, "source_run_id": schemes[0].source_run_id, **entry.note(markdown(result))}
-        told |= {**digests({s.scheme: s.digest for s in result.schemes}), **tags(result)}
+        told |= {**digests({s.scheme: s.digest for s in result.schemes if s.digest}), **tags(result)}
         return entry.Derived(folder, result.metrics(), parameters(result), told)
 
     name = f"evaluation of {wanted.source_name}"

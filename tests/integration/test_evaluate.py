@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 from layerbits import history
 from layerbits.inputs import smollm2
 
+from .completions import completions
 from .entries import start
 from .scoring_support import everyday_tokens, knowing, tiny_model
 
@@ -111,6 +112,59 @@ def test_what_was_kept_for_a_killed_job_is_gone(run):
     assert not list((run["folder"] / "cache" / "answers").glob("*"))
 
 
+def evaluate(run, *arguments):
+    """An evaluation of one scheme of the run, without rows."""
+    return start(
+        "evaluate", f"run_id={run['source'].info.run_id}", "schemes=none", "effective_bits=8", "rows=0", *arguments,
+        *run["store"], HF_HOME=run["folder"] / "hf", LAYERBITS_CACHE=run["folder"] / "cache",
+    )  # fmt: skip
+
+
+def test_a_served_model_gets_the_verdict_of_the_model_in_memory(run):
+    with completions(run["folder"] / "model") as url:
+        done = evaluate(run, "tasks=cloze,sums_written", "limit=12", f"endpoint={url}", "num_fewshot=0")
+    assert done.returncode == 0, done.stderr
+    newest = max(run["folder"].glob("out/tmp/evaluation_*"))
+    plain = json.loads((newest / "evaluation.json").read_text())
+    (served,) = [s for s in plain["schemes"] if s["scheme"] == "served"]
+    for task in ("cloze", "sums_written"):
+        ours, theirs = (each[task]["answers"] for each in (plain["unquantized"], served["tasks"]))
+        assert [a["said"] for a in theirs] == [a["said"] for a in ours]
+    odds = [[a["log_odds"] for a in each["cloze"]["answers"]] for each in (plain["unquantized"], served["tasks"])]
+    assert odds[1] == pytest.approx(odds[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"endpoint_model": "other"}, "serves tiny, and there is no other; set endpoint_model"),
+        ({"weights": "random"}, "the endpoint serves another model"),
+        ({"echo": False}, "must give log-probabilities of the prompt (echo)"),
+    ],
+)
+def test_an_endpoint_of_something_else_is_refused(run, tmp_path, change, words):
+    folder = run["folder"] / "model"
+    if "weights" in change:
+        shutil.copytree(folder, tmp_path / "model")
+        folder = tmp_path / "model"
+        tiny_model("llama", vocab_size=49_152, num_hidden_layers=3).save_pretrained(folder)
+    with completions(folder, echo=change.get("echo", True)) as url:
+        asked = [f"endpoint_model={change['endpoint_model']}"] if "endpoint_model" in change else []
+        done = evaluate(run, "tasks=cloze", "limit=12", f"endpoint={url}", *asked)
+    check_refused(run, done, words)
+
+
+def test_an_endpoint_that_is_not_there_is_refused(run):
+    check_refused(run, evaluate(run, "tasks=cloze", "endpoint=http://127.0.0.1:9"), "does not answer as an OpenAI-comp")
+
+
+def check_refused(run, done, words):
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert not run["client"].search_runs(["1"], "attributes.status = 'RUNNING'")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -151,11 +205,4 @@ def test_what_cannot_be_asked_is_refused_in_one_line(run, arguments, words):
     )
     if not any(a.startswith("task_path") for a in arguments):
         arguments = (*arguments, f"task_path={tasks}")
-    done = start(
-        "evaluate", f"run_id={run['source'].info.run_id}", "schemes=none", "effective_bits=8", "rows=0", *arguments,
-        *run["store"], HF_HOME=run["folder"] / "hf", LAYERBITS_CACHE=run["folder"] / "cache",
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert words in line
-    assert not run["client"].search_runs(["1"], "attributes.status = 'RUNNING'")
+    check_refused(run, evaluate(run, *arguments), words)

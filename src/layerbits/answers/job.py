@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerbits.answers.endpoint import answering, check_same_model, served
 from layerbits.answers.evaluation import Evaluated, Evaluation, LayerChange, TaskAnswers
 from layerbits.answers.harness import Harness
 from layerbits.answers.paired import LEVEL, detectable, fewest, mean_interval, points
@@ -60,10 +61,14 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     start = clock()
     prepared = prepare_together(schemes, "evaluate")
     harness = Harness(settings.tasks, prepared.captions.held_out)
-    check_documents(harness.documents, len({s.digest for s in schemes}))
+    check_documents(harness.documents, len({s.digest for s in schemes}) + (settings.endpoint is not None))
     loaded = prepared.load(device, whole=True)
     lm = harness.wrap(loaded.model, loaded.tokenizer)
     harness.check_lengths(lm)
+    remote = None
+    if settings.endpoint is not None:
+        remote = served(settings.endpoint, settings.endpoint_model, prepared.resolved.source, lm.max_length)
+        check_same_model(lm, remote, prepared.captions.held_out[0])
     seconds = {"load": clock() - start}
 
     start = clock()
@@ -106,6 +111,13 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
                     predicted={task: tuple(map(float, p.of_scheme(scheme))) for task, p in predicted.items()},
                 )
             )
+    if remote is not None:
+        start_served = clock()
+        with answering():
+            answers = harness.answers(remote)
+        check_same_prompts(unquantized, answers, "the endpoint")
+        nan, spent = math.nan, clock() - start_served
+        found.append(Evaluated("served", "", None, nan, nan, nan, nan, answers, spent))
     seconds["evaluate"] = clock() - start
     evaluation = Evaluation(
         model=loaded.info,
@@ -244,6 +256,7 @@ def _told(settings: EvaluateSettings, harness: Harness, prepared: Prepared) -> d
         "chat_template": str(tasks.chat_template).lower(),
         "batch_size": str(tasks.batch_size),
         "rows": str(settings.rows),
+        "endpoint": " ".join(filter(None, (settings.endpoint, settings.endpoint_model))) or "none",
         "predict": str(settings.predict).lower(),
         "margin": "none" if settings.margin is None else f"{settings.margin:g}",
         "harness": metadata.version("lm-eval"),

@@ -55,9 +55,10 @@ def markdown(evaluation: Evaluation) -> str:
 def _row(scheme: Evaluated, verdict: Verdict, odds: bool) -> str:
     paired = verdict.paired
     kl = f"{scheme.kl:.4g} ± {scheme.kl_se:.1g}" if math.isfinite(scheme.kl) else "–"
+    bits = f"{scheme.effective_bits:.3f}" if math.isfinite(scheme.effective_bits) else "–"
     change = f" {_interval(verdict.log_odds, 1.0)} |" if odds else ""
     return (
-        f"| {scheme.scheme} | {scheme.effective_bits:.3f} | {kl} | {100 * paired.accuracies[1]:.1f} % | "
+        f"| {scheme.scheme} | {bits} | {kl} | {100 * paired.accuracies[1]:.1f} % | "
         f"{paired.lost} / {paired.won} | {_interval(verdict.difference, 100.0)} |{change} {verdict.adjusted:.2g} | "
         f"{verdict.words} |"
     )

@@ -47,6 +47,8 @@ class EvaluateSettings:
         margin: Loss of accuracy that is allowed, a share.
         predict: Whether the change of each document's log-odds is predicted per group too.
         dtype: What the model computes in, one of :data:`layerbits.scoring.precision.DTYPES`.
+        endpoint: Server that is asked too; ``None`` = none.
+        endpoint_model: Name of the model there; ``None`` = the only one.
     """
 
     tasks: TaskSettings
@@ -54,6 +56,8 @@ class EvaluateSettings:
     margin: float | None = None
     predict: bool = False
     dtype: str = "auto"
+    endpoint: str | None = None
+    endpoint_model: str | None = None
 
 
 def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
@@ -82,6 +86,8 @@ def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
         margin=_margin(config["margin"]),
         predict=_flag("predict", config["predict"]),
         dtype=check_dtype(str(config["dtype"])),
+        endpoint=_text(config["endpoint"]),
+        endpoint_model=_text(config["endpoint_model"]),
     )
     if find_spec("lm_eval") is None:
         raise UserError(
@@ -97,6 +103,10 @@ def _at_least(least: int, key: str, value: object) -> int | None:
     if found < least:
         raise UserError(f"{key}={value} is too small; use {least} or more")
     return found
+
+
+def _text(value: object) -> str | None:
+    return None if value in _NONE else str(value)
 
 
 def _flag(key: str, value: object) -> bool:
