@@ -85,7 +85,7 @@ class Harness:
         """
         most = lm.max_length
         for name, task in self.tasks.items():
-            self._build(lm, name, task)
+            self.build(task, lm)
             room = 0
             if task.OUTPUT_TYPE == "generate_until":
                 room = int(task.config.generation_kwargs.get("max_gen_toks", _TOKENS))
@@ -118,9 +118,15 @@ class Harness:
             )
         return {name: _read(name, task, found["samples"][name], lm) for name, task in self.tasks.items()}
 
-    def _build(self, lm: LM, name: str, task: Task) -> None:
+    def build(self, task: Task, lm: LM | None = None) -> None:
+        """Builds a task's requests.
+
+        Args:
+            task: One of :attr:`tasks`.
+            lm: The model, whose chat template is used where one is asked for.
+        """
         task.set_fewshot_seed(seed=_SEED)
-        chat = self._settings.chat_template
+        chat = self._settings.chat_template and lm is not None
         with _quiet():
             task.build_all_requests(
                 limit=self._settings.limit,
@@ -131,8 +137,8 @@ class Harness:
                 system_instruction=None,
                 apply_chat_template=chat,
                 fewshot_as_multiturn=chat,
-                chat_template=lm.apply_chat_template if chat else None,
-                tokenizer_name=lm.tokenizer_name if chat else "",
+                chat_template=lm.apply_chat_template if chat and lm is not None else None,
+                tokenizer_name=lm.tokenizer_name if chat and lm is not None else "",
             )
 
 

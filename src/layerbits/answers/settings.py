@@ -89,11 +89,20 @@ def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
         endpoint=_text(config["endpoint"]),
         endpoint_model=_text(config["endpoint_model"]),
     )
+    check_installed()
+    return settings
+
+
+def check_installed() -> None:
+    """Checks that the harness is there.
+
+    Raises:
+        UserError: It is not.
+    """
     if find_spec("lm_eval") is None:
         raise UserError(
             "lm-evaluation-harness is not installed; run `pip install -r requirements-eval.lock` in this environment"
         )
-    return settings
 
 
 def _at_least(least: int, key: str, value: object) -> int | None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from layerbits.errors import UserError
+from layerbits.inputs.captions import Question
 
 PACKINGS = ("packed", "padded")
 
@@ -144,7 +145,12 @@ def build_calibration(
     calib = _batches(tokens, packing, seq_len, batch_size)
     score = calib
     if samples < len(captions):
-        score = _batches(replace(tokens, texts=tokens.texts[:samples]), packing, seq_len, batch_size)
+        score = _batches(
+            replace(tokens, texts=tokens.texts[:samples], counted=tokens.counted[:samples]),
+            packing,
+            seq_len,
+            batch_size,
+        )
     warnings = []
     cut = sum(len(tokens.lead) + len(text) > seq_len for text in tokens.texts)
     if packing == "padded" and cut:
@@ -199,10 +205,15 @@ def _check(packing: str, seq_len: int, batch_size: int) -> None:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Tokens that open a row, tokens of each caption with its separator, and the token to pad with."""
+    """Tokens that open a row, tokens of each caption with its separator, and the token to pad with.
+
+    Attributes:
+        counted: Of each caption, the tokens that count in the loss: all, or those of the answer to a question.
+    """
 
     lead: list[int]
     texts: list[list[int]]
+    counted: list[list[bool]]
     pad: int
 
 
@@ -217,36 +228,62 @@ def _tokenise(captions: Sequence[str], tokenizer: Any) -> _Tokens:
     if not separator:
         raise UserError("the tokenizer has no end-of-text, begin-of-text or newline token; set its eos_token")
     opening = tokenizer("")["input_ids"][:1]
+    texts, counted = [], []
+    for caption, ids in zip(captions, _token_ids(captions, tokenizer), strict=True):
+        texts.append([*ids, *separator])
+        if isinstance(caption, Question):
+            prompt = len(_token_ids([caption[: caption.answer]], tokenizer)[0])
+            counted.append([*([False] * prompt), *([True] * (len(ids) - prompt)), *([False] * len(separator))])
+        else:
+            counted.append([True] * len(texts[-1]))
     return _Tokens(
         lead=opening if opening == [bos] else [],
-        texts=[[*ids, *separator] for ids in tokenizer(list(captions), add_special_tokens=False)["input_ids"]],
+        texts=texts,
+        counted=counted,
         pad=next((token for token in (pad, eos) if token is not None), 0),
     )
+
+
+def _token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Tokens of each text; prompt and answer of a question apart, so that no token is of both."""
+    parts = [[t[: t.answer], t[t.answer :]] if isinstance(t, Question) else [t] for t in texts]
+    found = iter(tokenizer([part for those in parts for part in those], add_special_tokens=False)["input_ids"])
+    return [[token for _ in those for token in next(found)] for those in parts]
 
 
 def _batches(tokens: _Tokens, packing: str, seq_len: int, batch_size: int) -> tuple[Batch, ...]:
     width = seq_len - len(tokens.lead)
     if packing == "packed":
-        stream = [(token, sample) for sample, text in enumerate(tokens.texts) for token in text]
+        stream = [one for text in _marked(tokens) for one in text]
         bodies = [stream[at : at + width] for at in range(0, len(stream), width)]
     else:
-        bodies = [[(token, sample) for token in text[:width]] for sample, text in enumerate(tokens.texts)]
-    rows = [[*((token, body[0][1]) for token in tokens.lead), *body] for body in bodies]
+        bodies = [text[:width] for text in _marked(tokens)]
+    rows = [[*((token, body[0][1], False) for token in tokens.lead), *body] for body in bodies]
     rows = [row for row in rows if len(row) > 1]  # a lone token predicts nothing
     if not rows:
         raise UserError("the captions hold no token to predict; give longer captions")
+    if packing == "padded" and any(not any(one[2] for one in row[1:]) for row in rows):
+        raise UserError(f"a question's answer lies beyond the {seq_len} tokens of a row; raise autoquant.seq_len")
     if packing == "padded":
-        rows = [[*row, *[(tokens.pad, _PADDING)] * (seq_len - len(row))] for row in rows]
+        rows = [[*row, *[(tokens.pad, _PADDING, False)] * (seq_len - len(row))] for row in rows]
     chunks = (rows[at : at + batch_size] for at in range(0, len(rows), batch_size))
     return tuple(Batch(tuple(_segments(chunk, packing == "padded"))) for chunk in chunks)
 
 
-def _segments(rows: list[list[tuple[int, int]]], masked: bool) -> Iterator[Segment]:
-    """Rows of (token, sample) as tensors, one segment per row length."""
+def _marked(tokens: _Tokens) -> list[list[tuple[int, int, bool]]]:
+    """Per caption its tokens, each with the caption's number and whether it counts."""
+    return [
+        [(token, sample, counts) for token, counts in zip(text, counted, strict=True)]
+        for sample, (text, counted) in enumerate(zip(tokens.texts, tokens.counted, strict=True))
+    ]
+
+
+def _segments(rows: list[list[tuple[int, int, bool]]], masked: bool) -> Iterator[Segment]:
+    """Rows of (token, sample, counts) as tensors, one segment per row length."""
     for _, same in groupby(rows, key=len):
-        both = torch.tensor(list(same), dtype=torch.int64)
-        tokens, sample = both[..., 0].contiguous(), both[..., 1].to(torch.int32)
-        loss_mask = sample != _PADDING
-        attention_mask = loss_mask.to(torch.int64) if masked else None
+        all_three = torch.tensor(list(same), dtype=torch.int64)
+        tokens, sample = all_three[..., 0].contiguous(), all_three[..., 1].to(torch.int32)
+        loss_mask = all_three[..., 2].bool()
+        attention_mask = (sample != _PADDING).to(torch.int64) if masked else None
         loss_mask[:, 0] = False
         yield Segment(tokens, attention_mask, loss_mask, sample)

@@ -33,6 +33,22 @@ COCO_FILE = "coco2017_captions.txt"
 """Name of the built COCO 2017 list in the cache folder."""
 
 
+class Question(str):
+    """A line of a task: a prompt with its right answer, which alone counts in the loss.
+
+    Attributes:
+        answer: Where the answer starts, in characters.
+    """
+
+    answer: int
+
+    def __new__(cls, prompt: str, answer: str) -> Question:
+        """Joins both as they are."""
+        made = super().__new__(cls, prompt + answer)
+        made.answer = len(prompt)
+        return made
+
+
 @dataclass(frozen=True)
 class CaptionSet:
     """Captions of one run.
@@ -58,10 +74,10 @@ def load_captions(name: str, size: str, path: str | Path | None = None) -> Capti
     """Loads a caption list and splits it.
 
     Args:
-        name: ``everyday`` (shipped), ``coco2017`` (built by ``python -m layerbits.inputs.coco``), ``text_file``, or any
-            other name together with ``path``.
+        name: ``everyday`` (shipped), ``coco2017`` (built by ``python -m layerbits.inputs.coco``), ``task`` (questions,
+            written by ``python -m layerbits.answers.rows``), ``text_file``, or any other name together with ``path``.
         size: A key of :data:`SIZES`, or a number of captions as text.
-        path: Text file, one caption a line, in UTF-8 (:func:`read_captions`).
+        path: Text file, one caption a line, in UTF-8 (:func:`read_captions`); of ``task`` :func:`read_questions`.
 
     Raises:
         UserError: Unknown dataset or size, no such file, an unusable file, or one with too few captions.
@@ -74,7 +90,8 @@ def load_captions(name: str, size: str, path: str | Path | None = None) -> Capti
         )
     start = max(count, min(SIZES["large"], len(lines) - HELD_OUT))
     captions = lines[:count]
-    digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]
+    named = [f"{c.answer}:{c}" if isinstance(c, Question) else c for c in captions]
+    digest = hashlib.sha256("\n".join(named).encode()).hexdigest()[:16]
     return CaptionSet(name, size, captions, lines[start : start + HELD_OUT], digest)
 
 
@@ -107,6 +124,36 @@ def read_captions(data: bytes, source: str) -> tuple[str, ...]:
     if (longest := max(map(len, distinct.values()))) > LONGEST:
         raise UserError(f"{source} has a line of {longest:,} characters, which is no caption; put one on each line")
     return tuple(distinct.values())
+
+
+def read_questions(data: bytes, source: str) -> tuple[Question, ...]:
+    """Reads a file of questions: a JSON object a line, with ``prompt`` and ``answer``.
+
+    Args:
+        data: The file's bytes, UTF-8.
+        source: How to name the file in an error.
+
+    Raises:
+        UserError: A line is none, or says neither; or there is none at all.
+    """
+    found: dict[str, Question] = {}
+    for number, line in enumerate(data.decode("utf-8-sig", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            one = json.loads(line)
+            question = Question(str(one["prompt"]), str(one["answer"]))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f'{source} line {number} is no question; write {{"prompt": "...", "answer": "..."}} on each line, or '
+                "make the file with `python -m layerbits.answers.rows`"
+            ) from None
+        if not one["prompt"] or not one["answer"]:
+            raise UserError(f"{source} line {number} has an empty prompt or answer; leave it out")
+        found.setdefault(question, question)
+    if not found:
+        raise UserError(f"{source} has no questions; make the file with `python -m layerbits.answers.rows`")
+    return tuple(found.values())
 
 
 def _other_kind(text: str) -> str:
@@ -164,7 +211,7 @@ def _lines(name: str, path: str | Path | None) -> tuple[str, tuple[str, ...]]:
         raise UserError(f"dataset.path={path} is a folder; give a text file, one caption a line") from None
     except OSError as error:
         raise UserError(f"cannot read the captions in {path} ({error.strerror}); give a readable text file") from None
-    return str(path), read_captions(data, str(path))
+    return str(path), read_questions(data, str(path)) if name == "task" else read_captions(data, str(path))
 
 
 def _fit(lines: Sequence[str]) -> str:
