@@ -22,7 +22,8 @@ from scipy.optimize import nnls
 from shapes import qwen3, tiny_llama
 
 from layerbits.inputs.loading import empty_model
-from layerbits.inputs.models import ModelSpec, ResolvedModel, scored_linears
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import ResolvedModel, scored_linears
 from layerbits.planning.sample import Work, estimate, measure
 from layerbits.provenance import provenance
 from layerbits.scoring.memory import choose, free_bytes
@@ -62,7 +63,7 @@ def grid_model(blocks: int, tiny: bool = False) -> ResolvedModel:
         config, dtype = qwen3(blocks, 2560, 9728, 32), "bfloat16"
     name = type(config).__name__.replace("Config", "ForCausalLM")
     config.architectures = [name]
-    return ResolvedModel(ModelSpec("sample", "sample", dtype=dtype), "sample", "0", config)
+    return ResolvedModel(ModelSpec("sample", "sample", dtype=dtype), "sample", "0", config, getattr(torch, dtype))
 
 
 class Bench:

@@ -24,7 +24,8 @@ import torch
 from layerbits.inputs.calibration import Batch, Calibration, build_calibration
 from layerbits.inputs.captions import load_captions
 from layerbits.inputs.loading import load
-from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import load_tokenizer, resolve
 from layerbits.scoring import onepass
 from layerbits.scoring.divergence import log_partition
 from layerbits.scoring.job import ScoringJob

@@ -29,7 +29,8 @@ from layerbits.candidates.granularity import Overlay
 from layerbits.inputs.calibration import Calibration, build_calibration
 from layerbits.inputs.captions import load_captions
 from layerbits.inputs.loading import load
-from layerbits.inputs.models import LoadedModel, ModelSpec, load_tokenizer, resolve
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import LoadedModel, load_tokenizer, resolve
 from layerbits.scoring import distributed, onepass, stock
 from layerbits.scoring.job import Scores, ScoringJob
 

@@ -16,12 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from cost import PAIRS, grid_model, least_squares
 from one_pass import SIX, TWELVE, configs
 from shapes import SHAPES, class_name
 
 from layerbits.inputs.loading import empty_model
-from layerbits.inputs.models import ModelSpec, ResolvedModel, scored_linears
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import ResolvedModel, scored_linears
 from layerbits.planning.table import Card, calibration_work, step_work
 from layerbits.scoring.memory import LOGIT, MemoryPlan, Needs, choose
 from layerbits.scoring.placement import needs_of
@@ -182,7 +184,9 @@ def _settings(pairs: tuple[str, ...]) -> Any:
 def _needs(shape: str, tokens: int, pairs: tuple[str, ...]) -> Needs:
     config = SHAPES[shape]()
     config.architectures = [class_name(config)]
-    resolved = ResolvedModel(ModelSpec(shape, shape, dtype="bfloat16", random_weights=True), shape, "0", config)
+    resolved = ResolvedModel(
+        ModelSpec(shape, shape, dtype="bfloat16", random_weights=True), shape, "0", config, torch.bfloat16
+    )
     model = empty_model(resolved)
     head = model.get_output_embeddings()
     scored = [n for n in scored_linears(model, resolved.spec) if model.get_submodule(n) is not head]

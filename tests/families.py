@@ -1,6 +1,6 @@
 """A tiny random checkpoint of every family of language models that is named in ``docs/models.md``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 VOCABULARY = 384
@@ -66,6 +66,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: _causal("Gemma2", head_dim=32),
     "gemma3_text": lambda: _causal("Gemma3", config="TextConfig", head_dim=32),
     "gemma3": lambda: _vision("Gemma3", _TOWER, head_dim=32, outer=_GEMMA_IMAGES),
+    "gemma3n_text": lambda: _causal(
+        "Gemma3n", config="TextConfig", num_hidden_layers=4, num_kv_shared_layers=2, head_dim=32, laurel_rank=16,
+        hidden_size_per_layer_input=16, vocab_size_per_layer_input=VOCABULARY, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4,
+        tie_word_embeddings=False,
+    ),
+    "gemma4_text": lambda: _causal(
+        "Gemma4", config="TextConfig", num_hidden_layers=4, num_kv_shared_layers=2, head_dim=32, global_head_dim=32,
+        hidden_size_per_layer_input=16, vocab_size_per_layer_input=VOCABULARY, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2, tie_word_embeddings=False,
+    ),
     "phi3": lambda: _causal("Phi3"),
     "smollm3": lambda: _causal("SmolLM3"),
     "olmo2": lambda: _causal("Olmo2"),
@@ -112,6 +123,11 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         num_experts_per_tok=2, moe_intermediate_size=128, moe_shared_expert_intermediate_size=128, n_group=1,
         topk_group=1,
     ),
+    "zamba2": lambda: _causal(
+        "Zamba2", num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2, num_mem_blocks=1,
+        num_key_value_heads=4, attention_head_dim=64, mamba_d_state=16, n_mamba_heads=4, chunk_size=16, adapter_rank=16,
+        use_mamba_kernels=False, use_shared_attention_adapter=True, use_mem_rope=True,
+    ),
     "jamba": lambda: _causal(
         "Jamba", num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
         expert_layer_offset=1, use_mamba_kernels=False, **_MAMBA,
@@ -125,4 +141,18 @@ def build(family: str) -> Any:
     import torch
 
     torch.manual_seed(0)
-    return FAMILIES[family]().float().eval()
+    model = FAMILIES[family]().float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("correct_output_scale"):  # zeros at random, and nothing behind it would count
+                parameter.fill_(1)
+    return model
+
+
+EXCLUDED = {"zamba2": "adapter_list"}
+"""Family → part of the names of linears that a text reaches in some blocks only, though all blocks hold them."""
+
+
+def scored(family: str, linears: Iterable[str]) -> tuple[str, ...]:
+    """Those linears of a family that are scored."""
+    return tuple(name for name in linears if family not in EXCLUDED or EXCLUDED[family] not in name)

@@ -11,7 +11,7 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
-from layerbits.inputs.models import ModelSpec
+from layerbits.inputs.model_spec import ModelSpec
 from layerbits.paths import user_path
 from layerbits.results.naming import run_name
 from layerbits.results.result import COST_MODELS

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from layerbits.export import scheme as export
 from layerbits.export.plan import plan_export
-from layerbits.inputs.models import ModelSpec, resolve
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import resolve
 from layerbits.probing.loading import Prepared
 
 from .schemes_support import CALIBRATION, scheme_of

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from layerbits.errors import UserError
 from layerbits.inputs.loading import empty_model, load
-from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import load_tokenizer, resolve
 from layerbits.results.experiment import Experiment
 
 from .checkpoint_support import config, copied, only, quantized_to_fp8, save_tokenizer, sharded, tensors, write

@@ -24,7 +24,8 @@ from layerbits.export.log import ExportLog
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.captions import load_captions
-from layerbits.inputs.models import ModelSpec, resolve
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import resolve
 from layerbits.results.assignment import Assignment
 from layerbits.results.experiment import made_by
 from layerbits.tracking.settings import TrackingSpec

@@ -14,7 +14,8 @@ from layerbits.errors import Unsupported
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.experts import named_experts
-from layerbits.inputs.models import ModelSpec, resolve
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import resolve
 from layerbits.probing.loading import Prepared
 from layerbits.results.assignment import Assignment
 from layerbits.results.result import Group

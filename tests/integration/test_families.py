@@ -1,4 +1,4 @@
-"""Every family of ``docs/models.md``: one pass against ModelOpt's own search, and whether the table is current."""
+"""Every family of ``docs/models.md``: every mode against plain autograd, stock beside it, and the table."""
 
 import re
 from functools import cache
@@ -9,18 +9,27 @@ from layerbits.results.result import KINDS
 from layerbits.scoring.job import Scores
 from tests import families_table
 from tests.families import FAMILIES
-from tests.families_table import DOCUMENT, TOLERANCE, table
+from tests.families_table import DOCUMENT, MODES, TOLERANCE, table
 
 tried = cache(families_table.tried)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_pass_equals_stock_or_the_table_says_why_not(family):
+def test_every_mode_equals_plain_autograd(family):
     found = tried(family)
-    if found.difference is None:
+    assert {mode: found.off[mode] for mode in MODES} == {mode: pytest.approx(0, abs=1e-5) for mode in MODES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_equals_plain_autograd_or_its_scores_or_the_table_say_why_not(family):
+    found = tried(family)
+    if isinstance(found.reference, str):
         assert any(found.remarks())
+    elif found.off["stock"] > 1e-5:
+        assert any("engine=stock is wrong for" in note for note in found.reference.notes)
     else:
         assert found.difference <= TOLERANCE
+        assert found.reference.notes == ()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,8 @@ from layerbits.errors import Unsupported
 from layerbits.inputs.calibration import Batch, Segment, build_calibration
 from layerbits.inputs.captions import load_captions
 from layerbits.inputs.loading import load
-from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import load_tokenizer, resolve
 from layerbits.scoring import divergence, kl, stock
 from layerbits.scoring.patches import forwards
 from layerbits.scoring.steps import loss_logits

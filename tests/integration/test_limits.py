@@ -10,7 +10,8 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import build_calibration
 from layerbits.inputs.language_model import find_language_model, foreign_parts
 from layerbits.inputs.limits import check_causality, check_stock, dropout_of, limits_of
-from layerbits.inputs.models import ModelSpec, language_model_linears, scored_linears
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import language_model_linears, scored_linears
 from layerbits.scoring import onepass, stock
 
 from .checkpoint_support import CAPTIONS, WORDS, save_tokenizer

@@ -1,12 +1,18 @@
 """Checkpoints on disk through the code that loads the real models."""
 
+import copy
+import json
+import re
+
 import pytest
 import torch
 
 from layerbits.errors import UserError
 from layerbits.inputs.loading import empty_model, load
-from layerbits.inputs.models import ModelSpec, resolve, scored_linears, unscored_patterns
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import resolve, scored_linears, unscored_patterns
 
+from .checkpoint_support import config, copied
 from .scoring_support import candidate, tiny_model
 
 
@@ -52,6 +58,57 @@ def test_the_revision_of_a_folder_follows_its_content(saved, tmp_path):
     weights = next(tmp_path.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert resolve(ModelSpec("tiny", str(tmp_path))).revision != same
+
+
+def test_a_tensor_changed_in_the_middle_of_its_file_is_another_revision_and_back_again(saved, tmp_path):
+    folder = copied(saved[0], tmp_path / "model")
+    before = resolve(ModelSpec("tiny", str(folder))).revision
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    with file.open("r+b") as stream:
+        stream.seek(len(whole) // 2)
+        stream.write(b"\xff\xff")
+    assert resolve(ModelSpec("tiny", str(folder))).revision != before
+    file.write_bytes(whole)  # fetched again
+    assert resolve(ModelSpec("tiny", str(folder))).revision == before
+
+
+def test_code_beside_a_model_is_part_of_its_revision(saved, tmp_path):
+    folder = copied(saved[0], tmp_path / "model")
+    before = resolve(ModelSpec("tiny", str(folder))).revision
+    (folder / "modeling_tiny.py").write_text("pass")
+    assert resolve(ModelSpec("tiny", str(folder))).revision != before
+
+
+def without_dtype(folder):
+    config(folder, "dtype")
+    said = json.loads((folder / "config.json").read_text())
+    for part in said.values():
+        if isinstance(part, dict):
+            part.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_config_without_a_dtype_leaves_it_to_the_tensors_and_a_note_says_so(saved, name, tmp_path):
+    model = copy.deepcopy(saved[1]).bfloat16()
+    model.save_pretrained(tmp_path)
+    if name != "model.safetensors":
+        torch.save(model.state_dict(), tmp_path / name)
+        (tmp_path / "model.safetensors").unlink()
+    without_dtype(tmp_path)
+    resolved = resolve(ModelSpec("tiny", str(tmp_path)))
+    (note,) = resolved.warnings
+    assert re.search("names no dtype: taken for bfloat16, the dtype of its tensors; model.dtype sets another", note)
+    assert load(resolved, None, "cpu").info.dtype == "bfloat16"
+    assert empty_model(resolved).dtype == torch.bfloat16
+
+
+def test_the_dtype_that_is_asked_for_needs_no_note(saved, tmp_path):
+    folder = copied(saved[0], tmp_path / "model")
+    without_dtype(folder)
+    resolved = resolve(ModelSpec("tiny", str(folder), dtype="float16"))
+    assert (resolved.dtype, resolved.warnings) == (torch.float16, ())
 
 
 def test_a_truncated_checkpoint_is_refused(saved, tmp_path):

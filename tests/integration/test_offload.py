@@ -9,7 +9,8 @@ import torch
 from layerbits.errors import Unsupported, UserError
 from layerbits.export.scheme import export_scheme
 from layerbits.inputs import offload as module
-from layerbits.inputs.models import ModelSpec, resolve
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import resolve
 from layerbits.inputs.offload import offload, offloaded, parts_of
 from layerbits.inputs.residence import device_of, resident
 from layerbits.probing.measured import Rows
@@ -162,7 +163,7 @@ def test_experts_are_streamed_with_their_block(tmp_path, strict):
 
 
 def test_a_model_without_blocks_is_refused():
-    layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    layers = torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(4, 4))])
     subject = model()
     subject.model.model.other = layers
     with pytest.raises(Unsupported, match=r"decoder blocks in .*layers and .*other; .*memory=lean"):

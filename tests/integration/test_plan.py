@@ -5,10 +5,12 @@ import math
 import re
 
 import pytest
+import torch
 
 from layerbits import cli
 from layerbits.inputs import loading, models
-from layerbits.inputs.models import ModelSpec, ResolvedModel
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import ResolvedModel
 from layerbits.planning import sample
 from layerbits.planning.plan import forecast
 from layerbits.planning.sample import Cost, Work, estimate, measure
@@ -38,7 +40,7 @@ def plan(capsys, monkeypatch):
 def work():
     config = tiny_model("llama").config
     config.num_hidden_layers, config.architectures = 6, ["LlamaForCausalLM"]
-    resolved = ResolvedModel(ModelSpec("tiny", "tiny", dtype="float32"), "tiny", "0", config)
+    resolved = ResolvedModel(ModelSpec("tiny", "tiny", dtype="float32"), "tiny", "0", config, torch.float32)
     names = tuple(n for n in models.scored_linears(loading.empty_model(resolved), resolved.spec) if n != "lm_head")
     return Work(resolved, names, configs("wint8_afp16"), [(2, 16), (1, 9)], "gradient", 1, "cpu")
 

@@ -15,6 +15,7 @@ from layerbits.scoring.quantizers import distinct_settings
 from layerbits.scoring.steplog import StepLog
 from layerbits.scoring.steps import calibration_forward, loss_logits
 from layerbits.scoring.taps import Taps
+from tests.autograd import autograd_scores
 
 from .scoring_support import (
     SIX,
@@ -174,9 +175,8 @@ def test_scores_that_are_not_finite_name_module_candidate_and_sample_and_are_not
     name = "model.layers.1.mlp.down_proj"
 
     def spoil(_module, _args, output):
-        return (
-            output.register_hook(lambda g: torch.where(torch.arange(g.shape[1])[:, None] == 3, torch.nan, g)) and None
-        )
+        if output.requires_grad:
+            output.register_hook(lambda g: torch.where(torch.arange(g.shape[1])[:, None] == 3, torch.nan, g))
 
     handle = subject.model.get_submodule(name).register_forward_hook(spoil)
     calibration = rows([random_segment(1, 16)])
@@ -196,14 +196,35 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path):
         onepass.score(job(subject, tmp_path, configs("wint8_afp16")))
 
 
-def test_a_linear_that_is_called_twice_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_a_linear_that_is_called_twice_is_scored_by_both_calls(mode, tmp_path):
     subject = loaded(tiny_model("llama"))
     down = subject.model.get_submodule("model.layers.0.mlp.down_proj")
     mlp = subject.model.get_submodule("model.layers.0.mlp")
     forward = mlp.forward
     mlp.forward = lambda x: forward(x) + down(x.repeat(1, 1, 2))
-    with pytest.raises(UserError, match=r"layers\.0\.mlp\.down_proj is called 2 times"):
-        onepass.score(job(subject, tmp_path, configs("wint8_afp16")))
+    wanted = job(subject, tmp_path, configs("wint8_afp16"), memory=mode)
+    np.testing.assert_allclose(onepass.score(wanted).raw[:, 0], autograd_scores(wanted), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_what_a_model_changes_in_place_is_scored_as_it_was(mode, tmp_path):
+    changing, plain = (loaded(tiny_model("llama")) for _ in range(2))
+
+    def mlp(subject, after):
+        module = subject.model.get_submodule("model.layers.0.mlp")
+
+        def forward(x):
+            inner = module.act_fn(module.gate_proj(x)) * module.up_proj(x)
+            return after(inner, module.down_proj(inner))
+
+        module.forward = forward
+
+    mlp(changing, lambda inner, output: (inner.detach().zero_(), output.add_(1))[1])
+    mlp(plain, lambda _inner, output: output + 1)
+    found = onepass.score(job(changing, tmp_path, configs("wint8_afp16"), memory=mode))
+    expected = autograd_scores(job(plain, tmp_path, configs("wint8_afp16")))
+    np.testing.assert_allclose(found.raw[:, 0], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ["smoothquant", "awq_lite"])

@@ -18,13 +18,18 @@ WORDS = [f"w{i}" for i in range(50)]
 SPECIAL = ["<unk>", "<eos>", "<bos>", "<pad>"]
 
 
+def opening_with(*tokens):
+    single = " ".join([*tokens, "$A"])
+    return processors.TemplateProcessing(single=single, special_tokens=[(t, 50 + SPECIAL.index(t)) for t in tokens])
+
+
 def make_tokenizer(opens_with_bos=False, newline=False, **special):
     """Token id of ``w7`` is 7; the special tokens follow; ``special`` names those that the tokenizer knows."""
     vocab = {token: i for i, token in enumerate([*WORDS, *SPECIAL, "\n"])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed") if newline else pre_tokenizers.WhitespaceSplit()
     if opens_with_bos:
-        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 52)])
+        backend.post_processor = opening_with("<bos>")
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **special)
 
 
@@ -202,6 +207,68 @@ def test_bos_rows_hold_every_caption_token_once(captions, seq_len):
 def test_bos_that_the_tokenizer_does_not_open_with_is_left_out():
     known = make_tokenizer(eos_token="<eos>", bos_token="<bos>")
     assert row_list(build_rows(["w1"], known, "padded", 2, 1)) == [[1, EOS]]
+
+
+def opened(*tokens, **special):
+    tokenizer = make_tokenizer(eos_token="<eos>", **special)
+    tokenizer.backend_tokenizer.post_processor = opening_with(*tokens)
+    return tokenizer
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_rows_open_with_all_tokens_that_the_tokenizer_opens_a_text_with(packing):
+    tokenizer = opened("<pad>", "<bos>")  # as [gMASK]<sop>
+    (batch,) = build_rows(["w1 w2", "w3 w4"], tokenizer, packing, 5, 8)
+    (segment,) = batch.segments
+    assert segment.input_ids.tolist() == [[53, 52, 1, 2, EOS], [53, 52, 3, 4, EOS]]
+    assert segment.sample.tolist() == [[0] * 5, [1] * 5]
+    assert segment.loss_mask.tolist() == [[False, False, True, True, True]] * 2
+
+
+def test_a_row_that_goes_on_with_a_caption_opens_like_the_others():
+    rows = row_list(build_rows(["w1 w2 w3 w4"], opened("<pad>", "<bos>"), "packed", 4, 8))
+    assert rows == [[53, 52, 1, 2], [53, 52, 3, 4], [53, 52, EOS]]
+
+
+def test_rows_open_with_a_token_that_is_not_the_begin_of_text_token():
+    (row,) = row_list(build_rows(["w1"], opened("<pad>", bos_token="<bos>"), "packed", 4, 8))
+    assert row == [53, 1, EOS]
+
+
+def test_what_the_tokenizer_ends_a_text_with_opens_no_row():
+    tokenizer = opened("<bos>", bos_token="<bos>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 52), ("<eos>", EOS)]
+    )
+    assert row_list(build_rows(["w1"], tokenizer, "packed", 4, 8)) == [[52, 1, EOS]]
+
+
+def test_rows_too_short_for_what_opens_them_are_refused():
+    with pytest.raises(UserError, match=r"seq_len=2 leaves no token to predict behind the 2 that open a row; use 3"):
+        build_rows(["w1"], opened("<pad>", "<bos>"), "packed", 2, 8)
+
+
+def test_control_tokens_that_captions_spell_out_are_text_and_counted():
+    backend = Tokenizer(models.WordLevel({"w1": 1, "<": 2, "eos": 3, ">": 4, "<unk>": 5}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    eos = tokenizer.eos_token_id
+    built = build_calibration(["w1 <eos>", "w1 w1"], tokenizer, "packed", 12, 8, None)
+    assert row_list(built.calib) == [[1, 2, 3, 4, eos, 1, 1, eos]]
+    assert built.warnings[0] == "1 of 2 captions spell out control tokens (<eos>), which were taken for text"
+
+
+def test_control_tokens_that_a_tokenizer_must_read_are_counted():
+    class Own(PreTrainedTokenizerFast):
+        def __call__(self, text, **settings):
+            if "split_special_tokens" in settings:
+                raise TypeError("unknown")
+            return super().__call__(text, **settings)
+
+    tokenizer = Own(tokenizer_object=PLAIN.backend_tokenizer, unk_token="<unk>", eos_token="<eos>")
+    built = build_calibration(["w1 <eos>", "w2"], tokenizer, "packed", 12, 8, None)
+    assert row_list(built.calib) == [[1, EOS, EOS, 2, EOS]]
+    assert built.warnings[0] == "1 of 2 captions spell out control tokens (<eos>): 1 were read as such"
 
 
 # Scoring batches

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from layerbits.inputs.models import ModelSpec
+from layerbits.inputs.model_spec import ModelSpec
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = sorted(p.stem for p in (CONFIGS / "model").glob("*.yaml") if p.stem != "hf")

@@ -1,8 +1,8 @@
 """Captions as token rows: what a model's activation ranges and scores are taken on.
 
-Each caption is tokenised alone, without special tokens, and ends with a separator: the tokenizer's end-of-text token,
-or without one its begin-of-text token or a newline. Where the tokenizer opens every text with a begin-of-text token,
-every row opens with it too. What happens then is the *packing*:
+Each caption is tokenised alone, as text: a control token that it spells out is no control token. It ends with a
+separator: the tokenizer's end-of-text token, or without one its begin-of-text token or a newline. Every row opens with
+what the tokenizer opens a text with, be it one token, several (GLM), or none. What happens then is the *packing*:
 
 - ``packed``: all captions in one stream, cut into rows of ``seq_len`` tokens. A caption may straddle two rows. The rest
   of the stream is a row of its own, shorter length: no token is padded and none is lost, but for a last separator that
@@ -15,6 +15,7 @@ Within a batch, rows of one length form a segment, a rectangle; a packed batch h
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
@@ -24,6 +25,7 @@ import torch
 
 from layerbits.errors import UserError
 from layerbits.inputs.captions import Question
+from layerbits.inputs.folder import few
 
 PACKINGS = ("packed", "padded")
 
@@ -50,7 +52,7 @@ class Segment:
         loss_mask: bool, true where the token at this position is predicted from the one before it and counts in the
             loss. Never true at position 0 or at padding.
         sample: int32, position in the caption list of the caption that a token belongs to. A separator belongs to the
-            caption that it ends, a begin-of-text token to the caption after it; -1 at padding.
+            caption that it ends, what opens a row to the caption after it; -1 at padding.
     """
 
     input_ids: torch.Tensor
@@ -141,7 +143,7 @@ def build_calibration(
         )
     _check(packing, seq_len, batch_size)
     samples = len(captions) if num_score_samples is None else num_score_samples
-    tokens = _tokenise(captions, tokenizer)
+    tokens = _tokenise(captions, tokenizer, seq_len)
     calib = _batches(tokens, packing, seq_len, batch_size)
     score = calib
     if samples < len(captions):
@@ -151,7 +153,7 @@ def build_calibration(
             seq_len,
             batch_size,
         )
-    warnings = []
+    warnings = _spelled_out(captions, tokens, tokenizer)
     cut = sum(len(tokens.lead) + len(text) > seq_len for text in tokens.texts)
     if packing == "padded" and cut:
         warnings.append(
@@ -183,7 +185,7 @@ def build_rows(
         UserError: A parameter is out of range, or the captions hold no token to predict.
     """
     _check(packing, seq_len, batch_size)
-    return _batches(_tokenise(captions, tokenizer), packing, seq_len, batch_size)
+    return _batches(_tokenise(captions, tokenizer, seq_len), packing, seq_len, batch_size)
 
 
 def padding_share(batches: Sequence[Batch]) -> float:
@@ -217,7 +219,7 @@ class _Tokens:
     pad: int
 
 
-def _tokenise(captions: Sequence[str], tokenizer: Any) -> _Tokens:
+def _tokenise(captions: Sequence[str], tokenizer: Any, seq_len: int) -> _Tokens:
     if not captions:
         raise UserError("there are no captions to tokenise; give a longer caption list")
     eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
@@ -227,7 +229,12 @@ def _tokenise(captions: Sequence[str], tokenizer: Any) -> _Tokens:
         separator = tokenizer("\n", add_special_tokens=False)["input_ids"]
     if not separator:
         raise UserError("the tokenizer has no end-of-text, begin-of-text or newline token; set its eos_token")
-    opening = tokenizer("")["input_ids"][:1]
+    lead = opening_tokens(tokenizer)
+    if seq_len <= max(1, len(lead)):
+        raise UserError(
+            f"autoquant.seq_len={seq_len} leaves no token to predict behind the {len(lead)} that open a row; use "
+            f"{len(lead) + 1} or more"
+        )
     texts, counted = [], []
     for caption, ids in zip(captions, _token_ids(captions, tokenizer), strict=True):
         texts.append([*ids, *separator])
@@ -237,18 +244,61 @@ def _tokenise(captions: Sequence[str], tokenizer: Any) -> _Tokens:
         else:
             counted.append([True] * len(texts[-1]))
     return _Tokens(
-        lead=opening if opening == [bos] else [],
+        lead=lead,
         texts=texts,
         counted=counted,
         pad=next((token for token in (pad, eos) if token is not None), 0),
     )
 
 
+def opening_tokens(tokenizer: Any) -> list[int]:
+    """What a tokenizer opens a text with: one token, several, or none."""
+    text = "a"
+    whole, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
+    starts = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
+    return list(whole[: next(starts, 0)])
+
+
+def control_tokens(tokenizer: Any) -> set[str]:
+    """How a tokenizer's control tokens are spelled."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*getattr(tokenizer, "all_special_tokens", ()), *(str(token) for token in added if token.special)}
+
+
 def _token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Tokens of each text; prompt and answer of a question apart, so that no token is of both."""
     parts = [[t[: t.answer], t[t.answer :]] if isinstance(t, Question) else [t] for t in texts]
-    found = iter(tokenizer([part for those in parts for part in those], add_special_tokens=False)["input_ids"])
+    found = iter(_text_tokens([part for those in parts for part in those], tokenizer))
     return [[token for _ in those for token in next(found)] for those in parts]
+
+
+def _text_tokens(captions: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Tokens of captions, control tokens that they spell out taken for text where the tokenizer can do so."""
+    found: list[list[int]]
+    if _spelling(captions, tokenizer):
+        with suppress(TypeError, ValueError):  # a tokenizer with code of its own may not know this setting
+            found = tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            return found
+    found = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+    return found
+
+
+def _spelling(captions: Sequence[str], tokenizer: Any) -> list[int]:
+    """Positions of captions that spell out a control token."""
+    control = control_tokens(tokenizer)
+    return [at for at, caption in enumerate(captions) if any(token in caption for token in control)]
+
+
+def _spelled_out(captions: Sequence[str], tokens: _Tokens, tokenizer: Any) -> list[str]:
+    """What is said of captions that spell out control tokens."""
+    spelling = _spelling(captions, tokenizer)
+    if not spelling:
+        return []
+    control = set(tokenizer.convert_tokens_to_ids(sorted(control_tokens(tokenizer)))) - {tokenizer.unk_token_id}
+    read = sum(not control.isdisjoint(tokens.texts[at][:-1]) for at in spelling)
+    names = sorted(token for token in control_tokens(tokenizer) if any(token in captions[at] for at in spelling))
+    said = f"{len(spelling)} of {len(captions)} captions spell out control tokens ({few(names)})"
+    return [f"{said}: {read} were read as such" if read else f"{said}, which were taken for text"]
 
 
 def _batches(tokens: _Tokens, packing: str, seq_len: int, batch_size: int) -> tuple[Batch, ...]:
@@ -259,7 +309,7 @@ def _batches(tokens: _Tokens, packing: str, seq_len: int, batch_size: int) -> tu
     else:
         bodies = [text[:width] for text in _marked(tokens)]
     rows = [[*((token, body[0][1], False) for token in tokens.lead), *body] for body in bodies]
-    rows = [row for row in rows if len(row) > 1]  # a lone token predicts nothing
+    rows = [row for row in rows if len(row) > max(1, len(tokens.lead))]  # a lone token predicts nothing
     if not rows:
         raise UserError("the captions hold no token to predict; give longer captions")
     if packing == "padded" and any(not any(one[2] for one in row[1:]) for row in rows):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -134,22 +133,6 @@ def read_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     if end > size:
         raise UserError(f"{file} is truncated: {size:,} of {end:,} bytes; fetch it again")
     return {name: (dtype, shape) for name, (dtype, shape, _) in found.items()}
-
-
-def digest_of(folder: Path) -> str:
-    """A folder's revision: over names, sizes and both ends of its files, so that a large one takes no minutes."""
-    files = sorted(
-        f for f in folder.iterdir() if f.suffix in {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
-    )
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return f"files-{digest.hexdigest()[:16]}"
 
 
 def few(names: list[str], limit: int = 3) -> str:

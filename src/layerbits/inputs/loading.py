@@ -30,7 +30,7 @@ def empty_model(resolved: ResolvedModel) -> Any:
     local = Path(resolved.source)
     if resolved.spec.random_weights or not local.is_dir() or weight_files(local)[0].suffix != ".safetensors":
         with torch.device("meta"):
-            return build(resolved.config, dtype_of(resolved.spec.dtype, resolved.config))
+            return build(resolved.config, resolved.dtype)
     return _from_checkpoint(resolved, {"": "meta"})
 
 
@@ -60,7 +60,7 @@ def load(
             "GPUs; leave one of them out"
         )
     target, device = device, "cpu" if in_host_memory else device
-    dtype = dtype_of(spec.dtype, resolved.config)
+    dtype = resolved.dtype
     if spec.random_weights:
         torch.manual_seed(seed)
         with torch.device(device):
@@ -108,7 +108,7 @@ def _from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
             model, info = model_class(resolved.config).from_pretrained(
                 source,
                 revision=spec.revision,
-                dtype=dtype_of(spec.dtype, resolved.config),
+                dtype=resolved.dtype,
                 device_map=device_map,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # to be told of, not to be drawn anew
@@ -127,16 +127,6 @@ def _from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
     if dequantize:
         check_dequantized(model, source)
     return model
-
-
-def dtype_of(name: str, config: Any) -> Any:
-    """The dtype of ``model.dtype``; with ``auto`` the checkpoint's own."""
-    import torch
-
-    if name != "auto":
-        return getattr(torch, name)
-    text = getattr(config, "text_config", config)
-    return getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
 
 
 @contextmanager

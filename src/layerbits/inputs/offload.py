@@ -12,6 +12,7 @@ On a CPU the same code swaps the weights in and out of two pieces of ordinary me
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from itertools import islice
 from typing import Any
 
 from layerbits.errors import Unsupported, UserError
-from layerbits.inputs.models import language_model_linears, output_head
+from layerbits.inputs.models import language_model_linears
 from layerbits.inputs.residence import MARK
 
 SLOTS = 2
@@ -53,30 +54,30 @@ class Parts:
 def parts_of(model: Any) -> Parts:
     """Finds the decoder blocks of a language model; the model may be on the meta device.
 
+    What lies outside the blocks stays on the device, and so does a weight that is not of one block alone (Zamba2).
+
     Raises:
         Unsupported: Its linears are in no list of blocks, or in several.
     """
     import torch
 
     lists: dict[str, None] = {}
-    head = output_head(model)
     for name in language_model_linears(model):
         parts = name.split(".")
         prefixes = (".".join(parts[:i]) for i in range(1, len(parts)))
         found = next((p for p in prefixes if isinstance(model.get_submodule(p), torch.nn.ModuleList)), None)
-        if found is not None:
+        if found is not None and found.count(".") + 2 < len(parts):  # a list of linears is none of blocks (Gemma 3n)
             lists[found] = None
-        elif name != head and model.get_submodule(name) is not model.get_output_embeddings():
-            raise Unsupported(f"{name} is in no list of decoder blocks; memory=offload streams blocks, use memory=lean")
     if len(lists) != 1:
         where = " and ".join(lists) or "no list"
         raise Unsupported(
             f"there are decoder blocks in {where}; memory=offload streams one list of them, use memory=lean"
         )
     blocks = tuple(model.get_submodule(next(iter(lists))))
-    inside = {id(p) for b in blocks for p in b.parameters()}
-    outside = {id(p) for m in model.modules() for p in m.parameters(recurse=False) if id(p) not in inside}
-    streamed = tuple(tuple(p for p in block.parameters() if p.dim() > 1 and id(p) not in outside) for block in blocks)
+    inside = {module for block in blocks for module in block.modules()}
+    outside = {id(p) for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
+    owners = Counter([*outside, *(id(p) for block in blocks for p in block.parameters())])
+    streamed = tuple(tuple(p for p in block.parameters() if p.dim() > 1 and owners[id(p)] == 1) for block in blocks)
     if not all(streamed):
         raise Unsupported("a decoder block has no weights of its own; memory=offload cannot stream it, use memory=lean")
     return Parts(blocks, streamed)

@@ -16,7 +16,6 @@ from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch, Calibration, Segment
-from layerbits.inputs.loading import dtype_of
 from layerbits.inputs.models import LoadedModel, ResolvedModel, build, language_model_linears
 from layerbits.inputs.offload import offload
 from layerbits.progress import hidden
@@ -135,7 +134,7 @@ def _measure(work: Work, memory: MemoryPlan, blocks: int) -> Cost:
     before = torch.cuda.memory_allocated() if cuda else 0
     config = _first_blocks(work.resolved.config, blocks)
     with torch.device(work.device):
-        model = build(config, dtype_of(work.resolved.spec.dtype, work.resolved.config)).eval()
+        model = build(config, work.resolved.dtype).eval()
     model.config.use_cache = False
     if memory.mode == "offload":
         offload(model, work.device)

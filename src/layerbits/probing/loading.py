@@ -90,7 +90,8 @@ def prepare(scheme: Scheme) -> Prepared:
     """
     from layerbits.inputs.calibration import build_rows
     from layerbits.inputs.captions import load_captions
-    from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve
+    from layerbits.inputs.model_spec import ModelSpec
+    from layerbits.inputs.models import load_tokenizer, resolve
 
     if missing := [key for key in ("model", "dataset") if key not in scheme.settings]:
         raise UserError(

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+
 from layerbits.errors import Unsupported
 from layerbits.inputs.experts import Experts, fused_experts
 from layerbits.inputs.residence import resident
@@ -44,9 +46,9 @@ class Routed:
         hidden: ``[tokens, features]``. index: ``[tokens, k]`` experts of each token. weights: ``[tokens, k]``.
     """
 
-    hidden: Any
-    index: Any
-    weights: Any
+    hidden: torch.Tensor
+    index: torch.Tensor
+    weights: torch.Tensor
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routed:
@@ -147,15 +149,17 @@ class ExpertsTap(Tap):
         """Quantizes them on the fly from now on."""
         self._kept = None
 
-    def hold(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> list[Any]:
-        """The routed tokens and the output."""
+    def inputs_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The routed tokens."""
         routed = Routed.of(args, kwargs)
-        self.count(routed.index)
-        return [routed, output.detach()]
+        return routed.hidden, routed.index, routed.weights
 
-    def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
-        """Candidates with the same weight setting share its quantized weights."""
-        routed, y = held
+    def scores(
+        self, inputs: Sequence[torch.Tensor], output: torch.Tensor, gradient: torch.Tensor, signed: bool
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Candidates with the same weight setting share its quantized weights; counts the tokens of each expert."""
+        routed = Routed(*inputs)
+        self.count(routed.index)
         self._check(routed)
         ready: dict[tuple[int, ...], SideBySide] = {}
         for weight in range(len(self._weights)):
@@ -166,8 +170,8 @@ class ExpertsTap(Tap):
             if not mine:
                 continue
             tensors = tuple(self.weights(weight)) if self._kept is None else self._kept[weight]
-            for setting, output in self._outputs(routed, tensors, list(mine), ready):
-                yield mine[setting], token_scores(gradient, output, y, signed)
+            for setting, changed in self._outputs(routed, tensors, list(mine), ready):
+                yield mine[setting], token_scores(gradient, changed, output, signed)
 
     def _outputs(
         self, routed: Routed, tensors: Sequence[Any], settings: Sequence[int], ready: dict[tuple[int, ...], SideBySide]
@@ -313,8 +317,6 @@ class _With:
 
 
 def _zeros(count: int, device: Any) -> Any:
-    import torch
-
     return torch.zeros(count, dtype=torch.int64, device=device)
 
 
@@ -335,8 +337,6 @@ def _one_by_one(module: Any, weights: Mapping[str, Any], routed: Routed, first: 
 
     ModelOpt's way: a range that is made on the fly is that of the tokens of one expert.
     """
-    import torch
-
     linear = torch.nn.functional.linear
     second_next = False
 
@@ -354,8 +354,6 @@ def _one_by_one(module: Any, weights: Mapping[str, Any], routed: Routed, first: 
 
 @contextmanager
 def _linear_is(function: Any) -> Iterator[None]:
-    import torch
-
     before = torch.nn.functional.linear
     torch.nn.functional.linear = function
     try:
@@ -366,8 +364,6 @@ def _linear_is(function: Any) -> Iterator[None]:
 
 @cache
 def _recomputed() -> Any:
-    import torch
-
     class Recomputed(torch.autograd.Function):
         """Keeps what enters, and makes the inside again when the gradient comes."""
 

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
+
 from layerbits.candidates import backends
 from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
@@ -17,6 +20,7 @@ from layerbits.inputs.calibration import Batch
 from layerbits.inputs.residence import own_dtype
 from layerbits.scoring import quantizers
 from layerbits.scoring.reduction import token_scores
+from layerbits.scoring.saved import Saved
 from layerbits.scoring.steps import calibration_forward
 
 Attention = Callable[..., Any]
@@ -57,7 +61,6 @@ class KvCache:
         Raises:
             UserError: No attention of the language model is known to transformers' registry.
         """
-        import torch
 
         def watch(module: Any, keys: Any, values: Any) -> tuple[Any, Any]:
             for quantizer, x in zip(self._quantizers(module), (keys, values), strict=True):
@@ -165,8 +168,12 @@ class KvTaps:
         return self._caches[0].modules
 
     @contextmanager
-    def observed(self) -> Iterator[None]:
-        """Scores what runs backward until the end of a ``with`` block."""
+    def observed(self, recomputed: bool) -> Iterator[None]:
+        """Scores what runs backward until the end of a ``with`` block.
+
+        Args:
+            recomputed: Whether gradient checkpointing may be on.
+        """
         self._scores = {module: [0.0] * len(self._caches) for module in self._caches[0]._found}
 
         def wrap(own: Attention) -> Attention:
@@ -174,8 +181,8 @@ class KvTaps:
                 made = own(module, queries, keys, values, *args, **kwargs)
                 output = made[0]
                 if module in self._scores and output.requires_grad:
-                    held = [queries.detach(), keys.detach(), values.detach(), output.detach()]
-                    output.register_hook(lambda gradient: self._add(own, module, held, args, kwargs, gradient))
+                    saved = Saved((queries, keys, values, output), recomputed)
+                    output.register_hook(lambda gradient: self._add(own, module, saved, args, kwargs, gradient))
                 return made
 
             return function
@@ -185,20 +192,16 @@ class KvTaps:
 
     def take(self) -> Any:
         """``[A, formats]`` raw scores of what was observed."""
-        import numpy as np
-
         return np.array([self._scores[module] for module in self._caches[0]._names if module in self._scores])
 
-    def _add(self, own: Attention, module: Any, held: list[Any], args: Any, kwargs: Any, gradient: Any) -> None:
-        import torch
-
-        queries, keys, values, output = held
+    def _add(self, own: Attention, module: Any, saved: Saved, args: Any, kwargs: Any, gradient: Any) -> None:
+        queries, keys, values, output = saved.take()
         with torch.no_grad():
             for at, cache in enumerate(self._caches):
                 of_keys, of_values = cache._found[module]
                 changed = own(module, queries, of_keys(keys), of_values(values), *args, **kwargs)[0]
-                flat = (t.flatten(2) for t in (gradient, changed, output))  # heads and their features are one
-                self._scores[module][at] += float(token_scores(*flat).double().sum())
+                g, c, y = (t.flatten(2) for t in (gradient, changed, output))  # heads and their features are one
+                self._scores[module][at] += float(token_scores(g, c, y).double().sum())
 
 
 def _ranged(quantizer: Any) -> bool:

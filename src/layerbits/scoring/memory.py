@@ -249,18 +249,20 @@ def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
 
 
 @contextmanager
-def checkpointed(model: Any, boundary_in_host_memory: bool = False) -> Iterator[None]:
+def checkpointed(model: Any, boundary_in_host_memory: bool = False, reentrant: bool = False) -> Iterator[None]:
     """Gradient checkpointing for the body, and the model as it was afterwards.
 
-    Reentrant, so that a linear's forward runs with gradients only when its block is recomputed.
+    With reentrant checkpointing a block gets gradients through its output alone: those of keys and values that later
+    blocks borrow (Gemma 4) are lost without a word.
 
     Args:
         model: The model.
         boundary_in_host_memory: Whether the inputs of the blocks wait there for their backward.
+        reentrant: Whether checkpointing is reentrant, as in ModelOpt's search.
     """
     layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     training = [m.training for m in layers]
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for layer in layers:
         layer.training = True  # the layer alone: its children stay in eval mode, no dropout
         if boundary_in_host_memory and hasattr(layer, "_gradient_checkpointing_func"):

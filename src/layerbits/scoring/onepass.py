@@ -50,7 +50,7 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
 
     Raises:
         Unsupported: A candidate or the model needs ModelOpt's own search (``engine=stock``).
-        UserError: A scored linear is not called, or called twice, in a forward pass.
+        UserError: A scored linear is not called in a forward pass, or not on every token.
     """
     model, batches = job.loaded.model, job.calibration.score
     search = Search.of(job)
@@ -69,8 +69,7 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
 
     def scored(index: int) -> Step:
         nonlocal way
-        with nullcontext() if kv is None else kv.observed():
-            step, way = _step(taps, job, search, index, way)
+        step, way = _step(taps, kv, job, search, index, way)
         if index == distributed.rank():
             job.watch(step.loss / batches[index].loss_tokens, batches[index].loss_tokens)
         return step if kv is None else replace(step, kv=kv.take())
@@ -145,16 +144,16 @@ def _notes(job: ScoringJob, memory: MemoryPlan, mode: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _step(taps: Taps, job: ScoringJob, search: Search, index: int, way: _Way) -> tuple[Step, _Way]:
+def _step(taps: Taps, kv: KvTaps | None, job: ScoringJob, search: Search, index: int, way: _Way) -> tuple[Step, _Way]:
     batch, groups = job.calibration.score[index], len(search.groups)
     if job.method == "gradient":
-        scores, owner, way = _score_batch(taps, batch, way)
+        scores, owner, way = _score_batch(taps, kv, batch, way)
         return step_of(scores, owner, batch, search.group_of, groups, taps.loss, taps.take_routed()), way
     total, owner = 0, None
     routed: dict[str, Any] = {}
     for draw in range(job.draws):
         labels = fisher.drawn_labels(job.seed, index, draw)
-        signed, owner, way = _score_batch(taps, batch, way, labels)
+        signed, owner, way = _score_batch(taps, kv, batch, way, labels)
         routed = taps.take_routed()  # the same in every draw
         part_done((draw + 1) / job.draws)
         total = total + fisher.windowed(signed, owner, batch, search.group_of, groups) / job.draws
@@ -167,17 +166,24 @@ def _details(job: ScoringJob, search: Search) -> list[tuple[int, str]]:
     return [(g, "signed sum") for g in range(len(search.groups))]
 
 
-def _score_batch(taps: Taps, batch: Batch, way: _Way, labels: Labels | None = None) -> tuple[Any, Any, _Way]:
+def _score_batch(
+    taps: Taps, kv: KvTaps | None, batch: Batch, way: _Way, labels: Labels | None = None
+) -> tuple[Any, Any, _Way]:
     """Scores a batch; falls back to ``lean`` once where ``fast`` runs out of GPU memory."""
     import torch
 
+    def scored(recomputed: bool) -> tuple[Any, Any]:
+        with nullcontext() if kv is None else kv.observed(recomputed):
+            return taps.score(batch, way.chunked, labels, recomputed)
+
     if way.mode == "fast":
         try:
-            return (*taps.score(batch, way.chunked, labels), way)
+            return (*scored(recomputed=False), way)
         except torch.OutOfMemoryError:
             print("out of GPU memory in memory=fast; going on in memory=lean", file=sys.stderr, flush=True)
         taps.drop_weights()
+        taps.take_routed()  # of the part of the batch that was scored
         torch.cuda.empty_cache()
         way = replace(way, mode="lean")
     with checkpointed(taps.model, way.boundary_in_host_memory):
-        return (*taps.score(batch, way.chunked, labels), way)
+        return (*scored(recomputed=True), way)

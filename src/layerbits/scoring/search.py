@@ -81,7 +81,7 @@ class Search:
 
 
 def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> dict[str, Any]:
-    """Finds the ranges, or takes those of an earlier start of the same pass.
+    """Makes taps ready to score: finds the ranges, or takes those of an earlier start of the same pass.
 
     Returns:
         Tokens per expert in calibration, by expert module; all zero where no range had to be found.
@@ -98,6 +98,7 @@ def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> d
     log.write_calibration(known)
     known = log.read_calibration() or known  # that of another process that was faster
     taps.load_ranges(known.ranges)
+    taps.copy_what_changes(job.calibration.score[0])
     return known.routed
 
 

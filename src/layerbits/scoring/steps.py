@@ -77,12 +77,17 @@ def _loss(total: Any, logits: Any, wanted: Any, targets: Any) -> Any:
     return torch.nn.functional.cross_entropy(logits.detach(), targets, reduction="sum")
 
 
+def first_tokens(batch: Batch) -> Batch:
+    """The first eight tokens of a batch: enough to see what a model does."""
+    segment = batch.segments[0]
+    return Batch((Segment(segment.input_ids[:1, :8], None, segment.loss_mask[:1, :8], segment.sample[:1, :8]),))
+
+
 def has_plain_head(model: Any, batch: Batch) -> bool:
     """Whether the logits are nothing but the output head on the last hidden state (no scaling, no soft cap)."""
     import torch
 
-    segment = batch.segments[0]
-    probe = Segment(segment.input_ids[:1, :8], None, segment.loss_mask[:1, :8], segment.sample[:1, :8])
+    (probe,) = first_tokens(batch).segments
     with torch.no_grad():
         whole = model(**_inputs(model, probe)).logits
         hidden = model.base_model(**_inputs(model, probe)).last_hidden_state

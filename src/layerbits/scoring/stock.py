@@ -31,6 +31,7 @@ from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of, w
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.steplog import writable
 from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits, summed_loss
+from layerbits.scoring.stock_limits import stock_warnings
 
 
 def score(job: ScoringJob) -> Scores:
@@ -60,6 +61,7 @@ def _score(job: ScoringJob) -> Scores:
     head = output_head(model)
     unscored = unscored_patterns(model, set(job.scored))
     batches = list(zip_longest(job.calibration.calib, job.calibration.score))
+    doubts = stock_warnings(model, job.scored, batches[0][1]) if job.method == "gradient" else ()
     clock = _Clock()
     seen: list[Any] = [None]
 
@@ -140,6 +142,7 @@ def _score(job: ScoringJob) -> Scores:
         nonfinite=tuple(NonFinite(groups[g].key, name, detail="raw score") for g in np.flatnonzero(bad[:, 0])),
         seconds=clock.seconds,
         resumed=resumed,
+        notes=doubts,
     )
 
 

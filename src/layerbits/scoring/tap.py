@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
+
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.linears import (
     by_token,
@@ -81,12 +83,21 @@ class Tap(ABC):
         """Quantizes the weights on the fly from now on."""
 
     @abstractmethod
-    def hold(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> list[Any]:
-        """What the scores need of a forward, the output last."""
+    def inputs_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """What the scores need of the arguments of a forward."""
 
     @abstractmethod
-    def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
-        """Candidates and their :func:`token_scores`, ``[n, tokens]``, until every candidate had its turn."""
+    def scores(
+        self, inputs: Sequence[torch.Tensor], output: torch.Tensor, gradient: torch.Tensor, signed: bool
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Candidates and their :func:`token_scores`, ``[n, tokens]``, until every candidate had its turn.
+
+        Args:
+            inputs: From :meth:`inputs_of`.
+            output: Of the forward.
+            gradient: Of the output.
+            signed: Whether sums over output features stay signed and unsquared.
+        """
 
     def fix_dtype(self, dtype: Any) -> None:
         """Has every quantizer compute in a dtype, whatever the module computes in from now on."""
@@ -127,8 +138,6 @@ class Tap(ABC):
         Raises:
             UserError: The module was never called, or an input is not finite.
         """
-        import torch
-
         for _, site, i, quantizer in self.range_names():
             found = running.get(site, {}).get(self.range_kind(i, quantizer))
             if found is None:
@@ -174,8 +183,6 @@ class LinearTap(Tap):
 
     def calibrate_weights(self, shared: Any = None) -> None:
         """Finds the ranges of the weight."""
-        import torch
-
         weight = weight_of(self.module)
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"the weight of {self.name} is not finite; the checkpoint is damaged, fetch it again")
@@ -194,16 +201,18 @@ class LinearTap(Tap):
         """Quantizes the weight on the fly from now on."""
         self._kept = None
 
-    def hold(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> list[Any]:
-        """Input and output."""
-        return [first_input(args, kwargs).detach(), output.detach()]
+    def inputs_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+        """The input."""
+        return (first_input(args, kwargs),)
 
-    def scores(self, held: list[Any], gradient: Any, signed: bool) -> Iterator[tuple[list[int], Any]]:
+    def scores(
+        self, inputs: Sequence[torch.Tensor], output: torch.Tensor, gradient: torch.Tensor, signed: bool
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Neighbouring weight settings of one input setting share a product."""
-        x, y = held
+        (x,) = inputs
         module = self.module
         features, _ = shape_of(module)
-        gradient, y = features_last(module, gradient), features_last(module, y)
+        gradient, y = features_last(module, gradient), features_last(module, output)
         weights = self._all_weights() if self._kept is None else self._kept
         for setting, quantizer in enumerate(self.inputs[""]):
             seen = x if quantizer is None else quantizer(x)
@@ -224,8 +233,6 @@ class LinearTap(Tap):
 
     def recomputed(self) -> Forward:
         """The linear in two halves of its input; a convolution in two halves of its width."""
-        import torch
-
         module = self.module
         half = shape_of(module)[1] // 2
 
@@ -249,8 +256,6 @@ class LinearTap(Tap):
 
     def _all_weights(self) -> Any:
         """The weights of all settings under each other, ``[W * out_features, in_features]``."""
-        import torch
-
         return torch.cat(list(self._under_all()))
 
     def _under_all(self) -> Iterator[Any]:

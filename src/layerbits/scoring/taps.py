@@ -7,17 +7,21 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
+
 from layerbits.candidates.fused import fused
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import fused_experts
+from layerbits.inputs.folder import few
 from layerbits.inputs.linears import is_quantizable, tokens_of
 from layerbits.progress import progress
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import ExpertsTap, Routed
 from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import Load
-from layerbits.scoring.steps import Labels, calibration_forward, loss_backward
+from layerbits.scoring.saved import Saved
+from layerbits.scoring.steps import Labels, calibration_forward, first_tokens, loss_backward
 from layerbits.scoring.tap import LinearTap, Tap, first_input, hooked
 
 
@@ -64,6 +68,8 @@ class Taps:
         self._share_ranges = settings.share_ranges
         self.keep_weights = self.keep_experts = False
         self._calls = [0] * len(names)
+        self._recomputed = False
+        self._copied: set[int] = set()
         self._tokens: Any = None
         self._sizes: list[int] = []
         self._signed = False
@@ -80,8 +86,6 @@ class Taps:
         Raises:
             UserError: An input is not finite.
         """
-        import torch
-
         kinds = {tap.range_kind(i, quantizer) for tap in self.taps for _, _, i, quantizer in tap.range_names()}
         if not kinds or not batches:  # a process of a torchrun may have none
             return
@@ -101,6 +105,8 @@ class Taps:
             for batch in progress(batches, "calibrating"):
                 calibration_forward(self.model, batch, need_logits)
         last.clear()
+        unseen = [tap.name for tap, known in zip(self.taps, running, strict=True) if not known]
+        _check_called([tap.name for tap in self.taps if tap.name in unseen and any(True for _ in tap.range_names())])
         for tap, known in zip(self.taps, running, strict=True):
             tap.set_ranges(known)
 
@@ -139,8 +145,6 @@ class Taps:
         Raises:
             UserError: A weight is not finite.
         """
-        import torch
-
         with torch.no_grad():
             plain = ((tap.name, next(tap.weights(None))) for tap in self.taps)
             shared = quantizers.shared_largest(plain) if self._share_ranges else {}
@@ -171,30 +175,31 @@ class Taps:
         for tap in self.taps:
             tap.drop_weights()
 
-    def score(self, batch: Batch, chunked: bool, labels: Labels | None = None) -> tuple[Any, Any]:
+    def score(
+        self, batch: Batch, chunked: bool, labels: Labels | None = None, recomputed: bool = False
+    ) -> tuple[Any, Any]:
         """Scores one batch.
 
         Args:
             batch: The rows.
             chunked: Whether to make the logits in pieces.
+            recomputed: Whether gradient checkpointing is on.
             labels: Takes the loss for these tokens, and leaves the sums over output features signed and unsquared.
 
         Returns:
             Per-token scores, float32 ``[M, C, T]``, and the sample of each token, ``[T]`` (-1: padding).
 
         Raises:
-            UserError: A module is not called exactly once a forward, on every token.
+            UserError: A module is not called in a forward, or not on every token.
         """
-        import torch
-
         owner = torch.cat([s.sample.flatten() for s in batch.segments])
         shape = (len(self.taps), len(self._pairs), len(owner))
         self._tokens = torch.zeros(shape, device=self.taps[0].device)
         self._at = 0
         self._calls = [0] * len(self.taps)
-        self._signed = labels is not None
+        self._signed, self._recomputed = labels is not None, recomputed
         self._sizes = [s.input_ids.numel() for s in batch.segments]
-        with self._observed(), _no_parameter_gradients(self.model):
+        with self._observed():
             if labels is None:
                 self._loss = loss_backward(self.model, batch, self._next_segment, chunked)
             else:
@@ -207,32 +212,24 @@ class Taps:
         return float(self._loss)
 
     def _next_segment(self) -> None:
-        for tap, calls in zip(self.taps, self._calls, strict=True):
-            if calls != 1:
-                times = "never called" if calls == 0 else f"called {calls} times"
-                raise UserError(
-                    f"{tap.name} is {times} in a forward pass; leave it out with model.exclude=[{tap.name}]"
-                )
+        _check_called([tap.name for tap, calls in zip(self.taps, self._calls, strict=True) if calls == 0])
         self._calls = [0] * len(self.taps)
         self._at += self._sizes.pop(0)
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
-        embedding = self.model.get_input_embeddings()
         with ExitStack() as stack:
-            handles = [embedding.register_forward_hook(lambda _m, _a, output: output.requires_grad_())]
-            handles += [
-                tap.module.register_forward_hook(self._keep(i), with_kwargs=True) for i, tap in enumerate(self.taps)
-            ]
-            for handle in handles:
-                stack.callback(handle.remove)
-            for tap in self.taps:
+            stack.enter_context(activation_gradients(self.model))
+            for index, tap in enumerate(self.taps):
+                stack.enter_context(hooked(tap.module.register_forward_hook(self._keep(index), with_kwargs=True)))
                 stack.enter_context(tap.lighter())
             yield
 
     def _keep(self, index: int) -> Any:
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            tap = self.taps[index]
+        tap = self.taps[index]
+        copied = index in self._copied
+
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
             tokens = tokens_of(tap.module, first_input(args, kwargs))
             if tokens != self._sizes[0]:  # an expert of its own, say: which tokens these are cannot be known here
                 raise UserError(
@@ -240,32 +237,67 @@ class Taps:
                     f"leave it out with model.exclude=[{tap.name}]"
                 )
             if output.requires_grad:
-                held = tap.hold(args, kwargs, output)
-                output.register_hook(lambda gradient: self._add(index, held, gradient))
+                tensors = (*tap.inputs_of(args, kwargs), output)
+                saved = Saved([t.clone() for t in tensors] if copied else tensors, self._recomputed)
+                output.register_hook(lambda gradient: self._add(index, saved, gradient))
 
         return hook
 
-    def _add(self, index: int, held: list[Any], gradient: Any) -> None:
-        import torch
-
-        taken = list(held)
-        held.clear()  # the graph outlives this hook, the tensors need not
+    def _add(self, index: int, saved: Saved, gradient: torch.Tensor) -> None:
         self._calls[index] += 1
+        *inputs, output = saved.take()  # the graph outlives this hook, the tensors need not
         with torch.no_grad():
-            for candidates, scores in self.taps[index].scores(taken, gradient, self._signed):
+            for candidates, scores in self.taps[index].scores(inputs, output, gradient, self._signed):
                 span = slice(self._at, self._at + scores.shape[1])
                 for candidate, row in zip(candidates, scores, strict=True):  # a list as an index would be copied over
-                    self._tokens[index, candidate, span] = row.to(self._tokens.device)
+                    self._tokens[index, candidate, span] += row.to(self._tokens.device)  # of all calls of the module
+
+    def copy_what_changes(self, batch: Batch) -> None:
+        """Finds the modules whose inputs or output the model changes after their forward (Falcon's MLP).
+
+        From then on copies of these wait for the gradient.
+
+        Args:
+            batch: Rows, of which the first tokens are tried.
+        """
+        seen: dict[int, list[tuple[torch.Tensor, int]]] = {}
+
+        def see(index: int) -> Any:
+            tap = self.taps[index]
+
+            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+                seen[index] = [(t.detach(), t._version) for t in (*tap.inputs_of(args, kwargs), output)]
+
+            return hook
+
+        with ExitStack() as stack, torch.no_grad():
+            for index, tap in enumerate(self.taps):
+                stack.enter_context(hooked(tap.module.register_forward_hook(see(index), with_kwargs=True)))
+            calibration_forward(self.model, first_tokens(batch), need_logits=True)
+        self._copied = {i for i, tensors in seen.items() if any(t._version != version for t, version in tensors)}
+
+
+def _check_called(missing: Sequence[str]) -> None:
+    """Refuses modules that a text never reaches: adapters of other blocks that share these weights (Zamba2), say."""
+    if missing:
+        alone = len(missing) == 1
+        which = f"{missing[0]} is" if alone else f"{len(missing)} linears ({few(list(missing))}) are"
+        raise UserError(
+            f"{which} never called in a forward pass; leave {'it' if alone else 'them'} out with "
+            f"model.exclude=[{','.join(missing)}]"
+        )
 
 
 @contextmanager
-def _no_parameter_gradients(model: Any) -> Iterator[None]:
-    """Only activations need gradients here; a parameter's would cost a third of the backward pass."""
+def activation_gradients(model: Any) -> Iterator[None]:
+    """While it lasts, activations get gradients and parameters none; those would cost a third of the backward pass."""
     wanted = [p for p in model.parameters() if p.requires_grad]
+    embedding = model.get_input_embeddings()
     for parameter in wanted:
         parameter.requires_grad_(False)
     try:
-        yield
+        with hooked(embedding.register_forward_hook(lambda _module, _args, output: output.requires_grad_())):
+            yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)

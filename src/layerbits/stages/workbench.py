@@ -16,7 +16,7 @@ from layerbits.candidates.capability import Capability, check
 from layerbits.candidates.fused import shares_range
 from layerbits.config import AutoQuantSpec, Settings
 from layerbits.errors import Unsupported, UserError
-from layerbits.inputs.calibration import Calibration, build_calibration
+from layerbits.inputs.calibration import Calibration, build_calibration, control_tokens, opening_tokens
 from layerbits.inputs.captions import CaptionSet, load_captions
 from layerbits.inputs.experts import active_ratio, is_routed
 from layerbits.inputs.kinds import kinds_of
@@ -38,6 +38,9 @@ from layerbits.scoring.state import decisions
 from layerbits.stages.plan import Held, Plan
 
 NOTHING_HELD = Held()
+
+_STEPS = 2
+"""Counts how often what a step of a search checkpoint holds was corrected; older ones are not gone on from."""
 _FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B model about 100 MB
 
 
@@ -129,7 +132,12 @@ class Workbench:
             refine.check(wanted, sum(decision.searched for decision in found))
         versions = provenance(Path.cwd())
         fingerprint = _digest(
-            [*self._identity(candidates, scored, held), versions["version.modelopt"], versions["version.torch"]],
+            [
+                *self._identity(candidates, scored, held),
+                versions["version.modelopt"],
+                versions["version.torch"],
+                _STEPS,
+            ],
         )
         return Plan(
             self.settings,
@@ -163,14 +171,23 @@ class Workbench:
             [
                 *(self.resolved.source, self.resolved.revision, model.dtype, model.random_weights),
                 *(["code of its own"] if model.trust_remote_code else []),
+                *(["corrected"] if _corrected(self.resolved.config) else []),
             ],
             scored,
             [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
             [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
+            *self._reading(),
             [_method(spec), spec.engine, self.settings.seed, self.device],
             *held.identity(),
             *([list(spec.kv_cache)] if spec.kv_cache else []),
         ]
+
+    def _reading(self) -> list[Any]:
+        """How the tokenizer reads the captions, where earlier versions read them otherwise."""
+        lead = opening_tokens(self.tokenizer)
+        opening = [["opens with", *lead]] if lead not in ([], [self.tokenizer.bos_token_id]) else []
+        spelled = any(token in c for token in control_tokens(self.tokenizer) for c in self.captions.captions)
+        return [*opening, *(["control tokens as text"] if spelled else [])]
 
 
 def workbench(settings: Settings) -> Workbench:
@@ -232,6 +249,16 @@ def _by_weight(linears: Mapping[str, Shapes]) -> dict[str, tuple[int, int]]:
         for name, shapes in linears.items()
         for at, shape in zip(which, shapes, strict=False)
     }
+
+
+def _corrected(config: Any) -> bool:
+    """Whether earlier versions scored a model wrongly, so that a sweep does not take their runs for finished.
+
+    Their ``memory=lean`` lost the gradients of shared keys and values, and they read outputs of Falcon's MLPs after the
+    model had changed them in place.
+    """
+    text = config.get_text_config()
+    return bool(getattr(text, "num_kv_shared_layers", 0)) or text.model_type == "falcon"
 
 
 def _method(spec: AutoQuantSpec) -> Any:

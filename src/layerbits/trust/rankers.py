@@ -94,8 +94,11 @@ def gradient_token(job: ScoringJob, linears: ReplacedLinears, search: Search) ->
     shares, tokens = np.zeros((samples, groups, len(job.configs))), np.zeros(samples)
     model = job.loaded.model
     for batch, weight in zip(batches, weights, strict=True):
-        with nullcontext() if offloaded(model) is None else checkpointed(model):
-            signed, owner = linears.score(batch, chunked=False, labels=lambda _logits, targets: targets)
+        recomputed = offloaded(model) is not None
+        with checkpointed(model) if recomputed else nullcontext():
+            signed, owner = linears.score(
+                batch, chunked=False, labels=lambda _logits, targets: targets, recomputed=recomputed
+            )
         squares = fisher.windowed(signed, owner, batch, search.group_of, groups, window=1)
         step = step_of(squares, owner, batch, np.arange(groups), groups, linears.loss)
         shares[step.samples] += step.sample_raw * weight

