@@ -148,10 +148,10 @@ def made(schemes):
     for name, bits, kl, control_of in schemes:
         sums = 10 * kl * hard / hard.mean() * rng.uniform(0.98, 1.02, 40)
         mean, error = standard_error(sums, [10] * 40)
-        figures = Difference(400, 20.0, mean, error, 3 * kl, 0.9, 0.1, 2.0)
+        figures = Difference(400, 20.0, mean, error, 3 * kl, 0.9, 0.1, 2.0, kl_median=kl / 2, kl_p90=2 * kl)
         method = "random" if control_of else "coverage"
         probes.append(SchemeProbe(name, name, method, control_of, bits, kl / 2, figures, tuple(sums), 1.0))
-    floor = Difference(400, 19.0, 1e-9, 1e-10, 1e-8, 1.0, 1e-12, 1e-6)
+    floor = Difference(400, 19.0, 1e-9, 1e-10, 1e-8, 1.0, 1e-12, 1e-6, kl_median=1e-10, kl_p90=1e-9)
     info = ModelInfo("tiny", "tiny", "r0", "Tiny", "float32")
     rows = Rows("everyday", "packed", 16, 25, 400)
     return ProbeResult(info, ("abc",), rows, 19.0, floor, "itself", (10,) * 40, tuple(probes))
@@ -200,7 +200,8 @@ def test_without_a_prediction_there_is_no_additivity():
 
 def test_metrics_have_the_documented_names():
     names = set(made(SCHEMES).metrics())
-    figures = {"perplexity", "kl", "kl_se", "kl_p99", "top1_agreement", "logit_mse", "logit_max_error"}
+    figures = {"perplexity", "kl", "kl_se", "kl_median", "kl_p90", "kl_p99", "top1_agreement", "logit_mse"}
+    figures |= {"logit_max_error"}
     own = figures | {"bits", "predicted_kl", "additivity", "nonfinite"}
     assert {n for n in names if n.startswith("probe/top25/")} == {f"probe/top25/{n}" for n in own}
     above = {"kl_above_scheme", "kl_above_scheme_se"}

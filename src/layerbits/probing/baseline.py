@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from layerbits.probing.measured import Difference
+from layerbits.probing.slices import confidences, places, slices
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import FloatArray
 
@@ -67,6 +68,8 @@ class Baseline:
         owners = torch.cat([k.segment.sample[k.segment.loss_mask] for k in self._kept]).numpy()
         _, self._caption, tokens = np.unique(owners, return_inverse=True, return_counts=True)
         self.caption_tokens = tuple(tokens.tolist())
+        self._place = np.concatenate([places(k.segment) for k in self._kept])
+        self._confidence = np.concatenate([confidences(k.logits, k.partition) for k in self._kept])
 
     @property
     def tokens(self) -> int:
@@ -122,6 +125,9 @@ class Baseline:
             top1_agreement=float(same.mean()),
             logit_mse=float(squares.mean()) / self._kept[0].logits.shape[1],
             logit_max_error=float(largest.max()),
+            kl_median=float(np.quantile(kl, 0.5)),
+            kl_p90=float(np.quantile(kl, 0.9)),
+            slices=slices(kl, self._place, self._confidence),
         ), tuple(captions.tolist())
 
     def _loss(self, kept: _Kept) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.candidates.kv_cache import NO_CACHE
+from layerbits.probing.slices import Slice
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import ModelInfo
 
@@ -31,6 +32,8 @@ class Difference:
         top1_agreement: Share of the tokens with the same most likely next token.
         logit_mse: Mean squared difference over tokens and vocabulary.
         logit_max_error: Largest absolute difference.
+        kl_median: Median of it over the tokens, and ``kl_p90`` the 90th percentile: a mean can hide a tail.
+        slices: Mean and tail by position in the row and by confidence of the unquantized model.
         nonfinite: Tokens where a logit is not a number; they make the other figures NaN.
     """
 
@@ -43,6 +46,9 @@ class Difference:
     logit_mse: float
     logit_max_error: float
     nonfinite: int = 0
+    kl_median: float = math.nan
+    kl_p90: float = math.nan
+    slices: tuple[Slice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,8 @@ class ProbeResult:
 
     def metrics(self) -> dict[str, float]:
         """The finite numbers by the names in ``docs/tracking.md``: ``probe/<scheme>/<number>`` and so on."""
-        names = ("perplexity", "kl", "kl_se", "kl_p99", "top1_agreement", "logit_mse", "logit_max_error")
+        kinds = ("kl", "kl_se", "kl_median", "kl_p90", "kl_p99")
+        names = ("perplexity", *kinds, "top1_agreement", "logit_mse", "logit_max_error")
         values = {"probe/unquantized/perplexity": self.reference_perplexity}
         for key in names:
             values[f"probe/floor/{key}"] = getattr(self.floor, key)

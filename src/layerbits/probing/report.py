@@ -42,6 +42,7 @@ def markdown(result: ProbeResult) -> str:
         f"Noise floor: {result.floor_kind}. Standard errors (SE) are over the captions.",
         *(f"KV cache {name}: {', '.join(those)}." for name, those in _caches(result).items()),
     ]
+    lines += _sliced(result)
     below = [s.scheme for s in result.schemes if s not in result.above_floor]
     lines += [f"Not above the noise floor: {', '.join(below)}."] if below else []
     bad = [f"{s.scheme} ({s.difference.nonfinite} tokens)" for s in result.schemes if s.difference.nonfinite]
@@ -132,6 +133,27 @@ def _caches(result: ProbeResult) -> dict[str, list[str]]:
         if scheme.kv_cache != NO_CACHE:
             found.setdefault(scheme.kv_cache, []).append(scheme.scheme)
     return found
+
+
+def _sliced(result: ProbeResult) -> list[str]:
+    """Median and tail of the KL over the tokens, and its mean by position and by confidence."""
+    names = [one.name for one in result.floor.slices]
+    if not names:
+        return []
+    lines = [
+        "",
+        "KL over the tokens, nats: median and tail, then the mean by position in the row and by the largest "
+        "probability of the unquantized model:",
+        "",
+        f"| scheme | median | p90 | p99 | {' | '.join(names)} |",
+        f"|---|---|---|---|{'---|' * len(names)}",
+    ]
+    for scheme in result.schemes:
+        d = scheme.difference
+        found = {one.name: f"{one.kl:.3g}" for one in d.slices}
+        cells = " | ".join(found.get(name, "–") for name in names)
+        lines.append(f"| {scheme.scheme} | {d.kl_median:.3g} | {d.kl_p90:.3g} | {d.kl_p99:.3g} | {cells} |")
+    return [*lines, ""]
 
 
 def _kl(difference: Difference) -> str:
