@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import kendalltau, spearmanr
 
 from layerbits.errors import UserError
-from layerbits.trust.stability import COLUMNS, around, differences, in_words, kendall, overlap, spearman, stability
+from layerbits.trust.stability import COLUMNS, around, difference_words, in_words, kendall, overlap, spearman, stability
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_what_differs_is_named(two):
     assert row["differs"] == "seed: 0 and 1; size: 16 and 200; captions: d1d1d1d1d1d1 and d2d2d2d2d2d2; " + (
         "scored captions: 16 and 200"
     )
-    assert differences(next(iter(two.values())), next(iter(two.values()))) == []
+    assert difference_words(next(iter(two.values())), next(iter(two.values()))) == ""
 
 
 def test_every_pair_of_runs_is_a_row(two):

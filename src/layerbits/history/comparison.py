@@ -12,21 +12,16 @@ import pandas as pd
 
 from layerbits.errors import UserError
 from layerbits.history.query import rows_and_scores
+from layerbits.results.comparable import CALIBRATION, PREDICTED_KL, RANK, SCORE, differences, reasons
 from layerbits.results.frames import numeric, spearman
 
 BY = ("predicted_kl", "score", "rank")
 TOPS = (5, 10, 20)
 
-_CALIBRATION = ("dataset_digest", "packing", "seq_len", "batch_size", "calib_samples", "score_samples")
-_ONE_SCALE = {
-    "rank": (),
-    "predicted_kl": ("model_revision", "method"),
-    "score": ("model_revision", "method", *_CALIBRATION),
-}
-"""What must be equal."""
+_RULES = {"rank": RANK, "predicted_kl": PREDICTED_KL}
 _WORTH_KNOWING = (
     *("model_revision", "method", "dtype", "engine", "fp4_numerics", "weights", "dataset", "dataset_size"),
-    *_CALIBRATION,
+    *CALIBRATION,
 )
 
 
@@ -111,28 +106,17 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any], by: str) -> tuple[tup
 
     What a run does not say counts as different: nothing shows that it is the same.
     """
-    if a["model"] != b["model"]:
-        return (_differs(a, b, "model"),), ()
-    must = {"rank": (), "predicted_kl": ("model_revision", "method")}.get(
-        by, ("model_revision", "method", *_CALIBRATION)
-    )
-    reasons = [_differs(a, b, name) for name in must if not _same(a[name], b[name], known=True)]
-    if a["weights"] == b["weights"] == "random" and a["seed"] != b["seed"]:
-        reasons.append(f"the weights are random and of other seeds: {a['seed']} and {b['seed']}")
-    notes = [_differs(a, b, name) for name in _WORTH_KNOWING if name not in must and not _same(a[name], b[name])]
-    return tuple(reasons), tuple(notes)
-
-
-def _same(a: object, b: object, known: bool = False) -> bool:
-    missing = pd.isna(a), pd.isna(b)
-    return not known and all(missing) if any(missing) else bool(a == b)
-
-
-def _differs(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> str:
-    words = ["unknown" if pd.isna(side[name]) else str(side[name]) for side in (a, b)]
-    short = [word[:12] for word in words]
-    words = short if short[0] != short[1] else words
-    return f"{name.replace('_', ' ')}: {' and '.join(words)}"
+    rule = _RULES.get(by, SCORE)
+    names = {*rule.same, *_WORTH_KNOWING, "seed"}
+    one, two = ({name: None if pd.isna(row[name]) else row[name] for name in names} for row in (a, b))
+    found = reasons(one, two, rule)
+    if any(reason.name == "model" for reason in found):
+        return tuple(map(str, found)), ()
+    words = [str(reason) for reason in found]
+    if one["weights"] == two["weights"] == "random" and one["seed"] != two["seed"]:
+        words.append(f"the weights are random and of other seeds: {one['seed']} and {two['seed']}")
+    notes = differences(one, two, [name for name in _WORTH_KNOWING if name not in rule.same])
+    return tuple(words), tuple(map(str, notes))
 
 
 def _movers(both: pd.DataFrame) -> pd.DataFrame:

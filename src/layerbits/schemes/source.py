@@ -13,6 +13,7 @@ import numpy as np
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.errors import UserError
 from layerbits.results.assignment import UNQUANTIZED, Assignment, IntArray
+from layerbits.results.comparable import ONE_SCHEME, facts, reasons
 from layerbits.results.kv_cache import kv_sums
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
@@ -120,7 +121,11 @@ def combine(results: Mapping[str, SensitivityResult]) -> Source:
     for name, result in results.items():
         if not result.allocation.assignment or math.isnan(result.candidate.bits):
             raise UserError(f"{name} was imported and does not say what its formats store; score the model anew")
-        _check_comparable(names[0], first, name, result)
+        if why := reasons(facts(first), facts(result), ONE_SCHEME):
+            raise UserError(
+                f"{names[0]} and {name} are not of one measurement ({'; '.join(map(str, why))}), so their scores do "
+                "not compare; give runs of one grid and size"
+            )
         for group in result.groups:
             if groups.setdefault(group.key, group) != group:
                 raise UserError(
@@ -190,38 +195,6 @@ def _from_store(run_id: str, tracking_uri: str | None) -> dict[str, SensitivityR
         why = f" ({run.tags['reason']})" if "reason" in run.tags else ""
         raise UserError(f"run {run_id} ended as {outcome}{why} and holds no scores; give a run whose outcome is ok")
     return {cell: history.result(cell, tracking_uri=uri) for cell in cells or [run_id]}
-
-
-def _check_comparable(a: str, first: SensitivityResult, b: str, other: SensitivityResult) -> None:
-    """Checks that raw scores of two results are on one scale.
-
-    Raises:
-        UserError: They are not.
-    """
-    for what, one, two in (
-        ("models", first.model.source, other.model.source),
-        ("model revisions", first.model.revision, other.model.revision),
-        ("dtypes", first.model.dtype, other.model.dtype),
-        ("methods", _method(first), _method(other)),
-        ("calibrations", _scale(first.calibration), _scale(other.calibration)),
-    ):
-        if one != two:
-            raise UserError(
-                f"{a} and {b} have different {what} ({one} and {two}), so their scores do not compare; "
-                "give runs of one grid and size"
-            )
-
-
-def _method(result: SensitivityResult) -> str:
-    """How it was scored; measured groups put predictions on another scale."""
-    return result.method if result.measured_se is None else f"{result.method} with groups measured after the pass"
-
-
-def _scale(data: CalibrationInfo) -> str:
-    return (
-        f"{data.dataset} {data.size} {data.digest[:8]}, {data.score_samples} captions scored, {data.packing}, "
-        f"{data.score_rows} rows of {data.seq_len} by {data.batch_size}"
-    )
 
 
 def _all_weights(result: SensitivityResult) -> int | None:

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
+from layerbits.results.comparable import REPETITION, facts, reasons
 from layerbits.results.experiment import made_by
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 
 if TYPE_CHECKING:
     from layerbits.stages.plan import Plan
+
+
+_WORDS = {"model_revision": "model revision", "dataset_digest": "captions", "config_hash": "configuration"}
 
 
 def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:
@@ -80,8 +84,14 @@ def plan_again(
     settings = Settings.from_config(composed)
     autoquant = replace(settings.autoquant, checkpoint=str(checkpoint) if checkpoint else None)
     planned = plan(replace(settings, device=device, autoquant=autoquant))
-    then, now = identity(result), _identity(planned)
-    changed = [f"{name} (was {then[name]}, is {now[name]})" for name in then if then[name] != now[name]]
+    ((candidate, _),) = planned.candidates
+    now = {
+        "model_revision": planned.resolved.revision,
+        "dataset_digest": planned.captions.digest,
+        "config_hash": candidate.info.config_hash,
+    }
+    found = reasons(facts(result), now, REPETITION)
+    changed = [f"{_WORDS[difference.name]} (was {difference.a}, is {difference.b})" for difference in found]
     if changed:
         raise UserError(
             f"{reference} cannot be repeated, for this has changed since: {', '.join(changed)}; restore it, or score "
@@ -91,18 +101,6 @@ def plan_again(
 
 
 def identity(result: SensitivityResult) -> dict[str, str]:
-    """What must be the same for two runs to be the same measurement."""
-    return {
-        "model revision": result.model.revision,
-        "captions": result.calibration.digest,
-        "configuration": result.candidate.config_hash,
-    }
-
-
-def _identity(planned: Plan) -> dict[str, str]:
-    ((candidate, _),) = planned.candidates
-    return {
-        "model revision": planned.resolved.revision,
-        "captions": planned.captions.digest,
-        "configuration": candidate.info.config_hash,
-    }
+    """What is the same in two runs that are the same measurement."""
+    known = facts(result)
+    return {_WORDS[name]: str(known[name]) for name in REPETITION.same}

@@ -13,6 +13,7 @@ import pandas as pd
 
 from layerbits.errors import UserError
 from layerbits.results.bootstrap import FEWEST, LEVEL, TOP, draw, resampled
+from layerbits.results.comparable import RANK, differences, facts, reasons
 from layerbits.results.result import FloatArray, SensitivityResult
 
 RESAMPLES = 500
@@ -20,6 +21,28 @@ COLUMNS = (
     *("a", "b", "differs", "groups", "spearman", "spearman_low", "spearman_high", "kendall", "kendall_low"),
     *("kendall_high", "top", "overlap", "overlap_low", "overlap_high"),
 )
+
+
+_WORDS = {
+    "model_revision": "model revision",
+    "dtype": "dtype",
+    "quant_pair": "pair",
+    "granularity": "granularity",
+    "config_hash": "config",
+    "method": "method",
+    "engine": "engine",
+    "seed": "seed",
+    "dataset": "dataset",
+    "dataset_size": "size",
+    "dataset_digest": "captions",
+    "score_samples": "scored captions",
+    "packing": "packing",
+    "seq_len": "row length",
+    "batch_size": "batch size",
+    "device": "device",
+}
+"""Facts that may differ between runs of one model, in the order in which they are listed, with their short names."""
+_DIGESTS = ("model_revision", "config_hash", "dataset_digest")
 
 
 def stability(results: Mapping[str, SensitivityResult], top: int = TOP, seed: int = 0) -> pd.DataFrame:
@@ -49,12 +72,12 @@ def stability(results: Mapping[str, SensitivityResult], top: int = TOP, seed: in
     rows = []
     for a, b in combinations(results, 2):
         one, two = results[a], results[b]
-        if one.model.name != two.model.name:
+        if reasons(facts(one), facts(two), RANK):
             raise UserError(
                 f"runs {a} and {b} are of different models ({one.model.name} and {two.model.name}), whose groups do "
                 "not compare; give runs of one model"
             )
-        rows.append({"a": a, "b": b, "differs": "; ".join(differences(one, two)) or "nothing"})
+        rows.append({"a": a, "b": b, "differs": difference_words(one, two) or "nothing"})
         rows[-1] |= _agreement(a, b, one, two, draws, top)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
@@ -86,10 +109,10 @@ def in_words(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def differences(a: SensitivityResult, b: SensitivityResult) -> list[str]:
-    """What differs between two runs, ``name: one and other`` each."""
-    one, two = _facts(a), _facts(b)
-    return [f"{name}: {one[name]} and {two[name]}" for name in one if one[name] != two[name]]
+def difference_words(a: SensitivityResult, b: SensitivityResult) -> str:
+    """What differs between two runs of one model, ``name: one and other`` each."""
+    found = differences(facts(a), facts(b), _WORDS)
+    return "; ".join(f"{_WORDS[d.name]}: {_word(d.name, d.a)} and {_word(d.name, d.b)}" for d in found)
 
 
 def spearman(x: FloatArray, y: FloatArray) -> FloatArray:
@@ -178,28 +201,6 @@ def _drawn(result: SensitivityResult, seed: int) -> FloatArray | None:
     return resampled(result.sample_kl, tokens, draw(len(tokens), RESAMPLES, seed))
 
 
-def _facts(result: SensitivityResult) -> dict[str, object]:
-    """What may differ between runs of one model, in the order in which it is told."""
-    info, data = result.candidate, result.calibration
-    return {
-        "model revision": _short(result.model.revision),
-        "dtype": result.model.dtype,
-        "pair": info.quant_pair,
-        "granularity": info.granularity,
-        "config": _short(info.config_hash),
-        "method": result.method,
-        "engine": result.engine,
-        "seed": result.seed,
-        "dataset": data.dataset,
-        "size": data.size,
-        "captions": _short(data.digest),
-        "scored captions": data.score_samples,
-        "packing": data.packing,
-        "row length": data.seq_len,
-        "batch size": data.batch_size,
-        "device": result.device,
-    }
-
-
-def _short(digest: str) -> str:
-    return digest[:12]
+def _word(name: str, value: object) -> str:
+    word = "unknown" if value is None else str(value)
+    return word[:12] if name in _DIGESTS else word
