@@ -17,7 +17,9 @@ RULES = {"rank": RANK, "predicted_kl": PREDICTED_KL, "score": SCORE, "scheme": O
 
 def test_a_result_and_its_row_in_the_history_say_the_same():
     result = small_result()
-    row = row_of(RawRun({"run_id": "a" * 32}, contract.parameters(result), {}, contract.tags(result)))
+    row = row_of(
+        RawRun({"run_id": "a" * 32, "experiment_id": "1"}, contract.parameters(result), {}, contract.tags(result))
+    )
     found = facts(result)
     names = set(found) & set(row)
     assert {*SCORE.same, *REPETITION.same} <= names
