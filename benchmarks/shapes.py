@@ -116,7 +116,25 @@ def tiny_experts() -> Any:
     )  # fmt: skip
 
 
+def tiny_vl() -> Any:
+    """Qwen3-VL's architecture with two blocks a part, to try a benchmark on a CPU."""
+    from transformers import Qwen3VLConfig
+
+    text = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 1024, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]},
+    }  # fmt: skip
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2, "out_hidden_size": 128}
+    config = Qwen3VLConfig(
+        text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]}, tie_word_embeddings=True
+    )
+    config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id = 1, 2, 3, 4
+    return config
+
+
 SHAPES = {
+    "tiny-vl": tiny_vl,
     "qwen3-30b-a3b": qwen3_30b_a3b,
     "qwen3-30b-a3b-12": qwen3_30b_a3b_12,
     "qwen3-vl-30b-a3b": qwen3_vl_30b_a3b,

@@ -1,6 +1,7 @@
 """A tiny random checkpoint of every family of language models that is named in ``docs/models.md``."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 VOCABULARY = 384
@@ -40,7 +41,7 @@ def _vision(stem: str, vision: dict[str, Any], text_config: Any = None, **change
     outer = {"tie_word_embeddings": False, **changes.pop("outer", {})}
     text = {**_TEXT, **changes}
     config = getattr(hf, f"{stem}Config")(
-        text_config=text if text_config is None else text_config(**text), vision_config=vision, **outer
+        text_config=text if text_config is None else text_config(**text), vision_config=dict(vision), **outer
     )
     return getattr(hf, f"{stem}ForConditionalGeneration")(config)
 
@@ -156,3 +157,132 @@ EXCLUDED = {"zamba2": "adapter_list"}
 def scored(family: str, linears: Iterable[str]) -> tuple[str, ...]:
     """Those linears of a family that are scored."""
     return tuple(name for name in linears if family not in EXCLUDED or EXCLUDED[family] not in name)
+
+
+_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+WITH_PICTURES: dict[str, Callable[[], Any]] = {
+    **{name: FAMILIES[name] for name in (*_QWEN, "gemma3", "smolvlm")},
+    "llava": lambda: _vision(
+        "Llava", _TOWER, _llama_text, outer={"image_token_index": 5, "vision_feature_layer": -1}
+    ),
+    "internvl": lambda: _vision(
+        "InternVL", {**_TOWER, "image_size": [28, 28], "patch_size": [14, 14]}, outer={"image_token_id": 5}
+    ),
+    "mistral3": lambda: _vision("Mistral3", {**_TOWER, "image_size": 56}, head_dim=32, outer={"image_token_index": 5}),
+}  # fmt: skip
+"""Families that see pictures."""
+
+WITHOUT_PROCESSOR = ("smolvlm", "mistral3")
+"""Their processors need torchvision: these have rows made by hand (:func:`picture_batch`)."""
+
+_MARKS = {
+    "gemma3": ("<boi>", "<image_soft_token>"),
+    "llava": ("<image>",) * 2,
+    "internvl": ("<IMG_CONTEXT>",) * 2,
+}
+"""What stands for a picture in the chat template, and in the row."""
+
+
+def build_with_processor(family: str, folder: Path) -> Any:
+    """The family's tiny model, saved with a tokenizer of bytes, a chat template and a small processor.
+
+    Args:
+        family: One of :data:`WITH_PICTURES`.
+        folder: Where to.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    model = WITH_PICTURES[family]().float().eval()
+    mark, token = _MARKS.get(family, ("<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>"))
+    config = model.config
+    if family == "gemma3":  # zeros until it is trained
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.1)
+    if family in _QWEN:
+        config.image_token_id, config.video_token_id = 5, 6
+        config.vision_start_token_id, config.vision_end_token_id = 7, 8
+    config.text_config.max_position_embeddings = 512
+    model.save_pretrained(folder)
+    if family in WITHOUT_PROCESSOR:
+        return model
+    tokenizer = _tokenizer(family, token)
+    template = (
+        "{% for m in messages %}<|turn|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}" + mark
+        + "{% else %}{{ c.text }}{% endif %}{% endfor %}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    )  # fmt: skip
+    _processor(family, tokenizer, template).save_pretrained(folder)
+    return model
+
+
+def _tokenizer(family: str, token: str) -> Any:
+    """Bytes, and the marks that processors look for: the placeholder is token 5."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<pad>", "<s>", "</s>", "<boi>", "<eoi>", token, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    marks += ["<|turn|>", "<|end|>", "<img>", "</img>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*marks, *letters])}, merges=[]))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    bare.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+    named = {
+        "gemma3": {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": token},
+        "internvl": {
+            "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": token,
+            "video_token": "<|video_pad|>",
+        },
+    }.get(family, {})  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bare, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=named
+    )
+
+
+def _processor(family: str, tokenizer: Any, template: str) -> Any:
+    """A processor whose pictures become a few tokens."""
+    import transformers as hf
+
+    from layerbits.inputs.processor import still_class
+
+    if family.startswith("qwen"):
+        stem = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL"}.get(family, "Qwen3VL")
+        patch = 16 if stem == "Qwen3VL" else 14
+        images = hf.Qwen2VLImageProcessorPil(
+            patch_size=patch, min_pixels=(2 * patch) ** 2 * 4, max_pixels=(2 * patch) ** 2 * 6
+        )
+        return still_class(getattr(hf, f"{stem}Processor"))(images, tokenizer, chat_template=template)
+    if family == "gemma3":
+        images = hf.Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+        return hf.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
+    if family == "llava":
+        images = hf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        return hf.LlavaProcessor(
+            images, tokenizer, patch_size=14, vision_feature_select_strategy="default", chat_template=template,
+            num_additional_image_tokens=1,
+        )  # fmt: skip
+    assert family == "internvl"
+    images = hf.GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}, crop_to_patches=False)
+    return still_class(hf.InternVLProcessor)(images, tokenizer, None, image_seq_length=1, chat_template=template)
+
+
+def picture_batch(family: str) -> Any:
+    """Two segments of random pixels and words for a family whose own processor needs torchvision."""
+    import torch
+
+    from layerbits.inputs.calibration import Batch, PictureRow, Segment
+
+    generator = torch.Generator().manual_seed(0)
+    side, images, marks = {"smolvlm": (28, 2, 2), "mistral3": (56, 1, 4)}[family]
+    ids = torch.randint(20, VOCABULARY, (2, 24), generator=generator)
+    ids[:, 3 : 3 + marks] = 5
+    at_image = ids == 5
+    mask = torch.zeros_like(at_image)
+    mask[:, 3 + marks :] = True
+    pixels = torch.randn((2, images, 3, side, side), generator=generator)
+    rows = [{"pixel_values": p[None] if family == "smolvlm" else p} for p in pixels]
+    if family == "mistral3":
+        rows = [{**row, "image_sizes": torch.tensor([[side, side]])} for row in rows]
+    sample = torch.arange(2, dtype=torch.int32)[:, None].expand(2, 24).contiguous()
+    whole = Segment(ids, None, mask, sample, tuple(PictureRow(row) for row in rows), at_image)
+    return Batch((whole.part(slice(1)), whole.part(slice(1, 2))))

@@ -11,6 +11,7 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
+from layerbits.inputs.datasets import MIXED, PICTURES
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.paths import user_path
 from layerbits.results.naming import run_name
@@ -27,12 +28,25 @@ FP4 = ("mxfp4", "nvfp4")
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """Which captions: the ``dataset`` group."""
+    """Which captions or pictures: the ``dataset`` group.
+
+    Attributes:
+        min_pixels: Smaller pictures are enlarged to that. max_pixels: Larger ones are reduced.
+        share: Share of pictures in ``mixed``.
+    """
 
     name: str
     size: str
     path: str | None
     packing: str
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    share: float | None = None
+
+    def pictured(self) -> list[int | float | None]:
+        """What rows with pictures depend on besides; empty for captions alone."""
+        values = [self.min_pixels, self.max_pixels, self.share]
+        return [] if values == [None] * 3 else values
 
 
 @dataclass(frozen=True)
@@ -129,7 +143,12 @@ class Settings:
         _choice("output_layout", config["output_layout"], LAYOUTS)
         _choice("device", config["device"], DEVICES)
         _choice("fp4", config["fp4"], FP4)
+        if config["model"].get("vision"):
+            _check_vision(config["dataset"]["name"], autoquant)
         dataset = {**config["dataset"]} | {key: str(config["dataset"][key]) for key in ("name", "size")}
+        for key, number in (("min_pixels", _int), ("max_pixels", _int), ("share", _float)):
+            if dataset.get(key) is not None:
+                dataset[key] = number(f"dataset.{key}", dataset[key])
         return cls(
             model=ModelSpec.from_mapping(config["model"]),
             quant_pair=QuantPair.from_mapping(config["quant_pair"]),
@@ -181,6 +200,20 @@ def _refine(config: Mapping[str, Any]) -> int | str:
     if _named(config, "recipe") is not None:
         raise UserError("a recipe holds groups quantized while others are scored; use autoquant.refine=none")
     return "auto" if value == "auto" else int(value)
+
+
+def _check_vision(dataset: str, autoquant: Mapping[str, Any]) -> None:
+    if dataset not in (PICTURES, MIXED):
+        raise UserError(
+            "model.vision=true scores a vision tower, which needs pictures; use dataset=image_text or mixed"
+        )
+    if autoquant["method"] == "fisher":
+        raise UserError("method=fisher has no meaning for the patches of a vision tower; use autoquant.method=gradient")
+    if autoquant["refine"] or (autoquant["method"] == "kl_div" and autoquant["engine"] != "stock"):
+        raise UserError(
+            "refine and method=kl_div run a language model from block to block, a vision tower has blocks of its own; "
+            "use method=gradient and refine=none with model.vision=true"
+        )
 
 
 def _choice(key: str, value: object, choices: tuple[str, ...]) -> None:

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from layerbits.results.result import KINDS
+from layerbits.results.result import KINDS, VISION_KINDS
 from layerbits.tracking import contract, view
+
+NO_BLOCK = ("lm_head", *VISION_KINDS)
 
 
 class Store:
@@ -48,7 +50,7 @@ def test_overlays_come_first_then_the_bars():
     first, second = state["compareRunSections"][:2]
     charts = [(c["type"], c["metricSectionId"], c["metricKey"]) for c in state["compareRunCharts"]]
     assert charts == [
-        *(("LINE", first["uuid"], f"predicted_kl_by_layer/{kind}") for kind in KINDS if kind != "lm_head"),
+        *(("LINE", first["uuid"], f"predicted_kl_by_layer/{kind}") for kind in KINDS if kind not in NO_BLOCK),
         *(("BAR", second["uuid"], f"summary/{name}") for name in ("predicted_kl_sum", "effective_bits")),
     ]
 
@@ -65,11 +67,13 @@ def test_overlays_have_titles_that_fit():
 def test_every_name_in_the_view_is_one_of_the_contract(make_result):
     result = make_result()
     first, *others = result.groups
-    groups = [replace(first, key=kind, kind=kind, block=None if kind == "lm_head" else 0) for kind in KINDS]
+    groups = [replace(first, key=kind, kind=kind, block=None if kind in NO_BLOCK else 0) for kind in KINDS]
     groups += others[len(KINDS) - 1 :]
     result = replace(result, groups=tuple(groups[: len(result.groups)]))
     metrics = {key for key, _, _ in contract.metrics(result)} | {"seconds/log"}
-    metrics |= {f"predicted_kl_by_layer/{kind}" for kind in KINDS if kind != "lm_head"}  # its kinds are not all of them
+    metrics |= {
+        f"predicted_kl_by_layer/{kind}" for kind in KINDS if kind not in NO_BLOCK
+    }  # its kinds are not all of them
     parameters = contract.parameters(result)
     state = view.view_state()
     assert {chart["metricKey"] for chart in state["compareRunCharts"]} <= metrics

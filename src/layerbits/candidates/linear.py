@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.results.result import VISION_KINDS
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
 _LEFT_OUT = {"conv": "mixer.conv1d", "router": "router"}
 """Names by which ModelOpt's presets know what other families call otherwise."""
+_TOWERS = ("vision", "visual", "projector", "merger", "connector")
+"""What is in the patterns by which they leave out vision towers."""
 QUANTIZERS = (WEIGHT, INPUT)
 RANK = {WEIGHT: 2, INPUT: 3}
 """Rank of what each quantizer sees in a decoder: weights ``[out, in]``, activations ``[batch, tokens, in]``."""
@@ -75,7 +78,8 @@ class LinearConfig:
         """Whether ``mtq.quantize`` with this configuration would quantize the weight of that linear.
 
         ModelOpt's presets leave out short convolutions and routers, by the names that some families give them. Under
-        another name, they are left out where they would be under such a name.
+        another name, they are left out where they would be under such a name. They leave out vision towers too; a
+        linear of one is asked for only where it is wanted (``model.vision``).
 
         Args:
             module_name: Full name in the model.
@@ -85,8 +89,11 @@ class LinearConfig:
         if kind in _LEFT_OUT and not self.covers(f"{module_name.rpartition('.')[0]}.{_LEFT_OUT[kind]}", lm_head):
             return False
         name, enabled = f"{module_name}.{WEIGHT}", True
+        asked = (("lm_head",) if lm_head else ()) + (_TOWERS if kind in VISION_KINDS else ())
         for entry in self.entries:
-            if fnmatch.fnmatch(name, entry.pattern) and (entry.enable or not (lm_head and "lm_head" in entry.pattern)):
+            if not entry.enable and any(part in entry.pattern for part in asked):
+                continue
+            if fnmatch.fnmatch(name, entry.pattern):
                 enabled = entry.enable
         return enabled
 

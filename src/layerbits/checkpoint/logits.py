@@ -78,16 +78,8 @@ class LogitProof:
 def some_rows(batches: Sequence[Batch]) -> tuple[Batch, ...]:
     """The first rows of some batches, about a thousand tokens: all logits of four models are kept."""
     segment = batches[0].segments[0]
-    mask = segment.attention_mask
     rows = max(1, _TOKENS // segment.input_ids.shape[1])
-    few = replace(
-        segment,
-        input_ids=segment.input_ids[:rows],
-        attention_mask=None if mask is None else mask[:rows],
-        loss_mask=segment.loss_mask[:rows],
-        sample=segment.sample[:rows],
-    )
-    return (replace(batches[0], segments=(few,)),)
+    return (replace(batches[0], segments=(segment.part(slice(rows)),)),)
 
 
 def logits_of(model: Any, batches: Sequence[Batch]) -> Logits:

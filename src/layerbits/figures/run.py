@@ -14,6 +14,7 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from layerbits.atomic import optional_part
 from layerbits.figures.settings import with_own_settings
@@ -253,6 +254,33 @@ def tokens_per_expert(routing: Sequence[Routing], *, title: str = "") -> Figure:
     return figure
 
 
+def modality_by_layer(result: SensitivityResult, *, title: str = "") -> Figure:
+    """Predicted KL along the blocks, a line for image positions and one for words.
+
+    Args:
+        result: Of a run whose rows had pictures; what is not believable is left out.
+        title: Above the figure.
+    """
+    assert result.modality is not None
+    figure, (ax,) = panels(1, 1, width=8, height=3.2)
+    column = np.where(result.beyond, np.nan, result.predicted_kl)
+    found = sorted(result.modality.by_block(result.groups, column).items())
+    values = np.array([parts for _, parts in found], dtype=float).reshape(-1, 2)
+    styles = {"image positions": line_style(1), "words": line_style(0)}
+    for style, line in zip(styles.values(), values.T, strict=True):
+        ax.plot([b for b, _ in found], np.where(line > 0, line, np.nan), linewidth=1.4, markersize=3.5, **style)
+    if spans(values.ravel()):
+        log_scale(ax, "y", values.ravel())
+    else:
+        ax.set_ylim(bottom=0)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
+    plain_axes(ax, "both")
+    label_outer([ax], 1, "Decoder block", LABELS["predicted_kl"])
+    legend_below(figure, [key(name, **style) for name, style in styles.items()])
+    headline(figure, title)
+    return figure
+
+
 def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
     """Writes the figures of one run as PNG, each whole or not at all; one that cannot be drawn is left out.
 
@@ -262,7 +290,7 @@ def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
 
     Returns:
         Paths of ``heatmap.png``, ``by_layer.png``, ``ranked.png`` and ``cumulative.png``; with experts also
-        ``routing.png``.
+        ``routing.png``, with pictures ``modality.png``.
     """
     known = bool((np.isfinite(result.predicted_kl) & ~result.beyond).any())
     value = "predicted_kl" if known else "score"
@@ -278,6 +306,8 @@ def save_figures(result: SensitivityResult, directory: Path) -> list[Path]:
     }
     if any(module.scoring for module in result.routing):
         drawn["routing"] = lambda: tokens_per_expert(result.routing, title=title)
+    if result.modality is not None and np.isfinite(result.modality.share).any():
+        drawn["modality"] = lambda: modality_by_layer(result, title=title)
     paths = []
     for name, draw in drawn.items():
         with optional_part(f"figures/{name}.png"):

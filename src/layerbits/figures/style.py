@@ -46,6 +46,11 @@ _KIND_LOOKS = {
     "shared_down": ("#F4A582", "D", _DASHES["long"]),
     "lm_head": (PURPLE, "v", _DASHES["dots"]),
     "other": (BLACK, "P", _DASHES["long"]),
+    "vision_qkv": ("#3B6FA0", "o", _DASHES["dots"]),
+    "vision_out": ("#C28F2C", "s", _DASHES["long"]),
+    "vision_fc1": ("#5FAE7B", "^", _DASHES["long"]),
+    "vision_fc2": ("#C97B63", "D", "-"),
+    "merger": ("#555555", "*", "-"),
 }
 KIND_STYLES: dict[str, dict[str, Any]] = {
     kind: {"color": color, "marker": marker, "linestyle": line} for kind, (color, marker, line) in _KIND_LOOKS.items()

@@ -22,10 +22,10 @@ _TEXT_PARAMS = (
 _COUNT_PARAMS = ("seq_len", "batch_size", "calib_samples", "score_samples", "seed", "vocabulary")
 _METRICS = (
     *("effective_bits", "effective_bits_modelopt", "score_sum", "predicted_kl_sum", "score_chosen"),
-    *("predicted_kl_chosen", "loss_per_token"),
+    *("predicted_kl_chosen", "loss_per_token", "image_kl_share", "image_clipped"),
     *(f"kv_cache_{name}_predicted_kl" for name in KV_FORMATS),
 )
-_COUNTS = ("groups", "quantized_groups", "nonfinite", "not_believable")
+_COUNTS = ("groups", "quantized_groups", "nonfinite", "not_believable", "image_tokens")
 _TAGS = {
     "outcome": "outcome",
     "reason": "reason",
@@ -57,7 +57,7 @@ RUN_SCHEMA = pa.schema(
     ]
 )
 _TYPES = {"layer": pa.string(), "block": pa.int32(), "kind": pa.string(), "chosen": pa.bool_()}
-_TYPES |= dict.fromkeys(("score", "predicted_kl", "low", "high"), pa.float64())
+_TYPES |= dict.fromkeys(("score", "predicted_kl", "low", "high", "image_share"), pa.float64())
 _TYPES |= dict.fromkeys(("rank_low", "rank_high"), pa.int32())
 LAYER_SCHEMA = pa.schema(
     [

@@ -14,7 +14,7 @@ Within a batch, rows of one length form a segment, a rectangle; a packed batch h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,6 +43,20 @@ _PADDING = -1
 
 
 @dataclass(frozen=True, eq=False)
+class PictureRow:
+    """What a model is given of a row's pictures; two rows are never equal, so that features can be kept by row.
+
+    Attributes:
+        inputs: Keyword of the model's forward → tensor, of which rows are joined along the first dimension:
+            ``pixel_values`` and whatever else the model's processor makes (grids, sizes, kinds of tokens).
+        source: File or name of each picture, for errors.
+    """
+
+    inputs: Mapping[str, torch.Tensor]
+    source: str = ""
+
+
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Rows of one length; all tensors are ``[rows, length]``.
 
@@ -53,12 +67,43 @@ class Segment:
             loss. Never true at position 0 or at padding.
         sample: int32, position in the caption list of the caption that a token belongs to. A separator belongs to the
             caption that it ends, what opens a row to the caption after it; -1 at padding.
+        pictures: Pictures of each row; empty where it has none.
+        image_mask: bool, true at image placeholders; ``None`` without pictures.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     loss_mask: torch.Tensor
     sample: torch.Tensor
+    pictures: tuple[PictureRow, ...] = ()
+    image_mask: torch.Tensor | None = None
+
+    @property
+    def image_tokens(self) -> torch.Tensor:
+        """Bool ``[rows, length]``: where image placeholders are."""
+        return torch.zeros_like(self.loss_mask) if self.image_mask is None else self.image_mask
+
+    def part(self, span: slice) -> Segment:
+        """Some of its rows."""
+        return Segment(
+            self.input_ids[span],
+            None if self.attention_mask is None else self.attention_mask[span],
+            self.loss_mask[span],
+            self.sample[span],
+            self.pictures[span],
+            None if self.image_mask is None else self.image_mask[span],
+        )
+
+    def tiled(self, tiles: int) -> Segment:
+        """Its rows several times over."""
+        return Segment(
+            self.input_ids.repeat(tiles, 1),
+            None if self.attention_mask is None else self.attention_mask.repeat(tiles, 1),
+            self.loss_mask.repeat(tiles, 1),
+            self.sample.repeat(tiles, 1),
+            self.pictures * tiles,
+            None if self.image_mask is None else self.image_mask.repeat(tiles, 1),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,14 +209,24 @@ def build_calibration(
             f"{share:.1%} of the calibration tokens are padding: the loss leaves them out, but the activation ranges "
             "see them; dataset.packing=packed has none"
         )
+    few = few_tokens_warning(score, samples == len(captions))
+    return Calibration(calib, score, samples, (*warnings, *few))
+
+
+def few_tokens_warning(score: Sequence[Batch], every: bool) -> tuple[str, ...]:
+    """That there are few tokens to rank by, where there are.
+
+    Args:
+        score: Batches that are scored.
+        every: Whether those are all captions.
+    """
     loss_tokens = sum(b.loss_tokens for b in score)
-    if loss_tokens < MIN_LOSS_TOKENS:
-        more = "dataset.size" if samples == len(captions) else "autoquant.num_score_samples"
-        warnings.append(
-            f"only {loss_tokens:,} loss tokens to rank by, fewer than {MIN_LOSS_TOKENS:,}: near ranks may be chance; "
-            f"raise {more}"
-        )
-    return Calibration(calib, score, samples, tuple(warnings))
+    if loss_tokens >= MIN_LOSS_TOKENS:
+        return ()
+    return (
+        f"only {loss_tokens:,} loss tokens to rank by, fewer than {MIN_LOSS_TOKENS:,}: near ranks may be chance; "
+        f"raise {'dataset.size' if every else 'autoquant.num_score_samples'}",
+    )
 
 
 def build_rows(

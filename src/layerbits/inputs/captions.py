@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
@@ -56,17 +57,18 @@ class CaptionSet:
     Attributes:
         name: Dataset name.
         size: ``small``, ``medium``, ``large`` or a number as text.
-        captions: Calibration captions, in order.
+        captions: Calibration captions, in order; chats about pictures (``Pictured``) in a dataset of those.
         held_out: Up to :data:`HELD_OUT` further captions, disjoint from ``captions`` up to case and spacing. Apart
             from every named size when the list has ``SIZES["large"] + HELD_OUT`` captions, otherwise the last ones
             that are left; empty when the list ends with ``captions``.
-        digest: First 16 hex digits of the SHA-256 of ``captions`` joined by newlines.
+        digest: First 16 hex digits of the SHA-256 of ``captions`` joined by newlines; of pictures
+            also over their pixels.
     """
 
     name: str
     size: str
-    captions: tuple[str, ...]
-    held_out: tuple[str, ...]
+    captions: tuple[Any, ...]
+    held_out: tuple[Any, ...]
     digest: str
 
 
@@ -82,7 +84,7 @@ def load_captions(name: str, size: str, path: str | Path | None = None) -> Capti
     Raises:
         UserError: Unknown dataset or size, no such file, an unusable file, or one with too few captions.
     """
-    count = _count(size)
+    count = count_of(size)
     source, lines = _lines(name, path)
     if len(lines) < count:
         raise UserError(
@@ -179,7 +181,12 @@ def normalised(caption: str) -> str:
     return " ".join(caption.casefold().split())
 
 
-def _count(size: str) -> int:
+def count_of(size: str) -> int:
+    """Number of captions that a size means.
+
+    Raises:
+        UserError: It means none.
+    """
     if size in SIZES:
         return SIZES[size]
     if size.isascii() and size.isdigit() and int(size) > 0:

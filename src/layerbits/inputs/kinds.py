@@ -12,7 +12,9 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from layerbits.inputs.language_model import find_language_model, foreign_parts
 from layerbits.inputs.linears import is_convolution, is_quantizable, shape_of
 
 _QKV = frozenset(
@@ -24,7 +26,10 @@ _QKV = frozenset(
 """Leaves of which one makes its parent an attention, whatever the parent is called."""
 
 _OUT = frozenset(
-    ("o_proj", "out_proj", "dense", "c_proj", "wo", "proj", "proj_out", "linear_out", "fc_out", "to_out", "o", "out")
+    (
+        *("o_proj", "out_proj", "dense", "c_proj", "wo", "proj", "proj_out", "linear_out", "fc_out", "to_out"),
+        *("projection_layer", "o", "out"),
+    )
 )
 """Leaves that lead from a token mixer back to the residual stream."""
 
@@ -54,6 +59,9 @@ _SIDES = {
 }
 """Leaves on either side of an MLP."""
 
+_OUTSIDE: WeakKeyDictionary[Any, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
+"""Model → name of its language model and of foreign parts within: looking for them takes milliseconds."""
+_MERGERS = ("merger", "projector", "connector")
 _MAMBA = frozenset(("x_proj", "dt_proj", "conv1d"))
 _ROUTERS = frozenset(("gate", "router", "shared_expert_gate"))
 _IN_A_LIST = re.compile(r"^(?P<list>[^.]+(?:\.[^.\d][^.]*)*)\.(?P<block>\d+)\.(?P<inner>.+)$")
@@ -105,7 +113,32 @@ def kind_of(model: Any, modules: Sequence[str], head: str | None) -> str:
         modules: Their names.
         head: Name of the output head.
     """
-    return _common(_kind(name, head, lambda n: _facts(model, n)) for name in modules)
+    outside = outside_of_language_model(model, modules, head)
+    return _common(
+        _vision_kind(_kind(n, head, lambda n: _facts(model, n)), n) if n in outside else
+        _kind(n, head, lambda n: _facts(model, n))
+        for n in modules
+    )  # fmt: skip
+
+
+def outside_of_language_model(model: Any, names: Sequence[str], head: str | None) -> list[str]:
+    """Those of some modules that lie in a vision tower or lead out of it."""
+    if not hasattr(model, "get_input_embeddings"):  # a part of a model
+        return []
+    if model not in _OUTSIDE:
+        prefix = find_language_model(model)[0]
+        _OUTSIDE[model] = prefix, tuple(f"{name}." for name in foreign_parts(model))
+    prefix, foreign = _OUTSIDE[model]
+    return [
+        n for n in names if n != head and ((prefix and not n.startswith(f"{prefix}.")) or f"{n}.".startswith(foreign))
+    ]
+
+
+def _vision_kind(kind: str, name: str) -> str:
+    """The kind of a linear outside the language model, from what it would be inside."""
+    if place_of(name).block is None or any(word in part for part in name.split(".") for word in _MERGERS):
+        return "merger"
+    return {"qkv": "vision_qkv", "o": "vision_out", "gate_up": "vision_fc1", "down": "vision_fc2"}.get(kind, "other")
 
 
 def kinds_of(model: Any, names: Sequence[str], head: str | None) -> dict[str, str]:

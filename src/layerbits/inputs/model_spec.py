@@ -26,6 +26,7 @@ class ModelSpec:
         device_map: ``auto`` spreads a model that is too big for one GPU over all of them.
         dequantize: Whether to score the numbers of a quantized checkpoint in 16 bits.
         trust_remote_code: Whether Python code that comes with the checkpoint may run.
+        vision: Whether the linears of the vision tower are candidates too.
         exclude: Patterns of linears, or of modules around them, that stay out of the search.
     """
 
@@ -38,6 +39,7 @@ class ModelSpec:
     device_map: str | None = None
     dequantize: bool = False
     trust_remote_code: bool = False
+    vision: bool = False
     exclude: tuple[str, ...] = ()
 
     @classmethod

@@ -17,7 +17,7 @@ from layerbits.inputs.dtype import dtype_of, hub_dtype, stored_dtype
 from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.folder import check_folder, weight_files
 from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
-from layerbits.inputs.linears import is_quantizable, shape_of
+from layerbits.inputs.linears import is_convolution, is_quantizable, shape_of
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.quantized import Quantization, check_quantization
 from layerbits.paths import home_path
@@ -121,9 +121,14 @@ def scored_linears(model: Any, spec: ModelSpec) -> dict[str, Shapes]:
     """Those of :func:`language_model_linears` that are not excluded.
 
     Raises:
-        UserError: A pattern of ``model.exclude`` names none, or none is left.
+        UserError: A pattern of ``model.exclude`` names none, or none is left; or there is no vision tower to score.
     """
     linears = language_model_linears(model)
+    if spec.vision:
+        found = vision_linears(model)
+        if not found:
+            raise UserError(f"{spec.name} has no vision tower with linears to score; use model.vision=false")
+        linears = {**linears, **found}
     kept = without_excluded(list(linears), spec.exclude, spec.name)
     return {name: linears[name] for name in kept}
 
@@ -170,6 +175,19 @@ def language_model_linears(model: Any) -> dict[str, Shapes]:
     if head is not None:
         linears[head] = (shape_of(model.get_submodule(head)),)
     return linears
+
+
+def vision_linears(model: Any) -> dict[str, Shapes]:
+    """Linears outside the language model and its head: of the vision tower and of what leads out of it.
+
+    Convolutions are left out: they cut a picture into patches.
+    """
+    inside = language_model_linears(model)
+    return {
+        name: (shape_of(module),)
+        for name, module in model.named_modules()
+        if name not in inside and is_quantizable(module) and not is_convolution(module)
+    }
 
 
 def undecided(model: Any) -> Iterator[str]:

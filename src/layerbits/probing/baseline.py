@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,18 +167,7 @@ def _predicted(model: Any, segment: Segment, row_by_row: bool = False) -> tuple[
 
 
 def _rows(segment: Segment) -> list[Segment]:
-    mask = segment.attention_mask
-    return [
-        replace(
-            segment,
-            input_ids=segment.input_ids[i : i + 1],
-            attention_mask=None if mask is None else mask[i : i + 1],
-            loss_mask=segment.loss_mask[i : i + 1],
-            sample=segment.sample[i : i + 1],
-        )
-        for i in range(len(segment.input_ids))
-        if bool(segment.loss_mask[i].any())
-    ]
+    return [segment.part(slice(i, i + 1)) for i in range(len(segment.input_ids)) if bool(segment.loss_mask[i].any())]
 
 
 def _fits(logits: Any) -> bool:

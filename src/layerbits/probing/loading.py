@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from layerbits.inputs.calibration import Batch
     from layerbits.inputs.captions import CaptionSet
     from layerbits.inputs.models import LoadedModel, ResolvedModel
+    from layerbits.inputs.picture_rows import Reader
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Prepared:
     Attributes:
         captions: With those held out from calibration.
         calibration: Batches for the activation ranges, as when scoring.
+        reader: How pictures become tokens; ``None`` where there are none.
     """
 
     scheme: Scheme
@@ -29,6 +31,7 @@ class Prepared:
     tokenizer: Any
     captions: CaptionSet
     calibration: tuple[Batch, ...]
+    reader: Reader | None = None
 
     def load(self, device: str = "auto", whole: bool = False) -> LoadedModel:
         """Loads the weights.
@@ -88,10 +91,11 @@ def prepare(scheme: Scheme) -> Prepared:
     Raises:
         UserError: The record does not say how to load them, or they have changed since.
     """
-    from layerbits.inputs.calibration import build_rows
-    from layerbits.inputs.captions import load_captions
+    from layerbits.inputs.datasets import load_dataset
     from layerbits.inputs.model_spec import ModelSpec
     from layerbits.inputs.models import load_tokenizer, resolve
+    from layerbits.inputs.processor import reader_for
+    from layerbits.inputs.rows import rows_of
 
     if missing := [key for key in ("model", "dataset") if key not in scheme.settings]:
         raise UserError(
@@ -101,12 +105,14 @@ def prepare(scheme: Scheme) -> Prepared:
     resolved = resolve(ModelSpec.from_mapping(scheme.settings["model"]))
     scheme.check_revision(resolved.revision)
     data = scheme.calibration
-    captions = load_captions(data.dataset, data.size, scheme.settings["dataset"].get("path"))
+    told = scheme.settings["dataset"]
+    captions = load_dataset(data.dataset, data.size, told.get("path"), told.get("share"))
     if captions.digest != data.digest:
         raise UserError(
             f"the captions of {data.dataset} {data.size} have changed since they were scored "
             f"({captions.digest} instead of {data.digest}); restore the file, or score again"
         )
     tokenizer = load_tokenizer(resolved)
-    rows = build_rows(captions.captions, tokenizer, *data.row_shape)
-    return Prepared(scheme, resolved, tokenizer, captions, rows)
+    reader = reader_for(captions, resolved, tokenizer, told.get("min_pixels"), told.get("max_pixels"))
+    rows = rows_of(captions.captions, tokenizer, reader, *data.row_shape)
+    return Prepared(scheme, resolved, tokenizer, captions, rows, reader)

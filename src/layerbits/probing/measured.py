@@ -132,6 +132,7 @@ class ProbeResult:
         caption_tokens: ``[captions]`` counted tokens of each caption.
         dtype: What the model computed in, which may be another than that of its weights.
         memory: GB by name: what measuring was estimated to take, and what was free.
+        pictured: How many of the captions, the first ones, are about pictures; the others are plain text.
     """
 
     model: ModelInfo
@@ -147,11 +148,20 @@ class ProbeResult:
     created: str = ""
     dtype: str = ""
     memory: Mapping[str, float] = field(default_factory=dict)
+    pictured: int = 0
 
     @property
     def above_floor(self) -> list[SchemeProbe]:
         """Schemes whose damage can be told from rounding."""
         return [s for s in self.schemes if s.difference.kl > self.floor.kl]
+
+    def by_modality(self, scheme: SchemeProbe) -> dict[str, tuple[float, float]]:
+        """KL on the words after pictures and on plain text, nats per token, with standard errors; empty without any."""
+        parts = {"pictures": slice(None, self.pictured), "text": slice(self.pictured, None)}
+        if not self.pictured:
+            return {}
+        kl, tokens = scheme.caption_kl, self.caption_tokens
+        return {name: standard_error(kl[part], tokens[part]) for name, part in parts.items() if tokens[part]}
 
     def comparisons(self) -> list[Comparison]:
         """Each scheme against its controls, then against that with the next fewer bits and the same KV cache."""
@@ -175,6 +185,7 @@ class ProbeResult:
         plain: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         for record, probed in zip(plain["schemes"], self.schemes, strict=True):
             record["additivity"] = probed.additivity
+            record["by_modality"] = self.by_modality(probed)
         plain["comparisons"] = [{**asdict(c), "verdict": c.verdict} for c in self.comparisons()]
         return dict(_finite(plain))
 
@@ -192,6 +203,8 @@ class ProbeResult:
             values[f"probe/{s.scheme}/predicted_kl"] = s.predicted_kl
             values[f"probe/{s.scheme}/additivity"] = s.additivity
             values[f"probe/{s.scheme}/nonfinite"] = float(s.difference.nonfinite)
+            for where, (kl, se) in self.by_modality(s).items():
+                values |= {f"probe/{s.scheme}/kl_{where}": kl, f"probe/{s.scheme}/kl_{where}_se": se}
         for c in self.comparisons():
             if c.why == "control":
                 values[f"probe/{c.higher}/kl_above_scheme"] = c.kl

@@ -19,6 +19,8 @@ from layerbits.results.result import ModelInfo
 
 if TYPE_CHECKING:
     from layerbits.inputs.calibration import Batch
+    from layerbits.inputs.picture_rows import Reader
+    from layerbits.inputs.pictures import Pictured
     from layerbits.probing.apply import Ranges
     from layerbits.probing.baseline import Baseline
     from layerbits.schemes import Scheme
@@ -54,16 +56,24 @@ def probe_schemes(
     prepared = prepare_together(schemes, "probe")
     data = prepared.scheme.calibration
     packing, seq_len, _ = data.row_shape
-    batches = held_out_rows(prepared.captions.held_out, prepared.tokenizer, packing, seq_len, batch_size, rows)
+    batches = held_out_rows(
+        prepared.captions.held_out, prepared.tokenizer, packing, seq_len, batch_size, rows, prepared.reader
+    )
     what = Rows(data.dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
     loaded = prepared.load(device)
     return probe(loaded.model, loaded.info, schemes, prepared.calibration, batches, what, provenance(root), dtype)
 
 
 def held_out_rows(
-    captions: Sequence[str], tokenizer: Any, packing: str, seq_len: int, batch_size: int, rows: int
+    captions: Sequence[Pictured | str],
+    tokenizer: Any,
+    packing: str,
+    seq_len: int,
+    batch_size: int,
+    rows: int,
+    reader: Reader | None = None,
 ) -> tuple[Batch, ...]:
-    """The first rows of held-out captions, in batches.
+    """The first rows of held-out captions, in batches; with pictures as many chats, and rows of text after them.
 
     Args:
         captions: ``CaptionSet.held_out``.
@@ -72,11 +82,14 @@ def held_out_rows(
         seq_len: Tokens a row.
         batch_size: Rows a batch.
         rows: Rows to take, a multiple of ``batch_size`` or fewer than one batch.
+        reader: How pictures become tokens; ``None`` where there are none.
 
     Raises:
         UserError: There are no held-out captions, or too few for that many rows.
     """
-    from layerbits.inputs.calibration import build_rows
+    from layerbits.inputs.datasets import held_out_captions
+    from layerbits.inputs.pictures import Pictured
+    from layerbits.inputs.rows import rows_of
 
     if not captions:
         raise UserError("the caption list has no held-out captions; use a longer list or a smaller dataset.size")
@@ -85,11 +98,24 @@ def held_out_rows(
     size = min(batch_size, rows)
     if rows % size:
         raise UserError(f"rows={rows} is not a multiple of batch_size={size}; change one of them")
-    batches = build_rows(captions, tokenizer, packing, seq_len, size)[: rows // size]
+    shown = [caption for caption in captions if isinstance(caption, Pictured)]
+    if reader is not None and shown:
+        if len(shown) < rows:
+            raise UserError(f"{len(shown)} pictures are held out, not {rows}; set rows={len(shown)} or extend the list")
+        texts = held_out_captions(captions)
+        pictures = rows_of(shown[:rows], tokenizer, reader, packing, seq_len, size)
+        text = rows_of([*shown[:rows], *texts], tokenizer, None, packing, seq_len, size)
+        return (*pictures, *text[: rows // size])
+    batches = rows_of(captions, tokenizer, None, packing, seq_len, size)[: rows // size]
     found = sum(b.rows for b in batches)
     if found < rows:
         raise UserError(f"the held-out captions fill {found} rows of {seq_len} tokens, not {rows}; set rows={found}")
     return batches
+
+
+def pictured_captions(batches: Sequence[Batch]) -> int:
+    """How many captions of some batches are chats about pictures."""
+    return len({int(n) for b in batches for s in b.segments if s.pictures for n in s.sample.unique()})
 
 
 def probe(
@@ -123,6 +149,7 @@ def probe(
             float32 does not fit.
     """
     from layerbits.probing.apply import find_ranges
+    from layerbits.scoring.features import kept_features
     from layerbits.scoring.precision import computing, plan_precision
 
     if not schemes:
@@ -130,12 +157,13 @@ def probe(
     for scheme in schemes:
         scheme.check_revision(info.revision)
     clock = time.perf_counter
-    start = clock()
-    ranges = find_ranges(model, schemes, calibration)
-    seconds = {"calibrate": clock() - start}
-    precision = plan_precision(model, max(s.input_ids.numel() for b in batches for s in b.segments), dtype)
-    with computing(model, precision):
-        return _measured(model, info, schemes, ranges, batches, data, seconds, dict(provenance or {}), precision)
+    with kept_features(model, (*calibration, *batches), {name for scheme in schemes for name in scheme.modules}):
+        start = clock()
+        ranges = find_ranges(model, schemes, calibration)
+        seconds = {"calibrate": clock() - start}
+        precision = plan_precision(model, max(s.input_ids.numel() for b in batches for s in b.segments), dtype)
+        with computing(model, precision):
+            return _measured(model, info, schemes, ranges, batches, data, seconds, dict(provenance or {}), precision)
 
 
 def _measured(
@@ -198,6 +226,7 @@ def _measured(
         schemes=tuple(probes),
         seconds=seconds,
         provenance=provenance,
+        pictured=pictured_captions(batches),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         dtype=precision.dtype,
         memory={"measure_estimate_gb": precision.estimate_gb, "measure_free_gb": precision.free_gb},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def markdown(result: ProbeResult) -> str:
         f"Noise floor: {result.floor_kind}. Standard errors (SE) are over the captions.",
         *(f"KV cache {name}: {', '.join(those)}." for name, those in _caches(result).items()),
     ]
-    lines += _sliced(result)
+    lines += [*_sliced(result), *_by_modality(result)]
     below = [s.scheme for s in result.schemes if s not in result.above_floor]
     lines += [f"Not above the noise floor: {', '.join(below)}."] if below else []
     bad = [f"{s.scheme} ({s.difference.nonfinite} tokens)" for s in result.schemes if s.difference.nonfinite]
@@ -133,6 +134,24 @@ def _caches(result: ProbeResult) -> dict[str, list[str]]:
         if scheme.kv_cache != NO_CACHE:
             found.setdefault(scheme.kv_cache, []).append(scheme.scheme)
     return found
+
+
+def _by_modality(result: ProbeResult) -> list[str]:
+    """KL on the words after pictures beside that on plain text."""
+    if not result.pictured:
+        return []
+    lines = [
+        "",
+        f"Words after {result.pictured} pictures beside plain text (nats/token, ± SE):",
+        "",
+        "| scheme | KL after pictures | ± SE | KL on text | ± SE |",
+        "|---|---|---|---|---|",
+    ]
+    for scheme in result.schemes:
+        parts = result.by_modality(scheme)
+        ends = [parts.get(where, (math.nan, math.nan)) for where in ("pictures", "text")]
+        lines.append(f"| {scheme.scheme} | {' | '.join(f'{kl:.4g} | {se:.2g}' for kl, se in ends)} |")
+    return [*lines, ""]
 
 
 def _sliced(result: ProbeResult) -> list[str]:

@@ -14,7 +14,7 @@ from layerbits.candidates.capability import Capability
 from layerbits.candidates.kv_cache import NO_CACHE, kv_name
 from layerbits.config import Settings
 from layerbits.errors import Unsupported, UserError
-from layerbits.inputs.captions import load_captions
+from layerbits.inputs.datasets import load_dataset
 from layerbits.recipes.recipe import LoadedRecipe
 from layerbits.recipes.solve import solve_like_modelopt, solve_recipe
 from layerbits.recipes.space import RecipeSpace, lay_out
@@ -159,7 +159,7 @@ def _with_recipe(settings: Settings, recipe: LoadedRecipe) -> tuple[Settings, li
     samples = spec.num_score_samples
     if samples is None and recipe.score_size is not None:
         data = settings.dataset
-        known = len(load_captions(data.name, data.size, data.path).captions)
+        known = len(load_dataset(data.name, data.size, data.path, data.share).captions)
         samples = recipe.score_size if recipe.score_size < known else None  # all of them, where there are fewer
     composed = dict(settings.composed)
     composed["autoquant"] = {**composed["autoquant"], "method": method, "num_score_samples": samples or "all"}

@@ -61,6 +61,7 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
             "phases": [{**asdict(c), "words": coverage_words(c)} for c in coverage(result.routing)],
         },
         "intervals": _intervals(result),
+        "modality": _modality(result),
         "candidates": [_candidate(result)],
         "nonfinite": [asdict(n) for n in result.nonfinite],
         "seconds": dict(result.seconds),
@@ -86,6 +87,20 @@ def _intervals(result: SensitivityResult) -> dict[str, Any] | None:
         return None
     words = stability_words(ends.top, ends.captions, ends.top_overlap, ends.top_captions)
     return {**ends.to_json(name), "words": {name: words}}
+
+
+def _modality(result: SensitivityResult) -> dict[str, Any] | None:
+    """What comes from pictures: ``None`` where no row had one."""
+    found = result.modality
+    if found is None:
+        return None
+    return {
+        "image_tokens": found.image_tokens,
+        "tokens": found.tokens,
+        "share": _number(found.whole(result.predicted_kl)),
+        "clipped": _number(found.clipped),
+        "ranges": [asdict(r) for r in found.ranges],
+    }
 
 
 def _candidate(result: SensitivityResult) -> dict[str, Any]:
@@ -114,6 +129,8 @@ def _candidate(result: SensitivityResult) -> dict[str, Any]:
         if result.intervals is not None:
             layer |= {"low": _number(row["low"]), "high": _number(row["high"])}
             layer |= {name: row[name] for name in ("rank_low", "rank_high", "tied")}
+        if result.modality is not None:
+            layer |= {name: _number(row[name]) for name in ("image_share", "image_low", "image_high")}
         layers.append(layer)
     kinds = [
         {

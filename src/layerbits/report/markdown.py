@@ -15,6 +15,8 @@ from layerbits.results.result import SensitivityResult
 
 ROUTING = "routing"
 """The figure of runs with experts."""
+MODALITY = "modality"
+"""The figure of runs with pictures."""
 FIGURES = {
     "heatmap": "by block and kind",
     "by_layer": "along the blocks",
@@ -35,10 +37,11 @@ def markdown_report(result: SensitivityResult) -> str:
         [f"# Layer sensitivity: {data['run_name']}"],
         _attention(data["attention"]),
         _headline(data),
-        _figures(data["experts"]),
+        _figures(data["experts"], data["modality"]),
         _ranking(data),
         _recipe(data["recipe"]),
         _experts(data["experts"]),
+        _pictures(data),
         _run(data),
         _reading(data["method"], data["intervals"], data["engine"]),
         _cost(data),
@@ -63,6 +66,7 @@ def note(result: SensitivityResult) -> str:
         f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
         f"{_quantized(recipe)} groups quantized",
     ]
+    lines += _picture_lines(data["modality"])
     lines += [f"experts in {p['words']}" for p in data["experts"]["phases"][-1:]]
     prices = kv_sums(result.kv_cache).items()
     lines += [f"KV cache {form}: predicted KL {_n(kl)} nats/token over all blocks" for form, kl in prices]
@@ -124,9 +128,11 @@ def _headline(data: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _figures(experts: Mapping[str, Any]) -> Iterator[str]:
+def _figures(experts: Mapping[str, Any], pictures: Mapping[str, Any] | None) -> Iterator[str]:
     # Links, not images: MLflow's viewer cannot resolve a relative image, which would show as broken.
     drawn = {**FIGURES, **({ROUTING: "tokens per expert"} if experts["phases"] else {})}
+    if pictures and pictures["share"] is not None:
+        drawn[MODALITY] = "pictures and words along the blocks"
     yield "Figures: " + ", ".join(f"[{caption}](../figures/{name}.png)" for name, caption in drawn.items())
 
 
@@ -209,6 +215,52 @@ def _experts(experts: Mapping[str, Any]) -> Iterator[str]:
         f"{experts['floor']} squares has a relative standard error of a quarter. Activation ranges are shared by all "
         "experts of a module, so that an expert without a token has the range of the others."
     )
+
+
+def _picture_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """Pictures in a line of the note; none where no row had one."""
+    if found is None:
+        return
+    told = "" if found["share"] is None else f"; image positions make {_p(found['share'])} of the total"
+    yield f"{found['image_tokens']:,} of {found['tokens']:,} scored tokens are image tokens{told}"
+
+
+def _pictures(data: Mapping[str, Any]) -> Iterator[str]:
+    found = data["modality"]
+    if found is None:
+        return
+    yield "## Pictures and words"
+    yield f"{next(_picture_lines(found))}."
+    (c,) = data["candidates"]
+    known = [x for x in c["layers"] if x["image_share"] is not None and x["predicted_kl"] is not None]
+    if known:
+        most = sorted(known, key=lambda x: -x["image_share"] * x["predicted_kl"])[:_LISTED]
+        yield "### Groups that pictures stress most"
+        yield _table(
+            ["group", "from image positions (nats/token)", "share", "low", "high", "rank of the whole"],
+            [
+                [
+                    f"`{x['layer']}`",
+                    _n(x["image_share"] * x["predicted_kl"]),
+                    *(_p(x[name]) for name in ("image_share", "image_low", "image_high")),
+                    str(x["rank"]),
+                ]
+                for x in most
+            ],
+        )
+    else:
+        yield "This method scores the predicted words alone, so that image positions have no share of their own."
+    if found["ranges"]:
+        worst = sorted(found["ranges"], key=lambda r: (-r["clipped"], -r["images"] / max(r["words"], 1e-30)))[:_LISTED]
+        yield "### Static activation ranges"
+        yield _table(
+            ["module", "largest at words", "at image positions", "image tokens that a range of words clips"],
+            [[f"`{r['module']}`", _n(r["words"]), _n(r["images"]), _p(r["clipped"])] for r in worst],
+        )
+        yield (
+            "Magnitudes of a module's input in the calibration rows. The last column is the share of the image tokens "
+            "with a larger magnitude than any word of the same rows; the ranges of this run hold both."
+        )
 
 
 def _run(data: Mapping[str, Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
 from layerbits.results.kv_cache import kv_from_json
+from layerbits.results.modality import Modality
 from layerbits.results.result import (
     Allocation,
     CalibrationInfo,
@@ -55,6 +56,7 @@ def to_manifest(result: SensitivityResult) -> dict[str, Any]:
         "memory": dict(result.memory),
         "routing": [asdict(r) for r in result.routing],
         "kv_cache": [asdict(s) for s in result.kv_cache],
+        "modality": result.modality.to_json() if result.modality else None,
         "tags": dict(result.tags),
         "warnings": list(result.warnings),
     }
@@ -116,6 +118,7 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
             ),
             kv_cache=kv_from_json(data.get("kv_cache", ())),
             measured_se=measured_se if any("measured_se" in layer for layer in data["layers"]) else None,
+            modality=Modality.from_json(data.get("modality")),
             tags=data["tags"],
             warnings=tuple(data["warnings"]),
             created=data["created"],

@@ -19,6 +19,7 @@ from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import Baseline
 from layerbits.results.intervals import Intervals
 from layerbits.results.kv_cache import KvScore
+from layerbits.results.modality import Modality
 from layerbits.results.naming import run_name
 from layerbits.results.routing import Routing
 
@@ -26,14 +27,19 @@ SCHEMA_VERSION = 1
 KINDS = (
     *("qkv", "mla_q", "mla_kv", "linear_attn_in", "ssm_in", "conv", "linear_attn_out", "ssm_out", "o"),
     *("router", "gate_up", "down", "experts", "shared_gate_up", "shared_down", "lm_head", "other"),
+    *("vision_qkv", "vision_out", "vision_fc1", "vision_fc2", "merger"),
 )
 """Kinds of linear in the order of a decoder block.
 
 ``qkv`` and ``o`` are what leads into and out of an attention (``mla_q`` and ``mla_kv`` into one with latent queries,
 keys and values), ``linear_attn_*`` and ``ssm_*`` of a linear attention and of a state-space mixer, ``conv`` its short
 convolution. ``gate_up`` and ``down`` are a dense MLP, ``experts`` all routed experts of a block, ``shared_*`` the
-expert that every token takes, ``router`` what chooses or weighs experts.
+expert that every token takes, ``router`` what chooses or weighs experts. ``vision_*`` are those of a block of the
+vision tower, ``merger`` what leads from it into the language model.
 """
+
+VISION_KINDS = KINDS[-5:]
+"""Kinds outside the language model; their groups have no decoder block."""
 
 COST_MODELS = ("weight", "active_moe")
 """Units of effective bits, ModelOpt's names: all weights alike, or routed experts by the share that a token uses."""
@@ -193,6 +199,7 @@ class SensitivityResult:
         measured_se: ``[G]`` standard error of a ``predicted_kl`` that was measured after the pass
             (``autoquant.refine``); NaN where it is a prediction. ``None`` where none was measured.
         routing: Tokens per expert, a record per expert module.
+        modality: What comes from pictures and what from words, ``None`` where no row had a picture.
         tags: Further facts for the tracking server (``fp4_numerics``, ``deployable``, …).
     """
 
@@ -219,6 +226,7 @@ class SensitivityResult:
     routing: tuple[Routing, ...] = ()
     kv_cache: tuple[KvScore, ...] = ()
     measured_se: FloatArray | None = None
+    modality: Modality | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     created: str = ""
@@ -265,9 +273,9 @@ class SensitivityResult:
             Records with block, kind, layer, candidate, score, predicted_kl, bits, chosen (``None`` where the
             assignment is not known), rank (1 = most sensitive; non-finite scores come last), weights and modules. Where
             intervals are known, also low and high (of the predicted KL), rank_low and rank_high (``None`` where the
-            predicted KL is not finite), and tied: the groups whose order against this one is not supported. Where the
-            baseline is known, also believable. Where groups were measured after the pass, also measured_se (``None``
-            for a prediction).
+            predicted KL is not finite), and tied: the groups whose order against this one is not supported. Where rows
+            had pictures, also image_share, image_low and image_high. Where the baseline is known, also believable.
+            Where groups were measured after the pass, also measured_se (``None`` for a prediction).
         """
         beyond, assignment = self.beyond, self.allocation.assignment
         keys = [g.key for g in self.groups]
@@ -286,6 +294,7 @@ class SensitivityResult:
                 "weights": group.weights,
                 "modules": list(group.modules),
                 **(self.intervals.row(g, keys) if self.intervals else {}),
+                **(self.modality.row(g) if self.modality else {}),
                 **({"believable": not bool(beyond[g])} if self.baseline else {}),
                 **({} if self.measured_se is None else {"measured_se": _known(self.measured_se[g])}),
             }

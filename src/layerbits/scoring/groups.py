@@ -9,12 +9,12 @@ from typing import Any
 
 from layerbits.inputs.experts import fused_experts, is_routed
 from layerbits.inputs.kinds import kind_by_name, kind_of, place_of
-from layerbits.results.result import Group
+from layerbits.results.result import VISION_KINDS, Group
 
 _ONCE = frozenset(
     (
         *("qkv", "o", "gate_up", "down", "experts", "shared_gate_up", "shared_down"),
-        *("linear_attn_out", "ssm_out", "conv", "lm_head"),
+        *("linear_attn_out", "ssm_out", "conv", "lm_head", "vision_qkv", "vision_out", "vision_fc1", "vision_fc2"),
     )
 )
 """Kinds that name their groups where a block has no more than one of them."""
@@ -47,11 +47,14 @@ def named_groups(model: Any, fused: Fused, head: str | None) -> tuple[Group, ...
     taken: Counter[tuple[str, str]] = Counter()
     for (modules, weights), place, kind in zip(fused, places, kinds, strict=True):
         short = kind if kind in _ONCE and (place.blocks, kind) not in several else _leaves(modules)
-        key = short if place.block is None else f"B{place.block:02d}.{short}"
-        taken[place.blocks, key] += 1
-        if taken[place.blocks, key] > 1:
-            key = f"{key}.{taken[place.blocks, key]}"
-        groups.append(Group(key, place.block, kind, tuple(modules), weights))
+        seen = kind in VISION_KINDS  # a block of the tower is none of the decoder's
+        short = f"merger.{short}" if kind == "merger" else short
+        key = short if place.block is None else f"{'V' if seen else 'B'}{place.block:02d}.{short}"
+        blocks = "" if kind == "merger" else place.blocks
+        taken[blocks, key] += 1
+        if taken[blocks, key] > 1:
+            key = f"{key}.{taken[blocks, key]}"
+        groups.append(Group(key, None if seen else place.block, kind, tuple(modules), weights))
     return tuple(groups)
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.models import LoadedModel
 from layerbits.results.kv_cache import KvScore
+from layerbits.results.modality import ImageRange
 from layerbits.results.result import FloatArray, Group, NonFinite
 from layerbits.results.routing import Routing
 
@@ -80,6 +81,8 @@ class Scores:
         measured_se: ``[G, C]`` standard error of a KL that was measured instead of predicted
             (:mod:`layerbits.scoring.refine`), NaN elsewhere; ``None`` where none was.
         factors: Candidate name → what its predictions were multiplied by then.
+        sample_image_kl: ``[S, G, C]`` of ``sample_kl`` what comes from image positions; ``None`` where no row has any.
+        image_ranges: Inputs with a static range, at image positions and at words.
     """
 
     groups: tuple[Group, ...]
@@ -98,6 +101,8 @@ class Scores:
     resumed: bool = False
     routing: tuple[Routing, ...] = ()
     kv_cache: tuple[KvScore, ...] = ()
+    sample_image_kl: FloatArray | None = None
+    image_ranges: tuple[ImageRange, ...] = ()
     notes: tuple[str, ...] = ()
     measured_se: FloatArray | None = None
     factors: Mapping[str, float] = field(default_factory=dict)

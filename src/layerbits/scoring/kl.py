@@ -17,6 +17,7 @@ import numpy as np
 from layerbits.inputs.calibration import Batch
 from layerbits.progress import planned
 from layerbits.scoring import distributed
+from layerbits.scoring.features import kept_features
 from layerbits.scoring.held import held
 from layerbits.scoring.job import Scores, ScoringJob, held_cache
 from layerbits.scoring.norms import fused_norms
@@ -58,10 +59,13 @@ def score(job: ScoringJob) -> Scores:
         return replace(step, routed=_flat(linears.take_routed()))
 
     # half of the blocks lie behind a group on average
-    with planned(calibrating=(len(job.calibration.calib), 1.0), scoring=(len(batches), 1 + len(perturbations) / 2)):
+    with (
+        planned(calibrating=(len(job.calibration.calib), 1.0), scoring=(len(batches), 1 + len(perturbations) / 2)),
+        kept_features(model, (*job.calibration.calib, *batches), search.names),
+    ):
         start = clock()
         blocks = find_blocks(model, search.names, batches[0])
-        routed = calibrate(linears, job, log, search.need_logits)
+        calibrated = calibrate(linears, job, log, search.need_logits)
         seconds = {"calibrate": clock() - start}
         start = clock()
         with held(model, job.held, job.calibration.calib, held_cache(job)), fused_norms(model):
@@ -76,7 +80,7 @@ def score(job: ScoringJob) -> Scores:
         weights=np.full(len(batches), 1 / tokens),
         details=[(g, "KL divergence") for g in range(len(search.groups))],
         seconds=seconds,
-        routed=routed,
+        calibrated=calibrated,
         resumed=resumed,
         memory={"suffix_kept_gb": kept_gb} if kept_gb else {},
     )

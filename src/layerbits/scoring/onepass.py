@@ -24,6 +24,7 @@ from layerbits.progress import part_done, planned
 from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray
 from layerbits.scoring import distributed, fisher
+from layerbits.scoring.features import kept_features
 from layerbits.scoring.held import held
 from layerbits.scoring.job import Scores, ScoringJob, held_cache, kl_weights
 from layerbits.scoring.kv_cache import KvTaps
@@ -75,9 +76,13 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
         return step if kv is None else replace(step, kv=kv.take())
 
     draws = job.draws if job.method == "fisher" else 1
-    with planned(calibrating=(len(job.calibration.calib), 1.0), scoring=(len(batches), _STEP_COST * draws)):
+    rows = (*job.calibration.calib, *batches)
+    with (
+        planned(calibrating=(len(job.calibration.calib), 1.0), scoring=(len(batches), _STEP_COST * draws)),
+        kept_features(model, rows, search.names),
+    ):
         start = clock()
-        routed = calibrate(taps, job, log, search.need_logits)
+        calibrated = calibrate(taps, job, log, search.need_logits)
         if kv is not None:
             kv.calibrate(job.calibration.calib)
         seconds = {"calibrate": clock() - start}
@@ -93,7 +98,7 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
         weights=weights,
         details=_details(job, search),
         seconds=seconds,
-        routed=routed,
+        calibrated=calibrated,
         resumed=resumed,
         memory={
             "estimate_gb": memory.estimate_gb,
@@ -148,7 +153,8 @@ def _step(taps: Taps, kv: KvTaps | None, job: ScoringJob, search: Search, index:
     batch, groups = job.calibration.score[index], len(search.groups)
     if job.method == "gradient":
         scores, owner, way = _score_batch(taps, kv, batch, way)
-        return step_of(scores, owner, batch, search.group_of, groups, taps.loss, taps.take_routed()), way
+        counts = taps.take_routed()
+        return step_of(scores, owner, batch, search.group_of, groups, taps.loss, counts, every_token=True), way
     total, owner = 0, None
     routed: dict[str, Any] = {}
     for draw in range(job.draws):
@@ -157,7 +163,7 @@ def _step(taps: Taps, kv: KvTaps | None, job: ScoringJob, search: Search, index:
         routed = taps.take_routed()  # the same in every draw
         part_done((draw + 1) / job.draws)
         total = total + fisher.windowed(signed, owner, batch, search.group_of, groups) / job.draws
-    return step_of(total, owner, batch, np.arange(groups), groups, taps.loss, routed), way
+    return step_of(total, owner, batch, np.arange(groups), groups, taps.loss, routed, every_token=True), way
 
 
 def _details(job: ScoringJob, search: Search) -> list[tuple[int, str]]:

@@ -21,6 +21,7 @@ from layerbits.errors import UserError
 from layerbits.progress import planned
 from layerbits.results.bootstrap import TOP, intervals, standard_error
 from layerbits.results.result import FloatArray
+from layerbits.scoring.features import kept_features
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.passes import run_steps
@@ -218,7 +219,12 @@ def _measure(job: ScoringJob, pairs: Sequence[tuple[int, int]]) -> tuple[FloatAr
         at = np.arange(len(pairs))
         return step_of(kl[:, None], owner, batches[index], at, len(pairs), runner.loss)
 
-    with planned(scoring=(len(batches), 1 + len(pairs) / 2)), computing(model, precision), fused_norms(model):
+    with (
+        planned(scoring=(len(batches), 1 + len(pairs) / 2)),
+        computing(model, precision),
+        fused_norms(model),
+        kept_features(model, batches, search.names),
+    ):
         blocks = find_blocks(model, search.names, batches[0])
         steps = run_steps(log, len(batches), scored)
     count = 1 + max(int(s.samples.max()) for s in steps)

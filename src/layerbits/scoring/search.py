@@ -18,6 +18,7 @@ from layerbits.results.routing import Routing
 from layerbits.scoring import distributed, quantizers
 from layerbits.scoring.groups import named_groups, with_active
 from layerbits.scoring.job import Scores, ScoringJob
+from layerbits.scoring.modality import clipped, image_ranges
 from layerbits.scoring.state import Decision, decisions, search_state
 from layerbits.scoring.steplog import Calibrated, Step, StepLog
 from layerbits.scoring.taps import Taps
@@ -80,26 +81,27 @@ class Search:
         )
 
 
-def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> dict[str, Any]:
+def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> Calibrated:
     """Makes taps ready to score: finds the ranges, or takes those of an earlier start of the same pass.
 
     Returns:
-        Tokens per expert in calibration, by expert module; all zero where no range had to be found.
+        What was found; tokens per expert are all zero where no range had to be.
     """
     known = next((found for found in distributed.gather(log.read_calibration()) if found is not None), None)
     if known is None:
         taps.calibrate(job.calibration.calib[distributed.rank() :: distributed.world()], need_logits)
-        parts = distributed.gather((taps.ranges(), taps.take_routed()))
-        ranges, routed = ([part[i] for part in parts] for i in range(2))
+        parts = distributed.gather((taps.ranges(), taps.take_routed(), taps.images.take()))
+        ranges, routed, images = ([part[i] for part in parts] for i in range(3))
         known = Calibrated(
             {n: np.maximum.reduce([r[n] for r in ranges if n in r]) for n in {n for r in ranges for n in r}},
             {n: np.sum([r[n] for r in routed if n in r], axis=0) for n in {n for r in routed for n in r}},
+            clipped(images),
         )
     log.write_calibration(known)
     known = log.read_calibration() or known  # that of another process that was faster
     taps.load_ranges(known.ranges)
     taps.copy_what_changes(job.calibration.score[0])
-    return known.routed
+    return known
 
 
 def step_of(
@@ -110,6 +112,7 @@ def step_of(
     groups: int,
     loss: float,
     routed: Mapping[str, Any] | None = None,
+    every_token: bool = False,
 ) -> Step:
     """Sums per-token scores to groups, in total and per sample.
 
@@ -121,6 +124,7 @@ def step_of(
         groups: How many groups there are.
         loss: Of the unquantized model on the batch, nats, summed.
         routed: Tokens per expert, by expert module.
+        every_token: Whether ``T`` are all tokens of the batch, so that those at image positions can be told apart.
     """
     import torch
 
@@ -130,6 +134,12 @@ def step_of(
     samples, slots = torch.unique(owner[owner >= 0], return_inverse=True)
     shares = torch.zeros((*summed.shape[:2], len(samples)), dtype=torch.float64, device=device)
     shares.index_add_(2, slots.to(device), summed[:, :, (owner >= 0).to(device)])
+    images = np.zeros((0, 0, 0))
+    if every_token and any(s.pictures for s in batch.segments):
+        at_image = torch.cat([s.image_tokens.flatten() for s in batch.segments]).to(device)
+        of_images = torch.zeros_like(shares)
+        of_images.index_add_(2, slots.to(device), (summed * at_image)[:, :, (owner >= 0).to(device)])
+        images = of_images.permute(2, 0, 1).cpu().numpy()
     counted = torch.cat([s.sample[s.loss_mask] for s in batch.segments])
     raw = summed.sum(dim=2)
     bad = np.zeros((0, 3), dtype=np.int64) if bool(torch.isfinite(raw).all()) else _bad(by_token, owner)
@@ -142,6 +152,7 @@ def step_of(
         bad=bad,
         loss=loss,
         routed=np.concatenate([*(routed or {}).values(), np.zeros(0, dtype=np.int64)]).astype(np.int64),
+        image_raw=images,
     )
 
 
@@ -164,7 +175,7 @@ def assemble(
     weights: FloatArray,
     details: Sequence[tuple[int, str]],
     seconds: Mapping[str, float],
-    routed: Mapping[str, Any],
+    calibrated: Calibrated,
     resumed: bool,
     memory: Mapping[str, float],
     mode: str = "",
@@ -179,7 +190,7 @@ def assemble(
         weights: ``[B]`` what a batch's raw score counts in the predicted KL.
         details: What the first column of :attr:`Step.bad` stands for: group and description.
         seconds: Time by phase, so far.
-        routed: From :func:`calibrate`.
+        calibrated: From :func:`calibrate`.
         resumed: Whether a step was there before.
         memory: Figures in GB.
         mode: Memory mode that ran.
@@ -190,6 +201,7 @@ def assemble(
     raw = raw_by_batch.sum(axis=0)
     sample_kl, sample_tokens = _by_sample(steps, weights)
     states, chosen = solved(job, search, raw)
+    image_kl = _of_images(steps, weights, len(sample_kl))
     candidates = list(job.configs)
     return Scores(
         groups=search.groups,
@@ -210,7 +222,9 @@ def assemble(
         memory=memory,
         mode=mode,
         resumed=resumed,
-        routing=_routing(search, steps, routed),
+        routing=_routing(search, steps, calibrated.routed),
+        sample_image_kl=image_kl,
+        image_ranges=image_ranges(calibrated.images, search),
         notes=(*search.notes, *notes),
     )
 
@@ -274,3 +288,14 @@ def _by_sample(steps: Sequence[Step], weights: FloatArray) -> tuple[FloatArray, 
         kl[step.samples] += step.sample_raw * weight
         counts[step.samples] += step.sample_tokens
     return kl, counts
+
+
+def _of_images(steps: Sequence[Step], weights: FloatArray, samples: int) -> FloatArray | None:
+    """``[S, G, C]`` of the predicted KL what comes from image positions; ``None`` where no row has any."""
+    if not any(step.image_raw.size for step in steps):
+        return None
+    kl = np.zeros((samples, *steps[0].raw.shape))
+    for step, weight in zip(steps, weights, strict=True):
+        if step.image_raw.size:
+            kl[step.samples] += step.image_raw * weight
+    return kl

@@ -29,6 +29,7 @@ class Step:
         loss: Loss of the unquantized model on the batch, nats, summed over its loss tokens.
         kv: ``[attention modules, formats]`` raw scores of the KV cache, where it is scored.
         routed: Tokens per expert, the expert modules one after the other.
+        image_raw: ``[s, G, C]`` of ``sample_raw`` what comes from image positions; empty where the rows have none.
     """
 
     raw: FloatArray
@@ -39,6 +40,7 @@ class Step:
     loss: float
     kv: FloatArray = field(default_factory=lambda: np.zeros((0, 0)))
     routed: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    image_raw: FloatArray = field(default_factory=lambda: np.zeros((0, 0, 0)))
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,16 @@ class Calibrated:
     Attributes:
         ranges: Static input ranges by name.
         routed: Tokens per expert, by expert module.
+        images: Of inputs with a static range, by module: :class:`layerbits.scoring.modality.ImageInputs` as an array.
     """
 
     ranges: dict[str, Any]
     routed: dict[str, Any]
+    images: dict[str, Any] = field(default_factory=dict)
 
 
-_RANGES, _ROUTED = "ranges/", "routed/"
+_PARTS = ("ranges/", "routed/", "images/")
+"""Prefixes of the arrays in a file, in the order of the fields."""
 
 
 class StepLog:
@@ -108,15 +113,16 @@ class StepLog:
         arrays = self._read("calibrated.npz")
         if arrays is None:
             return None
-        parts: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
         for name, values in arrays.items():
-            parts[name.startswith(_ROUTED)][name.partition("/")[2]] = values
-        return Calibrated(*parts)
+            part, slash, own = name.partition("/")
+            parts[part + slash][own] = values
+        return Calibrated(*parts.values())
 
     def write_calibration(self, found: Calibrated) -> None:
         """Keeps what calibration found; what another process has kept in the meantime stays."""
-        arrays = {f"{_RANGES}{name}": value for name, value in found.ranges.items()}
-        self._write("calibrated.npz", arrays | {f"{_ROUTED}{name}": value for name, value in found.routed.items()})
+        parts = zip(_PARTS, (found.ranges, found.routed, found.images), strict=True)
+        self._write("calibrated.npz", {f"{part}{name}": value for part, own in parts for name, value in own.items()})
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self._folder / name

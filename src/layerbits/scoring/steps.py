@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from layerbits.inputs.calibration import Batch, Segment
+from layerbits.scoring.features import picture_inputs
 
 LOGITS_AT_ONCE = 1 << 27
 """Logits in one piece of a chunked loss: 512 MB in float32."""
@@ -164,4 +165,4 @@ def _inputs(model: Any, segment: Segment) -> dict[str, Any]:
     inputs = {"input_ids": segment.input_ids.to(device), "use_cache": False}
     if segment.attention_mask is not None:
         inputs["attention_mask"] = segment.attention_mask.to(device)
-    return inputs
+    return {**inputs, **picture_inputs(model, segment)}

@@ -212,7 +212,7 @@ class SuffixRunner:
         start = self._start(tiles[0])
         whole = self._whole or self._blocks.head in tiles[0]
         with self._skipped(kept, start, len(tiles)), self._replaced(kept, start, tiles):
-            values, _ = self._predict(_tiled(kept.segment, len(tiles)), whole)
+            values, _ = self._predict(kept.segment.tiled(len(tiles)), whole)
         return values.unflatten(0, (len(tiles), -1)), whole
 
     def _logits(self, values: Any) -> Any:
@@ -360,18 +360,6 @@ def _check(model: Any, blocks: Blocks, segment: Segment) -> None:
                 error = (logits - expected).norm(dim=(1, 2)).max()
                 if not bool(error <= tolerance * expected.norm()):
                     raise Unsupported(f"a run from block {index} on does not predict what a whole run does; {_MEND}")
-
-
-def _tiled(segment: Segment, tiles: int) -> Segment:
-    if tiles == 1:
-        return segment
-    mask = segment.attention_mask
-    return Segment(
-        segment.input_ids.repeat(tiles, 1),
-        None if mask is None else mask.repeat(tiles, 1),
-        segment.loss_mask.repeat(tiles, 1),
-        segment.sample.repeat(tiles, 1),
-    )
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -11,15 +11,17 @@ import torch
 
 from layerbits.candidates.fused import fused
 from layerbits.errors import Unsupported, UserError
-from layerbits.inputs.calibration import Batch
+from layerbits.inputs.calibration import Batch, Segment
 from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.folder import few
 from layerbits.inputs.linears import is_quantizable, tokens_of
 from layerbits.progress import progress
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import ExpertsTap, Routed
+from layerbits.scoring.features import in_tower
 from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import Load
+from layerbits.scoring.modality import ImageInputs
 from layerbits.scoring.saved import Saved
 from layerbits.scoring.steps import Labels, calibration_forward, first_tokens, loss_backward
 from layerbits.scoring.tap import LinearTap, Tap, first_input, hooked
@@ -56,6 +58,7 @@ class Taps:
     Attributes:
         keep_weights: Whether to keep the quantized weights of linears from one batch to the next.
         keep_experts: Those of experts, which are most of a model that has them.
+        images: What calibration saw of inputs at image positions.
 
     Raises:
         Unsupported: A scored module is neither a linear nor an expert module.
@@ -71,10 +74,12 @@ class Taps:
         self._recomputed = False
         self._copied: set[int] = set()
         self._tokens: Any = None
-        self._sizes: list[int] = []
+        self._segments: list[Segment] = []
+        self._tower = set(in_tower(model, names))
         self._signed = False
         self._at = 0
         self._loss: Any = 0.0
+        self.images = ImageInputs()
 
     def loads(self, tokens: int) -> list[Load]:
         """What each module takes for a segment of some tokens."""
@@ -91,10 +96,12 @@ class Taps:
             return
         running: list[dict[str, dict[RangeKind, InputRange]]] = [{} for _ in self.taps]
         last: list[Any] = [None, {}]  # fused linears share one input tensor; its ranges are found once
+        self.images = seen = ImageInputs()
 
         def see(index: int, site: str, x: Any) -> None:
             if last[0] is not x:
                 last[:] = [x, {kind: InputRange(kind, x) for kind in kinds}]
+            seen.see(self.taps[index], site, x)
             known = running[index].setdefault(site, {})
             for kind, found in last[1].items():
                 known[kind] = known[kind].join(found) if kind in known else found
@@ -103,7 +110,9 @@ class Taps:
             for index, tap in enumerate(self.taps):
                 stack.enter_context(tap.watched(partial(see, index)))
             for batch in progress(batches, "calibrating"):
-                calibration_forward(self.model, batch, need_logits)
+                for segment in batch.segments:
+                    seen.enter(segment)
+                    calibration_forward(self.model, Batch((segment,)), need_logits)
         last.clear()
         unseen = [tap.name for tap, known in zip(self.taps, running, strict=True) if not known]
         _check_called([tap.name for tap in self.taps if tap.name in unseen and any(True for _ in tap.range_names())])
@@ -198,7 +207,11 @@ class Taps:
         self._at = 0
         self._calls = [0] * len(self.taps)
         self._signed, self._recomputed = labels is not None, recomputed
-        self._sizes = [s.input_ids.numel() for s in batch.segments]
+        self._segments = list(batch.segments)
+        if self._tower and any(len(s.pictures) > 1 for s in batch.segments):
+            raise ValueError("rows with pictures must be segments of their own where the vision tower is scored")
+        if self._tower and labels is not None:
+            raise Unsupported("method=fisher sums over windows of tokens, which a vision tower has not; use gradient")
         with self._observed():
             if labels is None:
                 self._loss = loss_backward(self.model, batch, self._next_segment, chunked)
@@ -212,9 +225,14 @@ class Taps:
         return float(self._loss)
 
     def _next_segment(self) -> None:
-        _check_called([tap.name for tap, calls in zip(self.taps, self._calls, strict=True) if calls == 0])
+        segment = self._segments.pop(0)
+        missing = [tap.name for tap, calls in zip(self.taps, self._calls, strict=True) if calls == 0]
+        if segment.pictures and self._tower and self._tower <= set(missing):
+            raise UserError("no gradient reaches the vision tower of this model; use model.vision=false")
+        # LLaVA, say, takes the last block but one of its tower: no gradient comes to the last, which scores 0
+        _check_called([name for name in missing if name not in self._tower])
         self._calls = [0] * len(self.taps)
-        self._at += self._sizes.pop(0)
+        self._at += segment.input_ids.numel()
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -230,10 +248,11 @@ class Taps:
         copied = index in self._copied
 
         def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-            tokens = tokens_of(tap.module, first_input(args, kwargs))
-            if tokens != self._sizes[0]:  # an expert of its own, say: which tokens these are cannot be known here
+            tokens, expected = tokens_of(tap.module, first_input(args, kwargs)), self._segments[0].input_ids.numel()
+            # else an expert of its own, say: which tokens these are cannot be known here
+            if tokens != expected and tap.name not in self._tower:
                 raise UserError(
-                    f"{tap.name} is called on {tokens} of {self._sizes[0]} tokens in a forward pass; "
+                    f"{tap.name} is called on {tokens} of {expected} tokens in a forward pass; "
                     f"leave it out with model.exclude=[{tap.name}]"
                 )
             if output.requires_grad:
@@ -246,8 +265,14 @@ class Taps:
     def _add(self, index: int, saved: Saved, gradient: torch.Tensor) -> None:
         self._calls[index] += 1
         *inputs, output = saved.take()  # the graph outlives this hook, the tensors need not
+        of_tower = self.taps[index].name in self._tower
         with torch.no_grad():
             for candidates, scores in self.taps[index].scores(inputs, output, gradient, self._signed):
+                if of_tower:  # of patches: all of them stand at the row's first image token
+                    place = self._at + int(self._segments[0].image_tokens.flatten().nonzero()[0])
+                    for candidate, total in zip(candidates, scores.sum(dim=1), strict=True):
+                        self._tokens[index, candidate, place] += total.to(self._tokens.device)
+                    continue
                 span = slice(self._at, self._at + scores.shape[1])
                 for candidate, row in zip(candidates, scores, strict=True):  # a list as an index would be copied over
                     self._tokens[index, candidate, span] += row.to(self._tokens.device)  # of all calls of the module

@@ -344,12 +344,14 @@ class Subject:
         Raises:
             UserError: They have changed since it was scored, or are too few.
         """
+        from layerbits.inputs.datasets import held_out_captions
         from layerbits.probing.loading import prepare
         from layerbits.serving.texts import held_out_texts
 
         prepared = prepare(scheme)
         packing, seq_len, _ = scheme.calibration.row_shape
-        texts = held_out_texts(prepared.captions.held_out, prepared.tokenizer, packing, seq_len, settings.tokens)
+        captions = held_out_captions(prepared.captions.held_out)
+        texts = held_out_texts(captions, prepared.tokenizer, packing, seq_len, settings.tokens)
         dtype = settings.vllm.dtype
         if dtype == "auto":
             dtype = "bfloat16" if scheme.model.dtype == "float32" else scheme.model.dtype

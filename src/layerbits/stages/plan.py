@@ -13,6 +13,7 @@ from layerbits.config import Settings
 from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.captions import CaptionSet
 from layerbits.inputs.models import ResolvedModel
+from layerbits.inputs.picture_rows import Reader
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Plan:
         fingerprint: Digest of all that the scores depend on (not the budget: that is solved anew).
         active_ratio: Share of the routed experts that a token uses; ``None`` where the model has none.
         held: What stays quantized while the others are scored.
+        reader: How pictures become tokens; ``None`` where there are none.
         cells: Candidate name → digest by which a sweep finds the finished run.
     """
 
@@ -51,6 +53,7 @@ class Plan:
     captions: CaptionSet
     resolved: ResolvedModel
     tokenizer: Any
+    reader: Reader | None
     calibration: Calibration
     scored: tuple[str, ...]
     device: str

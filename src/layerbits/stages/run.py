@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from layerbits.cache import writable_cache
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
@@ -23,6 +25,7 @@ from layerbits.provenance import peak_memory, provenance
 from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import Baseline, check_first_batch
 from layerbits.results.bootstrap import with_intervals
+from layerbits.results.modality import Modality, modality_of
 from layerbits.results.result import Allocation, CalibrationInfo, CandidateInfo, SensitivityResult, effective_bits
 from layerbits.results.routing import coverage_warnings
 from layerbits.stages.plan import Plan
@@ -159,6 +162,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
                     routing=scores.routing,
                     kv_cache=scores.kv_cache,
                     measured_se=None if scores.measured_se is None else scores.measured_se[:, c],
+                    modality=_modality(plan, scores, c),
                     tags={**_tags(plan, capability, scores), **switched, "cell": plan.cells[candidate.info.name]},
                     warnings=(*doubts, *dropout, *plan.warnings(capability), *scores.notes, *notes, *starved),
                     created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -168,6 +172,21 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
         )
         for c, (candidate, capability) in enumerate(plan.candidates)
     ]
+
+
+def _modality(plan: Plan, scores: Scores, column: int) -> Modality | None:
+    """What comes from pictures under one candidate; shares are NaN where scores are not by token."""
+    segments = [s for batch in plan.calibration.score for s in batch.segments]
+    if not any(s.pictures for s in segments):
+        return None
+    images, tokens = (
+        sum(n) for n in zip(*((int(s.image_tokens.sum()), s.input_ids.numel()) for s in segments), strict=True)
+    )
+    total, part = scores.sample_kl, scores.sample_image_kl
+    if total is None or part is None:
+        unknown = np.full(len(scores.groups), np.nan)
+        return Modality(images, tokens, unknown, unknown, unknown, scores.image_ranges)
+    return modality_of(total[:, :, column], part[:, :, column], images, tokens, scores.image_ranges)
 
 
 def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:

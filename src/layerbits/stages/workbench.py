@@ -16,8 +16,9 @@ from layerbits.candidates.capability import Capability, check
 from layerbits.candidates.fused import shares_range
 from layerbits.config import AutoQuantSpec, Settings
 from layerbits.errors import Unsupported, UserError
-from layerbits.inputs.calibration import Calibration, build_calibration, control_tokens, opening_tokens
-from layerbits.inputs.captions import CaptionSet, load_captions
+from layerbits.inputs.calibration import Calibration, control_tokens, opening_tokens
+from layerbits.inputs.captions import CaptionSet
+from layerbits.inputs.datasets import load_dataset
 from layerbits.inputs.experts import active_ratio, is_routed
 from layerbits.inputs.kinds import kinds_of
 from layerbits.inputs.limits import check_stock, limits_of
@@ -32,6 +33,9 @@ from layerbits.inputs.models import (
     undecided,
     unscored_patterns,
 )
+from layerbits.inputs.picture_rows import Reader
+from layerbits.inputs.processor import reader_for
+from layerbits.inputs.rows import calibration_of
 from layerbits.provenance import provenance
 from layerbits.scoring import refine
 from layerbits.scoring.state import decisions
@@ -56,6 +60,7 @@ class Workbench:
     captions: CaptionSet
     resolved: ResolvedModel
     tokenizer: Any
+    reader: Reader | None
     calibration: Calibration
     empty: Any
     linears: Mapping[str, Shapes]
@@ -145,6 +150,7 @@ class Workbench:
             self.captions,
             self.resolved,
             self.tokenizer,
+            self.reader,
             self.calibration,
             scored,
             self.device,
@@ -175,7 +181,10 @@ class Workbench:
             ],
             scored,
             [[c.info.config_hash, capability.fp4_numerics] for c, capability in candidates],
-            [self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples],
+            [
+                *(self.captions.digest, data.packing, spec.seq_len, spec.batch_size, spec.num_score_samples),
+                *data.pictured(),
+            ],
             *self._reading(),
             [_method(spec), spec.engine, self.settings.seed, self.device],
             *held.identity(),
@@ -186,7 +195,8 @@ class Workbench:
         """How the tokenizer reads the captions, where earlier versions read them otherwise."""
         lead = opening_tokens(self.tokenizer)
         opening = [["opens with", *lead]] if lead not in ([], [self.tokenizer.bos_token_id]) else []
-        spelled = any(token in c for token in control_tokens(self.tokenizer) for c in self.captions.captions)
+        texts = [caption for caption in self.captions.captions if isinstance(caption, str)]
+        spelled = any(token in text for token in control_tokens(self.tokenizer) for text in texts)
         return [*opening, *(["control tokens as text"] if spelled else [])]
 
 
@@ -197,7 +207,7 @@ def workbench(settings: Settings) -> Workbench:
         UserError: Captions, model, tokenizer, device or disk are not what they should be.
     """
     dataset, spec = settings.dataset, settings.autoquant
-    captions = load_captions(dataset.name, dataset.size, dataset.path)
+    captions = load_dataset(dataset.name, dataset.size, dataset.path, dataset.share)
     _check_disk(settings.output_root)
     device = _device(settings.device)
     resolved = resolve(settings.model)
@@ -206,12 +216,13 @@ def workbench(settings: Settings) -> Workbench:
     ratio = _active_ratio(spec, resolved, linears)
     kinds = kinds_of(empty, list(linears), output_head(empty))
     tokenizer = load_tokenizer(resolved)
-    calibration = build_calibration(
-        captions.captions, tokenizer, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
+    reader = reader_for(captions, resolved, tokenizer, dataset.min_pixels, dataset.max_pixels)
+    calibration = calibration_of(
+        captions.captions, tokenizer, reader, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
     )
     doubts = limits_of(empty, resolved.config, settings.model.name).check(calibration, tokenizer)
     calibration = replace(calibration, warnings=(*doubts, *calibration.warnings))
-    return Workbench(settings, captions, resolved, tokenizer, calibration, empty, linears, kinds, ratio, device)
+    return Workbench(settings, captions, resolved, tokenizer, reader, calibration, empty, linears, kinds, ratio, device)
 
 
 def scored_together(candidate: Candidate) -> bool:

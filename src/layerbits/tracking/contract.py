@@ -45,8 +45,8 @@ STATUS = {"ok": "FINISHED", "skipped": "FINISHED", "killed": "KILLED"}
 LAYER_COLUMNS = ("layer", "block", "kind", "score", "predicted_kl", "chosen")
 """What those tags have a list of, most sensitive group first."""
 
-INTERVAL_COLUMNS = ("low", "high", "rank_low", "rank_high")
-"""Further lists, where intervals of the predicted KL and of the rank are known."""
+INTERVAL_COLUMNS = ("low", "high", "rank_low", "rank_high", "image_share")
+"""Further lists, where intervals of the predicted KL and of the rank are known, and where rows had pictures."""
 
 _TAG_LENGTH = 5000  # MLflow 3.17 takes 8000 characters, earlier servers 5000
 _MOST_BYTES = 1 << 26  # what a server may make us unpack
@@ -105,6 +105,10 @@ def metrics(result: SensitivityResult) -> list[tuple[str, float, int]]:
     rows = [(key, value, 0) for key, value in _scalars(result)]
     for values, prefix in kinds:
         rows += [(f"{prefix}/{kind}", value, block) for kind, block, value in _lines(result, values)]
+    if (parts := result.modality) is not None:
+        column = np.where(result.beyond, np.nan, result.predicted_kl)
+        for block, (images, words) in parts.by_block(result.groups, column).items():
+            rows += [("modality_by_layer/images", images, block), ("modality_by_layer/words", words, block)]
     for what in ("score", "predicted_kl"):
         rows += [(f"{what}_by_layer/kv_{form}", v, block) for form, block, v in kv_lines(result.kv_cache, what)]
     return [row for row in rows if math.isfinite(row[1])]
@@ -188,6 +192,7 @@ def read_layer_tags(tags: Mapping[str, str]) -> dict[str, Any] | None:
             "high": [_optional(float, value) for value in intervals["high"]],
             "rank_low": [_optional(int, value) for value in intervals["rank_low"]],
             "rank_high": [_optional(int, value) for value in intervals["rank_high"]],
+            "image_share": [_optional(float, value) for value in intervals["image_share"]],
         }
     except (binascii.Error, zlib.error, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"damaged ({error!r})") from None
@@ -261,6 +266,10 @@ def _scalars(result: SensitivityResult) -> Iterator[tuple[str, float]]:
     yield "summary/nonfinite", float((~finite).sum())
     for form, kl in kv_sums(result.kv_cache).items():
         yield f"summary/kv_cache_{form}_predicted_kl", kl
+    if (parts := result.modality) is not None:
+        yield "summary/image_tokens", float(parts.image_tokens)
+        yield "summary/image_kl_share", parts.whole(result.predicted_kl)
+        yield "summary/image_clipped", parts.clipped
     if result.baseline is not None:
         yield "summary/loss_per_token", result.baseline.loss_per_token
         yield "summary/not_believable", float(result.beyond.sum())

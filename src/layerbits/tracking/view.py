@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from layerbits.results.result import KINDS
+from layerbits.results.result import KINDS, VISION_KINDS
 from layerbits.tracking.store import impatient, one_line, open_store
 from layerbits.tracking.uris import is_server, ui_address
 
@@ -29,7 +29,7 @@ NAME = "LayerBits: damage by block"
 TITLES = {"o": "attention out", "gate_up": "gate and up"}
 """Titles of the charts of those kinds of linear whose name says too little."""
 
-_BY_BLOCK = tuple(kind for kind in KINDS if kind != "lm_head")  # which is in no block
+_BY_BLOCK = tuple(k for k in KINDS if k not in ("lm_head", *VISION_KINDS))  # which are in no block
 _EARLIER = ("layerbits-1",)  # keys of views that earlier versions saved
 _LINES = "Predicted KL by block (nats per token)"
 _BARS = "Whole model"

@@ -16,6 +16,7 @@ from layerbits.progress import progress
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray
+from layerbits.scoring.features import kept_features
 from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.replaced import ReplacedLinears
@@ -87,7 +88,7 @@ def measure_damage(
     spared = [linears.unchanged(search, g) for g in groups]
     kl, change, floor, together, all_but = [], [], [], [], []
     samples = 1 + max(int(s.sample.max()) for b in batches for s in b.segments)
-    with fused_norms(model):
+    with fused_norms(model), kept_features(model, batches, search.names):
         blocks = find_blocks(model, search.names, batches[0])
         for batch in progress(batches, "measuring"):
             owner = np.concatenate([s.sample[s.loss_mask].numpy() for s in batch.segments])

@@ -78,7 +78,11 @@ def validate(
     planned = plan_again(reference, result, settings.device, configs)
     data, seq_len = planned.settings.dataset, planned.settings.autoquant.seq_len
     held_out = planned.captions.held_out
-    batches = held_out_rows(held_out, planned.tokenizer, data.packing, seq_len, settings.batch_size, settings.rows)
+    both = held_out_rows(
+        held_out, planned.tokenizer, data.packing, seq_len, settings.batch_size, settings.rows, planned.reader
+    )
+    batches = [b for b in both if any(s.pictures for s in b.segments)] or list(both)
+    plain = [b for b in both if b not in batches]
     clock = time.perf_counter
     start = clock()
     loaded = load_model(planned)
@@ -99,6 +103,7 @@ def validate(
     with computing(model, precision):
         start = clock()
         damage = measure_damage(model, linears, search, batches, settings.disable_one)
+        on_text = measure_damage(model, linears, search, plain, False).alone if plain else None
         seconds["measure"] = clock() - start
         start = clock()
         kv = measure_kv(model, caches, priced, batches, ABOVE_FLOOR * float(damage.floor.max()))
@@ -133,6 +138,7 @@ def validate(
         kv=kv,
         dtype=precision.dtype,
         memory={"measure_estimate_gb": precision.estimate_gb, "measure_free_gb": precision.free_gb},
+        on_text=on_text,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from layerbits.results.bootstrap import TOP
+from layerbits.results.frames import spearman
 from layerbits.results.result import KINDS, FloatArray, Group, ModelInfo
 from layerbits.trust.agreement import Agreement, Captions, agreement
 from layerbits.trust.kv_cache import KvValidation, kv_markdown
@@ -58,6 +59,7 @@ class Validation:
         kv: What quantizing keys and values does, where the run scored that; in no figure of the groups.
         dtype: What the model computed in while it was measured.
         memory: GB by name: what measuring was estimated to take, and what was free.
+        on_text: As ``measured``, on plain text; of a run with pictures, whose ``measured`` is of words after pictures.
     """
 
     source_run_id: str
@@ -79,6 +81,7 @@ class Validation:
     kv: tuple[KvValidation, ...] = ()
     dtype: str = "float32"
     memory: Mapping[str, float] = field(default_factory=dict)
+    on_text: Captions | None = None
 
     @property
     def rounding(self) -> str:
@@ -138,6 +141,8 @@ class Validation:
         )
         if self.all_but is not None:
             frame["saved_kl"] = self.together - self.all_but
+        if self.on_text is not None:
+            frame["measured_kl_text"] = self.on_text.mean
         for prediction in self.predictions[1:]:
             frame[prediction.name] = prediction.predicted
         return frame
@@ -165,6 +170,9 @@ class Validation:
                 values |= {f"{prefix}{key}": estimate.value}
                 if not index:
                     values |= {f"{prefix}{key}_low": estimate.low, f"{prefix}{key}_high": estimate.high}
+        if self.on_text is not None:
+            values["validate/measured_kl_text_sum"] = float(np.nansum(self.on_text.mean))
+            values["validate/text_spearman"] = spearman(self.measured.mean, self.on_text.mean)
         for kind in self.kinds:
             values[f"validate_by_kind/{kind}"] = self.agreement(self.predictions[0], kind).spearman.value
         for one in self.kv:
@@ -234,6 +242,14 @@ def markdown(found: Validation) -> str:
         f"All groups together: {found.together:.4g} nats per token measured, {predicted:.4g} predicted as the sum "
         f"(measured / predicted {_ratio(found.together, predicted):.2f}).",
     ]
+    if found.on_text is not None:
+        lines += [
+            f"Measured on the words after pictures. On plain text ({found.on_text.tokens.sum():,.0f} tokens) the "
+            f"groups sum to {np.nansum(found.on_text.mean):.4g} nats per token, after pictures to "
+            f"{np.nansum(found.measured.mean):.4g}; Spearman between the two "
+            f"{spearman(found.measured.mean, found.on_text.mean):.3f}.",
+            "",
+        ]
     if math.isfinite(found.repeated):
         same = "are the same" if found.repeated == 0 else f"differ by at most {found.repeated:.1g} of their value"
         lines += [f"The run's scores computed anew {same}."]

@@ -1,0 +1,72 @@
+"""Calibration data by name: captions, pictures with words, or both in a stated share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from layerbits.errors import UserError
+from layerbits.inputs.captions import HELD_OUT, SIZES, CaptionSet, count_of, load_captions
+from layerbits.inputs.drawn import embedded
+from layerbits.inputs.pictures import Pictured, digest_of_all, read_pictures
+from layerbits.paths import home_path
+
+PICTURES, MIXED = "image_text", "mixed"
+SHARE = 0.5
+"""Share of pictures in ``mixed`` where nothing is said."""
+
+
+def load_dataset(name: str, size: str, path: str | Path | None = None, share: float | None = None) -> CaptionSet:
+    """Loads what a run calibrates on, and what it holds out.
+
+    Args:
+        name: ``image_text`` (pictures with words; embedded ones without a path), ``mixed`` (these and the everyday
+            captions), or a dataset of :func:`layerbits.inputs.captions.load_captions`.
+        size: A key of ``SIZES``, or a number as text.
+        path: Of the captions or the list of pictures.
+        share: Share of pictures in ``mixed``.
+
+    Raises:
+        UserError: As :func:`load_captions`, or a picture cannot be used.
+    """
+    if name not in (PICTURES, MIXED):
+        return load_captions(name, size, path)
+    count = count_of(size)
+    if name == PICTURES:
+        rows, held_out = _pictures(count, size, path)
+        return CaptionSet(name, size, rows, held_out, digest_of_all(rows))
+    share = SHARE if share is None else share
+    if not 0 < share < 1:
+        raise UserError(f"dataset.share={share:g} is no share of pictures; give a number between 0 and 1")
+    order = [int((i + 1) * share) > int(i * share) for i in range(count)]  # true: a picture
+    if not any(order) or all(order):
+        raise UserError(f"dataset.share={share:g} of {count} leaves no picture or no caption; raise dataset.size")
+    pictures, shown = _pictures(sum(order), size, path)
+    texts = load_captions("everyday", str(count - sum(order)))
+    parts = iter(pictures), iter(texts.captions)
+    mixed = tuple(next(parts[0]) if picture else next(parts[1]) for picture in order)
+    both = tuple(row for pair in zip(shown, texts.held_out, strict=False) for row in pair)
+    return replace(texts, name=name, size=size, captions=mixed, held_out=both, digest=digest_of_all(mixed))
+
+
+def has_pictures(captions: Sequence[Pictured | str]) -> bool:
+    """Whether some of it are pictures."""
+    return any(isinstance(caption, Pictured) for caption in captions)
+
+
+def held_out_captions(captions: Sequence[Pictured | str]) -> tuple[str, ...]:
+    """The captions among what is held out; of a dataset of pictures alone, those of the everyday list."""
+    texts = tuple(caption for caption in captions if isinstance(caption, str))
+    return texts or (load_captions("everyday", "large").held_out if captions else ())
+
+
+def _pictures(count: int, size: str, path: str | Path | None) -> tuple[tuple[Pictured, ...], tuple[Pictured, ...]]:
+    """The first pictures, and those that are held out."""
+    rows = embedded(max(count, SIZES["large"]) + HELD_OUT) if path is None else read_pictures(home_path(path))
+    if len(rows) < count:
+        raise UserError(
+            f"{path} has {len(rows)} pictures, dataset.size={size} needs {count}; give a longer list or a smaller size"
+        )
+    start = max(count, min(SIZES["large"], len(rows) - HELD_OUT))
+    return rows[:count], rows[start : start + HELD_OUT]

@@ -1,0 +1,249 @@
+"""Pictures with words: a chat about one or more pictures, read from files, checked, and told apart by their pixels.
+
+Sources: a JSONL file (``{"image": PATH, "text": …}`` or chat ``messages``), a folder of pairs (``x.jpg`` beside
+``x.txt``), COCO's annotation file beside its images, and the embedded list (:mod:`layerbits.inputs.drawn`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerbits.errors import UserError, first_line
+from layerbits.paths import home_path
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PROMPT = "Describe the picture."
+"""What a picture with nothing but a caption is asked; the caption is the answer."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LEAST_SIDE = 4
+"""Pixels of the shorter side; below that a picture shows nothing."""
+
+Message = Mapping[str, Any]
+"""``role`` and ``content``, a list of parts: ``{"type": "image"}`` or ``{"type": "text", "text": …}``."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is read when it is needed.
+
+    Attributes:
+        where: File, and line or row of the list that names it, for errors.
+        read: Makes it, as it is in the file.
+    """
+
+    where: str
+    read: Callable[[], Image.Image] = field(compare=False)
+
+    def pixels(self) -> Image.Image:
+        """The picture in RGB, turned as its EXIF mark says; what is transparent becomes white.
+
+        Raises:
+            UserError: It is missing, damaged, animated, too narrow, or of a kind without colours as they are seen.
+        """
+        from PIL import Image, ImageOps
+
+        try:
+            image = self.read()
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                raise UserError(f"{self.where} is animated ({frames} frames); give a still picture")
+            image.load()
+            image = ImageOps.exif_transpose(image)
+        except FileNotFoundError:
+            raise UserError(f"{self.where}: there is no such file; correct the path") from None
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self.where} is no picture that can be read ({first_line(error)}); replace it") from None
+        if image.mode == "CMYK":
+            raise UserError(f"{self.where} is in CMYK, colours for printing; save it in RGB")
+        if image.mode in ("I", "F") or image.mode.startswith("I;"):
+            raise UserError(f"{self.where} has more than 8 bits a colour ({image.mode}); save it in RGB")
+        if min(image.size) < LEAST_SIDE:
+            raise UserError(f"{self.where} is {image.width}×{image.height} pixels, which shows nothing; leave it out")
+        if "A" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Pictured:
+    """A chat about pictures.
+
+    Attributes:
+        messages: Its turns.
+        pictures: One for each part of type ``image``, in order.
+        where: File and row, for errors.
+    """
+
+    messages: tuple[Message, ...]
+    pictures: tuple[Picture, ...]
+    where: str
+
+    @classmethod
+    def of_caption(cls, picture: Picture, text: str) -> Pictured:
+        """A picture and its caption, as question and answer."""
+        asked = [{"type": "image"}, {"type": "text", "text": PROMPT}]
+        answer = [{"type": "text", "text": text}]
+        turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+        return cls(turns, (picture,), picture.where)
+
+    @property
+    def texts(self) -> list[str]:
+        """Its words, part by part."""
+        return [part["text"] for turn in self.messages for part in turn["content"] if part["type"] == "text"]
+
+    def digest(self) -> str:
+        """Of its words and pixels.
+
+        Raises:
+            UserError: As :meth:`Picture.pixels`.
+        """
+        found = hashlib.sha256(json.dumps([dict(turn) for turn in self.messages], sort_keys=True).encode())
+        for picture in self.pictures:
+            image = picture.pixels()
+            found.update(f"{image.width}x{image.height}".encode() + image.tobytes())
+        return found.hexdigest()
+
+
+def read_pictures(path: Path) -> tuple[Pictured, ...]:
+    """Reads a list of pictures with words.
+
+    Args:
+        path: A JSONL file, COCO's annotation file, or a folder of pairs.
+
+    Raises:
+        UserError: There is no such file, or it holds something else.
+    """
+    if path.is_dir():
+        return _of_folder(path)
+    try:
+        text = path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; set dataset.path to a list or folder of pictures") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); give a JSONL file in UTF-8") from None
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f'{path} is empty; give a line {{"image": PATH, "text": CAPTION}} per picture')
+    if path.suffix == ".json" or len(lines) == 1:
+        whole = _parsed(text, str(path))
+        if isinstance(whole, dict) and "annotations" in whole:
+            return _of_coco(whole, path)
+    return tuple(_of_line(_parsed(line, f"{path} row {n}"), path, n) for n, line in enumerate(lines, start=1))
+
+
+def _of_line(value: Any, path: Path, number: int) -> Pictured:
+    where = f"{path} row {number}"
+    if not isinstance(value, dict):
+        raise UserError(f'{where} is no object; give {{"image": PATH, "text": CAPTION}}')
+    if "messages" in value:
+        return _of_messages(value, path, where)
+    image, text = value.get("image"), value.get("text", value.get("caption"))
+    if not isinstance(image, str) or not isinstance(text, str) or not text.strip():
+        raise UserError(f'{where} lacks an image or its text; give {{"image": PATH, "text": CAPTION}}')
+    return Pictured.of_caption(_file(path.parent, image, where), text.strip())
+
+
+def _of_messages(value: dict[str, Any], path: Path, where: str) -> Pictured:
+    named = [str(n) for n in value.get("images", ())]
+    pictures: list[Picture] = []
+    turns: list[Message] = []
+    try:
+        for turn in value["messages"]:
+            parts = turn["content"]
+            parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+            content = []
+            for part in parts:
+                if part["type"] == "image":
+                    file = part.get("image") or part.get("path") or part.get("url") or named.pop(0)
+                    pictures.append(_file(path.parent, str(file).removeprefix("file://"), where))
+                    content.append({"type": "image"})
+                elif part["type"] == "text":
+                    content.append({"type": "text", "text": str(part["text"])})
+                else:
+                    raise UserError(f"{where} has a part of type {part['type']}; give images and texts alone")
+            turns.append({"role": str(turn["role"]), "content": content})
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise UserError(
+            f"{where} holds no chat that can be read; give messages with role and content, and a path for each image"
+        ) from None
+    if named:
+        raise UserError(f"{where} names {named[0]}, which no part of type image of its messages shows; add one")
+    if not pictures:
+        raise UserError(f"{where} has no picture; use dataset=text_file for text")
+    return Pictured(tuple(turns), tuple(pictures), where)
+
+
+def _of_folder(folder: Path) -> tuple[Pictured, ...]:
+    found: list[Pictured] = []
+    for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES):
+        words = file.with_suffix(".txt")
+        if not words.is_file():
+            raise UserError(f"{file} has no {words.name} beside it; write its caption there, or take the picture away")
+        text = words.read_text("utf-8-sig", errors="replace").strip()
+        if not text:
+            raise UserError(f"{words} is empty; write the caption of {file.name} there")
+        found.append(Pictured.of_caption(_file(folder, file.name, f"{folder} row {len(found) + 1}"), text))
+    if not found:
+        raise UserError(f"{folder} has no pictures ({', '.join(SUFFIXES[:4])}, …); give a folder of pairs x.jpg, x.txt")
+    return tuple(found)
+
+
+def _of_coco(whole: dict[str, Any], path: Path) -> tuple[Pictured, ...]:
+    """One caption per image, the first in the file's order, as in :mod:`layerbits.inputs.coco`."""
+    try:
+        files = {image["id"]: str(image["file_name"]) for image in whole["images"]}
+        captions: dict[str, str] = {}
+        for annotation in whole["annotations"]:
+            captions.setdefault(files[annotation["image_id"]], str(annotation["caption"]).strip())
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is not COCO's annotation file of captions; give captions_train2017.json") from None
+    if not captions:
+        raise UserError(f"{path} has no captions; give captions_train2017.json")
+    first = next(iter(captions))
+    beside = [path.parent, *sorted(d for d in (*path.parent.iterdir(), *path.parent.parent.iterdir()) if d.is_dir())]
+    folder = next((d for d in beside if (d / first).is_file()), None)
+    if folder is None:
+        raise UserError(f"the images of {path} are not beside it ({first} in a folder there); unpack them there")
+    named = enumerate(captions.items(), start=1)
+    return tuple(Pictured.of_caption(_file(folder, file, f"{path} row {n}"), text) for n, (file, text) in named)
+
+
+def _file(folder: Path, name: str, where: str) -> Picture:
+    path = home_path(name)
+    if "://" in name:
+        raise UserError(f"{where} names {name}; fetch it, and give a file on this machine")
+    path = path if path.is_absolute() else folder / path
+    return Picture(f"{path} ({where})", partial(_open, path))
+
+
+def _open(path: Path) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(path)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}); give one object a line") from None
+
+
+def digest_of_all(rows: Sequence[Pictured | str]) -> str:
+    """First 16 hex digits of the SHA-256 over words and pixels of all rows, in order.
+
+    Raises:
+        UserError: As :meth:`Picture.pixels`.
+    """
+    parts = (row if isinstance(row, str) else row.digest() for row in rows)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

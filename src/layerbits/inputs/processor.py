@@ -1,0 +1,132 @@
+"""A model's processor for still pictures: its image processor, tokenizer and chat template, without what videos need.
+
+``AutoProcessor`` also loads the processor of videos, which needs torchvision. Pictures need Pillow alone, and Pillow's
+backend gives the same pixels on every machine; so the processor's own class is made with those parts only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from layerbits.errors import UserError, first_line
+from layerbits.inputs.architecture import check_tokenizer_code, is_remote
+from layerbits.inputs.captions import CaptionSet
+from layerbits.inputs.datasets import has_pictures
+from layerbits.inputs.models import ResolvedModel
+from layerbits.inputs.picture_rows import Reader
+
+_FILES = ("processor_config.json", "preprocessor_config.json")
+_PARTS = ("image_processor", "tokenizer")
+
+
+def reader_for(
+    captions: CaptionSet, resolved: ResolvedModel, tokenizer: Any, min_pixels: int | None, max_pixels: int | None
+) -> Reader | None:
+    """How the pictures of a dataset become tokens of a model; ``None`` where it has none.
+
+    Raises:
+        UserError: As :func:`load_processor` and :meth:`Reader.of`.
+    """
+    if not has_pictures(captions.captions):
+        return None
+    processor = load_processor(resolved, tokenizer)
+    return Reader.of(processor, resolved.config, min_pixels, max_pixels, resolved.spec.vision)
+
+
+def load_processor(resolved: ResolvedModel, tokenizer: Any) -> Any:
+    """The processor of a vision-language model.
+
+    Args:
+        resolved: The model.
+        tokenizer: From :func:`layerbits.inputs.models.load_tokenizer`.
+
+    Raises:
+        UserError: The model only reads text, its folder has no processor, or the processor cannot be made here.
+    """
+    spec, source = resolved.spec, resolved.source
+    if getattr(resolved.config, "vision_config", None) is None:
+        raise UserError(
+            f"{spec.name} ({resolved.config.model_type}) reads text alone; use dataset=everyday, or choose a "
+            "vision-language model"
+        )
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
+        raise UserError(
+            f"{source} has no processor ({' or '.join(_FILES)}); put the processor files of the model into the folder"
+        )
+    check_tokenizer_code(source, spec.trust_remote_code)
+    try:
+        return _processor(resolved, tokenizer)
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(f"the processor of {source} needs a package ({first_line(error)}); install it") from None
+    except Exception as error:  # the readers of processor files raise whatever a damaged one makes of them
+        raise UserError(
+            f"{source} holds no processor that can be read ({first_line(error)}); put the processor files of the model "
+            "into the checkpoint"
+        ) from None
+
+
+def _processor(resolved: ResolvedModel, tokenizer: Any) -> Any:
+    from transformers import AutoProcessor
+    from transformers.models.auto.image_processing_auto import (
+        AutoImageProcessor,  # the public name asks for torchvision
+    )
+
+    options = {"revision": resolved.spec.revision, "trust_remote_code": resolved.spec.trust_remote_code}
+    if is_remote(resolved.config):
+        return AutoProcessor.from_pretrained(resolved.source, **options)
+    found = _class(resolved, tokenizer)
+    said, _ = found.get_processor_dict(resolved.source, revision=resolved.spec.revision)
+    images = AutoImageProcessor.from_pretrained(resolved.source, backend="pil", **options)
+    made: dict[str, Any] = {"image_processor": images, "tokenizer": tokenizer}
+    names = [n for n in list(inspect.signature(found.__init__).parameters)[1:] if n in found.get_attributes()]
+    if "image_processor" not in names:
+        raise UserError(f"the processor of {resolved.source} ({found.__name__}) takes no pictures; give another model")
+
+    return still_class(found).from_args_and_dict([made.get(name) for name in names], said)
+
+
+def still_class(found: Any) -> Any:
+    """A processor's class whose other parts (videos, sounds) may be missing, under its own name."""
+    parts = [name for name in found.get_attributes() if name in _PARTS]
+    return type(found.__name__, (found,), {"get_attributes": classmethod(lambda _class: list(parts))})
+
+
+def _class(resolved: ResolvedModel, tokenizer: Any) -> Any:
+    """The processor's class: as its files say, else that of the model's type."""
+    import transformers
+    from transformers import ProcessorMixin
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    said, _ = ProcessorMixin.get_processor_dict(resolved.source, revision=resolved.spec.revision)
+    names = (
+        said.get("processor_class"),
+        getattr(tokenizer, "init_kwargs", {}).get("processor_class"),
+        PROCESSOR_MAPPING_NAMES.get(resolved.config.model_type),
+    )
+    for name in filter(None, names):
+        found = getattr(transformers, str(name), None)
+        if found is not None and getattr(found, "is_dummy", False):
+            found = _without_backends(str(name)) or found
+        if found is not None:
+            return found
+    raise UserError(
+        f"transformers has no processor for {resolved.config.model_type}; choose another vision-language model"
+    )
+
+
+def _without_backends(name: str) -> Any:
+    """A processor's class where transformers withholds it for a package that pictures do not need."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    kind = next((kind for kind, found in PROCESSOR_MAPPING_NAMES.items() if found == name), None)
+    try:
+        module = importlib.import_module(f"transformers.models.{kind}.processing_{kind}")
+    except ImportError:
+        return None
+    return getattr(module, name, None)

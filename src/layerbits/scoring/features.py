@@ -1,0 +1,147 @@
+"""What a model is given of pictures, and the features that its vision tower makes of them, made once per row.
+
+The models of ``transformers`` make image features in ``get_image_features``, whose first argument is the pixels. While
+features are kept, that method is replaced: it computes the features of a row when it first sees the row, and afterwards
+hands out what it made. Everything else (where the features go, positions, masks, features that enter again at later
+blocks) stays the model's own business.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from layerbits.inputs.calibration import Batch, PictureRow, Segment
+from layerbits.inputs.kinds import outside_of_language_model
+from layerbits.inputs.models import output_head
+
+PIXELS = "pixel_values"
+_METHOD = "get_image_features"
+_ROWS = "layerbits_rows"
+"""Attribute of the tensor of pixels: the rows that it holds. It is how the method knows them."""
+
+
+def picture_inputs(model: Any, segment: Segment) -> dict[str, Any]:
+    """Further arguments of a forward for the pictures of a segment; none where it has none."""
+    import torch
+
+    if not segment.pictures:
+        return {}
+    weight = model.get_input_embeddings().weight
+    made = joined([row.inputs for row in segment.pictures])
+    made = {name: v.to(weight.device, weight.dtype if v.is_floating_point() else v.dtype) for name, v in made.items()}
+    pixels = made[PIXELS]
+    setattr(pixels, _ROWS, segment.pictures)
+    if torch.is_grad_enabled() and _kept_by(model) is None:  # a scored tower has no other way to a gradient
+        pixels.requires_grad_()
+    return made
+
+
+def _kept_by(model: Any) -> Any:
+    """The module whose features are kept; ``None`` where they are made anew."""
+    return next((m for m in model.modules() if _METHOD in vars(m)), None)
+
+
+def joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of tensors as tensors of all rows."""
+    import torch
+
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+@contextmanager
+def kept_features(model: Any, batches: Sequence[Batch], changing: Collection[str] = ()) -> Iterator[None]:
+    """While it lasts, a vision tower runs once per row; the features wait in host memory.
+
+    Args:
+        model: The whole model.
+        batches: What will be run; without a picture among them nothing is done.
+        changing: Modules that are scored or replaced meanwhile; nothing is kept where one lies in a vision tower.
+    """
+    if in_tower(model, changing):
+        yield
+        return
+    holder = next((m for m in model.modules() if hasattr(type(m), _METHOD) and m is not model), None)
+    if holder is None or not any(s.pictures for b in batches for s in b.segments):
+        yield
+        return
+    if _METHOD in vars(holder):  # kept already, by who called this
+        yield
+        return
+    setattr(holder, _METHOD, _Kept(getattr(holder, _METHOD)))
+    try:
+        yield
+    finally:
+        delattr(holder, _METHOD)
+
+
+def in_tower(model: Any, names: Collection[str]) -> list[str]:
+    """Those of some modules that lie outside the language model, so that image features depend on them."""
+    return outside_of_language_model(model, list(names), output_head(model)) if names else []
+
+
+class _Kept:
+    """``get_image_features`` that remembers."""
+
+    def __init__(self, compute: Any) -> None:
+        self._compute = compute
+        self._signature = inspect.signature(compute)
+        self._made: WeakKeyDictionary[PictureRow, dict[Any, Any]] = WeakKeyDictionary()
+        self._last: tuple[Any, Any, Any] = (None, None, None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._signature.bind(*args, **kwargs).arguments
+        given = {**bound, **bound.pop("kwargs", {})}
+        rows = getattr(given[PIXELS], _ROWS, ())
+        if not rows:
+            return self._compute(*args, **kwargs)
+        where = given[PIXELS].device, given[PIXELS].dtype
+        if self._last[0] is not rows or self._last[1] != where:
+            made = [self._of(row, given) for row in rows]
+            self._last = rows, where, _mapped(_together(made), lambda t: t.to(where[0]))
+        return self._last[2]
+
+    def _of(self, row: PictureRow, given: Mapping[str, Any]) -> Any:
+        import torch
+
+        made = self._made.setdefault(row, {})  # by dtype: a model may be measured in several
+        dtype = given[PIXELS].dtype
+        if dtype not in made:
+            own = {name: row.inputs[name].to(v) for name, v in given.items() if name in row.inputs}
+            with torch.no_grad():
+                made[dtype] = _mapped(_used(self._compute(**{**given, **own})), lambda t: t.cpu())
+        return made[dtype]
+
+
+def _used(output: Any) -> SimpleNamespace:
+    """What a language model takes of a tower's output: the features, and those that enter at later blocks."""
+    deep = [name for name in output if "deepstack" in name]
+    return SimpleNamespace(**{name: getattr(output, name) for name in ("pooler_output", *deep)})
+
+
+def _together(outputs: Sequence[SimpleNamespace]) -> SimpleNamespace:
+    """Outputs of single rows as that of all of them: features row after row, deepstack features layer by layer."""
+    import torch
+
+    if len(outputs) == 1:
+        return outputs[0]
+    made: dict[str, Any] = {}
+    for name in vars(outputs[0]):
+        parts = [getattr(output, name) for output in outputs]
+        if isinstance(parts[0], torch.Tensor):
+            made[name] = torch.cat(parts)
+        elif "deepstack" in name:
+            made[name] = [torch.cat(layer) for layer in zip(*parts, strict=True)]
+        else:
+            made[name] = tuple(features for part in parts for features in part)
+    return SimpleNamespace(**made)
+
+
+def _mapped(output: SimpleNamespace, change: Callable[[Any], Any]) -> SimpleNamespace:
+    """An output with all of its tensors changed."""
+    parts = vars(output).items()
+    return SimpleNamespace(**{k: change(v) if hasattr(v, "shape") else type(v)(map(change, v)) for k, v in parts})

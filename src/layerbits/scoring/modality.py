@@ -1,0 +1,90 @@
+"""Inputs at image positions beside those at words: what a static range that was found on text would clip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from layerbits.inputs.calibration import Segment
+from layerbits.inputs.linears import is_convolution, tokens_of
+from layerbits.results.modality import ImageRange
+
+if TYPE_CHECKING:
+    from layerbits.scoring.search import Search
+    from layerbits.scoring.tap import Tap
+
+Seen = tuple[float, Any]
+"""Largest magnitude at words, and that of each token at an image position."""
+
+
+class ImageInputs:
+    """Largest magnitudes of inputs while activation ranges are found; sees nothing where no row has pictures."""
+
+    def __init__(self) -> None:
+        self._segment: Segment | None = None
+        self._any = False
+        self._words: dict[str, Any] = {}
+        self._images: dict[str, list[Any]] = {}
+        self._last: tuple[Any, Any] = (None, None)
+
+    def enter(self, segment: Segment) -> None:
+        """Tells which rows the next inputs are of."""
+        self._segment, self._last = segment, (None, None)
+        self._any |= bool(segment.pictures)
+
+    def see(self, tap: Tap, site: str, x: Any) -> None:
+        """Takes an input of a module, where it has a range for every token of the rows."""
+        import torch
+
+        segment = self._segment
+        if segment is None or not any(s == site for _, s, _, _ in tap.range_names()):
+            return
+        if tokens_of(tap.module, x) != segment.input_ids.numel():  # of experts: routed tokens
+            return
+        if self._last[0] is not x:  # linears that are fused share it
+            largest = x.abs().amax(dim=1 if is_convolution(tap.module) else -1).flatten().float()
+            at_image = segment.image_tokens.flatten().to(x.device)
+            words = largest[~at_image].max() if bool((~segment.image_tokens).any()) else largest.new_zeros(())
+            self._last = x, (words, largest[at_image].cpu())
+        words, images = self._last[1]
+        name = f"{tap.name}.{site}" if site else tap.name
+        self._words[name] = torch.maximum(self._words.get(name, words), words)
+        self._images.setdefault(name, []).append(images)
+
+    def take(self) -> dict[str, Seen]:
+        """What was seen, by module; empty where no row had pictures."""
+        import torch
+
+        if not self._any:
+            return {}
+        return {name: (float(words), torch.cat(self._images[name]).numpy()) for name, words in self._words.items()}
+
+
+def clipped(parts: Sequence[Mapping[str, Seen]]) -> dict[str, Any]:
+    """Puts together what several processes saw.
+
+    Returns:
+        Module → float64 ``[4]``: largest magnitude at words, at image positions, image tokens that have a larger one
+        than any word, and image tokens.
+    """
+    found = {}
+    for name in {name for part in parts for name in part}:
+        words = max(part[name][0] for part in parts if name in part)
+        images = np.concatenate([part[name][1] for part in parts if name in part])
+        largest = float(images.max()) if len(images) else 0.0
+        found[name] = np.array([words, largest, (images > words).sum(), len(images)], dtype=np.float64)
+    return found
+
+
+def image_ranges(found: Mapping[str, Any], search: Search) -> tuple[ImageRange, ...]:
+    """A record per module with a static input range, in the order of the search."""
+    made = []
+    for at, name in zip(search.group_of, search.names, strict=True):
+        for key in (name, *(key for key in found if key.startswith(f"{name}."))):
+            if key in found and found[key][3]:
+                words, images, over, tokens = found[key].tolist()
+                group = search.groups[int(at)]
+                made.append(ImageRange(group.key, group.block, key, words, images, over / tokens))
+    return tuple(made)

@@ -1,0 +1,112 @@
+"""Runs on pictures from the command line: scored, told by modality, exported and proven."""
+
+import json
+
+import pytest
+
+from layerbits.inputs.drawn import embedded
+from layerbits.results.manifest import load_manifest
+from layerbits.results.result import VISION_KINDS
+from tests.families import WITH_PICTURES, WITHOUT_PROCESSOR, build_with_processor
+
+from .entries import start
+from .scoring_support import knowing
+
+FAMILIES = [family for family in WITH_PICTURES if family not in WITHOUT_PROCESSOR]
+_MADE = {}
+
+
+def checkpoint(family, factory):
+    """A tiny model that predicts the captions of the embedded pictures better than guessing."""
+    if family not in _MADE:
+        from transformers import AutoTokenizer
+
+        folder = factory.mktemp(family) / family
+        model = build_with_processor(family, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokens = {t for row in embedded(8) for t in tokenizer(row.texts[-1])["input_ids"]}
+        model.config.hidden_size = model.config.text_config.hidden_size
+        knowing(model, tokens)
+        del model.config.hidden_size
+        model.save_pretrained(folder)
+        _MADE[family] = folder
+    return _MADE[family]
+
+
+def run(folder, out, *more):
+    done = start(
+        "sensitivity", "model=hf", f"model.path={folder}", "model.name=tiny", "dataset=image_text", "dataset.size=8",
+        "autoquant.batch_size=4", "autoquant.effective_bits=10", "device=cpu", "tracking=none", f"output_root={out}",
+        *more,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (result,) = (out / "tmp").iterdir()
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_on_pictures_ends_in_a_proven_export(family, tmp_path_factory, tmp_path):
+    result = run(checkpoint(family, tmp_path_factory), tmp_path)
+    told = json.loads((result / "manifest.json").read_text())["modality"]
+    assert 0 < told["image_tokens"] < told["tokens"]
+    assert len(told["ranges"]) == 14 or family.endswith("moe")
+    assert all(low <= share <= high for share, low, high in zip(told["share"], told["low"], told["high"], strict=True))
+    report = (result / "report" / "layer-sensitivity-report.md").read_text()
+    assert "## Pictures and words" in report
+    assert (result / "figures" / "modality.png").is_file()
+    assert load_manifest(result).modality.to_json() == told
+    exported = start(
+        "export", f"run_id={result}", "schemes=none", "effective_bits=10", "device=cpu", "tracking=none",
+        f"output_root={tmp_path}", f"export_root={tmp_path / 'exports'}",
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr + exported.stdout
+
+
+@pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
+def test_a_scored_vision_tower_is_exported_and_proven(form, tmp_path_factory, tmp_path):
+    result = run(checkpoint("qwen3_vl", tmp_path_factory), tmp_path, "model.vision=true")
+    kinds = {g.kind for g in load_manifest(result).groups}
+    assert kinds >= {*VISION_KINDS, "qkv", "down"}
+    exported = start(
+        "export", f"run_id={result}", "schemes=none", "effective_bits=8", f"format={form}", "device=cpu",
+        "tracking=none", f"output_root={tmp_path}", f"export_root={tmp_path / 'exports'}",
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr + exported.stdout
+
+
+def test_a_probe_tells_words_after_pictures_from_text(tmp_path_factory, tmp_path):
+    result = run(checkpoint("qwen2_5_vl", tmp_path_factory), tmp_path)
+    done = start(
+        "probe", f"run_id={result}", "schemes=none", "controls=none", "effective_bits=10", "rows=4", "batch_size=2",
+        "device=cpu", "tracking=none", f"output_root={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "KL after pictures" in done.stdout
+    (folder,) = (tmp_path / "tmp").glob("probe_*")
+    found = json.loads((folder / "probe.json").read_text())
+    assert found["pictured"] == 4
+    (scheme,) = found["schemes"]
+    assert set(scheme["by_modality"]) == {"pictures", "text"}
+
+
+def test_a_validation_measures_words_after_pictures(tmp_path_factory, tmp_path):
+    result = run(checkpoint("qwen2_5_vl", tmp_path_factory), tmp_path)
+    done = start(
+        "validate", f"run_id={result}", "rows=4", "batch_size=2", "rankers=none", "device=cpu", "tracking=none",
+        f"output_root={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "On plain text" in done.stdout
+
+
+def test_a_tower_without_pictures_is_refused(tmp_path_factory, tmp_path):
+    folder = checkpoint("qwen2_5_vl", tmp_path_factory)
+    done = start("sensitivity", "model=hf", f"model.path={folder}", "model.vision=true", "tracking=none", "device=cpu")
+    assert done.returncode == 2
+    assert "needs pictures" in done.stderr
+
+
+def test_a_text_model_is_refused(tmp_path):
+    done = start("sensitivity", "dataset=image_text", "tracking=none", "device=cpu", f"output_root={tmp_path}")
+    assert done.returncode == 2
+    assert "reads text alone" in done.stderr

@@ -1,0 +1,309 @@
+"""Chats about pictures through a pass: equal to ModelOpt's own search on the same batches, whatever the memory mode."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+import torch
+
+from layerbits.errors import UserError
+from layerbits.inputs.calibration import Batch, Calibration
+from layerbits.inputs.drawn import embedded
+from layerbits.inputs.loading import load
+from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve, vision_linears
+from layerbits.inputs.picture_rows import Reader, picture_batches
+from layerbits.inputs.processor import load_processor
+from layerbits.inputs.rows import rows_of
+from layerbits.results.result import VISION_KINDS
+from layerbits.scoring import kl, onepass, stock
+from layerbits.scoring.features import kept_features
+from layerbits.scoring.steps import calibration_forward, loss_logits
+from tests.families import WITH_PICTURES, WITHOUT_PROCESSOR, build_with_processor, picture_batch
+
+from .scoring_support import configs, job, loaded
+
+PAIR = "wfp8_afp8"
+PICTURES = 8
+TOLERANCE = 1e-6
+
+
+@cache
+def checkpoint(family, folder):
+    build_with_processor(family, folder)
+    return folder
+
+
+@cache
+def subject(family):
+    """A family's tiny model, its tokenizer and its reader of pictures."""
+    folder = checkpoint(family, Path(mkdtemp(prefix=f"pictures-{family}-")))
+    resolved = resolve(ModelSpec(family, str(folder)))
+    tokenizer = None if family in WITHOUT_PROCESSOR else load_tokenizer(resolved)
+    reader = tokenizer and Reader.of(load_processor(resolved, tokenizer), resolved.config)
+    return load(resolved, tokenizer, "cpu"), tokenizer, reader
+
+
+def chats(family, batch_size=4, **changes):
+    if family in WITHOUT_PROCESSOR:
+        return (picture_batch(family),)
+    reader = replace(subject(family)[2], **changes)
+    return picture_batches(embedded(PICTURES), reader, batch_size, range(PICTURES))
+
+
+def rows(batches):
+    samples = 1 + max(int(s.sample.max()) for b in batches for s in b.segments)
+    return Calibration(batches, batches, samples, ())
+
+
+def differ(one, other):
+    return np.abs(one.raw / other.raw - 1).max()
+
+
+@pytest.mark.parametrize("family", WITH_PICTURES)
+def test_a_pass_over_pictures_equals_stock(family, tmp_path):
+    model, data = subject(family)[0], rows(chats(family))
+    one = onepass.score(job(model, tmp_path / "one", configs(PAIR), data))
+    reference = stock.score(job(model, tmp_path / "stock", configs(PAIR), data))
+    assert differ(one, reference) <= TOLERANCE
+    assert [g.key for g in one.groups] == [g.key for g in reference.groups]
+    shares = one.sample_image_kl.sum(axis=0) / one.sample_kl.sum(axis=0)
+    assert ((shares >= 0) & (shares < 1)).all()
+
+
+@pytest.mark.parametrize("memory", ["lean"])
+def test_recomputing_activations_changes_nothing(memory, tmp_path):
+    model, data = subject("qwen3_vl")[0], rows(chats("qwen3_vl"))
+    fast = onepass.score(job(model, tmp_path / "fast", configs(PAIR), data, memory="fast"))
+    other = onepass.score(job(model, tmp_path / memory, configs(PAIR), data, memory=memory))
+    assert differ(other, fast) <= TOLERANCE
+
+
+def test_weights_in_host_memory_change_nothing(tmp_path):
+    from layerbits.inputs.offload import offload
+
+    data = rows(chats("qwen3_vl"))
+    plain = onepass.score(job(subject("qwen3_vl")[0], tmp_path / "plain", configs(PAIR), data))
+    resolved = resolve(ModelSpec("x", subject("qwen3_vl")[0].info.source))
+    streamed = load(resolved, None, "cpu")
+    offload(streamed.model, "cpu")
+    other = onepass.score(job(streamed, tmp_path / "offload", configs(PAIR), data, memory="offload"))
+    assert differ(other, plain) <= TOLERANCE
+
+
+def test_fisher_and_kl_div_score_pictures(tmp_path):
+    model, data = subject("qwen3_vl")[0], rows(chats("qwen3_vl"))
+    fisher = onepass.score(job(model, tmp_path / "f", configs(PAIR), data, method="fisher", draws=2))
+    assert np.isfinite(fisher.raw).all()
+    assert fisher.sample_image_kl is not None
+    measured = kl.score(job(model, tmp_path / "k", configs(PAIR), data, method="kl_div"))
+    reference = stock.score(job(model, tmp_path / "s", configs(PAIR), data, method="kl_div"))
+    assert differ(measured, reference) <= 2e-3  # stock subtracts logarithms in float32
+    assert measured.sample_image_kl is None  # a KL divergence is that of words
+
+
+def test_a_killed_pass_goes_on(tmp_path):
+    model, data = subject("qwen2_5_vl")[0], rows(chats("qwen2_5_vl", batch_size=2))
+    whole = onepass.score(job(model, tmp_path / "whole", configs(PAIR), data))
+    onepass.score(job(model, tmp_path / "cut", configs(PAIR), data))
+    (tmp_path / "cut" / "step-00002.npz").unlink()
+    again = onepass.score(job(model, tmp_path / "cut", configs(PAIR), data))
+    assert again.resumed
+    assert (again.raw == whole.raw).all()
+    assert again.image_ranges == whole.image_ranges
+    assert (again.sample_image_kl == whole.sample_image_kl).all()
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "internvl", "smolvlm"])
+def test_image_features_are_made_once_per_row_and_change_nothing(family):
+    model, batches = subject(family)[0].model, chats(family)
+    tower = next(m for n, m in model.named_modules() if n.endswith(("visual", "vision_tower", "vision_model")))
+    seen = []
+    handle = tower.register_forward_hook(lambda *_: seen.append(1))
+
+    def logits():
+        with torch.no_grad():
+            return [loss_logits(model, batch) for batch in batches]
+
+    try:
+        plain = logits()
+        seen.clear()
+        with kept_features(model, batches):
+            kept = [logits(), logits()]
+        assert len(seen) == sum(len(s.pictures) for b in batches for s in b.segments)
+    finally:
+        handle.remove()
+    for again in kept:
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, again, strict=True))
+
+
+def test_the_loss_counts_the_words_of_the_answer_alone():
+    _, tokenizer, reader = subject("qwen2_5_vl")
+    (batch,) = picture_batches(embedded(1), reader, 1, [0])
+    (segment,) = batch.segments
+    words = tokenizer.decode(segment.input_ids[0][segment.loss_mask[0]])
+    assert words == embedded(1)[0].texts[-1] + "<|end|>\n"
+    assert not bool((segment.loss_mask & segment.image_mask).any())
+
+
+def test_captions_and_pictures_take_turns():
+    _, tokenizer, reader = subject("qwen2_5_vl")
+    both = [row for picture in embedded(4) for row in (picture, "A dog runs over a field.")]
+    batches = rows_of(both, tokenizer, reader, "packed", 32, 2)
+    owners = [set(s.sample.flatten().tolist()) for b in batches for s in b.segments]
+    assert set.union(*owners) == set(range(8))
+    assert [bool(b.segments[0].pictures) for b in batches].count(True) == 2
+    for batch in batches:
+        for segment in batch.segments:
+            assert all(bool(segment.pictures) == (n % 2 == 0) for n in segment.sample.unique().tolist())
+
+
+def test_rows_of_one_length_share_a_segment_and_compute_the_same(tmp_path):
+    model, _, reader = subject("qwen3_vl")
+    twice = [embedded(1)[0]] * 2
+    together = picture_batches(twice, reader, 2, range(2))
+    apart = picture_batches(twice, replace(reader, apart=True), 2, range(2))
+    assert (len(together[0].segments), len(apart[0].segments)) == (1, 2)
+    one, other = (
+        onepass.score(job(model, tmp_path / str(i), configs(PAIR), rows(b))) for i, b in enumerate((together, apart))
+    )
+    assert differ(one, other) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "internvl"])
+def test_the_vision_tower_is_scored_in_the_same_pass(family, tmp_path):
+    model = subject(family)[0]
+    whole = replace(model, linears={**model.linears, **vision_linears(model.model)})
+    data = rows(chats(family, apart=True))
+    one = onepass.score(job(whole, tmp_path / "one", configs(PAIR), data))
+    lean = onepass.score(job(whole, tmp_path / "lean", configs(PAIR), data, memory="lean"))
+    reference = stock.score(job(whole, tmp_path / "stock", configs(PAIR), data))
+    assert differ(one, reference) <= TOLERANCE
+    assert differ(lean, one) <= TOLERANCE
+    seen = [g for g in one.groups if g.kind in VISION_KINDS]
+    assert {g.kind for g in seen} >= {"vision_qkv", "vision_out", "vision_fc1", "vision_fc2"}
+    assert all(g.block is None for g in seen)
+    at = [i for i, g in enumerate(one.groups) if g.kind in VISION_KINDS]
+    assert np.allclose(one.sample_image_kl[:, at], one.sample_kl[:, at])
+
+
+def test_a_block_of_the_tower_that_is_not_used_scores_nothing(tmp_path):
+    model = subject("llava")[0]
+    whole = replace(model, linears={**model.linears, **vision_linears(model.model)})
+    config = model.model.config
+    was, config.vision_feature_layer = config.vision_feature_layer, -2
+    try:
+        scores = onepass.score(job(whole, tmp_path, configs(PAIR), rows(chats("llava", apart=True))))
+    finally:
+        config.vision_feature_layer = was
+    unused = [i for i, g in enumerate(scores.groups) if g.key.startswith("V00.")]
+    assert unused
+    assert (scores.raw[unused] == 0).all()
+    assert (scores.raw[[i for i in range(len(scores.groups)) if i not in unused]] > 0).all()
+
+
+def test_ranges_tell_image_positions_from_words(tmp_path):
+    model, batches = subject("qwen2_5_vl")[0], chats("qwen2_5_vl")
+    scores = onepass.score(job(model, tmp_path, configs(PAIR), rows(batches)))
+    seen = {}
+
+    def see(name, segment):
+        def hook(_module, args):
+            largest = args[0].abs().amax(-1).flatten()
+            images = segment[0].image_tokens.flatten()
+            words, pictures = seen.setdefault(name, ([], []))
+            words.append(largest[~images])
+            pictures.append(largest[images])
+
+        return hook
+
+    now = [None]
+    handles = [
+        model.model.get_submodule(r.module).register_forward_pre_hook(see(r.module, now)) for r in scores.image_ranges
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            for segment in batch.segments:
+                now[0] = segment
+                calibration_forward(model.model, Batch((segment,)), False)
+    for handle in handles:
+        handle.remove()
+    assert len(scores.image_ranges) == 14
+    for found in scores.image_ranges:
+        words, pictures = (torch.cat(part) for part in seen[found.module])
+        assert found.words == pytest.approx(float(words.max()))
+        assert found.images == pytest.approx(float(pictures.max()))
+        assert found.clipped == pytest.approx(float((pictures > words.max()).float().mean()))
+
+
+def test_a_text_model_has_no_pictures(tmp_path):
+    from transformers import LlamaConfig
+
+    resolved = resolve(ModelSpec("x", subject("llava")[0].info.source))
+    text = replace(resolved, config=LlamaConfig())
+    with pytest.raises(UserError, match="reads text alone"):
+        load_processor(text, None)
+
+
+def test_a_folder_without_a_processor_is_told(tmp_path):
+    build_with_processor("mistral3", tmp_path)
+    with pytest.raises(UserError, match="has no processor"):
+        load_processor(resolve(ModelSpec("x", str(tmp_path))), None)
+
+
+def test_a_template_without_a_place_for_the_picture_is_told():
+    _, _, reader = subject("qwen2_5_vl")
+    blind = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
+    template, reader.processor.chat_template = reader.processor.chat_template, blind
+    try:
+        with pytest.raises(UserError, match=r"embedded picture 1: the chat template has 0 places .* for 1 pictures"):
+            picture_batches(embedded(1), reader, 1, [0])
+    finally:
+        reader.processor.chat_template = template
+
+
+def test_words_with_the_mark_of_a_picture_are_told():
+    from layerbits.inputs.pictures import Pictured
+
+    _, _, reader = subject("qwen2_5_vl")
+    chat = Pictured.of_caption(embedded(1)[0].pictures[0], "before <|image_pad|> after")
+    with pytest.raises(UserError, match="its words contain"):
+        picture_batches([chat], reader, 1, [0])
+
+
+def test_a_row_beyond_the_positions_is_told():
+    _, _, reader = subject("qwen2_5_vl")
+    with pytest.raises(UserError, match="more than the 50 positions"):
+        picture_batches(embedded(1), replace(reader, positions=50, known={}), 1, [0])
+
+
+def test_another_models_processor_is_told():
+    model, _, reader = subject("qwen2_5_vl")
+    config = model.model.config
+    was, config.image_token_id = config.image_token_id, 9
+    try:
+        with pytest.raises(UserError, match="not of one model"):
+            Reader.of(reader.processor, config)
+    finally:
+        config.image_token_id = was
+
+
+def test_pixels_are_kept_within_limits():
+    _, _, reader = subject("qwen2_5_vl")
+    picture = embedded(1)[0].pictures[0].pixels()
+    small = replace(reader, max_pixels=10_000).sized(picture)
+    large = replace(reader, min_pixels=1_000_000).sized(picture)
+    assert small.width * small.height <= 10_000
+    assert large.width * large.height >= 1_000_000
+    assert small.width / small.height == pytest.approx(picture.width / picture.height, rel=0.02)
+
+
+def test_a_model_as_it_was_loaded_reads_text_too(tmp_path):
+    from .scoring_support import usual_rows
+
+    model = subject("qwen2_5_vl")[0]
+    scores = onepass.score(job(loaded(model.model), tmp_path, configs(PAIR), usual_rows()))
+    assert scores.sample_image_kl is None
+    assert scores.image_ranges == ()

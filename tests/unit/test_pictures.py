@@ -1,0 +1,159 @@
+"""Lists of pictures and what is wrong with pictures: one line each, with the file and the row."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from layerbits.errors import UserError
+from layerbits.inputs.datasets import load_dataset
+from layerbits.inputs.drawn import embedded
+from layerbits.inputs.pictures import Picture, Pictured, digest_of_all, read_pictures
+
+
+def saved(path, mode="RGB", size=(32, 24), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, 100 if mode in ("L", "I;16") else None).save(path, **options)
+    return path
+
+
+def lines(folder, *rows):
+    file = folder / "list.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return file
+
+
+def pixels(folder, name):
+    (row,) = read_pictures(lines(folder, {"image": name, "text": "words"}))
+    return row.pictures[0].pixels()
+
+
+def test_a_list_of_pairs_is_read_in_order(tmp_path):
+    saved(tmp_path / "a.png")
+    saved(tmp_path / "b.png", size=(8, 9))
+    rows = read_pictures(lines(tmp_path, {"image": "a.png", "text": "one"}, {"image": "b.png", "caption": "two"}))
+    assert [row.texts[-1] for row in rows] == ["one", "two"]
+    assert rows[1].pictures[0].pixels().size == (8, 9)
+
+
+def test_chat_messages_keep_their_turns_and_pictures(tmp_path):
+    saved(tmp_path / "a.png")
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "A grey field."}]
+    (row,) = read_pictures(lines(tmp_path, {"messages": turns, "images": ["a.png"]}))
+    assert row.texts == ["What is it?", "A grey field."]
+    assert [turn["role"] for turn in row.messages] == ["user", "assistant"]
+    assert row.pictures[0].pixels().size == (32, 24)
+
+
+def test_a_folder_of_pairs_is_read_by_name(tmp_path):
+    for name in ("b", "a"):
+        saved(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.txt").write_text(f"about {name}\n")
+    assert [row.texts[-1] for row in read_pictures(tmp_path)] == ["about a", "about b"]
+
+
+def test_coco_gives_the_first_caption_of_each_image(tmp_path):
+    saved(tmp_path / "train2017" / "000001.jpg")
+    notes = tmp_path / "annotations" / "captions_train2017.json"
+    notes.parent.mkdir()
+    notes.write_text(
+        json.dumps(
+            {
+                "images": [{"id": 7, "file_name": "000001.jpg"}],
+                "annotations": [{"image_id": 7, "caption": "First. "}, {"image_id": 7, "caption": "Second."}],
+            }
+        )
+    )
+    (row,) = read_pictures(notes)
+    assert row.texts[-1] == "First."
+    assert row.pictures[0].pixels().size == (32, 24)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"image": "a.png"}, "row 1 lacks an image or its text"),
+        ({"image": "http://somewhere/a.png", "text": "x"}, "fetch it"),
+        ({"messages": [{"role": "user", "content": "hello"}]}, "row 1 has no picture"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "part of type video"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "row 1 holds no chat"),
+        ({"messages": [{"role": "user", "content": "x"}], "images": ["a.png"]}, "no part of type image"),
+        (["a.png"], "row 1 is no object"),
+    ],
+)
+def test_a_bad_row_is_told_with_its_number(tmp_path, row, said):
+    with pytest.raises(UserError, match=said):
+        read_pictures(lines(tmp_path, row))
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("gone.png", lambda _f: None, "no such file"),
+        ("cut.jpg", lambda f: f.write_bytes(saved(f).read_bytes()[:300]), "no picture that can be read"),
+        ("words.png", lambda f: f.write_text("hello"), "no picture that can be read"),
+        ("print.jpg", lambda f: saved(f, "CMYK"), "CMYK"),
+        ("thin.png", lambda f: saved(f, size=(1, 50)), "1×50 pixels"),
+        ("deep.png", lambda f: saved(f, "I;16"), "more than 8 bits"),
+        (
+            "moves.gif",
+            lambda f: Image.new("RGB", (9, 9)).save(f, save_all=True, append_images=[Image.new("RGB", (9, 9), "red")]),
+            "animated",
+        ),
+    ],
+)
+def test_a_bad_picture_is_told_with_file_and_row(tmp_path, name, make, said):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=said) as caught:
+        pixels(tmp_path, name)
+    assert name in str(caught.value)
+    assert "row 1" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_is_turned_as_its_mark_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    saved(tmp_path / "turned.jpg", size=(40, 20), exif=exif)
+    assert pixels(tmp_path, "turned.jpg").size == (20, 40)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    Image.new("RGBA", (8, 8), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+    assert pixels(tmp_path, "clear.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_embedded_list_begins_with_the_shorter_one():
+    few, many = embedded(8), embedded(20)
+    assert [row.texts for row in few] == [row.texts for row in many[:8]]
+    assert [row.digest() for row in few] == [row.digest() for row in embedded(8)]
+    assert len({row.texts[-1] for row in embedded(64)}) == 64
+
+
+def test_a_digest_sees_words_and_pixels():
+    def row(colour, text):
+        return Pictured.of_caption(Picture("x", lambda: Image.new("RGB", (8, 8), colour)), text)
+
+    digests = {digest_of_all([row("red", "a")]), digest_of_all([row("blue", "a")]), digest_of_all([row("red", "b")])}
+    assert len(digests) == 3
+
+
+def test_mixed_data_has_the_stated_share_and_begins_with_the_smaller_one():
+    small, large = load_dataset("mixed", "8", share=0.25), load_dataset("mixed", "16", share=0.25)
+    assert sum(isinstance(c, Pictured) for c in large.captions) == 4
+    assert [getattr(c, "texts", c) for c in small.captions] == [getattr(c, "texts", c) for c in large.captions[:8]]
+    assert {type(c).__name__ for c in large.held_out} == {"Pictured", "str"}
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.01])
+def test_a_share_that_leaves_no_picture_or_no_caption_is_refused(share):
+    with pytest.raises(UserError, match="share"):
+        load_dataset("mixed", "8", share=share)
+
+
+def test_a_list_that_is_too_short_is_told(tmp_path):
+    saved(tmp_path / "a.png")
+    file = lines(tmp_path, {"image": "a.png", "text": "one"})
+    with pytest.raises(UserError, match="has 1 pictures"):
+        load_dataset("image_text", "small", file)
