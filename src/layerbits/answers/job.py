@@ -21,6 +21,7 @@ from layerbits.answers.settings import EvaluateSettings, TaskSettings
 from layerbits.atomic import write_json
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
+from layerbits.inputs.datasets import held_out_captions
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -60,7 +61,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     clock = time.perf_counter
     start = clock()
     prepared = prepare_together(schemes, "evaluate")
-    harness = Harness(settings.tasks, prepared.captions.held_out)
+    harness = Harness(settings.tasks, held_out_captions(prepared.captions.held_out))
     check_documents(harness.documents, len({s.digest for s in schemes}) + (settings.endpoint is not None))
     loaded = prepared.load(device, whole=True)
     lm = harness.wrap(loaded.model, loaded.tokenizer)
@@ -68,7 +69,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     remote = None
     if settings.endpoint is not None:
         remote = served(settings.endpoint, settings.endpoint_model, prepared.resolved.source, lm.max_length)
-        check_same_model(lm, remote, prepared.captions.held_out[0])
+        check_same_model(lm, remote, held_out_captions(prepared.captions.held_out)[0])
     seconds = {"load": clock() - start}
 
     start = clock()
@@ -204,7 +205,7 @@ def _probe(
 
     data = prepared.scheme.calibration
     packing, seq_len, _ = data.row_shape
-    held_out, rows = prepared.captions.held_out, settings.rows
+    held_out, rows = held_out_captions(prepared.captions.held_out), settings.rows
     batches = held_out_rows(held_out, prepared.tokenizer, packing, seq_len, rows, rows)
     what = Rows(data.dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
     return probe(model, info, schemes, prepared.calibration, batches, what, dtype=settings.dtype)
