@@ -30,7 +30,7 @@ from layerbits.errors import UserError
 from layerbits.serving.check import judge
 from layerbits.serving.environment import Environment
 from layerbits.serving.processor import ask, in_words, otherwise, summary, why_refused
-from layerbits.serving.verdict import DIVERGES, LOADS
+from layerbits.serving.verdict import DIVERGES, LOADS, Divergence
 from tests.unit.test_serving import FAKE, measured
 
 RECORDS = records()
@@ -57,6 +57,27 @@ def test_what_was_measured_on_a_processor_is_what_is_known_of_it(record, labels)
     assert record.found
     assert {a: computed(labels[a], record.processor).state for a in record.found} == dict(record.found)
     assert Processor.from_json(record.processor.to_json()) == record.processor
+
+
+CHECKS = [(record.processor, made) for record in RECORDS for made in record.checks]
+
+
+@pytest.mark.parametrize(("processor", "made"), CHECKS, ids=lambda x: getattr(x, "scheme", getattr(x, "name", "")))
+def test_a_recorded_check_gets_its_verdict_again_with_the_known_cause(processor, made, labels):
+    explained = 0.02  # the ratio is recorded, and not what rounding explains
+    figures = replace(
+        measured(from_restored=made.ratio * explained, rounding=explained - made.noise, noise=made.noise, t=made.t),
+        served_damage=Divergence(made.served, 0.001),
+        restored_damage=Divergence(made.restored, 0.001),
+    )
+    unlike = otherwise([labels[made.label]], processor)
+    known = in_words(unlike, processor) if unlike else ""
+    told = type("Told", (), {"distributions": type("D", (), {"finite": True}), "texts": (), "runtime": {}})
+    done = judge(Path("x"), "d", (), told, lambda: figures, known)
+    assert done.outcome == made.outcome
+    state = computed(labels[made.label], processor).state
+    assert state == (OTHERWISE if made.outcome == DIVERGES else WRITTEN)
+    assert (f"known: on this CPU ({processor.name}) {made.label} is otherwise" in done.detail) == (state == OTHERWISE)
 
 
 @pytest.mark.parametrize("name", [AVX2, AVX512, VNNI, AMX])

@@ -104,23 +104,52 @@ class Computed:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What a serve check found on a processor; KL divergences in nats per token, as ``docs/tracking.md`` has them.
+
+    Attributes:
+        scheme: In words.
+        label: Of its quantized linears.
+        outcome: The verdict. tokens: Compared.
+        ratio, t: By what it was found: ``serve/ratio``, and t of the linear that deviates most.
+        served, restored, rounded, noise: The damage as served, of the files, with both rounded; the runtime's noise.
+    """
+
+    scheme: str
+    label: str
+    outcome: str
+    tokens: int
+    ratio: float
+    t: float
+    served: float
+    restored: float
+    rounded: float
+    noise: float
+
+
+@dataclass(frozen=True)
 class Record:
-    """A processor that was asked, and what serve checks on it have found.
+    """A processor that was asked, and what was found on it.
 
     Attributes:
         source: The machine, and whether it is of the class or was limited to it; when.
         found: Label → :data:`WRITTEN`, :data:`OTHERWISE` or :data:`MISSING`, as measured.
+        checks: Serve checks of SmolLM2-135M.
     """
 
     processor: Processor
     source: str
     found: Mapping[str, str]
+    checks: tuple[Figures, ...]
 
 
 def records() -> list[Record]:
     """The classes of processors that were asked, the least first."""
     told = json.loads(DATA.read_text())
-    return [Record(Processor.from_json(r["processor"]), r["source"], r["found"]) for r in told]
+    return [
+        Record(Processor.from_json(r["processor"]), r["source"], r["found"], tuple(Figures(**c) for c in r["checks"]))
+        for r in told
+    ]
 
 
 def computed(label: Label, processor: Processor) -> Computed:

@@ -18,7 +18,7 @@ from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.checkpoint.label import COMPRESSED, FORMATS, MODELOPT, Label
 from layerbits.checkpoint.labels import label_or_reason
-from layerbits.checkpoint.processors import NO_KERNEL, Record, computed, records
+from layerbits.checkpoint.processors import NO_KERNEL, Figures, Record, computed, records
 from layerbits.checkpoint.runtimes import VERSION, reads, vllm
 from layerbits.checkpoint.served import Served, read_served
 from layerbits.errors import Unsupported
@@ -97,7 +97,17 @@ def processors() -> str:
     lines += [f"{number}. {note}." for number, note in enumerate(notes, 1)]
     lines += ["", f"No class has a kernel of vLLM {VERSION} for {', '.join(nowhere)}.", ""]
     lines += [f"- {name}: {'; '.join(record.source for record in of)}." for name, of in classes.items()]
+    header = ("CPU", "scheme", "tokens", "verdict", "ratio", "t", "served", "restored", "both rounded", "noise")
+    lines += ["", "Serve checks of SmolLM2-135M, KL in nats per token:", ""]
+    lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    lines += [_check(record, made) for of in classes.values() for record in of for made in record.checks]
     return "\n".join(lines) + "\n"
+
+
+def _check(record: Record, made: Figures) -> str:
+    numbers = [f"{v:.4f}" for v in (made.served, made.restored, made.rounded, made.noise)]
+    cells = (record.processor.name, made.scheme, f"{made.tokens:,}", made.outcome, f"{made.ratio:.2f}", f"{made.t:.1f}")
+    return f"| {' | '.join((*cells, *numbers))} |"
 
 
 PAGES: Mapping[str, Callable[[], str]] = {"export.md": table, "serving.md": processors}
