@@ -18,7 +18,7 @@ from layerbits.paths import exists, home_path, split_at_commas
 PATHS = frozenset(
     {
         *("model.path", "dataset.path", "autoquant.checkpoint", "output_root", "export_root", "report_only"),
-        *("checkpoint", "path", "recipe", "vllm.python", "vllm.plugin", "run_id", "scheme_files"),
+        *("checkpoint", "path", "recipe", "vllm.python", "vllm.plugin", "run_id", "scheme_files", "task_path"),
     }
 )
 """Keys whose value may be a path: ``~`` is the home directory."""
@@ -27,6 +27,7 @@ NAMES = frozenset(
     {
         *("model.name", "model.revision", "dataset.name", "tracking.uri", "tracking.experiment", "tracking.run_name"),
         *("registered_model", "model_name", "vllm.url", "vllm.unquantized_url", "vllm.model", "vllm.arguments"),
+        *("endpoint", "endpoint_model"),
     }
 )
 """Further keys whose value is a text, whatever it looks like."""
@@ -34,7 +35,7 @@ NAMES = frozenset(
 LISTS = frozenset(
     {
         *("run_id", "scheme_files", "schemes", "controls", "effective_bits", "candidates", "rankers"),
-        *("quant_pairs", "quant_granularities", "dataset_sizes", "recipe_overrides"),
+        *("quant_pairs", "quant_granularities", "dataset_sizes", "recipe_overrides", "tasks"),
     }
 )
 """Keys whose value is a list in one text, where Hydra alone would read a sweep."""
