@@ -79,7 +79,8 @@ def test_predicted_changes_follow_the_measured_ones(run):
     for task in ("cloze", "colours"):
         assert metrics[f"eval/{task}/bits_8/predicted_spearman"] > 0.5
     (file,) = run["folder"].glob("out/tmp/evaluation_*/layers.csv")
-    assert len(file.read_text().splitlines()) == 1 + 2 * 12  # tasks, groups
+    rows = [line.split(",")[:2] for line in file.read_text().splitlines()[1:]]
+    assert len({layer for _, layer in rows}) == len(rows) / 2 >= 6  # both tasks, each group that a scheme quantizes
 
 
 def test_the_run_says_what_was_asked_and_of_what(run):
