@@ -27,6 +27,8 @@ _TOKENS = 256
 _SHOWN = 1000
 """Characters kept of a prompt (its end) and of an answer."""
 _SEED = 1234
+_TOGETHER = 4
+"""Generated answers a forward, per request of a forward."""
 
 
 def own_tasks() -> list[str]:
@@ -74,8 +76,21 @@ class Harness:
 
         if self._settings.chat_template and not getattr(tokenizer, "chat_template", None):
             raise UserError("chat_template=true, but the model's tokenizer has no chat template; set it to false")
+
+        size = self._settings.batch_size
         with _quiet():
-            return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=self._settings.batch_size)
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
+        generate = lm.generate_until
+
+        def generate_together(requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+            lm.batch_size_per_gpu = _TOGETHER * size
+            try:
+                return list(generate(requests, disable_tqdm))
+            finally:
+                lm.batch_size_per_gpu = size
+
+        lm.generate_until = generate_together  # answers hold the logits of one token each, not of the whole prompt
+        return lm
 
     def check_lengths(self, lm: LM) -> None:
         """Checks that every prompt with its answer fits the model, which would cut it silently.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from layerbits.probing.apply import Ranges
     from layerbits.schemes import Scheme
 
-_DOCUMENTS = {"cpu": 2, "cuda": 16}
+_DOCUMENTS = {"cpu": 2, "cuda": 8}
 """Documents a forward, with all of their choices."""
 
 
