@@ -79,6 +79,7 @@ def test_the_table_has_changed_answers_first_and_opens_in_the_ui():
     told = json.loads(table(result, result.schemes[0]))
     assert len(told["data"]) == 40
     assert told["columns"][:3] == ["task", "document", "change"]
+    assert tags(result)["mlflow.layerbits.verdict.low"].startswith("quiz: worse by ")
     assert json.loads(tags(result)["mlflow.loggedArtifacts"]) == [{"path": "documents/low.json", "type": "table"}]
 
 

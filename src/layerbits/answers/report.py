@@ -10,6 +10,9 @@ from typing import Any
 from layerbits.answers.evaluation import Evaluated, Evaluation, documents
 from layerbits.answers.paired import LEVEL, Interval, Verdict
 from layerbits.atomic import dated, whole_folder, write_json
+from layerbits.tracking.contract import VERDICT_TAG
+
+_TAG = 5000  # characters that every server takes
 
 
 def markdown(evaluation: Evaluation) -> str:
@@ -82,9 +85,13 @@ def parameters(evaluation: Evaluation) -> dict[str, str]:
 
 
 def tags(evaluation: Evaluation) -> dict[str, str]:
-    """The tag that has MLflow show the tables of documents."""
+    """Tags that have MLflow show the tables of documents, and the verdict on each scheme for others to find."""
     tables = [{"path": table_path(s), "type": "table"} for s in evaluation.schemes]
-    return {"mlflow.loggedArtifacts": json.dumps(tables)}
+    said = {s.scheme: summary(evaluation, s)[:_TAG] for s in evaluation.schemes if s.digest}
+    return {
+        "mlflow.loggedArtifacts": json.dumps(tables),
+        **{f"{VERDICT_TAG}{name}": words for name, words in said.items()},
+    }
 
 
 def table_path(scheme: Evaluated) -> str:
@@ -158,6 +165,7 @@ def write_evaluation(evaluation: Evaluation, root: Path) -> Path:
     return final
 
 
-def summary(evaluation: Evaluation) -> str:
-    """A line per task and scheme."""
-    return "\n".join(f"{task} · {scheme}: {verdict.words}" for (task, scheme), verdict in evaluation.verdicts().items())
+def summary(evaluation: Evaluation, scheme: Evaluated) -> str:
+    """The verdicts on one scheme in a line."""
+    verdicts = evaluation.verdicts()
+    return "; ".join(f"{task}: {verdicts[task, scheme.scheme].words}" for task in evaluation.unquantized)

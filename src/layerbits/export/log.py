@@ -9,6 +9,7 @@ from pathlib import Path
 from layerbits import entry, tracking
 from layerbits.export.job import ExportSettings, show
 from layerbits.export.scheme import Export, NotProven
+from layerbits.history.evaluated import verdicts
 from layerbits.history.probed import probed_kl
 from layerbits.schemes import Scheme
 from layerbits.tracking.settings import TrackingSpec
@@ -49,19 +50,24 @@ class ExportLog:
             if small:
                 tracking.log_folder(session, made.folder, ARTIFACTS)
             kl = probed_kl(session.tracking_uri, session.experiment_id, scheme.name, scheme.digest)
+            said = verdicts(session.tracking_uri, session.experiment_id).get(scheme.digest)
             if self._settings.register:
-                self._register(session, made, kl, ARTIFACTS if small else "")
+                self._register(session, made, kl, said, ARTIFACTS if small else "")
             metrics = made.metrics | {"probe/kl": math.nan if kl is None else kl}
-            note = entry.note(made.proof.markdown())
+            note = entry.note(made.proof.markdown() + (f"\nAnswers: {said}.\n" if said else ""))
             tags = {**provenance(self._root), **made.tags, **note}
             tracking.log_derived(session, made.report, metrics, made.parameters, tags)
 
-    def _register(self, session: tracking.RunSession, made: Export, kl: float | None, path: str) -> None:
+    def _register(
+        self, session: tracking.RunSession, made: Export, kl: float | None, said: str | None, path: str
+    ) -> None:
         name = self._settings.registered_model or made.scheme.model.name
         tags = {**made.tags, "effective_bits": f"{made.scheme.effective_bits:.6g}"}
         if made.proof.logits is not None:
             tags["kl_calibration_rows"] = f"{made.proof.logits.kl_checkpoint:.6g}"
         if kl is not None:
             tags["kl"] = f"{kl:.6g}"
+        if said is not None:
+            tags["answers"] = said
         version = tracking.register_checkpoint(session, name, tags, path)
         print(f"registered: models:/{name}/{version}", flush=True)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from layerbits.history.evaluated import verdicts
 from layerbits.history.source import RawRun, connect, experiment_id, fetch, get_run, search, told
 from layerbits.tracking.contract import DIGEST_TAG
 
 _PREFIXES = {"schemes": "scheme/", "probe": "probe/"}
-_FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "kv_cache", "scheme", "served_kl")
+_FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "kv_cache", "scheme", "served_kl", "answers")
 
 
 def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -21,7 +22,8 @@ def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -
     Returns:
         A row per run and scheme: ``run_id``, ``run_name``, ``source_run_id`` (several separated by commas), ``model``,
         ``start_time`` in UTC, ``kv_cache`` of the run's schemes, ``scheme``, ``served_kl`` (nats per token, as the
-        latest serve check of the same scheme in the experiment measured it in a runtime; NaN without one), and the
+        latest serve check of the same scheme in the experiment measured it in a runtime; NaN without one), ``answers``
+        (the verdict of the latest evaluation of the same scheme, in words; missing without one), and the
         numbers that were logged of it (``bits``, ``score``, ``predicted_kl``, ``kv_predicted_kl``, …), missing where a
         run has none. Without rows where no such run exists.
 
@@ -63,8 +65,12 @@ def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFra
     with told(uri):
         where = experiment_id(uri, experiment)
         found = search(uri, where, condition, lambda run: _rows(run, _PREFIXES[kind]))
-        served = _served(uri, where) if found else {}
-    rows = [{**row, "served_kl": served.get(row["served_kl"])} for part in reversed(found) for row in part]
+        served, said = (_served(uri, where), verdicts(uri, where)) if found else ({}, {})
+    rows = [
+        {**row, "served_kl": served.get(row["served_kl"]), "answers": said.get(row["served_kl"])}
+        for part in reversed(found)
+        for row in part
+    ]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*_FACTS, *(name for row in rows for name in row)])))
     frame["served_kl"] = frame["served_kl"].astype(float)
     frame["start_time"] = pd.to_datetime(frame["start_time"], unit="ms", utc=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from layerbits.history.source import RawRun, connect, experiment_id, search, told
-from layerbits.tracking.contract import DIGEST_TAG
+from layerbits.tracking.contract import DIGEST_TAG, VERDICT_TAG
 
 _PREFIX = "eval/"
 _FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "task", "scheme", "digest", "documents")
@@ -34,6 +34,27 @@ def evaluations(experiment: str = "layerbits", *, tracking_uri: str | None = Non
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*_FACTS, *(name for row in rows for name in row)])))
     frame["start_time"] = pd.to_datetime(frame["start_time"], unit="ms", utc=True)
     return frame
+
+
+def verdicts(uri: str, experiment: str) -> dict[str, str]:
+    """Digest of a scheme → what the latest finished evaluation said of its answers.
+
+    Args:
+        uri: The store.
+        experiment: Experiment id.
+
+    Raises:
+        UserError: The store cannot be read.
+    """
+    condition = "tags.`layerbits.kind` = 'evaluation' AND tags.outcome = 'ok'"
+    with told(uri):
+        found = search(uri, experiment, condition, lambda run: run.tags)
+    return {
+        digest: tags[f"{VERDICT_TAG}{key.removeprefix(DIGEST_TAG)}"]
+        for tags in found
+        for key, digest in tags.items()
+        if key.startswith(DIGEST_TAG) and f"{VERDICT_TAG}{key.removeprefix(DIGEST_TAG)}" in tags
+    }
 
 
 def rows_of(run: RawRun) -> list[dict[str, Any]]:

@@ -36,6 +36,9 @@ SUMMARY = "mlflow.layerbits.summary"
 DIGEST_TAG = "mlflow.layerbits.scheme."
 """Prefix of the tags with a scheme's digest, hidden likewise."""
 
+VERDICT_TAG = "mlflow.layerbits.verdict."
+"""Prefix of the tags of an evaluation with what it says of a scheme, hidden likewise."""
+
 PROCESS = "mlflow.layerbits.process."
 """Prefix of the tags that name the process of a run, hidden likewise."""
 
