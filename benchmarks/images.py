@@ -47,6 +47,7 @@ from layerbits.inputs.rows import rows_of  # noqa: E402
 from layerbits.probing.apply import apply_scheme, find_ranges  # noqa: E402
 from layerbits.probing.baseline import Baseline  # noqa: E402
 from layerbits.provenance import provenance  # noqa: E402
+from layerbits.results.assignment import Assignment  # noqa: E402
 from layerbits.results.frames import spearman  # noqa: E402
 from layerbits.results.modality import modality_of  # noqa: E402
 from layerbits.results.result import CalibrationInfo, ModelInfo  # noqa: E402
@@ -200,7 +201,7 @@ def scored(loaded: LoadedModel, made: Mapping[str, Candidate], rows: tuple[Batch
 def scheme(name: str, made: Candidate, scores: Scores, quantized: Sequence[bool], info: ModelInfo) -> Scheme:
     """Some groups under one candidate."""
     data = CalibrationInfo("images", "", "", "", None, None, None, None, None, None, None, (), 0.0)
-    assigned = tuple(made.info.name if flag else None for flag in quantized)
+    assigned = Assignment(made.info.name if flag else None for flag in quantized)
     return Scheme(name, ("none",), info, data, scores.groups, (made.info,), assigned, 0.0, None, 0.0, 0.0, {})
 
 

@@ -21,7 +21,7 @@ from layerbits.scoring import distributed
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.memory import checkpointed
 from layerbits.scoring.steps import calibration_forward, has_plain_head, loss_backward
-from layerbits.scoring.taps import _no_parameter_gradients
+from layerbits.scoring.taps import activation_gradients
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -95,10 +95,8 @@ class Passes:
     def backward(self) -> None:
         """One forward and backward."""
         model = self.loaded.model
-        hook = model.get_input_embeddings().register_forward_hook(lambda _m, _a, output: output.requires_grad_())
-        with _no_parameter_gradients(model):
+        with activation_gradients(model):
             loss_backward(model, self.rows.score[0], chunked=self._chunked)
-        hook.remove()
 
     def checkpointed_backward(self) -> None:
         """The same with activations made again block by block."""
