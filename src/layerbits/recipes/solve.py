@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerbits.recipes.space import RecipeSpace, Slot
+from layerbits.recipes.space import RecipeSpace
 from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import FloatArray
 from layerbits.schemes.solver import Solution, solve_problem
+from layerbits.scoring.state import solved_state, stats_entry
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.algorithms import QuantRecipe
 
 
 def solve_recipe(space: RecipeSpace, raw: FloatArray) -> Solution:
@@ -60,65 +63,47 @@ def search_state(space: RecipeSpace, raw: FloatArray) -> dict[str, Any]:
     Returns:
         A state that ``mtq.get_auto_quantize_config`` accepts.
     """
-    from modelopt.torch.quantization.algorithms import QuantRecipe, _resolve_best_recipe
+    from modelopt.torch.quantization.algorithms import QuantRecipe
 
     recipe, unquantized, named = space.recipe, QuantRecipe(None), _recipes(space)
-    stats: dict[str, dict[str, Any]] = {}
+    stats = {}
     rows = iter(raw)
     for slot in space.slots:
         scores = next(rows) if slot.searched else np.zeros(len(space.candidates))
-        stats[slot.name] = _stat(slot, scores, named, unquantized)
-    total = sum(s["uncompressed_cost"] for s in stats.values())
-    state: dict[str, Any] = {
-        "method": recipe.method,
-        "cost_model": recipe.cost_model,
-        "cost": recipe.stock_arguments()["constraints"]["cost"],
-        "active_moe_expert_ratio": recipe.cost.get("active_moe_expert_ratio"),
-        "cost_denominator": total,
-        "fixed_quantization_config": recipe.fixed,
-        "disabled_layers": list(recipe.disabled),
-        "candidate_stats": stats,
-        "quantizer_states": {},
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        best = _resolve_best_recipe(state, {"effective_bits": recipe.effective_bits})
-    at = {name: stats[name]["formats"].index(chosen) for name, chosen in best.items()}
-    spent = sum(stats[name]["costs"][i] for name, i in at.items())
-    state["best"] = {
-        "recipe": best,
-        "constraints": {"effective_bits": spent / total * 16},
-        "score": sum(stats[name]["scores"][i] for name, i in at.items()),
-        "is_satisfied": spent <= total * (recipe.effective_bits or 16) / 16 * (1 + 1e-12),
-    }
-    return state
+        by_format = {named[c]: float(scores[c]) for c in slot.choices}
+        if slot.allow_no_quant or not slot.choices:
+            by_format[unquantized] = 0.0
+        stats[slot.name] = stats_entry(
+            slot.modules,
+            slot.attrs,
+            slot.weights,
+            _clamped(by_format),
+            cost_weight=slot.cost_weight,
+            allow_no_quant=slot.allow_no_quant,
+            is_fixed=slot.baseline,
+        )
+    return solved_state(
+        stats,
+        recipe.effective_bits or UNQUANTIZED_BITS,
+        method=recipe.method,
+        cost_model=recipe.cost_model,
+        cost=recipe.stock_arguments()["constraints"]["cost"],
+        active_ratio=recipe.cost.get("active_moe_expert_ratio"),
+        disabled=recipe.disabled,
+        fixed=recipe.fixed,
+    )
 
 
-def _stat(slot: Slot, scores: Any, named: Mapping[int, Any], unquantized: Any) -> dict[str, Any]:
-    """One entry of ``candidate_stats``, its scores clamped to those of the formats before, as ModelOpt does."""
-    by_format = {named[c]: float(scores[c]) for c in slot.choices}
-    if slot.allow_no_quant or not slot.choices:
-        by_format[unquantized] = 0.0
-    formats = sorted(by_format)
-    told, lowest = [], float("inf")
-    for form in formats:
-        lowest = min(lowest, by_format[form])
-        told.append(lowest)
-    cost = slot.weights * slot.cost_weight
-    return {
-        "formats": formats,
-        "scores": told,
-        "costs": [cost * form.compression for form in formats],
-        "module_names": list(slot.modules),
-        "quantizer_attrs": dict.fromkeys(slot.modules, slot.attrs),
-        "cost_weight": slot.cost_weight,
-        "allow_no_quant": slot.allow_no_quant,
-        "is_fixed": slot.baseline,
-        "uncompressed_cost": cost,
-    }
+def _clamped(scores: Mapping[QuantRecipe, float]) -> dict[QuantRecipe, float]:
+    """Scores in ModelOpt's order of formats, each no larger than those before, as ModelOpt clamps them."""
+    clamped, lowest = {}, float("inf")
+    for form in sorted(scores):
+        lowest = min(lowest, scores[form])
+        clamped[form] = lowest
+    return clamped
 
 
-def _recipes(space: RecipeSpace) -> dict[int, Any]:
+def _recipes(space: RecipeSpace) -> dict[int, QuantRecipe]:
     """ModelOpt's own objects for the candidates, by position."""
     from modelopt.torch.quantization.algorithms import QuantRecipe
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerbits.inputs.experts import fused_experts, is_routed
 from layerbits.inputs.linears import is_quantizable
 from layerbits.results.result import FloatArray
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.algorithms import QuantRecipe
 
 _ATTRS: tuple[str, ...] = ("input_quantizer", "weight_quantizer", "output_quantizer")
 
@@ -95,49 +98,113 @@ def search_state(
     Returns:
         A state that ``mtq.get_auto_quantize_config`` accepts, with the solver's recipe under ``best``.
     """
-    from modelopt.torch.quantization.algorithms import QuantRecipe, _resolve_best_recipe
+    from modelopt.torch.quantization.algorithms import QuantRecipe
 
     quantized, unquantized = QuantRecipe(dict(config), name=name), QuantRecipe(None)
     scores = iter(raw.tolist())
-    stats: dict[str, dict[str, Any]] = {}
+    stats = {}
     for decision in found:
-        formats = [quantized, unquantized] if decision.searched else [unquantized]
         routed = active_ratio is not None and any(is_routed(n) for n in decision.modules)
-        counted = float(decision.searched) * (active_ratio if active_ratio is not None and routed else 1.0)
-        cost = decision.weights * counted
-        stats[decision.name] = {
-            "formats": formats,
-            "scores": [next(scores), 0.0] if decision.searched else [0.0],
-            "costs": [cost * f.compression for f in formats],
-            "module_names": list(decision.modules),
-            "quantizer_attrs": dict.fromkeys(decision.modules, decision.attrs),
-            "cost_weight": counted,
-            "allow_no_quant": True,
-            "is_fixed": False,
-            "uncompressed_cost": cost,
-        }
+        stats[decision.name] = stats_entry(
+            decision.modules,
+            decision.attrs,
+            decision.weights,
+            {quantized: next(scores), unquantized: 0.0} if decision.searched else {unquantized: 0.0},
+            cost_weight=float(decision.searched) * (active_ratio if active_ratio is not None and routed else 1.0),
+        )
+    cost: dict[str, Any] = {"excluded_module_name_patterns": list(unscored)}
+    return solved_state(
+        stats,
+        target_bits,
+        method="kl_div" if method == "kl_div" else "gradient",
+        cost_model="weight" if active_ratio is None else "active_moe",
+        cost=cost if active_ratio is None else cost | {"active_moe_expert_ratio": active_ratio},
+        active_ratio=active_ratio,
+        disabled=unscored,
+    )
+
+
+def stats_entry(
+    modules: Sequence[str],
+    attrs: Sequence[str],
+    weights: int,
+    scores: Mapping[QuantRecipe, float],
+    *,
+    cost_weight: float,
+    allow_no_quant: bool = True,
+    is_fixed: bool = False,
+) -> dict[str, Any]:
+    """One entry of ModelOpt's ``candidate_stats``.
+
+    Args:
+        modules: What is decided on together.
+        attrs: Names of the quantizers of each module.
+        weights: Number of their weights.
+        scores: ModelOpt's formats in its order → score.
+        cost_weight: What a weight counts in the budget.
+        allow_no_quant: Whether they may stay as they are.
+        is_fixed: Whether a fixed configuration has decided already.
+    """
+    cost = weights * cost_weight
+    return {
+        "formats": list(scores),
+        "scores": list(scores.values()),
+        "costs": [cost * form.compression for form in scores],
+        "module_names": list(modules),
+        "quantizer_attrs": dict.fromkeys(modules, attrs),
+        "cost_weight": cost_weight,
+        "allow_no_quant": allow_no_quant,
+        "is_fixed": is_fixed,
+        "uncompressed_cost": cost,
+    }
+
+
+def solved_state(
+    stats: dict[str, dict[str, Any]],
+    target_bits: float,
+    *,
+    method: str,
+    cost_model: str,
+    cost: Mapping[str, Any],
+    active_ratio: float | None,
+    disabled: Sequence[str],
+    fixed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A search state of ModelOpt with what its own solver makes of the scores, under ``best``.
+
+    Args:
+        stats: A :func:`stats_entry` per decision, in model order.
+        target_bits: Budget by ModelOpt's count.
+        method: ModelOpt's name; decides the solver.
+        cost_model: ``weight`` or ``active_moe``.
+        cost: Parameters of the cost model.
+        active_ratio: What routed experts count.
+        disabled: Name patterns of what stays unquantized.
+        fixed: Configuration of what is not searched.
+    """
+    from modelopt.torch.quantization.algorithms import _resolve_best_recipe
+
     total = sum(s["uncompressed_cost"] for s in stats.values())
     state: dict[str, Any] = {
-        "method": "kl_div" if method == "kl_div" else "gradient",
-        "cost_model": "weight" if active_ratio is None else "active_moe",
-        "cost": {"excluded_module_name_patterns": list(unscored)}
-        | ({} if active_ratio is None else {"active_moe_expert_ratio": active_ratio}),
+        "method": method,
+        "cost_model": cost_model,
+        "cost": cost,
         "active_moe_expert_ratio": active_ratio,
         "cost_denominator": total,
-        "fixed_quantization_config": None,
-        "disabled_layers": list(unscored),
+        "fixed_quantization_config": fixed,
+        "disabled_layers": list(disabled),
         "candidate_stats": stats,
         "quantizer_states": {},
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        recipe = _resolve_best_recipe(state, {"effective_bits": target_bits})
-    chosen = {n: stats[n]["formats"].index(r) for n, r in recipe.items()}
-    spent = sum(stats[n]["costs"][i] for n, i in chosen.items())
+        best = _resolve_best_recipe(state, {"effective_bits": target_bits})
+    at = {name: stats[name]["formats"].index(form) for name, form in best.items()}
+    spent = sum(stats[name]["costs"][i] for name, i in at.items())
     state["best"] = {
-        "recipe": recipe,
+        "recipe": best,
         "constraints": {"effective_bits": spent / total * 16},
-        "score": sum(stats[n]["scores"][i] for n, i in chosen.items()),
+        "score": sum(stats[name]["scores"][i] for name, i in at.items()),
         "is_satisfied": spent <= total * target_bits / 16 * (1 + 1e-12),
     }
     return state
