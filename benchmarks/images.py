@@ -81,7 +81,6 @@ def build(folder: Path, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2_5_VLConfig
     from transformers import Qwen2_5_VLForConditionalGeneration as VisionLanguageModel
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     source = AutoConfig.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -109,9 +108,17 @@ def build(folder: Path, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
     if not source.tie_word_embeddings:
         model.lm_head.load_state_dict(trained.lm_head.state_dict())
     model.config.use_cache = False
-    images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 128)
+    images = _image_processor()(min_pixels=56 * 56, max_pixels=28 * 28 * 128)
     processor = still_class(Qwen2_5_VLProcessor)(images, tokenizer, chat_template=TEMPLATE)
     return model.to(device=device, dtype=dtype).eval(), Reader.of(processor, config)
+
+
+def _image_processor() -> Any:
+    """Qwen2-VL's image processor: Pillow's, where this transformers has it."""
+    import transformers
+
+    found = getattr(transformers, "Qwen2VLImageProcessorPil", None)
+    return transformers.Qwen2VLImageProcessor if found is None else found
 
 
 class Tower:

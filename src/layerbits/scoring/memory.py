@@ -112,6 +112,7 @@ class Needs:
         autograd = _AUTOGRAD_EXPERTS if experts else _AUTOGRAD
         logits = tokens * model.get_output_embeddings().weight.shape[0] * LOGIT
         passing = [load.together(settings) for load in loads]
+        width = max(loads[0].width, model.get_input_embeddings().weight.shape[-1])  # a tower's linears come first
         return cls(
             weights=weights,
             active=sum(load.active for load in loads),
@@ -122,7 +123,7 @@ class Needs:
             block=block,
             kept=sum(load.kept for load in loads) * tokens * size * (1 + autograd),
             blocks=blocks,
-            boundary=blocks * tokens * loads[0].width * size,
+            boundary=blocks * tokens * width * size,
             copies=weight_settings * (weights - experts) * size,
             expert_copies=weight_settings * experts * size,
             largest=max(made + outputs for made, outputs in passing),
