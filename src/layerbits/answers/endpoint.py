@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -113,6 +114,7 @@ def answering() -> Iterator[None]:
     try:
         yield
     except errors as error:
+        print(file=sys.stderr)  # after the harness's own progress, which ends where it stood
         raise UserError(
             f"the endpoint did not answer as asked ({type(error).__name__}: {first_line(error)[:200]}); it must give "
             "log-probabilities of the prompt (echo), as vLLM does, within "

@@ -26,6 +26,7 @@ _TOKENS = 256
 """Generated tokens where a task does not say."""
 _SHOWN = 1000
 """Characters kept of a prompt (its end) and of an answer."""
+_EMPTY = "task {} has no documents; give it data, or leave it out"
 _SEED = 1234
 _TOGETHER = 4
 """Generated answers a forward, per request of a forward."""
@@ -176,7 +177,7 @@ def _load(settings: TaskSettings, metadata: Mapping[str, Any]) -> dict[str, Task
             raise UserError(_no_data(name, manager, error)) from error
     for name, task in tasks.items():
         if not len(task.eval_docs):
-            raise UserError(f"task {name} has no documents; give it data, or leave it out")
+            raise UserError(_EMPTY.format(name))
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"task {name} runs programs of the model without limits; humaneval_offline has limits")
         if task.OUTPUT_TYPE == "loglikelihood_rolling":
@@ -192,6 +193,8 @@ def _no_data(name: str, manager: Any, error: Exception) -> str:
     why = first_line(error)
     if isinstance(error, ImportError):
         return f"task {name} needs a package that is not installed ({why}); install it, or leave the task out"
+    if isinstance(error, StopIteration | IndexError):  # of an empty file, and of no first document
+        return _EMPTY.format(name)
     config = getattr(manager.task_index.get(name), "cfg", None) or {}
     where = config.get("dataset_path", "its data")
     return (
