@@ -4,7 +4,7 @@
 
 Reads the texts from WORK/rows.json, writes what vLLM tells of them to WORK/told/NAME.npz and the kernel of each linear
 to NAME.kernels.json, or its error to NAME.error. A name that is there already is left alone, so several of these may
-share the folders of one GPU (GPU_SHARE, 0.04 of it each unless set). It computes what `vllm serve` does (the same
+share the folders of one GPU. It computes what `vllm serve` does (the same
 engine and kernels, bfloat16, eager, one text at a time); a server a checkpoint would import vLLM anew for each, which
 takes longer than all else.
 """
@@ -28,11 +28,12 @@ os.environ.update(
 )
 
 import numpy as np
+import torch
 from vllm import LLM, SamplingParams
 
 TOP_K = 1000
-GPU_SHARE = float(os.environ.get("GPU_SHARE", "0.04"))
-"""Of a GPU's memory for weights and KV cache; a CPU has VLLM_CPU_KVCACHE_SPACE instead."""
+KV_CACHE = 1 << 28
+"""Bytes of the KV cache on a GPU; a CPU has VLLM_CPU_KVCACHE_SPACE instead."""
 
 
 def main() -> None:
@@ -65,6 +66,8 @@ def main() -> None:
 
 def tell(folder: Path, rows: list[list[int]], target: Path) -> None:
     """Writes position, token and log-probability of what vLLM tells, and the log-probability of the text itself."""
+    # given its size, vLLM does not profile the GPU's memory, which others on it would disturb
+    memory = {"kv_cache_memory_bytes": KV_CACHE} if torch.cuda.is_available() else {}
     llm = LLM(
         model=str(folder),
         dtype="bfloat16",
@@ -73,7 +76,7 @@ def tell(folder: Path, rows: list[list[int]], target: Path) -> None:
         max_num_seqs=1,
         max_num_batched_tokens=max(map(len, rows)) + 1,  # else it warms up with thousands
         enforce_eager=True,
-        gpu_memory_utilization=GPU_SHARE,
+        **memory,
     )
     (found,) = llm.apply_model(kernels)
     target.with_suffix(".kernels.json").write_text(json.dumps(found, indent=1))

@@ -1,0 +1,173 @@
+"""What vLLM computes of a label on a generation of NVIDIA GPUs: as written, otherwise, or not at all.
+
+vLLM chooses a kernel by the GPU's compute capability. Where there is no kernel that rounds the activations as the label
+says, it takes one that leaves them in 16 bits, and the model that is served is not the one that was scored. Hopper was
+measured (``benchmarks/layouts_compare.py``, but for twelve kernels whose name is from the source); the others follow
+from vLLM's source, whose file and line is given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN, Computed
+
+DATA = Path(__file__).parents[1] / "data" / "gpus.json"
+VERSION = "0.26.0"
+"""The vLLM that was measured and read."""
+
+AMPERE, ADA, HOPPER, BLACKWELL = "Ampere", "Ada", "Hopper", "Blackwell"
+GENERATIONS = (AMPERE, ADA, HOPPER, BLACKWELL)
+TARGETS = {"a100": AMPERE, "a10": AMPERE, "l4": ADA, "l40s": ADA, "h100": HOPPER, "h200": HOPPER, "b200": BLACKWELL}
+"""Names of GPUs, and their generation."""
+
+LEFT = "vLLM leaves the activations in 16 bits"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What serves a label on a generation.
+
+    Attributes:
+        computed: What it computes.
+        name: vLLM's class of the kernel; empty where there is none.
+        source: Where that is known from: a measurement, or file and line of vLLM's source.
+    """
+
+    computed: Computed
+    name: str
+    source: str
+
+
+_LINEAR = "vllm/model_executor/kernels/linear"
+_SCHEMES = "vllm/model_executor/layers/quantization"
+_FP8 = ("FP8_TENSOR-FP8_*", "FP8_CHANNEL-FP8_*")
+_BY_SOURCE: tuple[tuple[tuple[str, ...], Mapping[str, tuple[str, str, str]]], ...] = (
+    (
+        ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"),
+        {
+            AMPERE: (MISSING, "", f"{_SCHEMES}/modelopt.py:413"),
+            ADA: (WRITTEN, "CutlassFP8ScaledMMLinearKernel", f"{_LINEAR}/scaled_mm/cutlass.py:164"),
+            BLACKWELL: (WRITTEN, "CutlassFP8ScaledMMLinearKernel", f"{_LINEAR}/scaled_mm/cutlass.py:164"),
+        },
+    ),
+    (
+        _FP8,
+        {
+            AMPERE: (LEFT, "MarlinFP8ScaledMMLinearKernel", f"{_SCHEMES}/compressed_tensors/compressed_tensors.py:835"),
+            ADA: (WRITTEN, "CutlassFP8ScaledMMLinearKernel", f"{_LINEAR}/scaled_mm/cutlass.py:164"),
+            BLACKWELL: (WRITTEN, "CutlassFP8ScaledMMLinearKernel", f"{_LINEAR}/scaled_mm/cutlass.py:164"),
+        },
+    ),
+    (
+        ("INT8_CHANNEL-INT8_*", "INT8_TENSOR-INT8_*"),
+        {
+            AMPERE: (WRITTEN, "CutlassInt8ScaledMMLinearKernel", f"{_LINEAR}/scaled_mm/cutlass.py:35"),
+            ADA: (WRITTEN, "CutlassInt8ScaledMMLinearKernel", f"{_LINEAR}/scaled_mm/cutlass.py:35"),
+            BLACKWELL: (MISSING, "", "the words «Int8 not supported on SM» of vLLM's CUDA library"),
+        },
+    ),
+    (
+        ("NVFP4-NVFP4", "NVFP4"),
+        {
+            AMPERE: (LEFT, "MarlinNvFp4LinearKernel", f"{_LINEAR}/nvfp4/marlin.py:22"),
+            ADA: (LEFT, "MarlinNvFp4LinearKernel", f"{_LINEAR}/nvfp4/marlin.py:22"),
+            BLACKWELL: (WRITTEN, "CutlassNvFp4LinearKernel", f"{_LINEAR}/nvfp4/cutlass.py:24"),
+        },
+    ),
+    (
+        ("MXFP4-MXFP4",),
+        {
+            AMPERE: (LEFT, "MarlinMxFp4LinearKernel", f"{_LINEAR}/mxfp4/marlin.py:11"),
+            ADA: (LEFT, "MarlinMxFp4LinearKernel", f"{_LINEAR}/mxfp4/marlin.py:11"),
+            BLACKWELL: (WRITTEN, "FlashInferMxFp4LinearKernel", f"{_LINEAR}/mxfp4/flashinfer.py:22"),
+        },
+    ),
+    (
+        ("MXFP4-FP8_TOKEN",),
+        {
+            AMPERE: (LEFT, "MarlinMxFp4LinearKernel", f"{_SCHEMES}/compressed_tensors/compressed_tensors.py:745"),
+            ADA: (LEFT, "MarlinMxFp4LinearKernel", f"{_SCHEMES}/compressed_tensors/compressed_tensors.py:745"),
+        },
+    ),
+    (
+        ("MXFP8-MXFP8",),
+        {
+            AMPERE: (LEFT, "MarlinMxfp8LinearKernel", f"{_LINEAR}/mxfp8/marlin.py:13"),
+            ADA: (LEFT, "MarlinMxfp8LinearKernel", f"{_LINEAR}/mxfp8/marlin.py:13"),
+            BLACKWELL: (WRITTEN, "FlashInferCutlassMxfp8LinearKernel", f"{_LINEAR}/mxfp8/flashinfer.py:23"),
+        },
+    ),
+    (
+        ("INT4_GROUP128-FP8_TOKEN",),
+        {
+            AMPERE: (MISSING, "", f"{_SCHEMES}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8.py:71"),
+            ADA: (MISSING, "", f"{_SCHEMES}/compressed_tensors/schemes/compressed_tensors_w4a8_fp8.py:71"),
+            BLACKWELL: (MISSING, "", f"{_LINEAR}/mixed_precision/cutlass.py:36"),
+        },
+    ),
+    (
+        ("INT4_*-A16", "INT8_GROUP*-A16", "INT8_CHANNEL-A16"),
+        dict.fromkeys(
+            (AMPERE, ADA, BLACKWELL), (WRITTEN, "MarlinLinearKernel", f"{_LINEAR}/mixed_precision/marlin.py:36")
+        ),
+    ),
+    (
+        ("NVFP4-A16", "W4A16_NVFP4"),
+        dict.fromkeys((AMPERE, ADA, BLACKWELL), (WRITTEN, "MarlinNvFp4LinearKernel", f"{_LINEAR}/nvfp4/marlin.py:22")),
+    ),
+    (
+        ("MXFP4-A16",),
+        dict.fromkeys((AMPERE, ADA), (WRITTEN, "MarlinMxFp4LinearKernel", f"{_LINEAR}/mxfp4/marlin.py:11")),
+    ),
+)
+
+
+def kernel(format: str, algo: str, generation: str, version: str = VERSION) -> Kernel:
+    """What vLLM serves the linears with a label by.
+
+    Args:
+        format: ``modelopt`` or ``compressed-tensors``.
+        algo: The label.
+        generation: One of :data:`GENERATIONS`.
+        version: Of vLLM; another than the one that was measured is not known.
+    """
+    if version != VERSION:
+        return Kernel(Computed(UNKNOWN, f"only vLLM {VERSION} was measured and read, not {version}"), "", "")
+    if generation == HOPPER:
+        return _measured().get((format, algo), Kernel(Computed(UNKNOWN, "it was not asked"), "", ""))
+    for patterns, answers in _BY_SOURCE:
+        if generation in answers and any(fnmatchcase(algo, pattern) for pattern in patterns):
+            state, name, source = answers[generation]
+            how = Computed(OTHERWISE, LEFT) if state == LEFT else Computed(state)
+            return Kernel(how, name, source)
+    return Kernel(Computed(UNKNOWN, "not read from vLLM's source"), "", "")
+
+
+def generation(capability: tuple[int, int]) -> str | None:
+    """The generation of a GPU by its compute capability; ``None`` = none of :data:`GENERATIONS`."""
+    major, minor = capability
+    if major == 8:
+        return ADA if minor == 9 else AMPERE
+    return {9: HOPPER, 10: BLACKWELL, 11: BLACKWELL, 12: BLACKWELL}.get(major)
+
+
+@cache
+def _measured() -> dict[tuple[str, str], Kernel]:
+    """What the record of an H200 says, by format and label."""
+    record = json.loads(DATA.read_text("utf-8"))
+    source = f"measured on an {record['machine'].removeprefix('NVIDIA ')}, {record['date']}"
+    kernels = {}
+    for row in record["layouts"]:
+        if row["loads"]:
+            how = Computed(WRITTEN) if row["computed"] == WRITTEN else Computed(OTHERWISE, LEFT)
+            name = ", ".join(row["kernels"])
+        else:
+            how, name = Computed(MISSING, row["words"]), ""
+        kernels[row["format"], row["label"]] = Kernel(how, name, source)
+    return kernels
