@@ -127,7 +127,7 @@ def test_exports_that_were_done_before_the_disk_was_full_are_not_in_the_way(tmp_
     fp8 = candidate("wfp8_afp8")
     plan = planned("llama", tmp_path, tmp_path / "exports" / "mine", qkv=fp8)
     export_scheme(plan, "cpu")
-    settings = ExportSettings(plan.target.parent, tmp_path, "auto", "cpu", 0, False, None)
+    settings = ExportSettings(plan.target.parent, tmp_path, "auto", "cpu", None, 0, False, None)
     run_exports([plan.scheme], settings, lambda *_: pytest.fail("exported again"))
     assert f"mine is exported and proven already: {plan.target}" in capsys.readouterr().out
     assert not is_exported(plan.target, replace(plan.scheme, kv_cache="fp8"), "auto")

@@ -274,7 +274,7 @@ def store(tmp_path, monkeypatch):
 def test_a_failed_proof_fails_its_run_and_leaves_its_report(tmp_path, monkeypatch, store):
     plan = planned("llama", tmp_path, down=FP8)
     spoil(monkeypatch, _changed(f"{LAYER}.weight_scale", lambda s: s * 2))
-    settings = ExportSettings(None, tmp_path, "modelopt", "cpu", 1e9, True, None)
+    settings = ExportSettings(None, tmp_path, "modelopt", "cpu", None, 1e9, True, None)
     log = ExportLog(settings, TrackingSpec(True, store, "layerbits", None, False), tmp_path)
     with pytest.raises(NotProven):
         log(plan.scheme, lambda: export_scheme(plan, "cpu"))
@@ -344,7 +344,7 @@ def test_from_the_command_line_to_the_registry(tmp_path):
 def test_a_scheme_that_quantizes_nothing_does_not_keep_others_from_being_exported(tmp_path, capsys, monkeypatch):
     some = planned("llama", tmp_path, qkv=FP8).scheme
     nothing = replace(some, name="nothing", assignment=Assignment([None] * len(some.assignment)), candidates=())
-    settings = ExportSettings(tmp_path / "exports", tmp_path, "auto", "cpu", 0, False, None)
+    settings = ExportSettings(tmp_path / "exports", tmp_path, "auto", "cpu", None, 0, False, None)
 
     def exported(*schemes):
         given = []

@@ -6,6 +6,8 @@ from layerbits.checkpoint.gpus import AMPERE, BLACKWELL, GENERATIONS, HOPPER, TA
 from layerbits.checkpoint.label import COMPRESSED, MODELOPT
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
 from layerbits.checkpoint.table import exportable
+from layerbits.errors import UserError
+from layerbits.export.target import find_target
 
 
 @pytest.mark.parametrize("algo", ["NVFP4-NVFP4", "MXFP4-MXFP4", "MXFP4-FP8_TOKEN", "MXFP8-MXFP8"])
@@ -53,3 +55,13 @@ def test_the_generation_of_a_compute_capability(capability, name):
 
 def test_every_named_gpu_has_a_generation():
     assert set(TARGETS.values()) <= set(GENERATIONS)
+
+
+def test_a_target_is_a_gpu_by_name():
+    assert find_target("H200") == HOPPER
+    assert find_target("none") is None
+
+
+def test_an_unknown_target_is_refused():
+    with pytest.raises(UserError, match="target=tpu is not known; use a100"):
+        find_target("tpu")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from layerbits.checkpoint.label import AUTO, FORMATS
 from layerbits.errors import UserError
 from layerbits.export.plan import ExportPlan, plan_exports
+from layerbits.export.target import differences, find_target
 from layerbits.paths import user_path
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class ExportSettings:
 
     Attributes:
         root: Folder of the checkpoints; ``None`` = a new one.
+        target: Generation of the GPU that will serve; ``None`` = not said.
         artifact_bytes: Checkpoints up to this size are logged as artifacts.
         register: Whether to register each in MLflow.
         registered_model: Name of the registered model; ``None`` = the model's.
@@ -35,6 +37,7 @@ class ExportSettings:
     output_root: Path
     format: str
     device: str
+    target: str | None
     artifact_bytes: float
     register: bool
     registered_model: str | None
@@ -63,6 +66,7 @@ class ExportSettings:
             output_root=user_path(config["output_root"]),
             format=config["format"],
             device=config["device"],
+            target=find_target(str(config["target"])),
             artifact_bytes=size,
             register=register,
             registered_model=None if name in _NONE else str(name),
@@ -104,6 +108,9 @@ def run_exports(
             print(f"{scheme.name} quantizes nothing and has no checkpoint; give it fewer bits", flush=True)
         schemes = [scheme for scheme in schemes if scheme.modules]
     plans = plan_exports(schemes, root, settings.format)
+    if settings.target is not None:
+        for line in (line for plan in plans for line in differences(plan, settings.target)):
+            print(f"warning: {line}", flush=True)
     ranges = shared_ranges(plans, settings.device)
     failed = []
     for plan in plans:
