@@ -65,7 +65,7 @@ def main() -> None:
             seconds.append(time.perf_counter() - start)
             for budget in budgets:
                 start = time.perf_counter()
-                solver.solve(scores, NAMED, WEIGHTS, budget)
+                solver.pareto(scores, NAMED, WEIGHTS, [budget])
                 slowest = max(slowest, time.perf_counter() - start)
         record["curves"].append({"deviation": deviation, "seconds": seconds, "slowest_budget": slowest})
         print(f"{deviation:9.1f} {min(seconds):7.2f} {max(seconds):7.2f} {slowest:15.2f}")

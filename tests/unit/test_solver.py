@@ -13,6 +13,11 @@ from layerbits.schemes import solver
 BITS = {"a": 4.25, "b": 4.5, "c": 8.0, "d": 8.5}
 
 
+def solve(scores, bits, weights, budget):
+    """The solution of one budget."""
+    return solver.pareto(scores, bits, weights, [budget])[0]
+
+
 def brute_force(stated, budget):
     """Least score of all combinations that fit, choice by choice."""
     groups, choices = stated.scores.shape
@@ -39,7 +44,7 @@ def test_the_choice_is_as_good_as_the_best_of_all_combinations(drawn):
     scores, bits, weights, share = drawn
     stated = solver.problem(scores, bits, weights)
     budget = stated.floor + share * (16 - stated.floor)
-    found = solver.solve(scores, bits, weights, budget)
+    found = solve(scores, bits, weights, budget)
     best = brute_force(stated, budget)
     assert found.score <= best * (1 + 1e-9)
     assert found.bits <= budget + solver.TOLERANCE
@@ -60,12 +65,12 @@ def test_it_is_optimal_where_groups_are_too_many_to_try_all(seed):
         least = grown
     for budget in (4.5, 5.3, 7.0, 9.1, 13.0):
         best = least[: int(np.floor(4 * budget * weights.sum() + 1e-6)) + 1].min()
-        assert solver.solve(scores, BITS, weights, budget).score == pytest.approx(best, rel=1e-9)
+        assert solve(scores, BITS, weights, budget).score == pytest.approx(best, rel=1e-9)
 
 
 def test_score_and_bits_are_those_of_the_choice():
     scores, weights = np.array([[3.0, 1.0], [2.0, 0.5], [9.0, 4.0]]), [100, 300, 600]
-    found = solver.solve(scores, {"four": 4.0, "eight": 8.0}, weights, 10.0)
+    found = solve(scores, {"four": 4.0, "eight": 8.0}, weights, 10.0)
     bits = {"four": 4.0, "eight": 8.0, None: 16.0}
     assert found.bits == pytest.approx(np.dot([bits[name] for name in found.assignment], weights) / 1000)
     column = {"four": 0, "eight": 1}
@@ -75,7 +80,7 @@ def test_score_and_bits_are_those_of_the_choice():
 
 def test_a_candidate_without_a_finite_score_is_not_chosen():
     scores = np.array([[np.nan, 5.0], [1.0, np.inf]])
-    found = solver.solve(scores, {"four": 4.0, "eight": 8.0}, [10, 10], 6.0)
+    found = solve(scores, {"four": 4.0, "eight": 8.0}, [10, 10], 6.0)
     assert found.assignment == ("eight", "four")
 
 
@@ -91,18 +96,18 @@ def test_a_larger_budget_never_costs_more():
 
 def test_a_budget_below_the_floor_says_the_feasible_range():
     with pytest.raises(UserError, match=r"effective_bits=4 .* 4\.25 to 16"):
-        solver.solve(np.array([[1.0]]), {"a": 4.25}, [10], 4.0)
+        solve(np.array([[1.0]]), {"a": 4.25}, [10], 4.0)
 
 
 def test_a_floor_that_bad_scores_raise_is_explained():
     scores = np.array([[1.0], [np.nan]])
     with pytest.raises(UserError, match=r"12 to 16; 1 groups without a finite score stay unquantized"):
-        solver.solve(scores, {"a": 8.0}, [10, 10], 9.0)
+        solve(scores, {"a": 8.0}, [10, 10], 9.0)
 
 
 def test_a_budget_above_16_is_refused():
     with pytest.raises(UserError, match="8 to 16"):
-        solver.solve(np.array([[1.0]]), {"a": 8.0}, [10], 17.0)
+        solve(np.array([[1.0]]), {"a": 8.0}, [10], 17.0)
 
 
 def test_nothing_is_printed(capfd):
@@ -116,7 +121,7 @@ def test_nothing_is_printed(capfd):
 def test_solving_needs_neither_torch_nor_mlflow():
     code = (
         "import sys, numpy; from layerbits.schemes import solver, make, source, settings\n"
-        "solver.solve(numpy.array([[1.0, 2.0]]), {'a': 4.25, 'b': 8.0}, [10], 8.0)\n"
+        "solver.pareto(numpy.array([[1.0, 2.0]]), {'a': 4.25, 'b': 8.0}, [10], [8.0])\n"
         "print([m for m in ('torch', 'mlflow', 'modelopt') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

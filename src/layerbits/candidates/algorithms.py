@@ -10,24 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-ONE_PASS = {
-    "max": "largest magnitudes of weights and inputs",
-    "mse": "weight ranges with the least squared error: multiples of the largest magnitude, or all FP8 scales of NVFP4",
-    "nvfp4_act_headroom": "NVFP4 input ranges from percentiles of the blocks' largest magnitudes",
-}
-"""Algorithms of one pass, and what they find."""
-
-STOCK = {
-    "smoothquant": "moves magnitude from inputs to weights, channel by channel",
-    "awq_lite": "searches a scale per input channel by the error of the output",
-    "awq_clip": "searches clipping ranges by the error of the output",
-    "awq_full": "both of the above",
-    "svdquant": "splits off a low-rank part of the weights",
-    "local_hessian": "weight ranges weighted by the inputs' second moments",
-    "gptq": "rounds weights one by one, each making up for those before it",
-}
-"""Algorithms that fall back to ``engine=stock``, and why."""
-
 _MSE_DEFAULTS = {"step_size": 0.1, "start_multiplier": 0.25, "stop_multiplier": 4.0, "fp8_scale_sweep": False}
 _HEADROOM_DEFAULTS = {"anchor_percentile": 1.0, "upper_percentile": 99.99, "rho": 16384.0}
 _NO_MATTER = {"method", "distributed_sync", "sync_expert_weight_amax", "skip_forward_without_activation_calib"}

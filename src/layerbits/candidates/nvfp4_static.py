@@ -16,7 +16,6 @@ from torch import Tensor
 
 from layerbits.candidates import fp4
 
-BLOCK_SIZE = 16
 FP8_MAX = 448.0
 FP8_MAX_FOUR_OVER_SIX = 256.0
 """What the largest block scale is normalised to in four-over-six mode: room for scales half as large again."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from layerbits.report.wording import config_words, stability_words
 from layerbits.results.frames import groups_for_share, listed
+from layerbits.results.modality import Modality
 from layerbits.results.result import NonFinite, SensitivityResult, by_kind
 from layerbits.results.routing import FLOOR, coverage, coverage_words
 
@@ -61,7 +62,7 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
             "phases": [{**asdict(c), "words": coverage_words(c)} for c in coverage(result.routing)],
         },
         "intervals": _intervals(result),
-        "modality": _modality(result),
+        **({"modality": _modality(result, result.modality)} if result.modality else {}),
         "candidates": [_candidate(result)],
         "nonfinite": [asdict(n) for n in result.nonfinite],
         "seconds": dict(result.seconds),
@@ -89,11 +90,8 @@ def _intervals(result: SensitivityResult) -> dict[str, Any] | None:
     return {**ends.to_json(name), "words": {name: words}}
 
 
-def _modality(result: SensitivityResult) -> dict[str, Any] | None:
-    """What comes from pictures: ``None`` where no row had one."""
-    found = result.modality
-    if found is None:
-        return None
+def _modality(result: SensitivityResult, found: Modality) -> dict[str, Any]:
+    """What comes from pictures."""
     return {
         "image_tokens": found.image_tokens,
         "tokens": found.tokens,

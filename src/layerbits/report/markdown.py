@@ -37,7 +37,7 @@ def markdown_report(result: SensitivityResult) -> str:
         [f"# Layer sensitivity: {data['run_name']}"],
         _attention(data["attention"]),
         _headline(data),
-        _figures(data["experts"], data["modality"]),
+        _figures(data["experts"], data.get("modality")),
         _ranking(data),
         _recipe(data["recipe"]),
         _experts(data["experts"]),
@@ -66,7 +66,7 @@ def note(result: SensitivityResult) -> str:
         f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
         f"{_quantized(recipe)} groups quantized",
     ]
-    lines += _picture_lines(data["modality"])
+    lines += _picture_lines(data.get("modality"))
     lines += [f"experts in {p['words']}" for p in data["experts"]["phases"][-1:]]
     prices = kv_sums(result.kv_cache).items()
     lines += [f"KV cache {form}: predicted KL {_n(kl)} nats/token over all blocks" for form, kl in prices]
@@ -226,7 +226,7 @@ def _picture_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
 
 
 def _pictures(data: Mapping[str, Any]) -> Iterator[str]:
-    found = data["modality"]
+    found = data.get("modality")
     if found is None:
         return
     yield "## Pictures and words"

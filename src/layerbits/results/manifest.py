@@ -56,7 +56,7 @@ def to_manifest(result: SensitivityResult) -> dict[str, Any]:
         "memory": dict(result.memory),
         "routing": [asdict(r) for r in result.routing],
         "kv_cache": [asdict(s) for s in result.kv_cache],
-        "modality": result.modality.to_json() if result.modality else None,
+        **({"modality": result.modality.to_json()} if result.modality else {}),
         "tags": dict(result.tags),
         "warnings": list(result.warnings),
     }

@@ -23,7 +23,6 @@ from layerbits.results.modality import Modality
 from layerbits.results.naming import run_name
 from layerbits.results.routing import Routing
 
-SCHEMA_VERSION = 1
 KINDS = (
     *("qkv", "mla_q", "mla_kv", "linear_attn_in", "ssm_in", "conv", "linear_attn_out", "ssm_out", "o"),
     *("router", "gate_up", "down", "experts", "shared_gate_up", "shared_down", "lm_head", "other"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
-from layerbits.errors import Unsupported, UserError
+from layerbits.errors import Unsupported
 from layerbits.schemes.additivity import Factor
 from layerbits.schemes.llm_compressor import compressor_recipe_yaml
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
@@ -89,21 +88,6 @@ def write_recipes(folder: Path, scheme: Scheme) -> None:
             target.write_text(made(scheme), "utf-8")
         except Unsupported as error:
             target.with_suffix(".txt").write_text(f"{error}\n", "utf-8")
-
-
-def load_schemes(folder: Path) -> list[Scheme]:
-    """Reads the schemes of a folder that :func:`write_schemes` wrote, in its order.
-
-    Raises:
-        UserError: It is no such folder.
-    """
-    from layerbits.schemes.scheme import load_scheme
-
-    try:
-        listed: dict[str, Any] = json.loads((folder / "schemes.json").read_text("utf-8"))
-    except (OSError, json.JSONDecodeError):
-        raise UserError(f"{folder} holds no schemes.json; give a folder that experiments/scheme.py wrote") from None
-    return [load_scheme(folder / "schemes" / f"{row['scheme']}.json") for row in listed["schemes"]]
 
 
 def _save_strips(source: Source, one: Sureness, path: Path) -> None:

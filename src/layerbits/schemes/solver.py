@@ -86,21 +86,6 @@ def problem(scores: FloatArray, bits: Mapping[str, float], weights: Sequence[flo
     return Problem(tuple(bits), padded, share[:, None] * np.array([*bits.values(), UNQUANTIZED_BITS]))
 
 
-def solve(scores: FloatArray, bits: Mapping[str, float], weights: Sequence[float], budget: float) -> Solution:
-    """Least score sum under a budget; the arguments are those of :func:`problem`.
-
-    Args:
-        scores: ``[G, C]``.
-        bits: Candidate → bits.
-        weights: ``[G]``.
-        budget: Effective bits, at most (:data:`TOLERANCE`).
-
-    Raises:
-        UserError: The budget is out of the feasible range.
-    """
-    return pareto(scores, bits, weights, [budget])[0]
-
-
 def solve_problem(stated: Problem, budget: float) -> Solution:
     """Least score sum of a stated problem under a budget of effective bits.
 
@@ -114,7 +99,13 @@ def solve_problem(stated: Problem, budget: float) -> Solution:
 def pareto(
     scores: FloatArray, bits: Mapping[str, float], weights: Sequence[float], budgets: Sequence[float]
 ) -> list[Solution]:
-    """:func:`solve` for many budgets.
+    """Least score sum under each of some budgets.
+
+    Args:
+        scores: As :func:`problem` takes it.
+        bits: Candidate → bits.
+        weights: ``[G]``.
+        budgets: Effective bits, at most (:data:`TOLERANCE`).
 
     Raises:
         UserError: A budget is out of the feasible range.
