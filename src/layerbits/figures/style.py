@@ -15,7 +15,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
 from layerbits.atomic import atomic
@@ -110,12 +110,14 @@ def color_norm(values: FloatArray) -> Normalize:
 
 
 def log_scale(ax: Axes, which: str, values: FloatArray) -> None:
-    """Log scale along ``x`` or ``y``; beyond two decades only whole decades are labelled."""
+    """Log scale along ``x`` or ``y``: beyond two decades whole decades are labelled, else 1, 2 and 5 times each."""
     getattr(ax, f"set_{which}scale")("log")
-    if spans(values, 100.0):
-        axis = getattr(ax, f"{which}axis")
-        axis.set_major_locator(LogLocator(numticks=8))
-        axis.set_minor_formatter(NullFormatter())
+    axis = getattr(ax, f"{which}axis")
+    wide = spans(values, 100.0)
+    axis.set_major_locator(LogLocator(numticks=8) if wide else LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    if not wide:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def plain_axes(ax: Axes, lines: Literal["x", "y", "both"]) -> None:
