@@ -1,28 +1,23 @@
-"""What the entry scripts share: command lines as MLflow passes them, errors in one line, runs of derived results."""
+"""What the entry scripts share: command lines as MLflow passes them, and errors in one line."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerbits import process
 from layerbits.errors import UserError
 from layerbits.overrides import check_grammar, hydra_arguments
 
-if TYPE_CHECKING:
-    from layerbits.tracking.settings import TrackingSpec
-
 USER_ERROR_STATUS = 2
 
 failed: list[str] = []
 """Why jobs of this process's multirun, or cells of its grid, failed, one line each."""
-_TAG_SIZE = 8000  # MLflow's limit, in characters
 
 
 def check_choices(arguments: Sequence[str], configs: Path) -> None:
@@ -87,93 +82,52 @@ def check_launcher(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument}, but there is no sbatch here; start it on a machine that submits to Slurm")
 
 
-def run(main: Callable[[], object], configs: Path) -> None:
-    """Runs a script's main function; a :class:`UserError` ends it with one line and status 2.
+def start(job: Callable[[dict[str, Any], Path], object], script: str, config: str) -> None:
+    """Runs the job of an entry script on the configuration that Hydra composes from the command line.
+
+    A :class:`UserError` ends it with one line and status 2; in a multirun (``-m``) the other jobs go on, and the
+    status is 2 at the end.
 
     Args:
-        main: Decorated by ``hydra.main``.
-        configs: Folder of the config groups.
+        job: Takes the resolved configuration as plain data, and the project folder.
+        script: ``__file__`` of the script, in a folder of the project.
+        config: File of ``configs`` to start from, without ``.yaml``.
     """
     process.prepare()
+    root = Path(script).resolve().parent.parent
     try:
-        arguments = hydra_arguments(sys.argv[1:])
-        check_launcher(arguments)
-        arguments = [_WATCHED if a == "hydra/launcher=submitit_slurm" else a for a in arguments]
-        check_choices(arguments, configs)
-        check_grammar(arguments)
-        sys.argv[1:] = arguments
-        main()
+        _start(job, root, config)
     except UserError as error:
         fail(error)
+    if failed:
+        sys.exit(USER_ERROR_STATUS)
 
 
-def start(job: Callable[[dict[str, Any]], object], configs: Path, name: str) -> None:
-    """Runs a script's job on the configuration that Hydra composes from the command line, as plain data.
-
-    Args:
-        job: Takes the resolved configuration.
-        configs: Folder of the config groups.
-        name: File of ``configs`` to start from, without ``.yaml``.
-    """
+def _start(job: Callable[[dict[str, Any], Path], object], root: Path, config: str) -> None:
     import hydra
     from omegaconf import OmegaConf
 
-    def task(config: Any) -> None:
+    configs = root / "configs"
+    arguments = hydra_arguments(sys.argv[1:])
+    check_launcher(arguments)
+    arguments = [_WATCHED if a == "hydra/launcher=submitit_slurm" else a for a in arguments]
+    check_choices(arguments, configs)
+    check_grammar(arguments)
+    sys.argv[1:] = [*arguments, f"hydra.job.name={Path(sys.argv[0]).stem}"]  # Hydra would take this file's
+
+    def task(composed: Any) -> str | None:
+        multirun = hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN"
         try:
-            job(OmegaConf.to_container(config, resolve=True))
+            job(OmegaConf.to_container(composed, resolve=True), root)
         except UserError as error:  # here, because Hydra would print a traceback
-            fail(error)
+            if not multirun:
+                fail(error)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed.append(str(error))
+            return str(error)  # a job of a queue has a process of its own: this tells the one that waits
+        return None
 
-    sys.argv.append(f"hydra.job.name={Path(sys.argv[0]).stem}")  # Hydra would take this file's
-    run(hydra.main(version_base="1.3", config_path=str(configs), config_name=name)(task), configs)
-
-
-@dataclass(frozen=True)
-class Derived:
-    """What a job made from earlier runs, for its own run.
-
-    Attributes:
-        folder: Its files, complete on disk.
-    """
-
-    folder: Path
-    metrics: Mapping[str, float]
-    params: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-
-
-def log_derived(
-    kind: str, name: str, track: TrackingSpec, root: Path, make: Callable[[str | None], Derived], system_metrics: bool
-) -> None:
-    """Opens a run for a result that is derived from others, makes the result and logs it; or makes it without a run.
-
-    Args:
-        kind: ``layerbits.kind`` of the run.
-        name: Its name, unless the settings give one.
-        track: Where to log, if at all.
-        root: Folder of the embedded store.
-        make: Gets the URI of the store that earlier runs are read from.
-        system_metrics: Whether the run takes long enough for MLflow's system metrics.
-    """
-    if not track.enabled:
-        make(track.uri)
-        return
-    from layerbits import tracking
-
-    uri = tracking.open_store(track.uri, root)
-    tags = {"layerbits.kind": kind}
-    metrics = system_metrics and track.system_metrics
-    with tracking.start_run(track.run_name or name, track.experiment, tags=tags, system_metrics=metrics) as session:
-        made = make(uri)
-        tracking.log_derived(session, made.folder, made.metrics, made.params, made.tags)
-
-
-def note(markdown: str) -> dict[str, str]:
-    """The tag that MLflow's run page shows as a description; whole lines, as many as a tag holds."""
-    lines = markdown.splitlines()
-    while sum(len(line) + 1 for line in lines) > _TAG_SIZE:
-        lines.pop()
-    return {"mlflow.note.content": "\n".join(lines)}
+    hydra.main(version_base="1.3", config_path=str(configs), config_name=config)(task)()
 
 
 def fail(error: UserError) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
@@ -18,11 +19,15 @@ from layerbits.config import Settings
 from layerbits.errors import Unsupported, UserError
 from layerbits.results.naming import AXES, run_name
 from layerbits.results.result import SensitivityResult
+from layerbits.tracking.log import NotLogged
 
 if TYPE_CHECKING:
     from layerbits.inputs.models import LoadedModel
     from layerbits.stages.plan import Plan
     from layerbits.stages.run import Outcome
+    from layerbits.stages.workbench import Workbench
+
+    Checked = tuple[Candidate, Capability]
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,17 @@ class CellOutcome:
     seconds: float | None = None
 
 
-@dataclass(frozen=True)
-class Log:
-    """How a grid talks to the tracking store; all of it may be left out for a grid that only writes files.
+class CellLog(Protocol):
+    """Where the cells of a grid are logged; may keep nothing."""
 
-    Attributes:
-        find: Cell id → run id of a finished run, ``None`` where there is none.
-        result: Logs a cell's result and returns its run id.
-        cell: Records a cell without a result of its own (name, outcome, reason, parameters, run id of its alias).
-    """
+    def find(self, cell: str) -> str | None:
+        """Run id of a finished run of a cell, given as its digest; ``None`` where there is none."""
 
-    find: Callable[[str], str | None]
-    result: Callable[[Cell, SensitivityResult, Path], str]
-    cell: Callable[[Cell, str, str, str], str]
+    def result(self, cell: Cell, result: SensitivityResult, folder: Path) -> str:
+        """Logs a cell's result and returns its run id."""
+
+    def without_result(self, cell: Cell, outcome: str, reason: str, alias_of: str) -> str:
+        """Records a cell without a result of its own (``alias_of``: a run id, or empty) and returns its run id."""
 
 
 def cells(pairs: Sequence[str], granularities: Sequence[str], sizes: Sequence[str]) -> list[Cell]:
@@ -135,10 +138,10 @@ def run_grid(
     wanted: Sequence[Cell],
     settings: Settings,
     configs: Path,
-    log: Log,
+    log: CellLog,
     root: Path,
     force: bool = False,
-    progress: Callable[[int], None] = lambda _n: None,
+    progress: Callable[[int], object] = lambda _n: None,
 ) -> list[CellOutcome]:
     """Runs the cells of a grid: one pass per size and coverage, the model loaded once.
 
@@ -154,95 +157,97 @@ def run_grid(
     Returns:
         One outcome per cell, in order.
     """
-    outcomes: dict[Cell, CellOutcome] = {}
-    loaded: LoadedModel | None = None
-
-    def done(outcome: CellOutcome) -> None:
-        outcomes[outcome.cell] = outcome
-        progress(1)
-
+    grid = _Grid(configs, log, root, force, progress)
     for size in dict.fromkeys(c.dataset_size for c in wanted):
         sized = replace(settings, dataset=replace(settings.dataset, size=size))
-        shared: dict[str, list[Cell]] = {}
-        for job in _passes([c for c in wanted if c.dataset_size == size], sized, configs, log, force, done, shared):
-            loaded = _run_pass(job, loaded, configs, log, root, done, shared)
-    return [outcomes[c] for c in wanted]
+        for plan in grid.plans([c for c in wanted if c.dataset_size == size], sized):
+            grid.score(plan)
+    return [grid.outcomes[c] for c in wanted]
 
 
-def _passes(
-    wanted: Sequence[Cell],
-    settings: Settings,
-    configs: Path,
-    log: Log,
-    force: bool,
-    done: Callable[[CellOutcome], None],
-    shared: dict[str, list[Cell]],
-) -> Iterator[Plan]:
-    """Plans of the cells of one size that are left to score; settles the others on the way."""
-    from layerbits.stages.workbench import scored_together, workbench
+class _Grid:
+    """A grid while it runs: what became of its cells so far, and the model once it is loaded."""
 
-    bench = workbench(settings)
-    firsts: dict[tuple[str, tuple[str, ...]], tuple[Cell, Candidate, Capability]] = {}
-    for cell in wanted:
+    def __init__(self, configs: Path, log: CellLog, root: Path, force: bool, progress: Callable[[int], object]) -> None:
+        self.outcomes: dict[Cell, CellOutcome] = {}
+        self._configs = configs
+        self._log = log
+        self._root = root
+        self._force = force
+        self._progress = progress
+        self._aliases: dict[Cell, list[Cell]] = {}
+        self._loaded: LoadedModel | None = None
+
+    def plans(self, wanted: Sequence[Cell], settings: Settings) -> list[Plan]:
+        """Plans of the cells of one size that are left to score; the others are settled."""
+        from layerbits.stages.workbench import scored_together, workbench
+
+        bench = workbench(settings)
+        groups: dict[tuple[str, ...], list[Checked]] = {}
+        for cell, checked in self._distinct(wanted, settings, bench).items():
+            found = None if self._force else self._log.find(bench.cell(*checked))
+            if found:
+                self._settle(CellOutcome(cell, "skipped", f"finished in run {found}", found))
+            else:
+                groups.setdefault(bench.scored(checked[0]), []).append(checked)
+        plans = []
+        for candidates in groups.values():
+            stock = settings.autoquant.engine == "stock"  # one candidate a call, that is what makes it the reference
+            together = [c for c in candidates if not stock and scored_together(c[0])]
+            alone = [[c] for c in candidates if c not in together]
+            plans += [bench.plan(part) for part in [together, *alone] if part]
+        return plans
+
+    def _distinct(self, wanted: Sequence[Cell], settings: Settings, bench: Workbench) -> dict[Cell, Checked]:
+        """The cells that can be scored, the first of those that are the same; refused ones are settled."""
+        distinct: dict[Cell, Checked] = {}
+        firsts: dict[tuple[str, tuple[str, ...]], Cell] = {}
+        for cell in wanted:
+            try:
+                candidate = candidate_of(cell, settings, self._configs)
+                check_target(candidate, settings.autoquant.effective_bits)
+                checked = candidate, bench.check(candidate)
+            except UserError as error:
+                self._refuse(cell, "unsupported" if isinstance(error, Unsupported) else "failed", str(error))
+                continue
+            first = firsts.setdefault((candidate.info.config_hash, bench.scored(candidate)), cell)
+            if first == cell:
+                distinct[cell] = checked
+            else:
+                self._aliases.setdefault(first, []).append(cell)
+        return distinct
+
+    def score(self, plan: Plan) -> None:
+        """Scores a plan and settles its cells; a failure is that of all of them, and the rest of the grid goes on."""
+        from layerbits.stages.run import load_model, run
+
+        size = plan.settings.dataset.size
+        mine = {c.info.name: Cell(c.info.quant_pair, c.info.granularity, size) for c, _ in plan.candidates}
         try:
-            candidate = candidate_of(cell, settings, configs)
-            check_target(candidate, settings.autoquant.effective_bits)
-            capability = bench.check(candidate)
-        except UserError as error:
-            status = "unsupported" if isinstance(error, Unsupported) else "failed"
-            done(CellOutcome(cell, status, str(error), log.cell(cell, status, str(error), "")))
-            continue
-        first, *_ = firsts.setdefault(
-            (candidate.info.config_hash, bench.scored(candidate)), (cell, candidate, capability)
-        )
-        if first != cell:
-            shared.setdefault(first.candidate, []).append(cell)
-    groups: dict[tuple[str, ...], list[tuple[Candidate, Capability]]] = {}
-    for (_, scored), (cell, candidate, capability) in firsts.items():
-        found = None if force else log.find(bench.cell(candidate, capability))
-        if found:
-            done(CellOutcome(cell, "skipped", f"finished in run {found}", found))
-            _settle_aliases(cell, found, shared, log, done)
-        else:
-            groups.setdefault(scored, []).append((candidate, capability))
-    for candidates in groups.values():
-        stock = settings.autoquant.engine == "stock"  # one candidate a call, that is what makes it the reference
-        together = [c for c in candidates if not stock and scored_together(c[0])]
-        alone = [[c] for c in candidates if c not in together]
-        for part in [together, *alone] if together else alone:
-            yield bench.plan(part)
+            self._loaded = self._loaded or load_model(plan)
+            outcomes = run(plan, self._root, self._loaded)
+        except Exception as error:
+            self._loaded = None
+            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            for cell in mine.values():
+                self._refuse(cell, "failed", reason)
+            return
+        for outcome in outcomes:
+            self._write(mine[outcome.result.candidate.name], outcome, plan.settings)
 
+    def _write(self, cell: Cell, outcome: Outcome, settings: Settings) -> None:
+        """Writes and logs a cell's result; one that the store does not take is on disk, and the grid goes on."""
+        from layerbits.stages.write import write
 
-def _run_pass(
-    plan: Plan,
-    loaded: LoadedModel | None,
-    configs: Path,
-    log: Log,
-    root: Path,
-    done: Callable[[CellOutcome], None],
-    shared: dict[str, list[Cell]],
-) -> LoadedModel | None:
-    """Scores a plan and records each of its candidates; a failure is recorded for all of them."""
-    from layerbits.stages.run import load_model, run
-    from layerbits.stages.write import write
-
-    mine = {
-        c.info.name: Cell(c.info.quant_pair, c.info.granularity, plan.settings.dataset.size) for c, _ in plan.candidates
-    }
-    try:
-        loaded = loaded or load_model(plan)
-        found: list[Outcome] = run(plan, root, loaded)
-    except Exception as error:  # the rest of the grid goes on
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        for cell in mine.values():
-            done(CellOutcome(cell, "failed", reason, log.cell(cell, "failed", reason, "")))
-            _settle_aliases(cell, "", shared, log, done)
-        return None
-    for outcome in found:
-        cell = mine[outcome.result.candidate.name]
-        result = replace(outcome.result, settings=cell_settings(outcome.result.settings, cell, configs))
-        run_id = log.result(cell, result, write(replace(outcome, result=result), plan.settings))
-        done(
+        composed = cell_settings(outcome.result.settings, cell, self._configs)
+        result = replace(outcome.result, settings=composed)
+        folder = write(replace(outcome, result=result), settings)
+        try:
+            run_id = self._log.result(cell, result, folder)
+        except NotLogged as error:
+            self._settle(CellOutcome(cell, "failed", str(error)))
+            return
+        self._settle(
             CellOutcome(
                 cell,
                 "ok",
@@ -253,16 +258,25 @@ def _run_pass(
                 seconds=sum(result.seconds.values()),
             )
         )
-        _settle_aliases(cell, run_id, shared, log, done)
-    return loaded
 
+    def _refuse(self, cell: Cell, outcome: str, reason: str) -> None:
+        self._settle(CellOutcome(cell, outcome, reason, self._record(cell, outcome, reason, "")))
 
-def _settle_aliases(
-    cell: Cell, run_id: str, shared: dict[str, list[Cell]], log: Log, done: Callable[[CellOutcome], None]
-) -> None:
-    for alias in shared.pop(cell.candidate, []):
-        reason = f"same configuration as {cell.candidate}: the overlay changes nothing for this pair"
-        done(CellOutcome(alias, "alias", reason, log.cell(alias, "skipped", reason, run_id)))
+    def _settle(self, outcome: CellOutcome) -> None:
+        """Keeps what became of a cell, and of those that are the same."""
+        self.outcomes[outcome.cell] = outcome
+        self._progress(1)
+        shared = outcome.run_id if outcome.status in ("ok", "skipped") else ""
+        for alias in self._aliases.pop(outcome.cell, []):
+            reason = f"same configuration as {outcome.cell.candidate}: the overlay changes nothing for this pair"
+            self._settle(CellOutcome(alias, "alias", reason, self._record(alias, "skipped", reason, shared)))
+
+    def _record(self, cell: Cell, outcome: str, reason: str, alias_of: str) -> str:
+        try:
+            return self._log.without_result(cell, outcome, reason, alias_of)
+        except UserError as error:  # the store is gone: that must not cost the cells that are left to score
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+            return ""
 
 
 def candidate_of(cell: Cell, settings: Settings, configs: Path) -> Candidate:

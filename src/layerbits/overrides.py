@@ -18,7 +18,8 @@ from layerbits.paths import exists, home_path, split_at_commas
 PATHS = frozenset(
     {
         *("model.path", "dataset.path", "autoquant.checkpoint", "output_root", "export_root", "report_only"),
-        *("checkpoint", "path", "recipe", "vllm.python", "vllm.plugin", "run_id", "scheme_files", "task_path"),
+        *("checkpoint", "path", "recipe", "vllm.python", "vllm.plugin", "run_id", "scheme_files", "measured"),
+        "task_path",
     }
 )
 """Keys whose value may be a path: ``~`` is the home directory."""
@@ -34,7 +35,7 @@ NAMES = frozenset(
 
 LISTS = frozenset(
     {
-        *("run_id", "scheme_files", "schemes", "controls", "effective_bits", "candidates", "rankers"),
+        *("run_id", "scheme_files", "measured", "schemes", "controls", "effective_bits", "candidates", "rankers"),
         *("quant_pairs", "quant_granularities", "dataset_sizes", "recipe_overrides", "tasks"),
     }
 )

@@ -26,6 +26,7 @@ from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.captions import load_captions
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.models import resolve
+from layerbits.jobs import Tracker
 from layerbits.results.assignment import Assignment
 from layerbits.results.experiment import made_by
 from layerbits.tracking.settings import TrackingSpec
@@ -275,7 +276,7 @@ def test_a_failed_proof_fails_its_run_and_leaves_its_report(tmp_path, monkeypatc
     plan = planned("llama", tmp_path, down=FP8)
     spoil(monkeypatch, _changed(f"{LAYER}.weight_scale", lambda s: s * 2))
     settings = ExportSettings(None, tmp_path, "modelopt", "cpu", None, 1e9, True, None)
-    log = ExportLog(settings, TrackingSpec(True, store, "layerbits", None, False), tmp_path)
+    log = ExportLog(settings, Tracker(TrackingSpec(True, store, "layerbits", None, False), tmp_path), tmp_path)
     with pytest.raises(NotProven):
         log(plan.scheme, lambda: export_scheme(plan, "cpu"))
     client = MlflowClient(store)

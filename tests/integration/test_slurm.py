@@ -13,23 +13,19 @@ pytest.importorskip("submitit")
 pytest_plugins = ["tests.integration.slurm"]
 
 JOB = """
-import os, signal, sys, time
+import os, signal, time
 from pathlib import Path
 
-import hydra
 from layerbits import entry, tracking
 from layerbits.errors import UserError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent.parent
 
 
-def main(cfg):
-    tracking.open_store(cfg.tracking.uri, HERE)
-    try:
-        with tracking.start_run(f"pair {cfg.pair}", cfg.tracking.experiment, system_metrics=False):
-            work(cfg.pair)
-    except UserError as error:
-        return str(error)
+def main(config, root):
+    tracking.open_store(config["tracking"]["uri"], root)
+    with tracking.start_run(f"pair {config['pair']}", config["tracking"]["experiment"], system_metrics=False):
+        work(config["pair"])
 
 
 def work(pair):
@@ -45,8 +41,7 @@ def work(pair):
 
 
 if __name__ == "__main__":
-    entry.run(hydra.main(version_base="1.3", config_path=str(HERE), config_name="config")(main), HERE)
-    sys.exit(2 if entry.failed else 0)
+    entry.start(main, __file__, "config")
 """
 
 CONFIG = """
@@ -65,8 +60,10 @@ SMALL = ("cpus_per_task=1", "gpus_per_node=null", "mem_gb=null", "timeout_min=5"
 
 @pytest.fixture
 def project(tmp_path, made_store):
-    (tmp_path / "job.py").write_text(JOB)
-    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    for folder in ("experiments", "configs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "experiments" / "job.py").write_text(JOB)
+    (tmp_path / "configs" / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
     (tmp_path / "mlflow.db").write_bytes(made_store.read_bytes())
     return tmp_path
 
@@ -78,7 +75,15 @@ def client(project):
 
 def sweep(project, slurm, pairs, *overrides):
     small = [f"hydra.launcher.{setting}" for setting in SMALL]
-    command = [sys.executable, "job.py", "-m", f"pair={pairs}", "hydra/launcher=submitit_slurm", *small, *overrides]
+    command = [
+        sys.executable,
+        "experiments/job.py",
+        "-m",
+        f"pair={pairs}",
+        "hydra/launcher=submitit_slurm",
+        *small,
+        *overrides,
+    ]
     return started(command, project, **slurm.env, MLFLOW_TRACKING_URI=f"sqlite:///{project}/mlflow.db")
 
 

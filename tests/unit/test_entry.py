@@ -3,13 +3,11 @@
 import sys
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 from layerbits import entry
 from layerbits.errors import UserError
 from layerbits.overrides import hydra_arguments
-from layerbits.tracking.settings import TrackingSpec
-
-UNTRACKED = TrackingSpec(enabled=False, uri="sqlite:///x.db", experiment="x", run_name=None, system_metrics=False)
 
 
 @pytest.mark.parametrize(
@@ -27,43 +25,50 @@ def test_a_command_line_of_mlflow_becomes_hydras(given, expected):
 
 
 @pytest.fixture
-def configs(tmp_path):
+def script(tmp_path, monkeypatch):
+    """An entry script of a small project."""
     defaults = "defaults: [override hydra/job_logging: none, override hydra/hydra_logging: none, _self_]\n"
-    (tmp_path / "job.yaml").write_text(f"{defaults}run_id: none\nhydra: {{output_subdir: null, run: {{dir: .}}}}\n")
-    return tmp_path
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "job.yaml").write_text(
+        f"{defaults}run_id: none\nhydra: {{output_subdir: null, run: {{dir: .}}, sweep: {{dir: {tmp_path}/sweep}}}}\n"
+    )
+    monkeypatch.setattr(entry, "failed", [])
+    yield str(tmp_path / "experiments" / "job.py")
+    GlobalHydra.instance().clear()
 
 
-def test_a_job_gets_plain_data_and_lists_stay_one_text(configs, monkeypatch):
+def test_a_job_gets_plain_data_and_its_project_and_lists_stay_one_text(script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["job.py", "run_id=a,b"])
     seen = []
-    entry.start(seen.append, configs, "job")
-    assert seen == [{"run_id": "a,b"}]
-    assert type(seen[0]) is dict
+    entry.start(lambda config, root: seen.append((config, root)), script, "job")
+    assert seen == [({"run_id": "a,b"}, tmp_path)]
+    assert type(seen[0][0]) is dict
 
 
-def test_a_users_mistake_is_one_line_and_status_2(configs, monkeypatch, capsys):
-    def job(_config):
+def test_a_users_mistake_is_one_line_and_status_2(script, monkeypatch, capsys):
+    def job(_config, _root):
         raise UserError("no such run; give another")
 
     monkeypatch.setattr(sys, "argv", ["job.py"])
     with pytest.raises(SystemExit) as ended:
-        entry.start(job, configs, "job")
+        entry.start(job, script, "job")
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: no such run; give another\n"
 
 
-def test_without_tracking_a_result_is_made_and_not_logged():
-    made = []
-    entry.log_derived("probe", "a probe", UNTRACKED, None, made.append, system_metrics=False)
-    assert made == ["sqlite:///x.db"]
+def test_a_failed_job_of_a_multirun_leaves_the_others(script, monkeypatch, capsys):
+    seen = []
 
+    def job(config, _root):
+        seen.append(config["other"])
+        if config["other"] == 1:
+            raise UserError("not this one")
 
-def test_a_note_has_whole_lines_that_fit_a_tag():
-    (short,) = entry.note("a\nb\n").values()
-    (long,) = entry.note("\n".join(["x" * 99] * 200)).values()
-    assert short == "a\nb"
-    assert 7900 <= len(long) <= 8000
-    assert set(long.split("\n")) == {"x" * 99}
+    monkeypatch.setattr(sys, "argv", ["job.py", "+other=1,2", "-m"])
+    with pytest.raises(SystemExit) as ended:
+        entry.start(job, script, "job")
+    assert (seen, ended.value.code) == ([1, 2], 2)
+    assert "error: not this one\n" in capsys.readouterr().err
 
 
 def test_a_launcher_that_is_not_installed_is_one_line_with_the_package(monkeypatch):

@@ -39,7 +39,7 @@ if SlurmLauncher is not None:
         array_parallelism=16,
         max_num_timeout=8,  # a pass goes on from its last finished step
     )
-    # entry.run asks for this where the command line says submitit_slurm
+    # entry.start asks for this where the command line says submitit_slurm
     ConfigStore.instance().store("watched_slurm", _CONF, group="hydra/launcher", provider="layerbits")
 
     class WatchedSlurmLauncher(SlurmLauncher):  # type: ignore[misc, valid-type]

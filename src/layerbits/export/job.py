@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from layerbits.checkpoint.label import AUTO, FORMATS
 from layerbits.errors import UserError
@@ -78,9 +78,17 @@ class ExportSettings:
         return self.root or self.output_root / "export" / f"{model}-{stamp}"
 
 
-def run_exports(
-    schemes: Sequence[Scheme], settings: ExportSettings, each: Callable[[Scheme, Callable[[], Export]], None]
-) -> None:
+class ExportRuns(Protocol):
+    """Where exports are logged."""
+
+    def __call__(self, scheme: Scheme, export: Callable[[], Export]) -> None:
+        """Exports a scheme and logs it."""
+
+    def again(self, scheme: Scheme, folder: Path) -> None:
+        """Logs what an earlier start of the same job has exported."""
+
+
+def run_exports(schemes: Sequence[Scheme], settings: ExportSettings, log: ExportRuns) -> None:
     """Exports schemes; one that fails, or that quantizes nothing, does not keep the others from being exported.
 
     Those that an earlier start of the same job has exported and proven are left as they are.
@@ -88,7 +96,7 @@ def run_exports(
     Args:
         schemes: Of one model and calibration.
         settings: Where to and how.
-        each: Gets a scheme and the function that exports it, and logs what that returns.
+        log: Where they are logged.
 
     Raises:
         UserError: Something that was found before the first is exported, or at least one failed.
@@ -98,7 +106,7 @@ def run_exports(
     root = settings.folder(schemes[0].model.name if schemes else "")
     done = [s for s in schemes if is_exported(root / s.name, s, settings.format)]
     for scheme in done:
-        print(f"{scheme.name} is exported and proven already: {root / scheme.name}; delete it to do so again")
+        log.again(scheme, root / scheme.name)
     schemes = [scheme for scheme in schemes if scheme not in done]
     if done and not schemes:
         return
@@ -119,17 +127,12 @@ def run_exports(
             return export_scheme(plan, settings.device, ranges, known_exports(plan.target.parent))
 
         try:
-            each(plan.scheme, export)
+            log(plan.scheme, export)
         except UserError as error:
             print(f"\n{plan.scheme.name} FAILED: {error}", flush=True)
             failed.append(error)
     if failed:
         raise UserError(f"{len(failed)} of {len(plans)} exports failed: {failed[0]}")
-
-
-def untracked(scheme: Scheme, export: Callable[[], Export]) -> None:
-    """Exports a scheme and prints where it is."""
-    show(export())
 
 
 def show(export: Export) -> None:

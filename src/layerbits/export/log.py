@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from layerbits import entry, tracking
 from layerbits.export.job import ExportSettings, show
 from layerbits.export.scheme import Export, NotProven
 from layerbits.history.evaluated import verdicts
 from layerbits.history.probed import probed_kl
+from layerbits.jobs import JobRun, Tracker, note
 from layerbits.schemes import Scheme
-from layerbits.tracking.settings import TrackingSpec
+from layerbits.tracking.made import Made, Recorded, Registration, read_record
 
 ARTIFACTS = "checkpoint"
 """Folder of a run's artifacts that holds a small checkpoint."""
+
+KIND = "export"
+_OF_THE_VERSION = ("source_run_id", "scheme", "checkpoint.path", "checkpoint.digest", "checkpoint.labels")
 
 
 class ExportLog:
     """Opens a run for each export, and logs what comes of it."""
 
-    def __init__(self, settings: ExportSettings, track: TrackingSpec, root: Path) -> None:
+    def __init__(self, settings: ExportSettings, tracker: Tracker, root: Path) -> None:
         self._settings = settings
-        self._track = track
+        self._tracker = tracker
         self._root = root
 
     def __call__(self, scheme: Scheme, export: Callable[[], Export]) -> None:
@@ -34,40 +37,105 @@ class ExportLog:
         """
         from layerbits.provenance import provenance
 
-        tags = {"layerbits.kind": "export", "source_run_id": scheme.source_run_id, "scheme": scheme.name}
-        name = f"export {scheme.model.name} {scheme.name}"
-        with tracking.start_run(
-            name, self._track.experiment, tags=tags, system_metrics=self._track.system_metrics
-        ) as session:
+        tags = {"source_run_id": scheme.source_run_id, "scheme": scheme.name}
+        with self._tracker.run(_name(scheme), KIND, tags, system_metrics=True) as run:
             try:
                 made = export()
             except NotProven as error:
-                tracking.log_folder(session, error.report, "")
+                run.log_folder(error.report)
                 raise
-            session.experiment(name).save(made.folder)
+            self._name_run(run, made.folder)
             show(made)
             small = made.proof.record.bytes <= self._settings.artifact_bytes
-            if small:
-                tracking.log_folder(session, made.folder, ARTIFACTS)
-            kl = probed_kl(session.tracking_uri, session.experiment_id, scheme.name, scheme.digest)
-            said = verdicts(session.tracking_uri, session.experiment_id).get(scheme.digest)
-            if self._settings.register:
-                self._register(session, made, kl, said, ARTIFACTS if small else "")
-            metrics = made.metrics | {"probe/kl": math.nan if kl is None else kl}
-            note = entry.note(made.proof.markdown() + (f"\nAnswers: {said}.\n" if said else ""))
-            tags = {**provenance(self._root), **made.tags, **note}
-            tracking.log_derived(session, made.report, metrics, made.parameters, tags)
+            metrics = {**made.metrics, **self._probed(run, scheme)}
+            said = self._verdict(run, scheme)
+            words = made.proof.markdown() + (f"\nAnswers: {said}.\n" if said else "")
+            about = {**provenance(self._root), **made.tags, **note(words)}
+            artifacts = {ARTIFACTS: made.folder} if small else {}
+            found = Made(made.report, metrics, made.parameters, about, artifacts=artifacts)
+            run.log(self._with_registration(found, scheme, said))
 
-    def _register(
-        self, session: tracking.RunSession, made: Export, kl: float | None, said: str | None, path: str
-    ) -> None:
-        name = self._settings.registered_model or made.scheme.model.name
-        tags = {**made.tags, "effective_bits": f"{made.scheme.effective_bits:.6g}"}
-        if made.proof.logits is not None:
-            tags["kl_calibration_rows"] = f"{made.proof.logits.kl_checkpoint:.6g}"
-        if kl is not None:
-            tags["kl"] = f"{kl:.6g}"
-        if said is not None:
-            tags["answers"] = said
-        version = tracking.register_checkpoint(session, name, tags, path)
-        print(f"registered: models:/{name}/{version}", flush=True)
+    def again(self, scheme: Scheme, folder: Path) -> None:
+        """Logs and registers an export that an earlier start of the same job left, where that is missing.
+
+        Raises:
+            UserError: The store failed.
+        """
+        print(f"{scheme.name} is exported and proven already: {folder}; delete it to do so again", flush=True)
+        recorded = read_record(folder.with_name(f"{folder.name}.report"))
+        if not self._tracker.enabled:
+            return
+        if recorded is None:
+            self._tracker.skipped(_name(scheme), f"exported and proven already: {folder}")
+            return
+        self._log_again(scheme, recorded, folder)
+
+    def _log_again(self, scheme: Scheme, recorded: Recorded, folder: Path) -> None:
+        from layerbits import tracking
+
+        known = tracking.run_of(recorded.made.result_id)
+        plain = replace(recorded.made, registration=None)
+        if known is None:
+            tags = {"source_run_id": scheme.source_run_id, "scheme": scheme.name}
+            with self._tracker.run(_name(scheme), KIND, tags) as run:
+                self._name_run(run, folder)
+                run.log(self._with_registration(plain, scheme, self._verdict(run, scheme)))
+            return
+        made = self._with_registration(plain, scheme, None)
+        if made.registration is not None:
+            tracking.register_run(known, made.registration)
+        self._tracker.skipped(_name(scheme), f"exported and logged already in run {known}")
+
+    def _with_registration(self, made: Made, scheme: Scheme, said: str | None) -> Made:
+        if not self._settings.register:
+            return made
+        tags = {key: made.tags[key] for key in _OF_THE_VERSION if key in made.tags}
+        tags |= _numbers(
+            made.metrics,
+            {
+                "effective_bits": "summary/effective_bits",
+                "kl_calibration_rows": "proof/kl_checkpoint",
+                "kl": "probe/kl",
+            },
+        )
+        tags |= {} if said is None else {"answers": said}
+        name = self._settings.registered_model or scheme.model.name
+        return replace(made, registration=Registration(name, tags, ARTIFACTS if made.artifacts else ""))
+
+    def _name_run(self, run: JobRun, folder: Path) -> None:
+        if (experiment := run.experiment()) is not None:
+            experiment.save(folder)
+
+    def _verdict(self, run: JobRun, scheme: Scheme) -> str | None:
+        """What evaluations say of the scheme's answers, where there is one."""
+        if run.session is None:
+            return None
+        return verdicts(run.session.tracking_uri, run.session.experiment_id).get(scheme.digest)
+
+    def _probed(self, run: JobRun, scheme: Scheme) -> dict[str, float]:
+        """The KL of the latest probe of the scheme, where there is one."""
+        if run.session is None:
+            return {}
+        kl = probed_kl(run.session.tracking_uri, run.session.experiment_id, scheme.name, scheme.digest)
+        return {} if kl is None else {"probe/kl": kl}
+
+
+def check_registered_name(settings: ExportSettings, model: str) -> None:
+    """Checks the name to register checkpoints under before anything is exported.
+
+    Raises:
+        UserError: MLflow does not take it.
+    """
+    from layerbits.tracking.registry import check_name
+
+    if settings.register:
+        check_name(settings.registered_model or model)
+
+
+def _numbers(metrics: Mapping[str, float], keys: Mapping[str, str]) -> dict[str, str]:
+    known = {name: metrics.get(key) for name, key in keys.items()}
+    return {name: f"{value:.6g}" for name, value in known.items() if value is not None}
+
+
+def _name(scheme: Scheme) -> str:
+    return f"export {scheme.model.name} {scheme.name}"

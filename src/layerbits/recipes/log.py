@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from layerbits import entry
 from layerbits.config import Settings
+from layerbits.jobs import Tracker, note
 from layerbits.recipes.job import RecipeOutcome, plan_recipe, run_recipe
 from layerbits.recipes.recipe import LoadedRecipe, load_recipe
 from layerbits.recipes.report import markdown, record
@@ -19,6 +19,7 @@ from layerbits.schemes.report import digests, metrics
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import combine
 from layerbits.stages.write import write
+from layerbits.tracking.made import Made
 
 KIND = "recipe"
 
@@ -39,28 +40,20 @@ def recipe_job(settings: Settings, root: Path) -> None:
     if distributed.rank() > 0:  # under torchrun the first process writes and logs, the others only score
         run_recipe(plan_recipe(settings, recipe), root)
         return
-    if not settings.tracking.enabled:
-        outcome = _scored(settings, recipe, root)
-        _finish(outcome, {name: str(folder) for name, folder in _written(outcome).items()})
-        return
-    from layerbits import tracking
-
-    tracking.open_store(settings.tracking.uri, root)
-    experiment = settings.tracking.experiment
-    name = settings.tracking.run_name or f"{settings.model.name} {recipe.short_name} {settings.dataset.size}"
-    tags = {"layerbits.kind": KIND, "recipe": recipe.name, "recipe_digest": recipe.digest}
-    with tracking.parent_run(name, experiment, tags) as parent:
+    tracker = Tracker(settings.tracking, root)
+    name = f"{settings.model.name} {recipe.short_name} {settings.dataset.size}"
+    tags = {"recipe": recipe.name, "recipe_digest": recipe.digest}
+    with tracker.parent(name, KIND, tags) as parent:
         outcome = _scored(settings, recipe, root)
         runs = {}
         for candidate, folder in _written(outcome).items():
             result = outcome.results[candidate]
-            with tracking.start_run(result.run_name, experiment, system_metrics=False) as session:
-                tracking.log_result(session, result, folder)
-            runs[candidate] = session.run_id
+            with tracker.run(result.run_name) as run:
+                run.log_result(result, folder)
+            runs[candidate] = run.run_id or str(folder)
         folder, schemes = _finish(outcome, runs)
-        text = markdown(outcome, schemes)
-        tags = {**entry.note(text), **digests({s.name: s.digest for s in schemes})}
-        tracking.log_derived(parent, folder, _metrics(outcome, schemes), parameters(outcome), tags)
+        tags = {**note(markdown(outcome, schemes)), **digests({s.name: s.digest for s in schemes})}
+        parent.log(Made(folder, _metrics(outcome, schemes), parameters(outcome), tags))
 
 
 def parameters(outcome: RecipeOutcome) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from layerbits.schemes.kv_cache import AUTO, kv_choice, with_cache
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.scheme import Scheme, load_scheme
-from layerbits.schemes.settings import SchemeSettings, listed, source_name
+from layerbits.schemes.settings import SchemeSettings, listed_paths, source_name
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SchemeRequest:
         Raises:
             UserError: As :meth:`SchemeSettings.from_config`, where no files are given.
         """
-        files = tuple(listed(config["scheme_files"]))
+        files = tuple(listed_paths(config["scheme_files"]))
         made = None if files else SchemeSettings.from_config(config, folder)
         return cls(files, made, kv_choice(config.get("kv_cache", AUTO)))
 

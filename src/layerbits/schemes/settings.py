@@ -13,7 +13,6 @@ from layerbits.results.result import COST_MODELS
 from layerbits.schemes.catalog import SchemeSpec, load_specs
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
 from layerbits.schemes.source import Source, load_scores
-from layerbits.tracking.settings import TrackingSpec
 
 _NONE = (None, "", "none", "null")
 
@@ -37,7 +36,6 @@ class SchemeSettings:
     cost_model: str | None
     pareto: int
     kv_cache: str
-    tracking: TrackingSpec
     output_root: Path
 
     @property
@@ -72,7 +70,7 @@ class SchemeSettings:
         Raises:
             UserError: A scheme is not known, or a value is not one of its choices.
         """
-        references = listed(config["run_id"])
+        references = listed_paths(config["run_id"])
         if not references:
             raise UserError("set run_id to the id of a sensitivity run, or to the folder of its result")
         candidates = listed(config["candidates"])
@@ -98,7 +96,6 @@ class SchemeSettings:
             cost_model=_cost_model(config.get("cost_model")),
             pareto=points,
             kv_cache=kv_choice(config.get("kv_cache", AUTO)),
-            tracking=TrackingSpec.from_config(config),
             output_root=user_path(config["output_root"]),
         )
 
@@ -140,8 +137,27 @@ def whole(key: str, value: object) -> int:
         raise UserError(f"{key}={value} is not a whole number; give one") from None
 
 
+def one_run(value: Any) -> str:
+    """The one run or result folder that ``run_id`` names.
+
+    Raises:
+        UserError: It names none, or several.
+    """
+    references = listed_paths(value)
+    if len(references) != 1:
+        raise UserError("set run_id to the id of one sensitivity run, or to the folder of its result")
+    return references[0]
+
+
+def listed_paths(value: Any) -> list[str]:
+    """As :func:`listed`, of run ids and paths: a comma inside a path that exists does not separate."""
+    if isinstance(value, list | tuple):
+        return [str(v) for v in value]
+    return [] if value in _NONE else split_at_commas(str(value))
+
+
 def listed(value: Any) -> list[str]:
     """Values of a list or a comma-separated text; ``none`` is an empty list."""
     if isinstance(value, list | tuple):
         return [str(v) for v in value]
-    return [] if value in _NONE else split_at_commas(str(value))
+    return [] if value in _NONE else [v for v in (part.strip() for part in str(value).split(",")) if v]

@@ -16,7 +16,7 @@ from layerbits.checkpoint.processors import MISSING
 from layerbits.errors import Skipped, UserError
 from layerbits.paths import user_path
 from layerbits.results.experiment import made_by
-from layerbits.schemes.settings import listed
+from layerbits.schemes.settings import listed_paths
 from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
 from layerbits.serving.environment import find_environment
 from layerbits.serving.processor import ask, in_words, otherwise, why_refused
@@ -124,7 +124,7 @@ class ServeSettings:
         Raises:
             UserError: No checkpoint or two, or a value that is not one of its choices.
         """
-        run_ids = tuple(listed(config["run_id"]))
+        run_ids = tuple(listed_paths(config["run_id"]))
         folder = None if config["checkpoint"] in _NONE else user_path(config["checkpoint"])
         if bool(run_ids) == (folder is not None):
             raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from layerbits.errors import UserError
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking import contract
-from layerbits.tracking.session import PARENT_VARIABLE, Ending, RunSession
-from layerbits.tracking.store import experiment_id, impatient, one_line, open_store, wait_for
+from layerbits.tracking.made import RECORD, Made, Registration, read_record
+from layerbits.tracking.registry import register
+from layerbits.tracking.session import PARENT_VARIABLE, Ending, RunSession, ending_of, ending_of_children
+from layerbits.tracking.store import experiment_id, impatient, one_line, open_store, patiently, wait_for
 from layerbits.tracking.uris import redact
 from layerbits.tracking.view import ensure_view
 
@@ -45,13 +48,9 @@ def log_result(run: RunSession | str, result: SensitivityResult, directory: Path
     directory = Path(directory).absolute()
     try:
         wait_for(mlflow.get_tracking_uri())
-        _log(mlflow.MlflowClient(), run_id, result, directory)
+        patiently(lambda: _log(mlflow.MlflowClient(), run_id, result, directory))
     except Exception as error:
-        uri = redact(mlflow.get_tracking_uri())
-        raise NotLogged(
-            f"could not log to {uri} ({one_line(error)}); the result is on disk in {directory}, log it later with: "
-            f"layerbits push {shlex.quote(str(directory))} --tracking-uri {shlex.quote(uri)} --run-id {run_id}"
-        ) from error
+        raise _not_logged(error, directory, run_id) from error
 
 
 def log_cell(
@@ -125,14 +124,34 @@ def logged_run(directory: Path) -> str | None:
     Raises:
         UserError: The store cannot be read.
     """
+    return run_of(contract.result_id(Path(directory)))
+
+
+def run_of(result_id: str) -> str | None:
+    """Id of the run that has everything of what was made, by :attr:`Made.result_id`; ``None`` without one.
+
+    Raises:
+        UserError: The store cannot be read.
+    """
     import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
-        found = _find(mlflow.MlflowClient(), contract.result_id(Path(directory)))
+        found = _find(mlflow.MlflowClient(), result_id)
     except MlflowException as error:
         raise UserError(f"cannot read {redact(mlflow.get_tracking_uri())}: {one_line(error)}") from error
     return str(found.info.run_id) if found is not None and found.data.tags.get("outcome") == "ok" else None
+
+
+def register_run(run_id: str, wanted: Registration) -> None:
+    """Registers what a finished run holds, where it is not registered already.
+
+    Raises:
+        UserError: The store has no registry, or refuses the name.
+    """
+    import mlflow
+
+    register(mlflow.MlflowClient(), run_id, wanted)
 
 
 def log_folder(run: RunSession, directory: Path, artifact_path: str) -> None:
@@ -142,43 +161,37 @@ def log_folder(run: RunSession, directory: Path, artifact_path: str) -> None:
     mlflow.MlflowClient().log_artifacts(run.run_id, str(directory), artifact_path)
 
 
-def log_derived(
-    run: RunSession,
-    directory: Path,
-    metrics: Mapping[str, float],
-    params: Mapping[str, str] | None = None,
-    tags: Mapping[str, str] | None = None,
-) -> None:
+def log_made(run: RunSession | str, made: Made) -> None:
     """Logs what was made from earlier runs (schemes, probes, exports, validations) to an open run.
 
     Args:
-        run: The session.
-        directory: The result's folder, complete on disk; logged as it is.
-        metrics: Values; those that are not finite are left out, as a chart would show them as 1.8e308.
-        params: Parameters by their names in the contract.
-        tags: Tags, ``source_run_id`` among them; set last, for they say that the rest is there.
+        run: The session, or a run id in MLflow's current store.
+        made: With its record in its folder (:meth:`Made.save`). Its tags are set last, for they say that the rest is
+            there; again to the same run changes nothing.
 
     Raises:
-        NotLogged: The store failed; the message says where the result is.
+        NotLogged: The store failed; the message says how to log the folder later.
     """
     import mlflow
-    from mlflow.entities import Metric, Param, RunTag
 
-    uri = mlflow.get_tracking_uri()
-    now = int(1000 * time.time())
-    finite = [Metric(key, float(value), now, 0) for key, value in metrics.items() if math.isfinite(value)]
+    run_id = run if isinstance(run, str) else run.run_id
     try:
-        wait_for(uri)
-        client = mlflow.MlflowClient()
-        client.log_artifacts(run.run_id, str(directory))
-        client.log_batch(run.run_id, params=[Param(key, value) for key, value in (params or {}).items()])
-        for first in range(0, len(finite), _BATCH):
-            client.log_batch(run.run_id, metrics=finite[first : first + _BATCH])
-        client.log_batch(run.run_id, tags=[RunTag(key, value) for key, value in (tags or {}).items()])
+        wait_for(mlflow.get_tracking_uri())
+        patiently(lambda: _log_made(mlflow.MlflowClient(), run_id, made))
+    except UserError:
+        raise
     except Exception as error:
-        raise NotLogged(
-            f"could not log to {redact(uri)} ({one_line(error)}); the result is on disk in {directory}"
-        ) from error
+        raise _not_logged(error, made.folder, run_id) from error
+
+
+def _not_logged(error: Exception, directory: Path, run_id: str) -> NotLogged:
+    import mlflow
+
+    uri = redact(mlflow.get_tracking_uri())
+    return NotLogged(
+        f"could not log to {uri} ({one_line(error)}); the result is on disk in {directory}, log it later with: "
+        f"layerbits push {shlex.quote(str(directory))} --tracking-uri {shlex.quote(uri)} --run-id {run_id}"
+    )
 
 
 def push(
@@ -188,10 +201,10 @@ def push(
     run_id: str | None = None,
     root: Path | None = None,
 ) -> str:
-    """Logs a finished local result; where the store has it already, it stays as it is.
+    """Logs a finished local result of any kind; where the store has it already, it stays as it is.
 
     Args:
-        directory: The result's folder.
+        directory: The result's folder, or the folder of an exported checkpoint.
         tracking_uri: The store, as :func:`~layerbits.tracking.store.open_store` takes it.
         experiment: Experiment of the run, if one is created.
         run_id: The run that the job had opened for it; without, the run that an earlier push began, or a new one.
@@ -204,39 +217,116 @@ def push(
         UserError: Not a result, or the store cannot be used.
         NotLogged: The store failed in between; push again.
     """
-    directory = Path(directory).absolute()
-    result = load_manifest(directory)
+    finished = _finished(Path(directory).absolute())
     open_store(tracking_uri, root or Path.cwd())
     import mlflow
     from mlflow.exceptions import MlflowException
 
     client = mlflow.MlflowClient()
-    made = contract.milliseconds(result)
     try:
-        known = contract.result_id(directory)
-        found = _find(client, known)
-        if found is not None and found.data.tags.get("outcome") == "ok":
+        found = _find(client, finished.result_id)
+        if found is not None and found.data.tags.get("outcome") == finished.ending.outcome:
             return str(found.info.run_id)
         if run_id is not None:
             found = client.get_run(run_id)
         if found is None:
-            started = made - int(1000 * sum(result.seconds.values()))
-            run_id = _create(client, experiment_id(experiment), result.run_name, {contract.RESULT_ID: known}, started)
+            tags = {contract.RESULT_ID: finished.result_id, **finished.tags}
+            run_id = _create(client, experiment_id(experiment), finished.name, tags, finished.started)
         else:
             run_id = str(found.info.run_id)
         try:
-            log_result(run_id, result, directory)
+            finished.log(run_id)
         except BaseException:
             with suppress(Exception), impatient():
                 client.set_terminated(run_id, "FAILED")
             raise
-        if found is not None and "reason" in found.data.tags:
-            client.delete_tag(run_id, "reason")
-        client.set_terminated(run_id, "FINISHED", (found.info.end_time if found else None) or made)
-        ensure_view(client, client.get_run(run_id).info.experiment_id)
+        _end_pushed(client, run_id, finished, found)
     except MlflowException as error:
         raise UserError(f"cannot push to {redact(mlflow.get_tracking_uri())}: {one_line(error)}") from error
     return run_id
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A finished result on disk, of any kind.
+
+    Attributes:
+        tags: Of a run that is made for it.
+        parent: Whether a run that was opened for it ends as its children do.
+        started, ended: Unix milliseconds; ``None`` = now.
+        log: Logs it to a run.
+    """
+
+    result_id: str
+    name: str
+    tags: Mapping[str, str]
+    ending: Ending
+    started: int | None
+    ended: int | None
+    log: Callable[[str], None]
+    parent: bool = False
+
+
+def _finished(directory: Path) -> _Finished:
+    """What a folder holds.
+
+    Raises:
+        UserError: No result.
+    """
+    report = directory.with_name(f"{directory.name}.report")  # of an exported checkpoint
+    for folder in (directory, report):
+        if recorded := read_record(folder):
+            made, tags = recorded.made, {"layerbits.kind": recorded.kind} if recorded.kind else {}
+            ending = Ending("FINISHED", "ok") if made.failure is None else ending_of(made.failure)
+            log = partial(log_made, made=made)
+            return _Finished(made.result_id, recorded.name, tags, ending, None, None, log, recorded.parent)
+    if not (directory / "manifest.json").is_file() and directory.is_dir():
+        raise UserError(
+            f"{directory} has neither a manifest.json nor a {RECORD}; give the folder that a job named as its result"
+        )
+    result = load_manifest(directory)
+    ended = contract.milliseconds(result)
+    started = ended - int(1000 * sum(result.seconds.values()))
+    known = contract.result_id(directory)
+    return _Finished(
+        known,
+        result.run_name,
+        {},
+        Ending("FINISHED", "ok"),
+        started,
+        ended,
+        lambda run_id: log_result(run_id, result, directory),
+    )
+
+
+def _end_pushed(client: Any, run_id: str, finished: _Finished, found: Any) -> None:
+    from mlflow.entities import RunTag
+
+    ending = finished.ending
+    if found is not None and finished.parent:
+        ending = ending_of_children(client, found.info.experiment_id, run_id)
+    if found is not None and "reason" in found.data.tags and not ending.reason:
+        client.delete_tag(run_id, "reason")
+    client.log_batch(run_id, tags=[RunTag(*tag) for tag in ending.tags.items()])
+    client.set_terminated(run_id, ending.status, (found.info.end_time if found else None) or finished.ended)
+    ensure_view(client, client.get_run(run_id).info.experiment_id)
+
+
+def _log_made(client: Any, run_id: str, made: Made) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    now = int(1000 * time.time())
+    finite = [Metric(key, value, now, 0) for key, value in made.finite.items()]
+    client.set_tag(run_id, contract.RESULT_ID, made.result_id)
+    client.log_artifacts(run_id, str(made.folder))
+    for path, folder in made.artifacts.items():
+        client.log_artifacts(run_id, str(folder), path)
+    client.log_batch(run_id, params=[Param(key, value) for key, value in made.params.items()])
+    for first in range(0, len(finite), _BATCH):
+        client.log_batch(run_id, metrics=finite[first : first + _BATCH])
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in made.tags.items()])
+    if made.registration is not None:
+        register(client, run_id, made.registration)
 
 
 def _log(client: Any, run_id: str, result: SensitivityResult, directory: Path) -> None:

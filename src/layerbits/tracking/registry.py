@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
-from layerbits.tracking.session import RunSession
+from layerbits.tracking.made import Registration
 from layerbits.tracking.store import one_line
 from layerbits.tracking.uris import redact
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
-def register_checkpoint(run: RunSession, name: str, tags: Mapping[str, str], artifact_path: str = "") -> str:
-    """Makes a version of a registered model of what an open run holds.
+_DIGEST = "checkpoint.digest"
+
+
+def check_name(name: str) -> None:
+    """Checks the name of a registered model before anything is made.
+
+    Raises:
+        UserError: MLflow does not take it.
+    """
+    if not name.strip() or "/" in name or ":" in name:
+        raise UserError(
+            f"registered_model={name} is no name of a registered model: MLflow takes none with / or :; set "
+            "registered_model to another one"
+        )
+
+
+def register(client: MlflowClient, run_id: str, wanted: Registration) -> str:
+    """Makes a version of a registered model of what a run holds; a version of the same checkpoint and run stays.
 
     Args:
-        run: The session of the export; the version points to its artifacts.
-        name: Registered model; created where there is none.
-        tags: Of the version.
-        artifact_path: Folder of the run's artifacts that the version is; empty = all of them.
+        client: Of the store.
+        run_id: The version points to its artifacts.
+        wanted: Name and tags; the model is created where there is none.
 
     Returns:
         The version's number.
@@ -25,20 +42,35 @@ def register_checkpoint(run: RunSession, name: str, tags: Mapping[str, str], art
     Raises:
         UserError: The store has no registry, or refuses the name.
     """
-    import mlflow
     from mlflow.exceptions import MlflowException
 
-    client = mlflow.MlflowClient()
     try:
         try:
-            client.create_registered_model(name)
+            client.create_registered_model(wanted.name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = "/".join(filter(None, (str(client.get_run(run.run_id).info.artifact_uri), artifact_path)))
-        return str(client.create_model_version(name, source, run.run_id, tags=dict(tags)).version)
+        version = registered_version(client, run_id, wanted)
+        if version is None:
+            place = (str(client.get_run(run_id).info.artifact_uri), wanted.artifact_path)
+            source = "/".join(filter(None, place))
+            version = str(client.create_model_version(wanted.name, source, run_id, tags=dict(wanted.tags)).version)
     except MlflowException as error:
         raise UserError(
-            f"cannot register {name} in {redact(run.tracking_uri)} ({one_line(error)}); the checkpoint is logged, "
-            "leave register out or mend the registry"
+            f"cannot register {wanted.name} in {redact(str(client.tracking_uri))} ({one_line(error)}); the checkpoint "
+            "is logged, leave register out or repair the registry"
         ) from error
+    print(f"registered: models:/{wanted.name}/{version}", flush=True)
+    return version
+
+
+def registered_version(client: MlflowClient, run_id: str, wanted: Registration) -> str | None:
+    """The version that a run has of a registered model; ``None`` without one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        versions = client.search_model_versions(f"run_id = '{run_id}'")
+    except MlflowException:
+        return None
+    same = (v for v in versions if v.name == wanted.name and v.tags.get(_DIGEST) == wanted.tags.get(_DIGEST))
+    return next((str(v.version) for v in same), None)

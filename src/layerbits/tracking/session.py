@@ -13,18 +13,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerbits.errors import Skipped, Unsupported, UserError
 from layerbits.results.experiment import Experiment
 from layerbits.tracking import queue
-from layerbits.tracking.afterwards import keep_killed
 from layerbits.tracking.artifacts import check_reachable
+from layerbits.tracking.process_watchdog import close_later, keep_killed
+from layerbits.tracking.progress_metrics import progress_metrics
 from layerbits.tracking.reap import process_tags
-from layerbits.tracking.store import answers, experiment_id, impatient, one_line
+from layerbits.tracking.store import answers, experiment_id, impatient, one_line, patiently
 from layerbits.tracking.uris import redact, run_link, ui_command
 from layerbits.tracking.view import print_view
-from layerbits.tracking.watched import watched
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 PARENT_VARIABLE = "LAYERBITS_PARENT_RUN_ID"
 """Environment variable that makes the runs of this process and its children nested runs of one parent."""
@@ -121,7 +124,7 @@ def start_run(
     stop = _Stop(with_parent=session.resumed)
     ending = Ending("KILLED", "killed", "stopped twice")  # unless we get as far as to know better
     try:
-        with stop.watching(), watched(session.tracking_uri, session.run_id):
+        with stop.watching(), progress_metrics(session.tracking_uri, session.run_id):
             _check_artifacts(session)
             yield session
         ending = _OK
@@ -150,7 +153,7 @@ def parent_run(name: str, experiment: str = "layerbits", tags: Mapping[str, str]
     os.environ[PARENT_VARIABLE] = session.run_id
     error: BaseException | None = None
     try:
-        with stop.watching(), watched(session.tracking_uri, session.run_id):
+        with stop.watching(), progress_metrics(session.tracking_uri, session.run_id):
             _check_artifacts(session)
             yield session
     except BaseException as caught:
@@ -281,16 +284,21 @@ def _close(session: RunSession, ending: Ending) -> None:
         with nullcontext() if reachable else impatient():
             try:
                 if reachable:
-                    client.log_batch(session.run_id, tags=[RunTag(*tag) for tag in ending.tags.items()])
+                    tags = [RunTag(*tag) for tag in ending.tags.items()]
+                    patiently(lambda: client.log_batch(session.run_id, tags=tags))
             finally:  # off MLflow's stack in all cases, or it is FINISHED at exit
                 _end(client, session.run_id, ending.status)
     except Exception as error:
-        message = f"run {session.run_id} could not be closed in {redact(session.tracking_uri)}: {one_line(error)}"
+        close_later(session.tracking_uri, session.run_id, ending.status, ending.tags)
+        message = (
+            f"run {session.run_id} could not be closed in {redact(session.tracking_uri)} ({one_line(error)}); it is "
+            f"closed within ten minutes once the store answers, after that by: layerbits reap {session.run_id}"
+        )
         if ending is _OK:
             raise UserError(message) from error
         print(message, file=sys.stderr)
     if session.resumed and ending.status == "KILLED":
-        keep_killed(session.run_id)
+        keep_killed(session.tracking_uri, session.run_id)
     print(f"run {ending.outcome}: {session.link}", flush=True)
     if session.nested:
         return
@@ -317,11 +325,25 @@ def _parent_ending(session: RunSession, error: BaseException | None, received: i
         error = Terminated(128 + received) if received != signal.SIGINT else KeyboardInterrupt()
     try:
         with impatient():
-            children = mlflow.MlflowClient(session.tracking_uri).search_runs(
-                [session.experiment_id], f"tags.mlflow.parentRunId = '{session.run_id}'", max_results=10_000
-            )
+            client = mlflow.MlflowClient(session.tracking_uri)
+            return ending_of_children(client, session.experiment_id, session.run_id, error)
     except Exception as lost:
         return Ending("FAILED", "failed", f"its children could not be read: {one_line(lost)}")
+
+
+def ending_of_children(
+    client: MlflowClient, experiment_id: str, run_id: str, error: BaseException | None = None
+) -> Ending:
+    """What its children make of a parent run.
+
+    Args:
+        client: Of the store.
+        experiment_id: Of the parent.
+        run_id: The parent.
+        error: What left its body.
+    """
+    condition = f"tags.mlflow.parentRunId = '{run_id}'"
+    children = patiently(lambda: client.search_runs([experiment_id], condition, max_results=10_000))
     counts = Counter(child.data.tags.get("outcome", "failed") for child in children)
     if error is not None and not isinstance(error, Exception):
         stopped = ending_of(error)

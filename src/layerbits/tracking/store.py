@@ -6,18 +6,23 @@ import errno
 import fcntl
 import os
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from layerbits.errors import UserError
 from layerbits.tracking.artifacts import check_not_moved
 from layerbits.tracking.uris import is_server, quoted_path, redact, sqlite_database
 
+T = TypeVar("T")
+
 _ANSWER_SECONDS = 4
+_LOCK_SECONDS = float(os.environ.get("LAYERBITS_LOCK_SECONDS") or 120)
+_LOCKED = "database is locked"
 _NO_ANSWER = "Max retries exceeded"  # urllib3's words in MLflow's exception
 _INVALID_HOST = "Invalid Host"
 _DATABASES = ("postgresql", "mysql")
@@ -127,6 +132,26 @@ def wait_for(uri: str, seconds: float = 10.0) -> None:
         if time.monotonic() > deadline:
             raise ConnectionError("the server does not answer")
         time.sleep(1)
+
+
+def patiently(write: Callable[[], T]) -> T:
+    """Writes to a store, again and again while another process holds a SQLite database locked (for two minutes).
+
+    Args:
+        write: May be called again after it failed half-way.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    told = False
+    while True:
+        try:
+            return write()
+        except Exception as error:
+            if _LOCKED not in str(error) or time.monotonic() > deadline:
+                raise
+            if not told:
+                print(f"the store is locked by another process; waiting up to {_LOCK_SECONDS:.0f} s", file=sys.stderr)
+            told = True
+            time.sleep(1)
 
 
 def one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ _PATIENCE = 2.0  # seconds that the end of a run waits for a write that is under
 
 
 @contextmanager
-def watched(tracking_uri: str, run_id: str) -> Iterator[None]:
+def progress_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
     """Logs reports of progress to a run, from a thread: a slow server must not hold up the pass, nor end it."""
     import mlflow
 

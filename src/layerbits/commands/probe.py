@@ -1,0 +1,40 @@
+"""Schemes measured on held-out rows of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerbits.jobs import note, run_job
+from layerbits.paths import user_path
+from layerbits.probing.report import markdown, parameters, write_probe
+from layerbits.schemes.report import digests
+from layerbits.schemes.request import SchemeRequest
+from layerbits.schemes.settings import whole
+from layerbits.scoring.precision import check_dtype
+from layerbits.tracking.made import Made
+from layerbits.tracking.settings import TrackingSpec
+
+
+def probe(config: Mapping[str, Any], root: Path) -> None:
+    """Makes or reads the schemes, measures them, writes and logs the result."""
+    wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")
+    rows, batch_size = (whole(key, config[key]) for key in ("rows", "batch_size"))
+    dtype = check_dtype(str(config["dtype"]))
+    output = user_path(config["output_root"])
+
+    def make(uri: str | None) -> Made:
+        from layerbits.probing.probe import probe_schemes
+
+        schemes = wanted.schemes(uri)
+        result = probe_schemes(schemes, rows, batch_size, config["device"], root, dtype)
+        folder = write_probe(result, output)
+        text = markdown(result)
+        print(f"\n{text}\nprobe: {folder}")
+        tags = {**result.provenance, "source_run_id": schemes[0].source_run_id, **note(text)}
+        tags |= digests({probed.scheme: probed.digest for probed in result.schemes})
+        return Made(folder, result.metrics(), parameters(result), tags)
+
+    name = f"probe of {wanted.source_name}"
+    run_job(TrackingSpec.from_config(config), root, name, "probe", make, system_metrics=True)

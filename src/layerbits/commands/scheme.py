@@ -1,0 +1,42 @@
+"""Schemes from the recorded scores of finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerbits.errors import UserError
+from layerbits.jobs import note, run_job
+from layerbits.schemes.additivity import load_factors
+from layerbits.schemes.folder import write_schemes
+from layerbits.schemes.make import curve, make_schemes
+from layerbits.schemes.report import digests, excludes, markdown, metrics, parameters
+from layerbits.schemes.settings import SchemeSettings, listed_paths
+from layerbits.schemes.sureness import sureness
+from layerbits.tracking.made import Made
+from layerbits.tracking.settings import TrackingSpec
+
+
+def scheme(config: Mapping[str, Any], root: Path) -> None:
+    """Reads the scores, makes the schemes, writes and logs them."""
+    settings = SchemeSettings.from_config(config, root / "configs" / "scheme")
+    probes = listed_paths(config["measured"])
+    if len(probes) > 1:
+        raise UserError(f"measured={','.join(probes)} names several probes; give one")
+    measured = probes[0] if probes else None
+
+    def make(uri: str | None) -> Made:
+        source = settings.source(uri)
+        made = make_schemes(settings.specs, source)
+        points = curve(settings.base, source, settings.pareto) if settings.pareto else []
+        sure = sureness(settings.specs, source)
+        known = [] if measured is None else load_factors(measured, uri, source.model.revision)
+        folder = write_schemes(settings.output_root, source, made, points, sure=sure, known=known)
+        text = markdown(made, sure, known)
+        print(f"\n{excludes(made)}\n{text}\nschemes: {folder}")
+        tags = {"source_run_id": ",".join(source.run_ids), **note(text)}
+        tags |= digests({scheme.name: scheme.digest for scheme in made})
+        return Made(folder, metrics(made, sure, known), parameters(settings.specs, source), tags)
+
+    run_job(TrackingSpec.from_config(config), root, f"schemes of {settings.source_name}", "schemes", make)

@@ -1,0 +1,43 @@
+"""One sensitivity run, or a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerbits.atomic import optional_part
+from layerbits.config import Settings
+from layerbits.jobs import Tracker
+
+
+def sensitivity(config: Mapping[str, Any], root: Path) -> None:
+    """Runs one job: check, score, write, log."""
+    settings = Settings.from_config(config)
+    if settings.report_only:
+        from layerbits.report import rebuild
+
+        print(f"report: {rebuild(Path(settings.report_only), settings.output_root / 'report_only')}")
+    elif settings.recipe:
+        from layerbits.recipes.log import recipe_job
+
+        recipe_job(settings, root)
+    else:
+        _score(settings, root)
+
+
+def _score(settings: Settings, root: Path) -> None:
+    from layerbits import sensitivity as job
+    from layerbits.report import note
+    from layerbits.scoring import distributed
+    from layerbits.stages.run import run
+
+    if distributed.rank() > 0:  # under torchrun the first process writes and logs, the others only score
+        run(job.plan(settings), root)
+        return
+    with Tracker(settings.tracking, root).run(settings.run_name, system_metrics=True) as opened:
+        directory, result = job.sensitivity(settings, root)
+        with optional_part("the summary below"):
+            print(f"\n{note(result)}")
+        print(f"result: {directory}")
+        opened.log_result(result, directory)

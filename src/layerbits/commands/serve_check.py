@@ -1,0 +1,45 @@
+"""Exported checkpoints, checked and served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from layerbits.errors import Skipped, UserError
+from layerbits.jobs import Tracker, note, refusal
+from layerbits.serving.job import Checker, ServeSettings, Target, find_targets
+from layerbits.tracking.made import Made
+from layerbits.tracking.settings import TrackingSpec
+
+
+def serve_check(config: Mapping[str, Any], root: Path) -> None:
+    """Checks one checkpoint, or several one after the other in runs of their own below one parent."""
+    settings = ServeSettings.from_config(config)
+    tracker = Tracker(TrackingSpec.from_config(config), root)
+    targets = find_targets(settings, tracker.uri)
+    checker = Checker(settings, root)
+    several = len(targets) > 1
+    with tracker.parent(f"serve checks of {settings.source}", "serve_checks") if several else nullcontext():
+        _check_each(checker, targets, tracker)
+
+
+def _check_each(checker: Checker, targets: Sequence[Target], tracker: Tracker) -> None:
+    failed = []
+    for target in targets:
+        try:
+            with tracker.run(f"serve check of {target.folder.name}", "serve_check", system_metrics=True) as run:
+                checked = checker.check(target)
+                done = checked.done
+                tags = {**checked.tags, **note(done.markdown())}
+                run.log(Made(checked.folder, done.metrics, checked.parameters, tags, refusal(done.require)))
+        except Skipped as skipped:
+            print(f"skipped: {skipped}", flush=True)
+        except UserError as error:
+            if len(targets) == 1:
+                raise
+            print(f"\n{target.folder.name} FAILED: {error}", flush=True)
+            failed.append(error)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(targets)} checks failed: {failed[0]}")

@@ -1,0 +1,55 @@
+"""What a run's scores predict, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layerbits.errors import UserError
+from layerbits.jobs import note, run_job
+from layerbits.paths import user_path
+from layerbits.schemes.settings import listed, one_run, source_name
+from layerbits.tracking.made import Made
+from layerbits.tracking.settings import TrackingSpec
+
+if TYPE_CHECKING:
+    from layerbits.trust.validate import ValidateSettings
+    from layerbits.trust.validation import Validation
+
+
+def validation(config: Mapping[str, Any], root: Path) -> None:
+    """Reads the run, measures, writes and logs the result."""
+    from layerbits.trust.again import load_run
+    from layerbits.trust.validate import settings_of, validate, write_validation
+    from layerbits.trust.validation import markdown
+
+    settings = settings_of(config, listed(config["rankers"]))
+    reference = one_run(config["run_id"])
+    output = user_path(config["output_root"])
+
+    def make(uri: str | None) -> Made:
+        found = validate(reference, load_run(reference, uri), settings, root / "configs", root)
+        folder = write_validation(found, output)
+        text = markdown(found)
+        print(f"\n{text}\nvalidation: {folder}")
+        tags = {**found.provenance, "source_run_id": reference, **note(text)}
+        failure = UserError(f"{found.blind} ({folder})") if found.blind else None
+        return Made(folder, found.metrics(), _parameters(found, settings), tags, failure)
+
+    name = f"validation of {source_name([reference])}"
+    run_job(TrackingSpec.from_config(config), root, name, "validate", make, system_metrics=True)
+
+
+def _parameters(found: Validation, settings: ValidateSettings) -> dict[str, str]:
+    return {
+        "eff.model": found.model.name,
+        "eff.model_revision": found.model.revision,
+        "eff.candidate": found.candidate,
+        "eff.config_hash": found.config_hash,
+        "eff.rows": str(found.data.rows),
+        "eff.measured_dtype": found.dtype,
+        "eff.disable_one": str(settings.disable_one).lower(),
+        "eff.rankers": ",".join(settings.rankers),
+        "eff.kv_cache": "+".join(one.format for one in found.kv) or "none",
+    }

@@ -1,0 +1,34 @@
+"""A past run again from its record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerbits.jobs import Tracker, note, refusal
+from layerbits.paths import user_path
+from layerbits.provenance import provenance
+from layerbits.schemes.settings import one_run, source_name
+from layerbits.tracking.made import Made
+from layerbits.tracking.settings import TrackingSpec
+
+
+def verification(config: Mapping[str, Any], root: Path) -> None:
+    """Repeats the run, writes and logs the comparison; fails where it is beyond the bound."""
+    from layerbits.trust.again import scored_run
+    from layerbits.trust.verification import check, verify
+
+    reference = one_run(config["run_id"])
+    output = user_path(config["output_root"])
+    tracker = Tracker(TrackingSpec.from_config(config), root)
+    scored = scored_run(reference, tracker.uri)
+    tags = {"source_run_id": scored}
+    with tracker.run(f"verification of {source_name([reference])}", "verify", tags, system_metrics=True) as run:
+        found, folder = verify(
+            scored, str(config["bound"]), config["device"], root / "configs", output, root, tracker.uri
+        )
+        text = found.markdown()
+        print(f"\n{text}\nverification: {folder}")
+        tags = {**tags, **provenance(root), **note(text)}
+        run.log(Made(folder, found.metrics(), {"eff.device": found.device}, tags, refusal(lambda: check(found))))

@@ -1,0 +1,124 @@
+"""What a job made, as its run and its folder hold it: enough to log the folder later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from layerbits.atomic import write_json
+from layerbits.errors import Skipped, UserError
+
+RECORD = "run.json"
+"""File of a result's folder that says what its run holds."""
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A version of a registered model that is to be made of a run.
+
+    Attributes:
+        name: The registered model.
+        artifact_path: Folder of the run's artifacts that the version is; empty = all of them.
+    """
+
+    name: str
+    tags: Mapping[str, str]
+    artifact_path: str = ""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a job made, complete on disk.
+
+    Attributes:
+        folder: Its files.
+        metrics: Values; what is not finite is left out, as a chart would show it as 1.8e308.
+        params: Parameters by their names in the contract.
+        tags: Tags, ``source_run_id`` among them.
+        failure: Why the run fails although everything was made, as a check that did not pass.
+        artifacts: Artifact path → further folder that is logged there.
+        registration: What to register.
+    """
+
+    folder: Path
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    failure: UserError | None = None
+    artifacts: Mapping[str, Path] = field(default_factory=dict)
+    registration: Registration | None = None
+
+    @property
+    def finite(self) -> dict[str, float]:
+        """The metrics that can be logged."""
+        return {key: float(value) for key, value in self.metrics.items() if math.isfinite(value)}
+
+    @property
+    def result_id(self) -> str:
+        """What tells it from every other; after :meth:`save`."""
+        return hashlib.sha256((self.folder / RECORD).read_bytes()).hexdigest()[:32]
+
+    def save(self, name: str, kind: str, parent: bool = False) -> None:
+        """Writes the record into the folder.
+
+        Args:
+            name: Of the run.
+            kind: ``layerbits.kind`` of the run.
+            parent: Whether the run ends as its children do.
+        """
+        write_json(
+            self.folder / RECORD,
+            {
+                "schema_version": _VERSION,
+                "name": name,
+                "kind": kind,
+                "parent": parent,
+                "metrics": self.finite,
+                "params": dict(self.params),
+                "tags": dict(self.tags),
+                "failure": None if self.failure is None else str(self.failure),
+                "skipped": isinstance(self.failure, Skipped),
+                "artifacts": {path: str(folder) for path, folder in self.artifacts.items()},
+                "registration": None
+                if self.registration is None
+                else {**vars(self.registration), "tags": dict(self.registration.tags)},
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A folder's record: what was made, and its run: name, kind, and whether it ends as its children do."""
+
+    made: Made
+    name: str
+    kind: str
+    parent: bool
+
+
+def read_record(folder: Path) -> Recorded | None:
+    """What :meth:`Made.save` wrote; ``None`` where a folder has no record.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    try:
+        data = json.loads((folder / RECORD).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder / RECORD} is not JSON ({error}); make the result again") from None
+    try:
+        failure = None if data["failure"] is None else (Skipped if data["skipped"] else UserError)(data["failure"])
+        registration = None if data["registration"] is None else Registration(**data["registration"])
+        artifacts = {path: Path(place) for path, place in data["artifacts"].items()}
+        made = Made(folder, data["metrics"], data["params"], data["tags"], failure, artifacts, registration)
+        return Recorded(made, str(data["name"]), str(data["kind"]), bool(data["parent"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / RECORD} is not a record that this version reads ({error!r})") from None
