@@ -73,7 +73,7 @@ class ExportLog:
     def _log_again(self, scheme: Scheme, recorded: Recorded, folder: Path) -> None:
         from layerbits import tracking
 
-        known = tracking.run_of(recorded.made.result_id)
+        known = tracking.run_of(recorded.made.record_id)
         plain = replace(recorded.made, registration=None)
         if known is None:
             tags = {"source_run_id": scheme.source_run_id, "scheme": scheme.name}

@@ -26,6 +26,9 @@ Number = TypeVar("Number", int, float)
 
 SCHEMA_VERSION = 1
 RESULT_ID = "layerbits.result_id"
+RECORD_ID = "layerbits.record_id"
+"""The same for what was made from earlier runs: the digest of its ``run.json``."""
+
 TABLE = "sensitivity/layer_sensitivity.json"
 LAYERS = "mlflow.layerbits.layers."
 """Prefix of the tags that hold the scores per group, a number follows; the UI hides what starts with ``mlflow.``."""

@@ -124,20 +124,24 @@ def logged_run(directory: Path) -> str | None:
     Raises:
         UserError: The store cannot be read.
     """
-    return run_of(contract.result_id(Path(directory)))
+    return _finished_run_of(contract.RESULT_ID, contract.result_id(Path(directory)))
 
 
-def run_of(result_id: str) -> str | None:
-    """Id of the run that has everything of what was made, by :attr:`Made.result_id`; ``None`` without one.
+def run_of(record_id: str) -> str | None:
+    """Id of the run that has everything of what was made, by :attr:`Made.record_id`; ``None`` without one.
 
     Raises:
         UserError: The store cannot be read.
     """
+    return _finished_run_of(contract.RECORD_ID, record_id)
+
+
+def _finished_run_of(tag: str, value: str) -> str | None:
     import mlflow
     from mlflow.exceptions import MlflowException
 
     try:
-        found = _find(mlflow.MlflowClient(), result_id)
+        found = _find(mlflow.MlflowClient(), tag, value)
     except MlflowException as error:
         raise UserError(f"cannot read {redact(mlflow.get_tracking_uri())}: {one_line(error)}") from error
     return str(found.info.run_id) if found is not None and found.data.tags.get("outcome") == "ok" else None
@@ -224,13 +228,13 @@ def push(
 
     client = mlflow.MlflowClient()
     try:
-        found = _find(client, finished.result_id)
+        found = _find(client, *finished.tag)
         if found is not None and found.data.tags.get("outcome") == finished.ending.outcome:
             return str(found.info.run_id)
         if run_id is not None:
             found = client.get_run(run_id)
         if found is None:
-            tags = {contract.RESULT_ID: finished.result_id, **finished.tags}
+            tags = dict([finished.tag]) | finished.tags
             run_id = _create(client, experiment_id(experiment), finished.name, tags, finished.started)
         else:
             run_id = str(found.info.run_id)
@@ -251,15 +255,16 @@ class _Finished:
     """A finished result on disk, of any kind.
 
     Attributes:
-        tags: Of a run that is made for it.
+        tag: Key and value that name it wherever it is logged.
+        tags: Further ones of a run that is made for it.
         parent: Whether a run that was opened for it ends as its children do.
         started, ended: Unix milliseconds; ``None`` = now.
         log: Logs it to a run.
     """
 
-    result_id: str
+    tag: tuple[str, str]
     name: str
-    tags: Mapping[str, str]
+    tags: dict[str, str]
     ending: Ending
     started: int | None
     ended: int | None
@@ -279,7 +284,8 @@ def _finished(directory: Path) -> _Finished:
             made, tags = recorded.made, {"layerbits.kind": recorded.kind} if recorded.kind else {}
             ending = Ending("FINISHED", "ok") if made.failure is None else ending_of(made.failure)
             log = partial(log_made, made=made)
-            return _Finished(made.result_id, recorded.name, tags, ending, None, None, log, recorded.parent)
+            tag = (contract.RECORD_ID, made.record_id)
+            return _Finished(tag, recorded.name, tags, ending, None, None, log, recorded.parent)
     if not (directory / "manifest.json").is_file() and directory.is_dir():
         raise UserError(
             f"{directory} has neither a manifest.json nor a {RECORD}; give the folder that a job named as its result"
@@ -287,9 +293,8 @@ def _finished(directory: Path) -> _Finished:
     result = load_manifest(directory)
     ended = contract.milliseconds(result)
     started = ended - int(1000 * sum(result.seconds.values()))
-    known = contract.result_id(directory)
     return _Finished(
-        known,
+        (contract.RESULT_ID, contract.result_id(directory)),
         result.run_name,
         {},
         Ending("FINISHED", "ok"),
@@ -317,7 +322,7 @@ def _log_made(client: Any, run_id: str, made: Made) -> None:
 
     now = int(1000 * time.time())
     finite = [Metric(key, value, now, 0) for key, value in made.finite.items()]
-    client.set_tag(run_id, contract.RESULT_ID, made.result_id)
+    client.set_tag(run_id, contract.RECORD_ID, made.record_id)
     client.log_artifacts(run_id, str(made.folder))
     for path, folder in made.artifacts.items():
         client.log_artifacts(run_id, str(folder), path)
@@ -362,10 +367,10 @@ def _log_captions(client: Any, run_id: str, captions: Mapping[str, str]) -> None
         client.log_inputs(run_id, inputs)
 
 
-def _find(client: Any, result_id: str) -> Any:
+def _find(client: Any, tag: str, value: str) -> Any:
     """The run of a result in any experiment, a finished one first."""
     experiments = [e.experiment_id for e in client.search_experiments()]
-    runs = client.search_runs(experiments, f"tags.`{contract.RESULT_ID}` = '{result_id}'")
+    runs = client.search_runs(experiments, f"tags.`{tag}` = '{value}'")
     return next(iter(sorted(runs, key=lambda run: run.data.tags.get("outcome") != "ok")), None)
 
 

@@ -60,7 +60,7 @@ class Made:
         return {key: float(value) for key, value in self.metrics.items() if math.isfinite(value)}
 
     @property
-    def result_id(self) -> str:
+    def record_id(self) -> str:
         """What tells it from every other; after :meth:`save`."""
         return hashlib.sha256((self.folder / RECORD).read_bytes()).hexdigest()[:32]
 
