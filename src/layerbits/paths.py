@@ -42,7 +42,7 @@ def split_at_commas(text: str) -> list[str]:
     """The parts of a comma-separated list of names or paths; a comma inside a path that exists stays.
 
     Args:
-        text: ``a,b,c``; of several paths that exist the longest counts.
+        text: ``a,b,c``; of several paths that exist, or lie in a folder that does, the longest counts.
     """
     return [part for part in (part.strip() for part in _parts(text.split(","))) if part]
 
@@ -50,6 +50,12 @@ def split_at_commas(text: str) -> list[str]:
 def _parts(pieces: list[str]) -> Iterator[str]:
     while pieces:
         ends = range(len(pieces), 1, -1)
-        end = next((end for end in ends if exists(",".join(pieces[:end]).strip())), 1)
+        end = next((end for end in ends if _is_path(",".join(pieces[:end]).strip(), pieces[end - 1])), 1)
         yield ",".join(pieces[:end])
         pieces = pieces[end:]
+
+
+def _is_path(text: str, last: str) -> bool:
+    """Whether a text is a path that exists, or its last comma is in the name of a folder that does."""
+    _, slash, below = last.partition("/")
+    return exists(text) or (bool(slash) and exists(text.removesuffix(f"/{below.rstrip()}")))

@@ -7,6 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from layerbits import overrides
 from layerbits.errors import UserError
 from layerbits.overrides import as_typed, check_grammar, hydra_arguments, split_overrides
+from layerbits.paths import split_at_commas
 
 NAMES = (
     *("captions (1).txt", "run=3/c.txt", "josé/c.txt", "数据/c.txt", "#1/c.txt", "[v2]/c.txt", "it's", "a,b"),
@@ -66,6 +67,13 @@ def test_a_comma_starts_no_sweep_over_a_path_that_exists(tmp_path, monkeypatch):
     (tmp_path / "a,b.txt").touch()
     assert hydra_arguments(["dataset.path=a,b.txt", "-m"]) == ["-m", "dataset.path='a,b.txt'"]
     assert hydra_arguments(["dataset.path=x,a,b.txt,y", "-m"]) == ["-m", "dataset.path='x','a,b.txt','y'"]
+
+
+def test_a_comma_in_the_name_of_a_folder_does_not_separate_either(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a, b").mkdir()
+    assert split_at_commas("a, b/gone.json,c") == ["a, b/gone.json", "c"]
+    assert split_at_commas("x/a, b/gone.json") == ["x/a", "b/gone.json"]
 
 
 def test_a_sweep_over_paths_stays_a_sweep():

@@ -1,0 +1,38 @@
+"""The same questions to the unquantized model and to each scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerbits.answers.report import markdown, parameters, tags, write_evaluation
+from layerbits.answers.settings import evaluate_settings
+from layerbits.jobs import note, run_job
+from layerbits.paths import user_path
+from layerbits.schemes.report import digests
+from layerbits.schemes.request import SchemeRequest
+from layerbits.tracking.made import Made
+from layerbits.tracking.settings import TrackingSpec
+
+
+def evaluate(config: Mapping[str, Any], root: Path) -> None:
+    """Makes or reads the schemes, asks, writes and logs the result."""
+    settings = evaluate_settings(config)
+    wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")
+    output = user_path(config["output_root"])
+
+    def make(uri: str | None) -> Made:
+        from layerbits.answers.job import evaluate_schemes
+
+        schemes = wanted.schemes(uri)
+        result = evaluate_schemes(schemes, settings, config["device"], root)
+        folder = write_evaluation(result, output)
+        text = markdown(result)
+        print(f"\n{text}\nevaluation: {folder}")
+        told = {**result.provenance, "source_run_id": schemes[0].source_run_id, **note(text)}
+        told |= {**digests({s.scheme: s.digest for s in result.schemes if s.digest}), **tags(result)}
+        return Made(folder, result.metrics(), parameters(result), told)
+
+    name = f"evaluation of {wanted.source_name}"
+    run_job(TrackingSpec.from_config(config), root, name, "evaluation", make, system_metrics=True)

@@ -1,0 +1,87 @@
+"""Every entry point in hard surroundings: ASCII terminal and locale, a notebook's backend, no home, odd paths."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from layerbits.results.manifest import load_manifest
+from tests.integration.entries import start_process
+from tests.integration.tracking_support import small_result, write_folder
+
+ODD = "a b, ü数 [v2] (1)=#'x"
+SURROUNDINGS = {
+    "PYTHONIOENCODING": "ascii",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+    "LC_ALL": "C",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "HOME": "/proc/none",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, made_store):
+    """A project's output root with a store and a result in it."""
+    folder = tmp_path_factory.mktemp("odd") / ODD
+    folder.mkdir()
+    shutil.copy(made_store, folder / "mlflow.db")
+    base = small_result()
+    settings = {"model": {"name": "tiny", "path": str(folder / "model")}, "dataset": {"name": "everyday"}}
+    entries = [{"quantizer_name": "*", "enable": False}]
+    entries += [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}}]
+    candidate = replace(base.candidate, config={"quant_cfg": entries, "algorithm": "max"})
+    write_folder(replace(base, settings=settings, candidate=candidate), folder / "result")
+    return folder
+
+
+def ended(script, folder, *arguments, **changes):
+    """What a script prints, and that it ends without a traceback."""
+    store = f"tracking.uri=sqlite:///{folder}/mlflow.db"
+    done = start_process(script, f"output_root={folder}/outputs", store, *arguments, **SURROUNDINGS, **changes)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_schemes_are_made_and_logged(folder):
+    done = ended("scheme", folder, f"run_id={folder}/result", "schemes=none", "effective_bits=10", "pareto=5")
+    assert done.returncode == 0, done.stderr
+    (schemes,) = (folder / "outputs" / "tmp").glob("schemes_*")
+    assert (schemes / "figures" / "pareto.png").is_file()
+    assert "run ok" in done.stdout
+
+
+def test_a_report_is_rebuilt(folder):
+    done = ended("sensitivity", folder, f"report_only={folder}/result", "tracking=none")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "outputs" / "report_only" / "figures" / "heatmap.png").is_file()
+    assert load_manifest(folder / "result").model.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "line"),
+    [
+        ("sensitivity", ("dataset=text_file", "dataset.path={}/c.txt"), "no caption file at {}/c.txt"),
+        ("grid", ("dataset=text_file", "dataset.path={}/c.txt", "quant_pairs=wint8_afp16"), "no caption file at"),
+        ("probe", ("scheme_files={}/none.json",), "no scheme at {}/none.json"),
+        ("evaluate", ("scheme_files={}/none.json",), "no scheme at {}/none.json"),
+        ("export", ("scheme_files={}/none.json", "export_root={}/export"), "no scheme at {}/none.json"),
+        ("validate", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
+        ("verify", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
+        ("serve_check", ("checkpoint={}/none",), "{}/none"),
+        ("import_results", ("path={}/none",), "{}/none"),
+        ("scheme", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
+    ],
+)
+def test_what_is_missing_is_one_line_that_names_the_path(folder, script, arguments, line):
+    done = ended(script, folder, *(argument.format(folder) for argument in arguments))
+    shown = line.format(folder).encode("ascii", "replace").decode()
+    assert done.returncode == 2
+    (error,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
+    assert shown in error
+
+
+def test_a_cache_without_a_home_is_one_line_that_names_what_to_set(folder):
+    done = ended("sensitivity", folder, "tracking=none")
+    assert done.returncode == 2
+    assert "set LAYERBITS_CACHE to a folder that can be written" in done.stderr.splitlines()[-1]
