@@ -7,7 +7,9 @@ import pytest
 from mlflow import MlflowClient
 
 from layerbits import history
+from layerbits.answers import rows
 from layerbits.inputs import smollm2
+from layerbits.results.manifest import load_manifest
 
 from .completions import completions
 from .entries import start
@@ -208,3 +210,20 @@ def test_what_cannot_be_asked_is_refused_in_one_line(run, arguments, words):
     if not any(a.startswith("task_path") for a in arguments):
         arguments = (*arguments, f"task_path={tasks}")
     check_refused(run, evaluate(run, *arguments), words)
+
+
+@pytest.mark.parametrize("method", ["gradient", "fisher", "kl_div"])
+def test_layers_are_scored_for_a_task(run, tmp_path, method):
+    assert rows.main(["sums", str(tmp_path / "rows.jsonl"), "--first", "960"]) == 0
+    done = start(
+        "sensitivity", "model=hf", f"model.path={run['folder']}/model", "model.dtype=float32", "quant_pair=wint4_afp16",
+        "dataset=task", f"dataset.path={tmp_path}/rows.jsonl", "dataset.size=16", f"autoquant.method={method}",
+        "autoquant.seq_len=160", "autoquant.draws=1", "model.random_weights=true", "tracking=none",
+        f"output_root={tmp_path}/out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "out" / "tmp").iterdir()
+    result = load_manifest(folder)
+    assert (result.calibration.dataset, result.calibration.calib_samples) == ("task", 16)
+    assert 16 <= result.calibration.loss_tokens <= 6 * 16  # of the answers, not of the prompts
+    assert (result.scores > 0).all()

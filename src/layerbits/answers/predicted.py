@@ -159,15 +159,14 @@ class _Tap:
         self._found = {}
         with torch.enable_grad():
             logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            likelihoods = []
-            for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-                at = slice(len(row) - length - 1, len(row) - 1)
-                told = logits[i, at].float().log_softmax(-1)
-                likelihoods.append(told.gather(1, ids[i, len(row) - length : len(row), None]).sum())
+            owners, columns = _choice_tokens(rows, lengths, device)
+            told = logits[owners, columns - 1].float().log_softmax(-1)
+            told = told.gather(1, ids[owners, columns, None])[:, 0]
+            likelihoods = torch.zeros(len(rows), device=device).index_add(0, owners, told)
             odds, start = [], 0
             for document in documents:
                 end = start + len(document.rows)
-                lls = torch.stack(likelihoods[start:end])
+                lls = likelihoods[start:end]
                 others = torch.cat([lls[: document.right], lls[document.right + 1 :]])
                 odds.append(lls[document.right] - others.logsumexp(0))
                 start = end
@@ -193,3 +192,14 @@ class _Tap:
             output.register_hook(collect)
 
         return record
+
+
+def _choice_tokens(
+    rows: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of all tokens of the choices, which end the rows."""
+    import torch
+
+    owners = [i for i, length in enumerate(lengths) for _ in range(length)]
+    columns = [at for row, length in zip(rows, lengths, strict=True) for at in range(len(row) - length, len(row))]
+    return torch.tensor(owners, device=device), torch.tensor(columns, device=device)
