@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -265,11 +266,11 @@ def grid() -> list[GridPoint]:
     return [GridPoint.of(row) for row in json.loads((RESULTS / GRID).read_text())["points"]]
 
 
-def fitted(points: tuple[Point, ...] = POINTS) -> Card:
+def fitted(points: tuple[Point, ...] = POINTS, points_of_grid: Sequence[GridPoint] | None = None) -> Card:
     """The table's row from the points that are marked for it and the grid; copies as fast as the slowest record."""
     used = [Measured.of(p) for p in points if p.fitted]
     step, calibrate = [], []
-    points_of_grid = grid()
+    points_of_grid = grid() if points_of_grid is None else points_of_grid
     for g in (g for g in points_of_grid if g.card_bound):
         step.append((*g.step_work, g.row["seconds"]))
         once = g.needs.weights / SAMPLE_STEPS

@@ -1,8 +1,9 @@
 """What ``layerbits plan`` foretells, held against passes that were measured on GPUs (``benchmarks/results``)."""
 
 import json
+import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -36,19 +37,29 @@ def test_memory_is_foretold_within_five_percent(held):
     assert max(map(abs, earlier.values())) < 0.07, "the first version of the code for experts"
 
 
-def test_seconds_are_foretold_within_fifteen_percent(held):
-    known = [h for h in held if h.point.cards == 1 and h.told_seconds == h.told_seconds]
-    off = {(h.point.file, h.point.key): h.told_seconds / h.seconds - 1 for h in known}
+@pytest.fixture(scope="module")
+def unseen(records, held):
+    """What is predicted of each pass by a table that is fitted to the others alone."""
+    found = [h for h in held if not h.point.fitted]
+    for left_out in (p for p in records.POINTS if p.fitted):
+        points = tuple(replace(p, fitted=p.fitted and p != left_out) for p in records.POINTS)
+        found += [h for h in records.held(records.fitted(points)) if h.point == left_out]
+    return [h for h in found if h.point.cards == 1 and not math.isnan(h.told_seconds)]
+
+
+def test_seconds_of_a_pass_are_predicted_from_the_others(unseen):
+    off = {(h.point.file, h.point.key): h.told_seconds / h.seconds - 1 for h in unseen}
     experts = {key: value for key, value in off.items() if "experts" in key[0]}
-    assert {h.point.mode for h in known} == {"fast", "lean"}
-    assert any(not h.point.fitted for h in known)
+    assert {h.point.mode for h in unseen} == {"fast", "lean"}
     assert max(abs(value) for key, value in off.items() if key not in experts) < 0.15
-    assert max(map(abs, experts.values())) < 0.2, "two runs of the same pass took 1.92 and 2.53 s"
+    assert max(map(abs, experts.values())) < 0.4, "two records: the same pass took 1.92 and 2.53 s"
 
 
-def test_steps_of_the_grid_are_foretold_within_fifteen_percent(records):
-    card = Card.read()
-    off = [(g.card_bound, g.told_seconds(card) / g.row["seconds"] - 1) for g in records.grid()]
+def test_steps_of_the_grid_are_predicted_from_the_others(records):
+    points, off = records.grid(), []
+    for part in range(3):
+        card = records.fitted(records.POINTS, [p for i, p in enumerate(points) if i % 3 != part])
+        off += [(p.card_bound, p.told_seconds(card) / p.row["seconds"] - 1) for p in points[part::3]]
     assert max(abs(value) for bound, value in off if bound) < 0.15
     assert max(abs(value) for bound, value in off if not bound) < 0.25, "what the host takes varies"
 

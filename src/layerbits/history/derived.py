@@ -64,7 +64,7 @@ def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFra
     condition = f"tags.`layerbits.kind` = '{kind}' AND attributes.status = 'FINISHED'"
     with told(uri):
         where = experiment_id(uri, experiment)
-        found = search(uri, where, condition, lambda run: _rows(run, _PREFIXES[kind]))
+        found = search(uri, where, condition, lambda run: scheme_rows(run, _PREFIXES[kind]))
         served, said = (_served(uri, where), verdicts(uri, where)) if found else ({}, {})
     rows = [
         {**row, "served_kl": served.get(row["served_kl"]), "answers": said.get(row["served_kl"])}
@@ -77,7 +77,7 @@ def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFra
     return frame
 
 
-def _rows(run: RawRun, prefix: str) -> list[dict[str, Any]]:
+def scheme_rows(run: RawRun, prefix: str) -> list[dict[str, Any]]:
     """A row per scheme of a run; ``served_kl`` holds the scheme's digest as yet."""
     rows: dict[str, dict[str, Any]] = {}
     for key, value in run.metrics.items():

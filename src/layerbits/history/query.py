@@ -128,7 +128,7 @@ def scores(runs: pd.DataFrame | Sequence[str], *, tracking_uri: str | None = Non
         UserError: The store cannot be read.
     """
     ids, uri = _ids(runs, tracking_uri)
-    frame = _long(with_groups(uri, ids))
+    frame = long_frame(with_groups(uri, ids))
     frame.attrs["tracking_uri"] = uri
     return frame
 
@@ -140,7 +140,7 @@ def rows_and_scores(run_ids: Sequence[str], tracking_uri: str | None) -> tuple[p
         UserError: One of them has none.
     """
     table = with_groups(connect(tracking_uri), run_ids, strict=True)
-    return _frame(table.select(RUN_SCHEMA.names)).set_index("run_id", drop=False), _long(table)
+    return _frame(table.select(RUN_SCHEMA.names)).set_index("run_id", drop=False), long_frame(table)
 
 
 def result(run_id: str, *, tracking_uri: str | None = None) -> SensitivityResult:
@@ -282,7 +282,8 @@ def _sync(uri: str, wanted: _Wanted, known: pa.Table) -> tuple[list[dict[str, An
     return new, gone
 
 
-def _long(table: pa.Table) -> pd.DataFrame:
+def long_frame(table: pa.Table) -> pd.DataFrame:
+    """A row per run and group, as :func:`scores` has them, of a table that has a row per run."""
     lengths = pc.list_value_length(table["layer"]).to_numpy()
     run = np.repeat(np.arange(table.num_rows), lengths)
     columns = {
