@@ -154,27 +154,6 @@ def test_mlflow_loads_the_project():
     assert Path(project.env_config_path) == ROOT / "conda.yaml"
 
 
-def test_main_types_and_defaults():
-    assert {name: (p.type, p.default) for name, p in entry_point().parameters.items()} == {
-        "model": ("string", "smollm2_135m"),
-        "quant_pair": ("string", "wfp8_afp8"),
-        "quant_granularity": ("string", "default"),
-        "dataset": ("string", "everyday"),
-        "dataset_size": ("string", "small"),
-        "method": ("string", "gradient"),
-        "effective_bits": ("float", 12.0),
-        "num_score_samples": ("string", "all"),
-        "batch_size": ("int", 8),
-        "seq_len": ("int", 128),
-        "seed": ("int", 0),
-        "fp4": ("string", "mxfp4"),
-        "kv_cache": ("string", "none"),
-        "recipe": ("string", "none"),
-        "recipe_overrides": ("string", "none"),
-        "overrides": ("string", "none"),
-    }
-
-
 def test_main_hands_every_parameter_to_the_script():
     script = arguments({"quant_pair": "wint8_afp16", "dataset_size": "large", "seed": "7"})
     assert script[:3] == ["PYTHONPATH=$PWD/src", "python", "experiments/sensitivity.py"]
