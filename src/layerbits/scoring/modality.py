@@ -20,34 +20,42 @@ Seen = tuple[float, Any]
 
 
 class ImageInputs:
-    """Largest magnitudes of inputs while activation ranges are found; sees nothing where no row has pictures."""
+    """Largest magnitudes of inputs while activation ranges are found; sees nothing where no row has pictures.
 
-    def __init__(self) -> None:
-        self._segment: Segment | None = None
-        self._any = False
+    Nothing here waits for the device before :meth:`take`.
+
+    Args:
+        looking: Whether some row of the calibration has pictures, of this process or another.
+    """
+
+    def __init__(self, looking: bool = False) -> None:
+        self._looking = looking
+        self._tokens = 0
+        self._mask: Any = None
+        self._places: Any = None
         self._words: dict[str, Any] = {}
         self._images: dict[str, list[Any]] = {}
         self._last: tuple[Any, Any] = (None, None)
 
     def enter(self, segment: Segment) -> None:
         """Tells which rows the next inputs are of."""
-        self._segment, self._last = segment, (None, None)
-        self._any |= bool(segment.pictures)
+        self._tokens, self._last = segment.input_ids.numel(), (None, None)
+        self._mask = segment.image_tokens.flatten()
+        self._places = self._mask.nonzero()[:, 0]
 
     def see(self, tap: Tap, site: str, x: Any) -> None:
         """Takes an input of a module, where it has a range for every token of the rows."""
         import torch
 
-        segment = self._segment
-        if segment is None or not any(s == site for _, s, _, _ in tap.range_names()):
+        if not self._looking or tokens_of(tap.module, x) != self._tokens:  # of experts: routed tokens
             return
-        if tokens_of(tap.module, x) != segment.input_ids.numel():  # of experts: routed tokens
+        if not any(s == site for _, s, _, _ in tap.range_names()):
             return
+        if self._mask.device != x.device:
+            self._mask, self._places = self._mask.to(x.device), self._places.to(x.device)
         if self._last[0] is not x:  # linears that are fused share it
             largest = x.abs().amax(dim=1 if is_convolution(tap.module) else -1).flatten().float()
-            at_image = segment.image_tokens.flatten().to(x.device)
-            words = largest[~at_image].max() if bool((~segment.image_tokens).any()) else largest.new_zeros(())
-            self._last = x, (words, largest[at_image].cpu())
+            self._last = x, (largest.masked_fill(self._mask, 0).max(), largest[self._places])
         words, images = self._last[1]
         name = f"{tap.name}.{site}" if site else tap.name
         self._words[name] = torch.maximum(self._words.get(name, words), words)
@@ -57,9 +65,7 @@ class ImageInputs:
         """What was seen, by module; empty where no row had pictures."""
         import torch
 
-        if not self._any:
-            return {}
-        return {name: (float(words), torch.cat(self._images[name]).numpy()) for name, words in self._words.items()}
+        return {n: (float(words), torch.cat(self._images[n]).cpu().numpy()) for n, words in self._words.items()}
 
 
 def clipped(parts: Sequence[Mapping[str, Seen]]) -> dict[str, Any]:

@@ -89,7 +89,9 @@ def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> C
     """
     known = next((found for found in distributed.gather(log.read_calibration()) if found is not None), None)
     if known is None:
-        taps.calibrate(job.calibration.calib[distributed.rank() :: distributed.world()], need_logits)
+        mine = job.calibration.calib[distributed.rank() :: distributed.world()]
+        pictured = any(s.pictures for batch in job.calibration.calib for s in batch.segments)
+        taps.calibrate(mine, need_logits, pictured)
         parts = distributed.gather((taps.ranges(), taps.take_routed(), taps.images.take()))
         ranges, routed, images = ([part[i] for part in parts] for i in range(3))
         known = Calibrated(

@@ -85,8 +85,13 @@ class Taps:
         """What each module takes for a segment of some tokens."""
         return [tap.load(tokens) for tap in self.taps]
 
-    def calibrate(self, batches: Sequence[Batch], need_logits: bool) -> None:
+    def calibrate(self, batches: Sequence[Batch], need_logits: bool, pictured: bool = False) -> None:
         """Finds the static input ranges, all of them in one forward over the batches.
+
+        Args:
+            batches: The rows.
+            need_logits: Whether the output head is scored.
+            pictured: Whether to tell inputs at image positions from those at words, too.
 
         Raises:
             UserError: An input is not finite.
@@ -96,7 +101,7 @@ class Taps:
             return
         running: list[dict[str, dict[RangeKind, InputRange]]] = [{} for _ in self.taps]
         last: list[Any] = [None, {}]  # fused linears share one input tensor; its ranges are found once
-        self.images = seen = ImageInputs()
+        self.images = seen = ImageInputs(pictured)
 
         def see(index: int, site: str, x: Any) -> None:
             if last[0] is not x:
