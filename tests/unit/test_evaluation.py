@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from layerbits.answers.evaluation import Answer, Evaluated, Evaluation, TaskAnswers, documents
+from layerbits.answers.evaluation import Answer, Evaluated, Evaluation, TaskAnswers, documents, read_evaluation
 from layerbits.answers.report import markdown, table, tags, write_evaluation
+from layerbits.errors import UserError
 from layerbits.history.evaluated import rows_of
 from layerbits.history.source import RawRun
 from layerbits.results.result import ModelInfo
@@ -99,4 +100,10 @@ def test_the_folder_holds_all_of_it(tmp_path):
     plain = json.loads((folder / "evaluation.json").read_text())
     (verdict,) = plain["verdicts"]
     assert (verdict["task"], verdict["scheme"], verdict["verdict"]) == ("quiz", "low", "worse")
-    assert TaskAnswers.from_json(plain["unquantized"]["quiz"]) == evaluation(damaged()).unquantized["quiz"]
+    assert read_evaluation(folder / "evaluation.json") == evaluation(damaged())
+
+
+def test_what_is_no_evaluation_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is no evaluation\.json"):
+        read_evaluation(tmp_path / "x.json")

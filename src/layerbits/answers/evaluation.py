@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from layerbits.answers.paired import Interval, Paired, Verdict, judge
+from layerbits.errors import UserError
 from layerbits.results.result import FloatArray, ModelInfo
 
 SCHEMA_VERSION = 1
@@ -187,6 +190,51 @@ class Evaluation:
         ]
         plain: dict[str, Any] = _plain(asdict(self))
         return {"schema_version": SCHEMA_VERSION, **plain, "verdicts": _plain(verdicts)}
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """An evaluation from the ``evaluation.json`` that it wrote.
+
+    Raises:
+        UserError: It is no such file, or one of a later version.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        if data["schema_version"] > SCHEMA_VERSION:
+            raise UserError(f"{path} has schema_version {data['schema_version']}; upgrade layerbits")
+        return Evaluation(
+            model=ModelInfo(**data["model"]),
+            source_run_ids=tuple(data["source_run_ids"]),
+            dataset=data["dataset"],
+            unquantized=_tasks(data["unquantized"]),
+            schemes=tuple(_scheme(one) for one in data["schemes"]),
+            floor_kl=math.nan if data["floor_kl"] is None else data["floor_kl"],
+            margin=data["margin"],
+            layers=tuple(
+                LayerChange(one["task"], one["layer"], one["candidate"], Interval(**one["change"]))
+                for one in data["layers"]
+            ),
+            settings=data["settings"],
+            seconds=data["seconds"],
+            provenance=data["provenance"],
+            created=data["created"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no evaluation.json ({error!r}); give one of experiments/evaluate.py") from None
+
+
+_NUMBERS = ("effective_bits", "predicted_kl", "kl", "kl_se")
+
+
+def _scheme(data: Mapping[str, Any]) -> Evaluated:
+    values: dict[str, Any] = {k: math.nan if v is None and k in _NUMBERS else v for k, v in data.items()}
+    values["tasks"] = _tasks(data["tasks"])
+    values["predicted"] = {task: tuple(changes) for task, changes in data["predicted"].items()}
+    return Evaluated(**values)
+
+
+def _tasks(data: Mapping[str, Any]) -> dict[str, TaskAnswers]:
+    return {task: TaskAnswers.from_json(found) for task, found in data.items()}
 
 
 def log_odds_changes(before: Sequence[Answer], after: Sequence[Answer]) -> FloatArray | None:
