@@ -18,8 +18,8 @@ from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.models import LoadedModel
 from layerbits.provenance import provenance
 from layerbits.scoring import distributed
+from layerbits.scoring.checkpointing import checkpointed
 from layerbits.scoring.job import Scores, ScoringJob
-from layerbits.scoring.memory import checkpointed
 from layerbits.scoring.steps import calibration_forward, has_plain_head, loss_backward
 from layerbits.scoring.taps import activation_gradients
 

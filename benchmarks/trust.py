@@ -73,9 +73,10 @@ def windows(found: Validation, folder: Path, arguments: argparse.Namespace) -> d
             for draw in range(count):
                 drawn = fisher.drawn_labels(job.seed, index, draw)
                 came_true = lambda _logits, targets: targets  # noqa: E731
-                signed, owner = linears.score(batch, False, came_true if labels == "came_true" else drawn)
+                signed = linears.score(batch, False, came_true if labels == "came_true" else drawn)
                 for w in sizes:
-                    squares = fisher.windowed(signed, owner, batch, search.group_of, groups, w)[:, 0].double()
+                    windows = fisher.windowed(signed.by_token, signed.owner, batch, search.group_of, groups, w)
+                    squares = windows[:, 0].double()
                     kl[labels, draw, w] += weight * squares.sum(dim=-1).cpu().numpy()
     rows = {}
     for labels, count in (("came_true", 1), ("drawn", 1), ("drawn", 4)):

@@ -28,17 +28,17 @@ def scored(folder):
 
 def main(host: Path, dies: bool) -> None:
     """Scores into the host's own folder; with ``dies``, the first start ends with the whole host."""
-    step, mine = onepass._step, []
+    step, mine = onepass.BatchScorer.step, []
     start = os.environ["TORCHELASTIC_RESTART_COUNT"]
 
-    def counted(taps, job, search, index, way):
+    def counted(scorer, index):
         if dies and len(mine) == DIES_AFTER and start == "0":
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         mine.append(index)
-        return step(taps, job, search, index, way)
+        return step(scorer, index)
 
-    onepass._step = counted
+    onepass.BatchScorer.step = counted
     print(f"start {start}: process {distributed.rank()} of {distributed.world()}", flush=True)
     try:
         scores = scored(host / "search")

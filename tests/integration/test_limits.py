@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -236,6 +237,15 @@ def test_without_dropout_one_pass_and_stock_agree(tmp_path):
     one, other = (e.score(job(subject, tmp_path / e.__name__, configs("wint8_afp16"))) for e in (onepass, stock))
     torch.testing.assert_close(torch.tensor(one.raw), torch.tensor(other.raw), rtol=1e-4, atol=0)
     assert one.loss_per_token == pytest.approx(other.loss_per_token, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["fast", "lean"])
+def test_one_pass_scores_without_dropout_in_every_mode(mode, tmp_path):
+    found, expected = (
+        onepass.score(job(loaded(subject), tmp_path / name, configs("wint8_afp16"), memory=memory)).raw
+        for name, subject, memory in (("found", opt(), mode), ("expected", opt(dropout=0.0), "fast"))
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_with_dropout_stock_scores_a_noisier_model(tmp_path):

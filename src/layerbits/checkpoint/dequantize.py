@@ -56,7 +56,7 @@ def check_parts(checkpoint: Checkpoint, module: str, label: Label) -> None:
 
 
 def dequantize(
-    checkpoint: Checkpoint, module: str, label: Label, start: int, stop: int, device: str = "cpu"
+    checkpoint: Checkpoint, module: str, label: Label, start: int, stop: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Rows ``start`` to ``stop`` of a module's weight, float32 ``[stop - start, columns]``.
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from layerbits.checkpoint.reader import Checkpoint, Entry
 from layerbits.errors import Unsupported
 from layerbits.inputs.experts import Experts, named_experts
@@ -94,7 +96,6 @@ def _part(whole: Entry, linear: ExpertLinear) -> Entry:
 
 
 def _linears(model: Any, name: str, experts: Experts, projection: str, rows: int) -> list[ExpertLinear]:
-    import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     full = f"{name}.{projection}"

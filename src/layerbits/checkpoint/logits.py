@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
+
+from layerbits.scoring.divergence import exact_divergence
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from layerbits.inputs.calibration import Batch
 
-Logits = list[Any]
+Logits = list[torch.Tensor]
 """Per segment ``[tokens, vocabulary]``, in host memory."""
 
 _TOKENS = 1024
@@ -82,10 +88,8 @@ def some_rows(batches: Sequence[Batch]) -> tuple[Batch, ...]:
     return (replace(batches[0], segments=(segment.part(slice(rows)),)),)
 
 
-def logits_of(model: Any, batches: Sequence[Batch]) -> Logits:
+def logits_of(model: PreTrainedModel, batches: Sequence[Batch]) -> Logits:
     """A model's logits at the positions that the batches count."""
-    import torch
-
     from layerbits.scoring.steps import predictions
 
     with torch.no_grad():
@@ -130,7 +134,7 @@ def _difference(ours: Logits, theirs: Logits) -> _Difference:
             error, log_a, log_b = a - b, a.log_softmax(-1), b.log_softmax(-1)
             squares += float(error.square().sum())
             largest = max(largest, float(error.abs().max()))
-            kl += float((log_b.exp() * (log_b - log_a)).sum())
+            kl += float(exact_divergence(log_b, log_a).sum())
             tokens, values = tokens + len(a), values + a.numel()
     return _Difference(math.sqrt(squares / values), largest, kl / tokens)
 

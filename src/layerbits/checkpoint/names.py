@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from layerbits.inputs.experts import named_experts
 
 
@@ -16,7 +18,6 @@ def names_on_disk(model: Any) -> dict[str, str]:
         model: Not yet quantized. One loaded by ``from_pretrained`` remembers how it was renamed; for another it is the
             renaming of its architecture.
     """
-    import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     nothing = torch.empty(0, device="meta")

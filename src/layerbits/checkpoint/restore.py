@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.checkpoint.dequantize import dequantize, logical_shape, quantize_input
 from layerbits.checkpoint.experts import ExpertLinear, expert_linears
@@ -16,6 +18,9 @@ from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import with_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NOT_LOADED = ("pre_quant_scale", "k_scale", "v_scale")
 
@@ -33,7 +38,6 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
     Raises:
         UserError: A weight of the model is not in the checkpoint, or the reverse.
     """
-    import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig
     from transformers.initialization import no_init_weights
@@ -70,7 +74,7 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
 
 
 def at_stored_numbers(
-    model: Any, checkpoint: Checkpoint, quantization: Quantization, layers: Sequence[ScoredLayer]
+    model: PreTrainedModel, checkpoint: Checkpoint, quantization: Quantization, layers: Sequence[ScoredLayer]
 ) -> Any:
     """Gives the source's model the checkpoint's quantized weights, and ModelOpt's input quantizers at its scales.
 
@@ -83,8 +87,6 @@ def at_stored_numbers(
         quantization: Its configuration.
         layers: The quantized linears.
     """
-    import torch
-
     _experts_at_stored_numbers(model, checkpoint, quantization, [layer for layer in layers if layer.expert])
     for layer in layers:
         if layer.expert is not None:
@@ -106,11 +108,9 @@ def at_stored_numbers(
 
 
 def _experts_at_stored_numbers(
-    model: Any, checkpoint: Checkpoint, quantization: Quantization, layers: Sequence[ScoredLayer]
+    model: PreTrainedModel, checkpoint: Checkpoint, quantization: Quantization, layers: Sequence[ScoredLayer]
 ) -> None:
     """The same of the experts."""
-    import torch
-
     changes: dict[str, dict[str, Any]] = {}
     for layer in layers:
         expert, label = layer.expert, quantization.layers[layer.stored]
@@ -131,7 +131,11 @@ def _experts_at_stored_numbers(
 
 
 def _round_expert_inputs(
-    model: Any, name: str, checkpoint: Checkpoint, quantization: Quantization, experts: Sequence[ExpertLinear]
+    model: PreTrainedModel,
+    name: str,
+    checkpoint: Checkpoint,
+    quantization: Quantization,
+    experts: Sequence[ExpertLinear],
 ) -> None:
     """Rounds what enters the two projections of an expert module, whose experts share its scales."""
     changes = {}
@@ -144,14 +148,12 @@ def _round_expert_inputs(
 
 
 def _fill(
-    model: Any,
+    model: PreTrainedModel,
     checkpoint: Checkpoint,
     quantization: Quantization,
     names: Mapping[str, str],
     experts: Sequence[ExpertLinear],
 ) -> None:
-    import torch
-
     tensors = model.state_dict()
     used, filled, missing = set(), set(), []
     for expert in experts:
@@ -185,10 +187,8 @@ def _fill(
         raise UserError(f"{checkpoint.folder} has {extra}, which its config.json has no place for; export it again")
 
 
-def _fill_linear(checkpoint: Checkpoint, quantization: Quantization, module: str, weight: Any) -> set[str]:
+def _fill_linear(checkpoint: Checkpoint, quantization: Quantization, module: str, weight: torch.Tensor) -> set[str]:
     """Fills a weight from a linear of the checkpoint; returns the names of the tensors that were read."""
-    import torch
-
     label, stored = quantization.layers.get(module), f"{module}.weight"
     with torch.no_grad():
         if label is None:
@@ -202,7 +202,7 @@ def _fill_linear(checkpoint: Checkpoint, quantization: Quantization, module: str
     return {f"{module}.{part}" for part in label.parts}
 
 
-def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], tensor: Any) -> None:
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], tensor: torch.Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise UserError(
             f"{checkpoint.folder}: {name} is {list(shape)}, its config.json says {list(tensor.shape)}; export it again"

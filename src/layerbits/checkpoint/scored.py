@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerbits.checkpoint.experts import ExpertLinear, expert_linears
 from layerbits.checkpoint.label import COMPRESSED, Label
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
     from layerbits.probing.apply import Ranges
     from layerbits.results.result import CandidateInfo
@@ -41,7 +43,7 @@ class ScoredLayer:
     candidate: str
     label: Label
     dtype: torch.dtype
-    weight: Any
+    weight: torch.Tensor
     inputs: Any
     weight_range: torch.Tensor | None
     scale_range: torch.Tensor | None
@@ -52,15 +54,13 @@ class ScoredLayer:
     @property
     def as_scored(self) -> bool:
         """Whether the weights are quantized at exactly the range that was scored."""
-        import torch
-
         if self.weight_range is None or self.stored_range is None:
             return self.weight_range is None
         return bool(torch.equal(self.weight_range.float(), self.stored_range.float()))
 
 
 def scored_layers(
-    model: Any, scheme: Scheme, labels: Mapping[str, Label], ranges: Ranges, on_disk: Mapping[str, str]
+    model: PreTrainedModel, scheme: Scheme, labels: Mapping[str, Label], ranges: Ranges, on_disk: Mapping[str, str]
 ) -> list[ScoredLayer]:
     """The quantized linears of a scheme with their calibrated settings.
 

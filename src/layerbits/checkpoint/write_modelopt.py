@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerbits.checkpoint.compare import fake_quantized
 from layerbits.checkpoint.experts import ExpertLinear
 from layerbits.checkpoint.files import copy_files
@@ -25,8 +27,6 @@ from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from layerbits.inputs.calibration import Batch
     from layerbits.schemes import Scheme
 
@@ -73,7 +73,6 @@ def write_checkpoint(
 
 def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None:
     import modelopt.torch.quantization as mtq
-    import torch
 
     from layerbits.probing.apply import runtime_config
 
@@ -113,8 +112,6 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
 
 def _quantize_experts(model: Any, layers: Sequence[ScoredLayer]) -> None:
     """Gives the experts' quantizers their ranges, and the experts their fake-quantized weights."""
-    import torch
-
     for layer in layers:
         if (expert := layer.expert) is None:
             continue
@@ -142,7 +139,6 @@ def _same_tensor(one: ExpertLinear | None, other: ExpertLinear) -> bool:
 def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str) -> dict[str, torch.Tensor]:
     """FP8 quantizers on keys and values, their ranges found with the linears quantized."""
     import modelopt.torch.quantization as mtq
-    import torch
 
     from layerbits.progress import progress
     from layerbits.scoring.steps import calibration_forward

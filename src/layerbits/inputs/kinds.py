@@ -11,11 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
+
+import torch
 
 from layerbits.inputs.language_model import find_language_model, foreign_parts
 from layerbits.inputs.linears import is_convolution, is_quantizable, shape_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _QKV = frozenset(
     (
@@ -105,7 +110,7 @@ def place_of(name: str) -> Place:
     return Place(match["list"], int(match["block"])) if match else Place("", None)
 
 
-def kind_of(model: Any, modules: Sequence[str], head: str | None) -> str:
+def kind_of(model: PreTrainedModel, modules: Sequence[str], head: str | None) -> str:
     """Kind of modules that share a decision.
 
     Args:
@@ -141,7 +146,7 @@ def _vision_kind(kind: str, name: str) -> str:
     return {"qkv": "vision_qkv", "o": "vision_out", "gate_up": "vision_fc1", "down": "vision_fc2"}.get(kind, "other")
 
 
-def kinds_of(model: Any, names: Sequence[str], head: str | None) -> dict[str, str]:
+def kinds_of(model: PreTrainedModel, names: Sequence[str], head: str | None) -> dict[str, str]:
     """Each name's own :func:`kind_of`."""
     return {name: kind_of(model, [name], head) for name in names}
 
@@ -189,7 +194,7 @@ def _attention_kind(leaf: str, beside: Collection[str]) -> str:
     return "mla_kv" if leaf.startswith("kv_") else "mla_q" if leaf.startswith("q_") else "other"
 
 
-def _facts(model: Any, name: str) -> _Facts:
+def _facts(model: PreTrainedModel, name: str) -> _Facts:
     """What the model's structure says."""
     place = place_of(name)
     root, inner = f"{place.blocks}.{place.block}", name.removeprefix(f"{place.blocks}.{place.block}.").split(".")
@@ -238,8 +243,6 @@ def _named_facts(name: str, known: Collection[str]) -> _Facts:
 
 def _experts_in(module: Any) -> int:
     """Experts that a module holds, as slices of one tensor or as a list of modules alike; 0 for any other module."""
-    import torch
-
     if is_convolution(module):
         return 0
     if stacked := [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3]:
@@ -250,7 +253,7 @@ def _experts_in(module: Any) -> int:
     return len(module) if any(isinstance(m, torch.nn.Linear) for m in first.modules() if m is not first) else 0
 
 
-def _mixer(model: Any, place: Place, above: Sequence[tuple[str, Any]]) -> str:
+def _mixer(model: PreTrainedModel, place: Place, above: Sequence[tuple[str, Any]]) -> str:
     """``ssm`` or ``linear_attn`` where a module lies in such a mixer.
 
     Both have a decay per head (``A_log``); a state space has the skip ``D`` besides, or a short convolution alone.
@@ -268,7 +271,7 @@ def _mixer(model: Any, place: Place, above: Sequence[tuple[str, Any]]) -> str:
     return ""
 
 
-def _layer_type(model: Any, place: Place) -> str | None:
+def _layer_type(model: PreTrainedModel, place: Place) -> str | None:
     config = getattr(model.config, "text_config", model.config)
     types = getattr(config, "layer_types", None) or ()
     if place.block is None or len(model.get_submodule(place.blocks)) != len(types):  # of another tower

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.errors import UserError
 from layerbits.inputs.folder import few
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "video_config")
 
 
-def find_language_model(model: Any) -> tuple[str, Any]:
+def find_language_model(model: PreTrainedModel) -> tuple[str, Any]:
     """The decoder that the output head follows.
 
     By ModelOpt's lineage of a vision-language model where it knows one. Else, in a model that also sees or hears, by
@@ -38,7 +43,7 @@ def find_language_model(model: Any) -> tuple[str, Any]:
     return "", model
 
 
-def foreign_parts(model: Any) -> list[str]:
+def foreign_parts(model: PreTrainedModel) -> list[str]:
     """Names of what is inside a language model and none of it: encoders of images beside its blocks.
 
     Args:
@@ -52,8 +57,6 @@ def foreign_parts(model: Any) -> list[str]:
 
 def _image_parts(part: Any, embedding: Any) -> list[str]:
     """The largest parts with a convolution over two or three dimensions and without the token embedding."""
-    import torch
-
     kinds = (torch.nn.Conv2d, torch.nn.Conv3d)
     found: list[str] = []
 
@@ -105,7 +108,5 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _has_blocks(part: Any) -> bool:
-    import torch
-
     lists = (m for m in part.modules() if isinstance(m, torch.nn.ModuleList))
     return any(any(p.dim() > 1 for p in blocks.parameters()) for blocks in lists)

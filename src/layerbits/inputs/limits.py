@@ -6,11 +6,16 @@ import contextlib
 import io
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.language_model import find_language_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_UNKNOWN = 0.5
 """Share of unknown tokens in the captions from which on they are not text to the model."""
@@ -95,7 +100,7 @@ class Limits:
         ]
 
 
-def limits_of(model: Any, config: Any, name: str) -> Limits:
+def limits_of(model: PreTrainedModel, config: Any, name: str) -> Limits:
     """Reads the limits of a model, which may be on the meta device.
 
     Args:
@@ -116,16 +121,14 @@ def limits_of(model: Any, config: Any, name: str) -> Limits:
     )
 
 
-def dropout_of(model: Any, config: Any) -> float:
+def dropout_of(model: PreTrainedModel, config: Any) -> float:
     """The largest probability of a model's dropout in training, of its modules and of attention."""
-    import torch
-
     modules = [float(m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
     named = [getattr(config, key, None) for key in ("dropout", "attention_dropout", "hidden_dropout", "attn_pdrop")]
     return max([0.0, *modules, *(float(p) for p in named if isinstance(p, int | float))])
 
 
-def check_causality(model: Any, calibration: Calibration, name: str) -> None:
+def check_causality(model: PreTrainedModel, calibration: Calibration, name: str) -> None:
     """Makes sure that a model predicts a token from those before it, by changing a later one.
 
     A model whose attention sees later tokens has a low loss and no gradient that means anything.
@@ -138,8 +141,6 @@ def check_causality(model: Any, calibration: Calibration, name: str) -> None:
     Raises:
         UserError: A later token changes an earlier prediction.
     """
-    import torch
-
     row = calibration.score[0].segments[0].input_ids[:1, :_PROBED].to(model.get_input_embeddings().weight.device)
     both = row.repeat(2, 1)
     both[1, -1] = (both[1, -1] + 1) % model.get_input_embeddings().weight.shape[0]
@@ -152,7 +153,7 @@ def check_causality(model: Any, calibration: Calibration, name: str) -> None:
         )
 
 
-def check_stock(model: Any) -> None:
+def check_stock(model: PreTrainedModel) -> None:
     """Refuses a model that ModelOpt's own search is known to fail on, as far as an empty model tells.
 
     ModelOpt 0.47 rewrites the attention classes of a model for a quantized cache whether it is asked for or not, and
@@ -176,7 +177,7 @@ def check_stock(model: Any) -> None:
         raise stock_fails(model, error) from None
 
 
-def stock_fails(model: Any, error: Exception) -> Unsupported:
+def stock_fails(model: PreTrainedModel, error: Exception) -> Unsupported:
     """The one line for a model that ModelOpt's search does not run."""
     why = str(error).strip().partition("\n")[0].partition(". ")[0]
     return Unsupported(
@@ -185,10 +186,8 @@ def stock_fails(model: Any, error: Exception) -> Unsupported:
     )
 
 
-def _run_hooked(model: Any) -> None:
+def _run_hooked(model: PreTrainedModel) -> None:
     """A forward pass without numbers under hooks for gradients, as ModelOpt sets them."""
-    import torch
-
     linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     handles = [m.register_full_backward_hook(lambda *_: None) for m in linears]
     try:
@@ -201,10 +200,8 @@ def _run_hooked(model: Any) -> None:
             handle.remove()
 
 
-def _has_table(model: Any, embedding: Any, positions: int) -> bool:
+def _has_table(model: PreTrainedModel, embedding: Any, positions: int) -> bool:
     """Whether the language model holds a table with a row per position: an embedding, or a buffer of sines."""
-    import torch
-
     _, part = find_language_model(model)
     embeddings = [m.weight for m in part.modules() if isinstance(m, torch.nn.Embedding) and m is not embedding]
     tables = [*embeddings, *(b for b in part.buffers() if b is not None and b.dim() == 2)]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+
 from layerbits.inputs.residence import resident
 
 
@@ -28,8 +30,6 @@ def is_transposed(module: Any) -> bool:
 
 def is_convolution(module: Any) -> bool:
     """Whether it is a convolution, whose inputs and outputs have their tokens last."""
-    import torch
-
     return isinstance(module, torch.nn.modules.conv._ConvNd)
 
 
@@ -48,12 +48,12 @@ def shape_of(module: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def tokens_of(module: Any, x: Any) -> int:
+def tokens_of(module: Any, x: torch.Tensor) -> int:
     """Number of tokens in an input of a module."""
     return int(x.numel() // x.shape[1 if is_convolution(module) else -1])
 
 
-def outputs_of(module: Any, x: Any, weights: Any, many: int) -> Any:
+def outputs_of(module: Any, x: torch.Tensor, weights: Any, many: int) -> Any:
     """What a module makes of an input with several weights.
 
     Args:
@@ -65,8 +65,6 @@ def outputs_of(module: Any, x: Any, weights: Any, many: int) -> Any:
     Returns:
         Their outputs side by side, features last: ``[..., many * out_features]``.
     """
-    import torch
-
     if is_convolution(module):
         parts = [run(module, x, weight) for weight in weights.chunk(many)]
         return features_last(module, torch.cat(parts, dim=1))
@@ -74,12 +72,12 @@ def outputs_of(module: Any, x: Any, weights: Any, many: int) -> Any:
     return torch.nn.functional.linear(x, weights, bias)
 
 
-def features_last(module: Any, y: Any) -> Any:
+def features_last(module: Any, y: torch.Tensor) -> Any:
     """An output (or its gradient) as ``[..., out_features]``."""
     return y.movedim(1, -1) if is_convolution(module) else y
 
 
-def by_token(module: Any, values: Any, x: Any) -> Any:
+def by_token(module: Any, values: torch.Tensor, x: torch.Tensor) -> Any:
     """Values per position of an output, as values per token of the input.
 
     A causal convolution puts out more positions than it gets tokens; those after the last token are counted to it.
@@ -98,10 +96,8 @@ def by_token(module: Any, values: Any, x: Any) -> Any:
     return tokens.flatten(1)
 
 
-def run(module: Any, x: Any, weight: Any) -> Any:
+def run(module: Any, x: torch.Tensor, weight: torch.Tensor) -> Any:
     """A module's output in its own layout, with another weight in place of its own."""
-    import torch
-
     if is_convolution(module):
         return module._conv_forward(x, weight, module.bias)
     return torch.nn.functional.linear(x, weight, module.bias)

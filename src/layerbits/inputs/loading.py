@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layerbits.errors import UserError, first_line
 from layerbits.inputs.architecture import is_remote, model_class
 from layerbits.inputs.folder import weight_files
@@ -25,8 +27,6 @@ def empty_model(resolved: ResolvedModel) -> Any:
         UserError: The tensors of the checkpoint are not those of the model; checked where safetensors are on this
             machine, whose headers tell.
     """
-    import torch
-
     local = Path(resolved.source)
     if resolved.spec.random_weights or not local.is_dir() or weight_files(local)[0].suffix != ".safetensors":
         with torch.device("meta"):
@@ -51,8 +51,6 @@ def load(
         UserError: The weights cannot be read.
         Unsupported: Its blocks cannot be streamed.
     """
-    import torch
-
     spec = resolved.spec
     if in_host_memory and spec.device_map:
         raise UserError(
@@ -98,7 +96,6 @@ def _from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
         UserError: The weights cannot be read, are not those of the model, or are not dequantized as they should be.
         OutOfMemoryError: Of torch; they do not fit.
     """
-    import torch
     from safetensors import SafetensorError
 
     spec, source = resolved.spec, resolved.source

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.quantized import Quantization, check_quantization
 from layerbits.paths import home_path
 from layerbits.results.result import ModelInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Shapes = tuple[tuple[int, int], ...]
 """``(out_features, in_features)`` of a linear's weight, or of one expert's weight per projection."""
@@ -70,7 +73,7 @@ class LoadedModel:
         linears: Full names of the language model's linears and expert modules → :data:`Shapes`, in model order.
     """
 
-    model: Any
+    model: PreTrainedModel
     tokenizer: Any
     info: ModelInfo
     linears: dict[str, Shapes]
@@ -117,7 +120,7 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
     return ResolvedModel(spec, source, revision, config, dtype, "" if spec.random_weights else note, found)
 
 
-def scored_linears(model: Any, spec: ModelSpec) -> dict[str, Shapes]:
+def scored_linears(model: PreTrainedModel, spec: ModelSpec) -> dict[str, Shapes]:
     """Those of :func:`language_model_linears` that are not excluded.
 
     Raises:
@@ -154,7 +157,7 @@ def load_tokenizer(resolved: ResolvedModel) -> Any:
         ) from None
 
 
-def language_model_linears(model: Any) -> dict[str, Shapes]:
+def language_model_linears(model: PreTrainedModel) -> dict[str, Shapes]:
     """Linears and expert modules of the language model, and its head.
 
     Returns:
@@ -177,7 +180,7 @@ def language_model_linears(model: Any) -> dict[str, Shapes]:
     return linears
 
 
-def vision_linears(model: Any) -> dict[str, Shapes]:
+def vision_linears(model: PreTrainedModel) -> dict[str, Shapes]:
     """Linears outside the language model and its head: of the vision tower and of what leads out of it.
 
     Convolutions are left out: they cut a picture into patches.
@@ -190,7 +193,7 @@ def vision_linears(model: Any) -> dict[str, Shapes]:
     }
 
 
-def undecided(model: Any) -> Iterator[str]:
+def undecided(model: PreTrainedModel) -> Iterator[str]:
     """Weights of the language model that ModelOpt's search makes no decision about, a line per class of module."""
     stacked: dict[str, list[tuple[str, int]]] = {}
     _, language_model = find_language_model(model)
@@ -209,17 +212,15 @@ def undecided(model: Any) -> Iterator[str]:
         )
 
 
-def output_head(model: Any) -> str | None:
+def output_head(model: PreTrainedModel) -> str | None:
     """Name of the linear that makes the logits, ``None`` where there is none."""
-    import torch
-
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         return None
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def unscored_patterns(model: Any, scored: set[str]) -> list[str]:
+def unscored_patterns(model: PreTrainedModel, scored: set[str]) -> list[str]:
     """Name patterns of everything that must stay unquantized: the largest subtrees without a scored linear."""
     # ModelOpt makes a decision for every linear, convolution and expert module that it finds.
     decided = {m for m in model.modules() if is_quantizable(m) or fused_experts(m) is not None}

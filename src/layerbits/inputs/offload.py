@@ -17,11 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.errors import Unsupported, UserError
-from layerbits.inputs.models import language_model_linears
+from layerbits.inputs.blocks import block_lists
 from layerbits.inputs.residence import MARK
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SLOTS = 2
 """Blocks that are on the device at once: the one that computes, and the next."""
@@ -51,7 +56,7 @@ class Parts:
         return sum(_room(p) for parameters in self.streamed for p in parameters)
 
 
-def parts_of(model: Any) -> Parts:
+def parts_of(model: PreTrainedModel) -> Parts:
     """Finds the decoder blocks of a language model; the model may be on the meta device.
 
     What lies outside the blocks stays on the device, and so does a weight that is not of one block alone (Zamba2).
@@ -59,21 +64,13 @@ def parts_of(model: Any) -> Parts:
     Raises:
         Unsupported: Its linears are in no list of blocks, or in several.
     """
-    import torch
-
-    lists: dict[str, None] = {}
-    for name in language_model_linears(model):
-        parts = name.split(".")
-        prefixes = (".".join(parts[:i]) for i in range(1, len(parts)))
-        found = next((p for p in prefixes if isinstance(model.get_submodule(p), torch.nn.ModuleList)), None)
-        if found is not None and found.count(".") + 2 < len(parts):  # a list of linears is none of blocks (Gemma 3n)
-            lists[found] = None
+    lists = block_lists(model)
     if len(lists) != 1:
         where = " and ".join(lists) or "no list"
         raise Unsupported(
             f"there are decoder blocks in {where}; memory=offload streams one list of them, use memory=lean"
         )
-    blocks = tuple(model.get_submodule(next(iter(lists))))
+    (blocks,) = (tuple(found) for found in lists.values())
     inside = {module for block in blocks for module in block.modules()}
     outside = {id(p) for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
     owners = Counter([*outside, *(id(p) for block in blocks for p in block.parameters())])
@@ -83,7 +80,7 @@ def parts_of(model: Any) -> Parts:
     return Parts(blocks, streamed)
 
 
-def offload(model: Any, device: Any) -> Offloaded:
+def offload(model: PreTrainedModel, device: Any) -> Offloaded:
     """Moves the weights of a model's blocks to host memory, wherever they are, and the rest onto the device.
 
     Args:
@@ -94,8 +91,6 @@ def offload(model: Any, device: Any) -> Offloaded:
         Unsupported: It has no single list of decoder blocks.
         UserError: Host or device memory ran out.
     """
-    import torch
-
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -109,7 +104,7 @@ def offload(model: Any, device: Any) -> Offloaded:
         ) from None
 
 
-def offloaded(model: Any) -> Offloaded | None:
+def offloaded(model: PreTrainedModel) -> Offloaded | None:
     """The streaming of a model, ``None`` where its weights are where it computes."""
     found: Offloaded | None = vars(model).get(MARK)
     return found
@@ -119,8 +114,6 @@ class _Block:
     """One block: its weights in host memory, and as what they are seen."""
 
     def __init__(self, module: Any, parameters: tuple[Any, ...]) -> None:
-        import torch
-
         self.module = module
         self.parameters = parameters
         self.host = torch.empty(sum(_room(p) for p in parameters), dtype=torch.uint8)
@@ -159,9 +152,7 @@ class Offloaded:
         copied_bytes: What was copied to the device so far.
     """
 
-    def __init__(self, model: Any, parts: Parts, device: Any) -> None:
-        import torch
-
+    def __init__(self, model: PreTrainedModel, parts: Parts, device: Any) -> None:
         self.device, self.parts = device, parts
         self.copied_bytes = 0
         self._model = model
@@ -222,8 +213,6 @@ class Offloaded:
 
     def close(self) -> None:
         """The model as an ordinary one in host memory."""
-        import torch
-
         if self._cuda:
             torch.cuda.synchronize(self.device)
         self._evict()
@@ -239,8 +228,6 @@ class Offloaded:
         self._unlock()
 
     def _bring(self, wanted: list[int]) -> None:
-        import torch
-
         with torch.inference_mode(False), torch.no_grad():  # weights stay ordinary tensors, whoever asks for them
             for block in wanted:
                 if block not in self._holds:
@@ -261,8 +248,6 @@ class Offloaded:
         return fetched
 
     def _copy(self, index: int, slot: int) -> None:
-        import torch
-
         before = self._holds[slot]
         if before is not None:
             self._leave(before)
@@ -333,8 +318,6 @@ def _room(parameter: Any) -> int:
 
 def _lock(host: Any, locked: list[Any]) -> bool:
     """Page-locks memory where it is: PyTorch's own pinned allocator would round a block up to a power of two."""
-    import torch
-
     done = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)) == 0
     if done:
         locked.append(host)
@@ -342,7 +325,5 @@ def _lock(host: Any, locked: list[Any]) -> bool:
 
 
 def _unlock(locked: list[Any]) -> None:
-    import torch
-
     while locked:
         torch.cuda.cudart().cudaHostUnregister(locked.pop().data_ptr())

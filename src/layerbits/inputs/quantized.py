@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.errors import UserError
 from layerbits.inputs.folder import few, read_header, read_json, weight_files
 from layerbits.results.experiment import made_by
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EXPORT = "layerbits.json"
 """What an export of LayerBits leaves beside its weights."""
@@ -113,14 +118,12 @@ def dequantizing(found: Quantization) -> Any:
     return getattr(transformers, DEQUANTIZED[found.method])(dequantize=True)
 
 
-def check_dequantized(model: Any, source: str) -> None:
+def check_dequantized(model: PreTrainedModel, source: str) -> None:
     """Makes sure that nothing of the quantization is left in a model.
 
     Raises:
         UserError: A parameter is no wide float, or a linear is not a plain one.
     """
-    import torch
-
     narrow = [n for n, p in model.named_parameters() if not p.is_floating_point() or p.element_size() < 2]
     odd = [
         n

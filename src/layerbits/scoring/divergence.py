@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+
 from layerbits.scoring.memory import free_bytes
 from layerbits.scoring.steps import LOGITS_AT_ONCE
 
@@ -37,9 +39,7 @@ class Reference:
         loss: Loss of the tokens that came true, nats, summed.
     """
 
-    def __init__(self, logits_of: Callable[[Any], Any], values: Any, targets: Any) -> None:
-        import torch
-
+    def __init__(self, logits_of: Callable[[Any], Any], values: torch.Tensor, targets: torch.Tensor) -> None:
         self._logits_of = logits_of
         self._values = values
         self._targets = targets
@@ -60,21 +60,34 @@ class Reference:
         self._partition = torch.cat(partition)
         self.loss = float(loss)
 
-    def compare(self, span: slice, logits: Any) -> tuple[Any, Any]:
+    def compare(self, span: slice, logits: torch.Tensor) -> tuple[Any, Any]:
         """The :func:`divergence` of logits ``[K, n, vocabulary]`` of the tokens in a span."""
         own = self._logits_of(self._values[span]) if self._kept is None else self._kept[span]
         return divergence(own, self._partition[span], logits, self._targets[span])
 
 
-def log_partition(logits: Any) -> Any:
-    """``log Σ exp(z)`` in float32, ``[n]``, from logits ``[n, vocabulary]``."""
-    import torch
+def exact_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(reference ‖ other) of each token in float64, nats, ``[n]``.
 
+    For a few tokens, where both distributions are there as a whole.
+
+    Args:
+        reference: Log-probabilities, ``[n, vocabulary]``.
+        other: Those of the other model.
+    """
+    reference, other = reference.double(), other.double()
+    return (reference.exp() * (reference - other)).sum(-1)
+
+
+def log_partition(logits: torch.Tensor) -> Any:
+    """``log Σ exp(z)`` in float32, ``[n]``, from logits ``[n, vocabulary]``."""
     rows = max(1, _AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     return torch.cat([piece.float().logsumexp(dim=-1) for piece in logits.split(max(1, rows))])
 
 
-def divergence(reference: Any, partition: Any, logits: Any, targets: Any) -> tuple[Any, Any]:
+def divergence(
+    reference: torch.Tensor, partition: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[Any, Any]:
     """KL divergence and loss change per token, against one reference.
 
     Args:
@@ -92,9 +105,9 @@ def divergence(reference: Any, partition: Any, logits: Any, targets: Any) -> tup
     return _in_pieces(reference, partition, logits, targets)
 
 
-def _in_pieces(reference: Any, partition: Any, logits: Any, targets: Any) -> tuple[Any, Any]:
-    import torch
-
+def _in_pieces(
+    reference: torch.Tensor, partition: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[Any, Any]:
     tiles, tokens, vocabulary = logits.shape
     kl, change = (torch.empty((tiles, tokens), device=logits.device) for _ in range(2))
     size = max(1, _AT_ONCE // vocabulary)
@@ -117,9 +130,9 @@ def _in_pieces(reference: Any, partition: Any, logits: Any, targets: Any) -> tup
     return kl, change
 
 
-def _fused(reference: Any, partition: Any, logits: Any, targets: Any) -> tuple[Any, Any]:
-    import torch
-
+def _fused(
+    reference: torch.Tensor, partition: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[Any, Any]:
     tiles, tokens, vocabulary = logits.shape
     kl, change = (torch.empty((tiles, tokens), dtype=torch.float32, device=logits.device) for _ in range(2))
     with torch.cuda.device(logits.device):

@@ -11,6 +11,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+
 from layerbits.candidates import fp4
 from layerbits.candidates.linear import FP8
 from layerbits.errors import Unsupported, UserError
@@ -35,7 +37,7 @@ class ExpertWeights:
         dtype: What it computes in; weights in another are converted there and back.
     """
 
-    def __init__(self, attributes: Any, weight: Any, search: Any = None) -> None:
+    def __init__(self, attributes: Any, weight: torch.Tensor, search: Any = None) -> None:
         experts, rows, width = weight.shape
         self._layout, adapted = ("each", attributes) if search is not None else _layout(attributes)
         self._search = search
@@ -48,7 +50,7 @@ class ExpertWeights:
         self._amax: Any = None
         self.dtype = weight.dtype
 
-    def calibrate(self, weight: Any, rows_amax: Any) -> None:
+    def calibrate(self, weight: torch.Tensor, rows_amax: Any) -> None:
         """Finds the ranges as ModelOpt's ``max`` calibration does.
 
         Args:
@@ -85,10 +87,8 @@ class ExpertWeights:
         by_row = quantizer.amax.reshape(count, self._rows, -1)
         return by_row[expert - self._parts[part].start, start:stop].reshape(-1, 1).clone()
 
-    def __call__(self, weight: Any) -> Any:
+    def __call__(self, weight: torch.Tensor) -> Any:
         """The quantized weights, a new tensor."""
-        import torch
-
         if weight.dtype != self.dtype:
             return self(weight.to(self.dtype)).to(weight.dtype)
         if len(self._parts) == 1:
@@ -98,13 +98,13 @@ class ExpertWeights:
             made[part] = self._quantized(index, weight[part]).view(made[part].shape)
         return made
 
-    def _quantized(self, index: int, weight: Any) -> Any:
+    def _quantized(self, index: int, weight: torch.Tensor) -> Any:
         if not self._own:
             return self._quantizers[index](self._seen(weight))
         amax = self._amax[self._parts[index]]
         return _nvfp4_on_gpu(weight, amax) if weight.is_cuda else fp4.nvfp4_each(weight, amax)
 
-    def _seen(self, weight: Any) -> Any:
+    def _seen(self, weight: torch.Tensor) -> Any:
         """The weights in the shape that the quantizer gets."""
         if self._layout == "each":
             return weight[0]
@@ -115,13 +115,12 @@ class ExpertWeights:
         return weight
 
 
-def largest_by_row(name: str, weight: Any) -> Any:
+def largest_by_row(name: str, weight: torch.Tensor) -> Any:
     """Largest magnitude of each row of each expert's weight, ``[experts, out_features]``.
 
     Raises:
         UserError: A weight is not finite.
     """
-    import torch
     from modelopt.torch.quantization.utils import reduce_amax
 
     amax = reduce_amax(weight, axis=2, squeeze_scalar=False)[..., 0]
@@ -157,7 +156,7 @@ def _layout(attributes: Any) -> tuple[str, Any]:
     return layout, attributes.model_copy(update={"axis": axis, "block_sizes": None})
 
 
-def _narrow(attributes: Any, layout: str, weight: Any) -> bool:
+def _narrow(attributes: Any, layout: str, weight: torch.Tensor) -> bool:
     """Whether quantizing takes no more memory than its result: no plain PyTorch in float32 on the way."""
     if not weight.is_cuda or layout not in ("matrix", "row", "row blocks", "nvfp4"):
         return False
@@ -165,8 +164,7 @@ def _narrow(attributes: Any, layout: str, weight: Any) -> bool:
     return has_kernel(attributes) or (attributes.backend is None and dynamic)
 
 
-def _nvfp4_on_gpu(weight: Any, amax: Any) -> Any:
-    import torch
+def _nvfp4_on_gpu(weight: torch.Tensor, amax: torch.Tensor) -> Any:
     import triton
 
     experts, rows, width = weight.shape

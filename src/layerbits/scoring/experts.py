@@ -23,7 +23,7 @@ from layerbits.inputs.residence import resident
 from layerbits.scoring import quantizers
 from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
 from layerbits.scoring.grouped import SideBySide, goes_side_by_side
-from layerbits.scoring.memory import Load
+from layerbits.scoring.memory import ModuleFootprint
 from layerbits.scoring.patches import Forward, forwards
 from layerbits.scoring.reduction import token_scores
 from layerbits.scoring.tap import See, Tap
@@ -102,7 +102,7 @@ class ExpertsTap(Tap):
                 if quantizer is not None:
                     quantizer.dtype = dtype
 
-    def load(self, tokens: int) -> Load:
+    def footprint(self, tokens: int) -> ModuleFootprint:
         """Input and output stay; one setting's quantized weights and the routed tokens pass."""
         (between, width), (features, inner) = self.experts.shapes
         size = self._tensors()[0].element_size()
@@ -113,14 +113,14 @@ class ExpertsTap(Tap):
         outputs = routed * of_routed * size
         active = count * met // self.experts.count
         kept = width + features
-        return Load(width, kept, kept + met * of_routed, count, active, True, passing, outputs)
+        return ModuleFootprint(width, kept, kept + met * of_routed, count, active, True, passing, outputs)
 
     def watched(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows what enters the two projections to ``see``."""
         first, second = self.experts.projections
 
         def show(site: str) -> Change:
-            def shown(x: Any) -> Any:
+            def shown(x: torch.Tensor) -> Any:
                 see(site, x)
                 return x
 
@@ -253,7 +253,7 @@ class ExpertsTap(Tap):
         config = getattr(self.module, "config", None)
         return next((n for n in (getattr(config, a, None) for a in _PER_TOKEN) if isinstance(n, int)), 8)
 
-    def _plain(self, hidden: Any, index: Any, weights: Any) -> Any:
+    def _plain(self, hidden: torch.Tensor, index: Any, weights: Any) -> Any:
         return self._run(Routed(hidden, index, weights), self._tensors())
 
     def _tensors(self) -> tuple[Any, ...]:
@@ -340,7 +340,7 @@ def _one_by_one(module: Any, weights: Mapping[str, Any], routed: Routed, first: 
     linear = torch.nn.functional.linear
     second_next = False
 
-    def quantized(x: Any, weight: Any, bias: Any = None) -> Any:
+    def quantized(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> Any:
         nonlocal second_next
         change = second if second_next else first
         second_next = not second_next
@@ -368,13 +368,13 @@ def _recomputed() -> Any:
         """Keeps what enters, and makes the inside again when the gradient comes."""
 
         @staticmethod
-        def forward(ctx: Any, hidden: Any, weights: Any, index: Any, run: Any) -> Any:
+        def forward(ctx: Any, hidden: torch.Tensor, weights: Any, index: Any, run: Any) -> Any:
             ctx.save_for_backward(hidden, weights, index)
             ctx.run = run
             return run(hidden, index, weights)
 
         @staticmethod
-        def backward(ctx: Any, gradient: Any) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
             hidden, weights, index = ctx.saved_tensors
             with torch.enable_grad():
                 leaves = [hidden.detach().requires_grad_(), weights.detach().requires_grad_()]

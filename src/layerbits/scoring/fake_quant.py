@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+
 from layerbits.candidates import fp4
 from layerbits.candidates.linear import E8M0, FP4, FP8
 
@@ -21,7 +23,6 @@ _LEAST_WIDTH = 16
 @cache
 def quantizer_class() -> Any:
     """ModelOpt's ``TensorQuantizer``, on a GPU with the kernels here where there is one for its setting."""
-    import torch
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     class FusedQuantizer(TensorQuantizer):  # type: ignore[misc]
@@ -50,7 +51,7 @@ def has_kernel(setting: Any) -> bool:
     return setting.backend is None and (bits == FP8 or (isinstance(bits, int) and not setting.unsigned))
 
 
-def fused(quantizer: Any, x: Any) -> Any:
+def fused(quantizer: Any, x: torch.Tensor) -> Any:
     """Quantizes by a kernel here.
 
     Args:
@@ -74,7 +75,7 @@ def _bits(setting: Any) -> Any:
     return tuple(bits) if isinstance(bits, tuple | list) else bits
 
 
-def _rows(x: Any, amax: Any) -> int | None:
+def _rows(x: torch.Tensor, amax: torch.Tensor) -> int | None:
     """How many rows of neighbouring numbers with one range there are."""
     if amax.numel() == 1:
         return 1
@@ -84,8 +85,7 @@ def _rows(x: Any, amax: Any) -> int | None:
     return x.numel() // width if width >= _LEAST_WIDTH else None
 
 
-def _by_rows(x: Any, amax: Any, rows: int, bits: Any, narrow: bool) -> Any:
-    import torch
+def _by_rows(x: torch.Tensor, amax: torch.Tensor, rows: int, bits: Any, narrow: bool) -> Any:
     import triton
 
     made = torch.empty_like(x)
@@ -102,8 +102,7 @@ def _by_rows(x: Any, amax: Any, rows: int, bits: Any, narrow: bool) -> Any:
     return made
 
 
-def _mxfp4(x: Any, size: int) -> Any:
-    import torch
+def _mxfp4(x: torch.Tensor, size: int) -> Any:
     import triton
 
     made = torch.empty_like(x)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from layerbits.inputs.calibration import Batch
 from layerbits.scoring.steps import Labels
@@ -30,12 +31,10 @@ def drawn_labels(seed: int, batch: int, draw: int) -> Labels:
         batch: Position of the batch.
         draw: Number of the draw.
     """
-    import torch
-
     (number,) = np.random.SeedSequence((seed % (1 << 63), batch, draw)).generate_state(1)
     generators: list[Any] = []  # one, where the logits are: in a model spread over GPUs not where its tokens enter
 
-    def labels(logits: Any, _targets: Any) -> Any:
+    def labels(logits: torch.Tensor, _targets: Any) -> Any:
         if not generators:
             generators.append(torch.Generator(logits.device).manual_seed(int(number)))
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generators[0])[:, 0]
@@ -43,7 +42,9 @@ def drawn_labels(seed: int, batch: int, draw: int) -> Labels:
     return labels
 
 
-def windowed(signed: Any, owner: Any, batch: Batch, group_of: Any, groups: int, window: int = WINDOW) -> Any:
+def windowed(
+    signed: torch.Tensor, owner: torch.Tensor, batch: Batch, group_of: Any, groups: int, window: int = WINDOW
+) -> Any:
     """Squares of window sums, handed out to the window's tokens in proportion to what each put into the sum.
 
     Args:
@@ -57,8 +58,6 @@ def windowed(signed: Any, owner: Any, batch: Batch, group_of: Any, groups: int, 
     Returns:
         float32 ``[groups, C, T]``; over a window they sum to the square of its sum. A token's own may be negative.
     """
-    import torch
-
     # not index_add_: on a GPU it adds in any order, and these sums cancel
     members = [np.flatnonzero(np.asarray(group_of) == group).tolist() for group in range(groups)]
     summed = torch.stack([signed[linears].sum(dim=0) for linears in members])

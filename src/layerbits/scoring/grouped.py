@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 
 def goes_side_by_side(module: Any) -> bool:
     """Whether an expert module computes what :class:`SideBySide` does: made by transformers, no biases."""
@@ -27,8 +29,6 @@ class SideBySide:
     """
 
     def __init__(self, module: Any, experts: int, hidden: Sequence[Any], index: Any, weights: Any) -> None:
-        import torch
-
         self._module = module
         self._several, (self._tokens, self._per_token) = len(hidden), index.shape
         chosen = index.reshape(-1)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from layerbits.errors import UserError
 from layerbits.scoring.quantizers import largest
 
@@ -35,7 +37,7 @@ class RangeKind:
 class InputRange:
     """A range that grows with what is seen."""
 
-    def __init__(self, kind: RangeKind, x: Any) -> None:
+    def __init__(self, kind: RangeKind, x: torch.Tensor) -> None:
         self._kind = kind
         if kind.headroom is None:
             self._found = largest(x, kind.axis)
@@ -51,8 +53,6 @@ class InputRange:
 
     def join(self, other: InputRange) -> InputRange:
         """The range of what both have seen, a new one."""
-        import torch
-
         made = copy.copy(self)
         if self._kind.headroom is None:
             made._found = torch.maximum(self._found, other._found)

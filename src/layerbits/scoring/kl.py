@@ -13,12 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from layerbits.inputs.calibration import Batch
 from layerbits.progress import planned
 from layerbits.scoring import distributed
 from layerbits.scoring.features import kept_features
-from layerbits.scoring.held import held
+from layerbits.scoring.fixed_quantization import fixed_quantization
 from layerbits.scoring.job import Scores, ScoringJob, held_cache
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.passes import run_steps
@@ -68,7 +69,7 @@ def score(job: ScoringJob) -> Scores:
         calibrated = calibrate(linears, job, log, search.need_logits)
         seconds = {"calibrate": clock() - start}
         start = clock()
-        with held(model, job.held, job.calibration.calib, held_cache(job)), fused_norms(model):
+        with fixed_quantization(model, job.held, job.calibration.calib, held_cache(job)), fused_norms(model):
             steps = run_steps(log, len(batches), scored)
         seconds["score"] = clock() - start
 
@@ -91,8 +92,6 @@ def _flat(routed: Mapping[str, Any]) -> Any:
 
 
 def _step(runner: SuffixRunner, perturbations: list[Perturbation], batch: Batch, groups: int) -> Step:
-    import torch
-
     kl, _ = runner.measure(perturbations)
     owner = torch.cat([s.sample[s.loss_mask] for s in batch.segments])
     return step_of(kl.unflatten(0, (groups, -1)), owner, batch, np.arange(groups), groups, runner.loss)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from layerbits.scoring import quantizers
 from layerbits.scoring.reduction import token_scores
 from layerbits.scoring.saved import Saved
 from layerbits.scoring.steps import calibration_forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Attention = Callable[..., Any]
 """Takes the attention module, queries, keys, values, the mask and keyword arguments."""
@@ -41,7 +44,7 @@ class KvCache:
         language_model: Name of the language model's module; attention elsewhere keeps no cache.
     """
 
-    def __init__(self, model: Any, settings: Mapping[str, Any], language_model: str = "") -> None:
+    def __init__(self, model: PreTrainedModel, settings: Mapping[str, Any], language_model: str = "") -> None:
         from modelopt.torch.quantization.config import QuantizerAttributeConfig
 
         self._model = model
@@ -62,7 +65,7 @@ class KvCache:
             UserError: No attention of the language model is known to transformers' registry.
         """
 
-        def watch(module: Any, keys: Any, values: Any) -> tuple[Any, Any]:
+        def watch(module: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, Any]:
             for quantizer, x in zip(self._quantizers(module), (keys, values), strict=True):
                 if _ranged(quantizer):
                     amax = quantizers.largest(x, quantizer.axis)
@@ -108,7 +111,7 @@ class KvCache:
             name: Of the only attention module to do so in; all of them by default.
         """
 
-        def quantize(module: Any, keys: Any, values: Any) -> tuple[Any, Any]:
+        def quantize(module: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, Any]:
             if name not in (None, self._names[module]):
                 return keys, values
             of_keys, of_values = self._found[module]
@@ -119,7 +122,9 @@ class KvCache:
 
     def _wrapped(self, change: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Wrap:
         def wrap(own: Attention) -> Attention:
-            def function(module: Any, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+            def function(
+                module: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+            ) -> Any:
                 if module in self._names:
                     keys, values = change(module, keys, values)
                 return own(module, queries, keys, values, *args, **kwargs)
@@ -149,7 +154,7 @@ class KvTaps:
         language_model: Name of the language model's module.
     """
 
-    def __init__(self, model: Any, formats: Sequence[str], language_model: str = "") -> None:
+    def __init__(self, model: PreTrainedModel, formats: Sequence[str], language_model: str = "") -> None:
         self._caches = [KvCache(model, KV_FORMATS[name], language_model) for name in formats]
         self._scores: dict[Any, list[float]] = {}
 
@@ -177,7 +182,9 @@ class KvTaps:
         self._scores = {module: [0.0] * len(self._caches) for module in self._caches[0]._found}
 
         def wrap(own: Attention) -> Attention:
-            def function(module: Any, queries: Any, keys: Any, values: Any, *args: Any, **kwargs: Any) -> Any:
+            def function(
+                module: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
+            ) -> Any:
                 made = own(module, queries, keys, values, *args, **kwargs)
                 output = made[0]
                 if module in self._scores and output.requires_grad:
@@ -194,7 +201,7 @@ class KvTaps:
         """``[A, formats]`` raw scores of what was observed."""
         return np.array([self._scores[module] for module in self._caches[0]._names if module in self._scores])
 
-    def _add(self, own: Attention, module: Any, saved: Saved, args: Any, kwargs: Any, gradient: Any) -> None:
+    def _add(self, own: Attention, module: Any, saved: Saved, args: Any, kwargs: Any, gradient: torch.Tensor) -> None:
         queries, keys, values, output = saved.take()
         with torch.no_grad():
             for at, cache in enumerate(self._caches):

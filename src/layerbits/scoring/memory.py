@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.offload import SLOTS, offloaded, parts_of
 from layerbits.scoring.steps import LOGITS_AT_ONCE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MODES = ("auto", "fast", "lean", "offload")
 
@@ -27,7 +31,7 @@ HEADROOM = 0.92
 
 
 @dataclass(frozen=True)
-class Load:
+class ModuleFootprint:
     """What a scored module takes.
 
     Attributes:
@@ -90,12 +94,14 @@ class Needs:
     piece: int
 
     @classmethod
-    def of(cls, model: Any, loads: Sequence[Load], tokens: int, weight_settings: int) -> Needs:
+    def of(
+        cls, model: PreTrainedModel, footprints: Sequence[ModuleFootprint], tokens: int, weight_settings: int
+    ) -> Needs:
         """Of a model, which may be on the meta device.
 
         Args:
             model: The model.
-            loads: Of the scored modules.
+            footprints: Of the scored modules.
             tokens: Tokens of the largest segment.
             weight_settings: Distinct weight quantizers.
         """
@@ -107,29 +113,29 @@ class Needs:
             block, resident = 0, own
         blocks = max(1, getattr(getattr(model.config, "text_config", model.config), "num_hidden_layers", 1))
         size, settings = model.get_input_embeddings().weight.element_size(), max(1, weight_settings)
-        experts = sum(load.scored for load in loads if load.experts)
-        weights = sum(load.scored for load in loads)
+        experts = sum(footprint.scored for footprint in footprints if footprint.experts)
+        weights = sum(footprint.scored for footprint in footprints)
         autograd = _AUTOGRAD_EXPERTS if experts else _AUTOGRAD
         logits = tokens * model.get_output_embeddings().weight.shape[0] * LOGIT
-        passing = [load.together(settings) for load in loads]
-        width = max(loads[0].width, model.get_input_embeddings().weight.shape[-1])  # a tower's linears come first
+        passing = [footprint.together(settings) for footprint in footprints]
+        width = max(footprints[0].width, model.get_input_embeddings().weight.shape[-1])  # a tower's linears come first
         return cls(
             weights=weights,
-            active=sum(load.active for load in loads),
+            active=sum(footprint.active for footprint in footprints),
             experts=experts,
-            features=sum(load.moved for load in loads),
+            features=sum(footprint.moved for footprint in footprints),
             own=own,
             resident=resident,
             block=block,
-            kept=sum(load.kept for load in loads) * tokens * size * (1 + autograd),
+            kept=sum(footprint.kept for footprint in footprints) * tokens * size * (1 + autograd),
             blocks=blocks,
             boundary=blocks * tokens * width * size,
             copies=weight_settings * (weights - experts) * size,
             expert_copies=weight_settings * experts * size,
             largest=max(made + outputs for made, outputs in passing),
             transient=max(
-                made + outputs if load.experts else outputs
-                for load, (made, outputs) in zip(loads, passing, strict=True)
+                made + outputs if footprint.experts else outputs
+                for footprint, (made, outputs) in zip(footprints, passing, strict=True)
             ),
             outputs=max(outputs for _, outputs in passing),
             logits=logits,
@@ -194,12 +200,14 @@ class MemoryPlan:
     free_gb: float
 
 
-def plan_memory(model: Any, loads: Sequence[Load], tokens: int, weight_settings: int, wanted: str) -> MemoryPlan:
+def plan_memory(
+    model: PreTrainedModel, footprints: Sequence[ModuleFootprint], tokens: int, weight_settings: int, wanted: str
+) -> MemoryPlan:
     """Estimates the modes and picks one.
 
     Args:
         model: The loaded model; where its weights are in host memory, the mode is ``offload``.
-        loads: Of the scored modules.
+        footprints: Of the scored modules.
         tokens: Tokens of the largest segment.
         weight_settings: Distinct weight quantizers whose weights ``fast`` may keep.
         wanted: One of :data:`MODES`; ``auto`` takes ``fast`` where it fits.
@@ -207,7 +215,7 @@ def plan_memory(model: Any, loads: Sequence[Load], tokens: int, weight_settings:
     Raises:
         UserError: ``offload`` is wanted of a model that was loaded onto its device.
     """
-    needs = Needs.of(model, loads, tokens, weight_settings)
+    needs = Needs.of(model, footprints, tokens, weight_settings)
     streamed = offloaded(model) is not None
     if wanted == "offload" and not streamed:
         raise UserError("memory=offload needs a model that was loaded for it: its weights are on the device already")
@@ -249,50 +257,8 @@ def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
     )
 
 
-@contextmanager
-def checkpointed(model: Any, boundary_in_host_memory: bool = False, reentrant: bool = False) -> Iterator[None]:
-    """Gradient checkpointing for the body, and the model as it was afterwards.
-
-    With reentrant checkpointing a block gets gradients through its output alone: those of keys and values that later
-    blocks borrow (Gemma 4) are lost without a word.
-
-    Args:
-        model: The model.
-        boundary_in_host_memory: Whether the inputs of the blocks wait there for their backward.
-        reentrant: Whether checkpointing is reentrant, as in ModelOpt's search.
-    """
-    layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    training = [m.training for m in layers]
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    for layer in layers:
-        layer.training = True  # the layer alone: its children stay in eval mode, no dropout
-        if boundary_in_host_memory and hasattr(layer, "_gradient_checkpointing_func"):
-            layer._gradient_checkpointing_func = _on_host(layer._gradient_checkpointing_func)
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()
-        for layer, was in zip(layers, training, strict=True):
-            layer.training = was
-
-
-def _on_host(checkpoint: Any) -> Any:
-    """A checkpoint whose saved inputs are in host memory."""
-    import torch
-
-    pinned = torch.cuda.is_available()
-
-    def saved(*args: Any, **kwargs: Any) -> Any:
-        with torch.autograd.graph.save_on_cpu(pin_memory=pinned):
-            return checkpoint(*args, **kwargs)
-
-    return saved
-
-
 def free_bytes(device: Any) -> int:
     """Memory that this process may still take on a device."""
-    import torch
-
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)

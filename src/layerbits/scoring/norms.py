@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.scoring.patches import Forward, forwards
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @contextmanager
-def fused_norms(model: Any) -> Iterator[None]:
+def fused_norms(model: PreTrainedModel) -> Iterator[None]:
     """On a GPU, RMS norms whose output it reproduces run as PyTorch's fused kernel; others stay as they are."""
     fused: dict[Any, Forward] = {}
     for module in model.modules():
@@ -23,20 +28,16 @@ def fused_norms(model: Any) -> Iterator[None]:
 
 
 def _fused(module: Any) -> Forward:
-    import torch
-
     weight = module.weight.detach()
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
-    def forward(x: Any) -> Any:
+    def forward(x: torch.Tensor) -> Any:
         return weight * torch.nn.functional.rms_norm(x, weight.shape, None, eps)  # rounds twice, as the original does
 
     return forward
 
 
 def _same(module: Any, forward: Forward) -> bool:
-    import torch
-
     weight = module.weight
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn((16, *weight.shape), generator=generator, device=weight.device, dtype=weight.dtype)

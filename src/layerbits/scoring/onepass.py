@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
+import torch
 
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.kinds import place_of
@@ -24,11 +25,13 @@ from layerbits.progress import part_done, planned
 from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray
 from layerbits.scoring import distributed, fisher
+from layerbits.scoring.batch_scores import BatchScores
+from layerbits.scoring.checkpointing import checkpointed
 from layerbits.scoring.features import kept_features
-from layerbits.scoring.held import held
+from layerbits.scoring.fixed_quantization import fixed_quantization
 from layerbits.scoring.job import Scores, ScoringJob, held_cache, kl_weights
 from layerbits.scoring.kv_cache import KvTaps
-from layerbits.scoring.memory import MemoryPlan, checkpointed, plan_memory
+from layerbits.scoring.memory import MemoryPlan, plan_memory
 from layerbits.scoring.passes import run_steps
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
 from layerbits.scoring.steplog import Step, StepLog
@@ -58,22 +61,15 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
     taps = Taps(model, search.names, search.settings)
     largest = max(s.input_ids.numel() for b in batches for s in b.segments)
     if memory is None:
-        memory = plan_memory(model, taps.loads(largest), largest, len(search.settings.weights), job.memory)
+        memory = plan_memory(model, taps.footprints(largest), largest, len(search.settings.weights), job.memory)
     taps.keep_weights, taps.keep_experts = memory.keep_weights, memory.keep_experts
     log = StepLog(job.workdir, job.fingerprint)
 
     clock = time.perf_counter
     resumed = log.holds(0)
     chunked = memory.pieces and not search.need_logits and has_plain_head(model, batches[0])
-    way = _Way(memory.mode, chunked, memory.boundary_in_host_memory)
     kv = KvTaps(model, job.kv_formats, job.loaded.info.language_model) if job.kv_formats else None
-
-    def scored(index: int) -> Step:
-        nonlocal way
-        step, way = _step(taps, kv, job, search, index, way)
-        if index == distributed.rank():
-            job.watch(step.loss / batches[index].loss_tokens, batches[index].loss_tokens)
-        return step if kv is None else replace(step, kv=kv.take())
+    scorer = BatchScorer(job, search, taps, kv, memory, chunked)
 
     draws = job.draws if job.method == "fisher" else 1
     rows = (*job.calibration.calib, *batches)
@@ -87,8 +83,8 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
             kv.calibrate(job.calibration.calib)
         seconds = {"calibrate": clock() - start}
         start = clock()
-        with held(model, job.held, job.calibration.calib, held_cache(job)):
-            steps = run_steps(log, len(batches), scored)
+        with fixed_quantization(model, job.held, job.calibration.calib, held_cache(job)):
+            steps = run_steps(log, len(batches), scorer.step)
         seconds["score"] = clock() - start
     weights = kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64))
     made = assemble(
@@ -107,8 +103,8 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
             "offload_estimate_gb": memory.offload_gb,
             "free_gb": memory.free_gb,
         },
-        mode=way.mode,
-        notes=_notes(job, memory, way.mode),
+        mode=scorer.mode,
+        notes=_notes(job, memory, scorer.mode),
     )
     return made if kv is None else replace(made, kv_cache=_kv_scores(kv, job.kv_formats, steps, weights))
 
@@ -123,18 +119,74 @@ def _kv_scores(kv: KvTaps, formats: Sequence[str], steps: Sequence[Step], weight
     )
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How batches are scored.
+class BatchScorer:
+    """Scores batches one by one, in ``lean`` once the device has run out of memory in ``fast``.
 
     Attributes:
-        mode: Memory mode. chunked: Whether logits are made in pieces.
-        boundary_in_host_memory: Whether the inputs of the blocks wait there for their backward.
+        mode: Memory mode of the next batch.
     """
 
-    mode: str
-    chunked: bool
-    boundary_in_host_memory: bool
+    def __init__(
+        self, job: ScoringJob, search: Search, taps: Taps, kv: KvTaps | None, memory: MemoryPlan, chunked: bool
+    ) -> None:
+        self.mode = memory.mode
+        self._job = job
+        self._search = search
+        self._taps = taps
+        self._kv = kv
+        self._chunked = chunked
+        self._boundary_in_host_memory = memory.boundary_in_host_memory
+
+    def step(self, index: int) -> Step:
+        """Scores a batch; the first of this process is shown to ``job.watch``."""
+        batch = self._job.calibration.score[index]
+        step = self._gradient(batch) if self._job.method == "gradient" else self._fisher(batch, index)
+        if index == distributed.rank():
+            self._job.watch(step.loss / batch.loss_tokens, batch.loss_tokens)
+        return step if self._kv is None else replace(step, kv=self._kv.take())
+
+    def _gradient(self, batch: Batch) -> Step:
+        taps, search = self._taps, self._search
+        found = self._scores(batch)
+        groups, counts = len(search.groups), taps.take_routed()
+        return step_of(
+            found.by_token, found.owner, batch, search.group_of, groups, found.loss, counts, every_token=True
+        )
+
+    def _fisher(self, batch: Batch, index: int) -> Step:
+        job, search, taps, groups = self._job, self._search, self._taps, len(self._search.groups)
+        total: torch.Tensor | None = None
+        for draw in range(job.draws):
+            signed = self._scores(batch, partial(fisher.drawn_labels, job.seed, index, draw))
+            routed = taps.take_routed()  # the same in every draw
+            part_done((draw + 1) / job.draws)
+            squares = fisher.windowed(signed.by_token, signed.owner, batch, search.group_of, groups) / job.draws
+            total = squares if total is None else total + squares
+        assert total is not None
+        return step_of(total, signed.owner, batch, np.arange(groups), groups, signed.loss, routed, every_token=True)
+
+    def _scores(self, batch: Batch, labels: Callable[[], Labels] | None = None) -> BatchScores:
+        """Scores of a batch.
+
+        Args:
+            batch: The rows.
+            labels: Makes the labels anew: a second try draws what the first drew.
+        """
+        if self.mode == "fast":
+            try:
+                return self._once(batch, labels, recomputed=False)
+            except torch.OutOfMemoryError:
+                print("out of GPU memory in memory=fast; going on in memory=lean", file=sys.stderr, flush=True)
+            self.mode = "lean"
+            self._taps.drop_weights()
+            self._taps.take_routed()  # of the part of the batch that was scored
+            torch.cuda.empty_cache()
+        with checkpointed(self._taps.model, self._boundary_in_host_memory):
+            return self._once(batch, labels, recomputed=True)
+
+    def _once(self, batch: Batch, labels: Callable[[], Labels] | None, recomputed: bool) -> BatchScores:
+        with nullcontext() if self._kv is None else self._kv.observed(recomputed):
+            return self._taps.score(batch, self._chunked, None if labels is None else labels(), recomputed)
 
 
 def _notes(job: ScoringJob, memory: MemoryPlan, mode: str) -> tuple[str, ...]:
@@ -149,47 +201,7 @@ def _notes(job: ScoringJob, memory: MemoryPlan, mode: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _step(taps: Taps, kv: KvTaps | None, job: ScoringJob, search: Search, index: int, way: _Way) -> tuple[Step, _Way]:
-    batch, groups = job.calibration.score[index], len(search.groups)
-    if job.method == "gradient":
-        scores, owner, way = _score_batch(taps, kv, batch, way)
-        counts = taps.take_routed()
-        return step_of(scores, owner, batch, search.group_of, groups, taps.loss, counts, every_token=True), way
-    total, owner = 0, None
-    routed: dict[str, Any] = {}
-    for draw in range(job.draws):
-        labels = fisher.drawn_labels(job.seed, index, draw)
-        signed, owner, way = _score_batch(taps, kv, batch, way, labels)
-        routed = taps.take_routed()  # the same in every draw
-        part_done((draw + 1) / job.draws)
-        total = total + fisher.windowed(signed, owner, batch, search.group_of, groups) / job.draws
-    return step_of(total, owner, batch, np.arange(groups), groups, taps.loss, routed, every_token=True), way
-
-
 def _details(job: ScoringJob, search: Search) -> list[tuple[int, str]]:
     if job.method == "gradient":
         return list(zip(search.group_of.tolist(), search.names, strict=True))
     return [(g, "signed sum") for g in range(len(search.groups))]
-
-
-def _score_batch(
-    taps: Taps, kv: KvTaps | None, batch: Batch, way: _Way, labels: Labels | None = None
-) -> tuple[Any, Any, _Way]:
-    """Scores a batch; falls back to ``lean`` once where ``fast`` runs out of GPU memory."""
-    import torch
-
-    def scored(recomputed: bool) -> tuple[Any, Any]:
-        with nullcontext() if kv is None else kv.observed(recomputed):
-            return taps.score(batch, way.chunked, labels, recomputed)
-
-    if way.mode == "fast":
-        try:
-            return (*scored(recomputed=False), way)
-        except torch.OutOfMemoryError:
-            print("out of GPU memory in memory=fast; going on in memory=lean", file=sys.stderr, flush=True)
-        taps.drop_weights()
-        taps.take_routed()  # of the part of the batch that was scored
-        torch.cuda.empty_cache()
-        way = replace(way, mode="lean")
-    with checkpointed(taps.model, way.boundary_in_host_memory):
-        return (*scored(recomputed=True), way)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 Forward = Callable[..., Any]
 """Makes the output of a module from its input; an expert module has the routing of the tokens as inputs too."""
 
@@ -41,8 +43,6 @@ def by_tile(plan: Sequence[Span], tiles: int) -> Forward:
     """The forward of a module whose input is several tiles, equal parts of the first dimension, one after the other."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        import torch
-
         inputs = (*args, *kwargs.values())
         rows = inputs[0].shape[0] // tiles
         parts = []

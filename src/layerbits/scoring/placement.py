@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from layerbits.errors import UserError
 from layerbits.inputs.loading import empty_model
 from layerbits.inputs.offload import parts_of
@@ -41,8 +43,6 @@ def in_host_memory(
         UserError: ``offload`` is wanted and host memory is too small for it.
         Unsupported: ``offload`` is wanted and the model has no single list of blocks.
     """
-    import torch
-
     if wanted not in ("auto", "offload") or (wanted == "auto" and (device == "cpu" or resolved.spec.device_map)):
         return False
     needs = needs_of(resolved, scored, tokens, settings)
@@ -68,5 +68,5 @@ def needs_of(resolved: ResolvedModel, scored: Sequence[str], tokens: int, settin
     """What a pass will take, from the shapes of the model alone; arguments as of :func:`in_host_memory`."""
     model = empty_model(resolved)
     # quantizers say nothing of memory, and some cannot be made where there are no weights
-    loads = Taps(model, scored, _NO_SETTINGS).loads(tokens)
-    return Needs.of(model, loads, tokens, len(settings.weights))
+    footprints = Taps(model, scored, _NO_SETTINGS).footprints(tokens)
+    return Needs.of(model, footprints, tokens, len(settings.weights))

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.models import language_model_linears
@@ -19,6 +21,9 @@ from layerbits.inputs.residence import OWN_DTYPE
 from layerbits.scoring.memory import HEADROOM, LOGIT, free_bytes
 from layerbits.scoring.patches import forwards
 from layerbits.scoring.steps import LOGITS_AT_ONCE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = ("auto", "float32", "model")
 _TILES = 1 << 14  # tokens that a suffix pass runs together (layerbits.scoring.suffix)
@@ -60,7 +65,7 @@ def check_dtype(wanted: str) -> str:
     return wanted
 
 
-def plan_precision(model: Any, tokens: int, wanted: str) -> Precision:
+def plan_precision(model: PreTrainedModel, tokens: int, wanted: str) -> Precision:
     """Chooses what a model is measured in.
 
     Args:
@@ -71,8 +76,6 @@ def plan_precision(model: Any, tokens: int, wanted: str) -> Precision:
     Raises:
         UserError: float32 does not fit.
     """
-    import torch
-
     check_dtype(wanted)
     own = model.get_input_embeddings().weight.dtype
     streaming = offloaded(model)
@@ -102,14 +105,12 @@ def plan_precision(model: Any, tokens: int, wanted: str) -> Precision:
 
 
 @contextmanager
-def computing(model: Any, precision: Precision) -> Iterator[None]:
+def computing(model: PreTrainedModel, precision: Precision) -> Iterator[None]:
     """The model as planned for a while; its weights are the same bits afterwards.
 
     Find static ranges before, and make quantizers that are to compute in the model's dtype keep to it
     (:func:`layerbits.scoring.quantizers.fix_dtype`); a scheme that is applied inside does so by itself.
     """
-    import torch
-
     if not precision.widened:
         yield
         return
@@ -142,7 +143,7 @@ def computing(model: Any, precision: Precision) -> Iterator[None]:
 
 
 @contextmanager
-def _marked(model: Any) -> Iterator[None]:
+def _marked(model: PreTrainedModel) -> Iterator[None]:
     """Modules say what dtype their weights really have (:func:`layerbits.inputs.residence.own_dtype`)."""
     marked = []
     for module in model.modules():
@@ -159,7 +160,6 @@ def _marked(model: Any) -> Iterator[None]:
 
 def _widening(forward: Callable[..., Any], parameters: Sequence[Any]) -> Callable[..., Any]:
     """A block's forward with its weights in float32 while it runs."""
-    import torch
 
     def widened(*args: Any, **kwargs: Any) -> Any:
         before = [p.data for p in parameters]
@@ -175,9 +175,7 @@ def _widening(forward: Callable[..., Any], parameters: Sequence[Any]) -> Callabl
     return widened
 
 
-def _is_narrow(tensor: Any) -> bool:
-    import torch
-
+def _is_narrow(tensor: torch.Tensor) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -186,7 +184,7 @@ def _narrow(parameters: Any) -> list[Any]:
     return [p for p in dict.fromkeys(parameters) if _is_narrow(p)]
 
 
-def _weights(model: Any) -> tuple[float, float | None, float | None]:
+def _weights(model: PreTrainedModel) -> tuple[float, float | None, float | None]:
     """Bytes of the weights on the device: as they are, all widened, and widened block by block."""
     own = float(sum(p.numel() * p.element_size() for p in model.parameters()))
     more = float(sum(2 * p.numel() for p in _narrow(model.parameters())))
@@ -203,7 +201,7 @@ def _weights(model: Any) -> tuple[float, float | None, float | None]:
     return held, None, held + more - inside + SLOTS * widest
 
 
-def _work(model: Any, tokens: int, size: int) -> float:
+def _work(model: PreTrainedModel, tokens: int, size: int) -> float:
     """Bytes of the kept block inputs, of one piece of logits, and of the widest linear with its tiles."""
     width = model.get_input_embeddings().weight.shape[1]
     vocabulary = model.get_output_embeddings().weight.shape[0]

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from layerbits.candidates import nvfp4_static
 from layerbits.candidates.algorithms import ranges_of
 from layerbits.candidates.fused import shares_range
@@ -149,7 +151,7 @@ def fix_dtype(quantizer: Any, dtype: Any) -> None:
         given[:] = [args[0].dtype]
         return (args[0].to(dtype), *args[1:])
 
-    def after(_module: Any, _args: Any, output: Any) -> Any:
+    def after(_module: Any, _args: Any, output: torch.Tensor) -> Any:
         return output.to(given[0])
 
     # hooks, because ModelOpt changes the class of a quantizer with stored block ranges
@@ -162,7 +164,9 @@ def needs_range(quantizer: Any) -> bool:
     return quantizer is not None and not quantizer._dynamic and not quantizer.is_mx_format
 
 
-def calibrate_weight(quantizer: Any, weight: Any, search: Mapping[str, Any] | None = None, shared: Any = None) -> None:
+def calibrate_weight(
+    quantizer: Any, weight: torch.Tensor, search: Mapping[str, Any] | None = None, shared: Any = None
+) -> None:
     """Finds the ranges of a weight as ModelOpt's ``max`` or ``mse`` calibration does.
 
     Args:
@@ -189,7 +193,7 @@ def calibrate_weight(quantizer: Any, weight: Any, search: Mapping[str, Any] | No
         _search_ranges(quantizer, weight, search)
 
 
-def _search_ranges(quantizer: Any, weight: Any, search: Mapping[str, Any]) -> None:
+def _search_ranges(quantizer: Any, weight: torch.Tensor, search: Mapping[str, Any]) -> None:
     """Replaces the largest magnitudes by the ranges of least squared error."""
     from modelopt.torch.quantization import model_calib
 
@@ -213,7 +217,6 @@ def shared_largest(weights: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """
     import re
 
-    import torch
     from modelopt.torch.quantization.utils.shared_input import SHARED_PATTERNS
 
     def group(name: str) -> tuple[str, str]:
@@ -236,8 +239,6 @@ def share_ranges(quantizers: Sequence[Any]) -> None:
     Args:
         quantizers: Of one setting, one per weight, each with its range.
     """
-    import torch
-
     if not quantizers or quantizers[0] is None or not shares_range(quantizers[0]):
         return
     shared = torch.stack([quantizer.amax.float().cpu() for quantizer in quantizers]).amax(0)
@@ -245,7 +246,7 @@ def share_ranges(quantizers: Sequence[Any]) -> None:
         quantizer.amax = shared.to(quantizer.amax)
 
 
-def largest(x: Any, axis: Any) -> Any:
+def largest(x: torch.Tensor, axis: Any) -> Any:
     """Largest magnitude of an input along the axes that a quantizer does not keep, as ModelOpt's max calibrator.
 
     Args:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+
 CLAMP = 1e10
 """ModelOpt clamps gradient × error at this magnitude before squaring; so do we."""
 
 
-def token_scores(gradient: Any, quantized: Any, output: Any, signed: bool = False) -> Any:
+def token_scores(gradient: torch.Tensor, quantized: Any, output: torch.Tensor, signed: bool = False) -> Any:
     """Sum over output features of ``(g · (y_c − y))²``, ModelOpt's gradient score before it sums over tokens.
 
     The difference is rounded to the model's dtype, as ModelOpt's is, then everything is float32.
@@ -34,8 +36,7 @@ def token_scores(gradient: Any, quantized: Any, output: Any, signed: bool = Fals
     return (error if signed else error.square_()).sum(dim=-1).T
 
 
-def _fused(gradient: Any, quantized: Any, output: Any, signed: bool) -> Any:
-    import torch
+def _fused(gradient: torch.Tensor, quantized: Any, output: torch.Tensor, signed: bool) -> Any:
     import triton
 
     tokens, many, features = quantized.shape

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from layerbits.errors import UserError
 from layerbits.progress import planned
@@ -211,8 +212,6 @@ def _measure(job: ScoringJob, pairs: Sequence[tuple[int, int]]) -> tuple[FloatAr
     precision = plan_precision(model, max(s.input_ids.numel() for b in batches for s in b.segments), "auto")
 
     def scored(index: int) -> Step:
-        import torch
-
         runner = SuffixRunner(model, blocks, batches[index])
         kl, _ = runner.measure(perturbations)
         owner = torch.cat([s.sample[s.loss_mask] for s in batches[index].segments])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import expert_notes, named_experts
@@ -107,8 +108,8 @@ def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> C
 
 
 def step_of(
-    by_token: Any,
-    owner: Any,
+    by_token: torch.Tensor,
+    owner: torch.Tensor,
     batch: Batch,
     group_of: Any,
     groups: int,
@@ -128,8 +129,6 @@ def step_of(
         routed: Tokens per expert, by expert module.
         every_token: Whether ``T`` are all tokens of the batch, so that those at image positions can be told apart.
     """
-    import torch
-
     device = by_token.device
     summed = torch.zeros((groups, *by_token.shape[1:]), dtype=torch.float64, device=device)
     summed.index_add_(0, torch.as_tensor(group_of, device=device), by_token.double())
@@ -158,10 +157,8 @@ def step_of(
     )
 
 
-def _bad(by_token: Any, owner: Any) -> npt.NDArray[np.int64]:
+def _bad(by_token: torch.Tensor, owner: torch.Tensor) -> npt.NDArray[np.int64]:
     """Row of ``by_token``, candidate and sample of what is not finite, each once, the first ``_NAMED``."""
-    import torch
-
     samples, slots = torch.unique(owner, return_inverse=True)
     flags = torch.zeros((*by_token.shape[:2], len(samples)), device=by_token.device)
     flags.index_add_(2, slots.to(by_token.device), (~torch.isfinite(by_token)).float())

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.inputs.calibration import Batch, Segment
 from layerbits.scoring.features import picture_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = 1 << 27
 """Logits in one piece of a chunked loss: 512 MB in float32."""
 
 
-def calibration_forward(model: Any, batch: Batch, need_logits: bool) -> None:
+def calibration_forward(model: PreTrainedModel, batch: Batch, need_logits: bool) -> None:
     """Runs every token of a batch through the model for its activation ranges.
 
     Args:
@@ -33,7 +38,7 @@ Labels = Callable[[Any, Any], Any]
 
 
 def loss_backward(
-    model: Any,
+    model: PreTrainedModel,
     batch: Batch,
     after_segment: Callable[[], None] = lambda: None,
     chunked: bool = False,
@@ -51,8 +56,6 @@ def loss_backward(
     Returns:
         Tensor ``[]``, the loss of the tokens that came true, nats, summed.
     """
-    import torch
-
     came_true = 0.0
     for segment in batch.segments:
         if chunked:
@@ -69,10 +72,8 @@ def loss_backward(
     return came_true
 
 
-def _loss(total: Any, logits: Any, wanted: Any, targets: Any) -> Any:
+def _loss(total: Any, logits: torch.Tensor, wanted: torch.Tensor, targets: torch.Tensor) -> Any:
     """Summed loss of the tokens that came true, where ``total`` is that of the wanted ones."""
-    import torch
-
     if wanted is targets:
         return total.detach()
     return torch.nn.functional.cross_entropy(logits.detach(), targets, reduction="sum")
@@ -84,10 +85,8 @@ def first_tokens(batch: Batch) -> Batch:
     return Batch((Segment(segment.input_ids[:1, :8], None, segment.loss_mask[:1, :8], segment.sample[:1, :8]),))
 
 
-def has_plain_head(model: Any, batch: Batch) -> bool:
+def has_plain_head(model: PreTrainedModel, batch: Batch) -> bool:
     """Whether the logits are nothing but the output head on the last hidden state (no scaling, no soft cap)."""
-    import torch
-
     (probe,) = first_tokens(batch).segments
     with torch.no_grad():
         whole = model(**_inputs(model, probe)).logits
@@ -97,9 +96,7 @@ def has_plain_head(model: Any, batch: Batch) -> bool:
         return bool(torch.equal(model.get_output_embeddings()(hidden), whole))
 
 
-def _chunked_backward(model: Any, segment: Segment, loss_tokens: int, labels: Labels) -> Any:
-    import torch
-
+def _chunked_backward(model: PreTrainedModel, segment: Segment, loss_tokens: int, labels: Labels) -> Any:
     inputs = _inputs(model, segment)
     hidden = model.base_model(**inputs).last_hidden_state
     kept, targets = _loss_positions(hidden, inputs["input_ids"], segment)
@@ -120,26 +117,22 @@ def _chunked_backward(model: Any, segment: Segment, loss_tokens: int, labels: La
     return came_true
 
 
-def loss_logits(model: Any, batch: Batch) -> Any:
+def loss_logits(model: PreTrainedModel, batch: Batch) -> Any:
     """Logits at the positions that the loss counts.
 
     Returns:
         Tensor ``[loss tokens of the batch, vocabulary]`` in the model's dtype.
     """
-    import torch
-
     return torch.cat([predictions(model, segment)[0] for segment in batch.segments])
 
 
-def summed_loss(logits: Any, batch: Batch) -> float:
+def summed_loss(logits: torch.Tensor, batch: Batch) -> float:
     """Loss of the tokens that came true, nats, summed over the :func:`loss_logits` of a batch."""
-    import torch
-
     targets = torch.cat([s.input_ids[:, 1:][s.loss_mask[:, 1:]] for s in batch.segments])
     return float(torch.nn.functional.cross_entropy(logits.float(), targets.to(logits.device), reduction="sum"))
 
 
-def predictions(model: Any, segment: Segment) -> tuple[Any, Any]:
+def predictions(model: PreTrainedModel, segment: Segment) -> tuple[Any, Any]:
     """Logits and target tokens of a segment's loss positions.
 
     Returns:
@@ -149,7 +142,7 @@ def predictions(model: Any, segment: Segment) -> tuple[Any, Any]:
     return _loss_positions(model(**inputs).logits, inputs["input_ids"], segment)
 
 
-def _loss_positions(values: Any, input_ids: Any, segment: Segment) -> tuple[Any, Any]:
+def _loss_positions(values: torch.Tensor, input_ids: Any, segment: Segment) -> tuple[Any, Any]:
     """``[n, ...]`` values at the positions that predict a counted token, and those tokens."""
     wanted = segment.loss_mask[:, 1:]
     targets = input_ids[:, 1:].to(values.device)
@@ -159,7 +152,7 @@ def _loss_positions(values: Any, input_ids: Any, segment: Segment) -> tuple[Any,
     return values[:, :-1][mask], targets[mask]
 
 
-def _inputs(model: Any, segment: Segment) -> dict[str, Any]:
+def _inputs(model: PreTrainedModel, segment: Segment) -> dict[str, Any]:
     device = model.get_input_embeddings().weight.device
     # said here, because the configuration of a text model within another has a value of its own
     inputs = {"input_ids": segment.input_ids.to(device), "use_cache": False}

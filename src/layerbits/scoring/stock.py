@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from layerbits.atomic import why_unwritable, write_json
 from layerbits.candidates.algorithms import ranges_of
@@ -32,6 +33,9 @@ from layerbits.scoring.job import Scores, ScoringJob, kl_weights
 from layerbits.scoring.steplog import writable
 from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits, summed_loss
 from layerbits.scoring.stock_limits import stock_warnings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def score(job: ScoringJob) -> Scores:
@@ -49,7 +53,6 @@ def score(job: ScoringJob) -> Scores:
 
 def _score(job: ScoringJob) -> Scores:
     import modelopt.torch.quantization as mtq
-    import torch
 
     ((name, config),) = job.configs.items()
     model = job.loaded.model
@@ -170,10 +173,8 @@ def _stat(state: dict[str, Any], name: str, what: str) -> float:
     return float(state["candidate_stats"][name][what][0])
 
 
-def _importances(model: Any) -> list[float]:
+def _importances(model: PreTrainedModel) -> list[float]:
     """Running raw score per decision, after a backward pass."""
-    import torch
-
     totals = []
     for name, hparam in recipe_hparams(model):
         if not hparam.is_configurable:
@@ -259,8 +260,6 @@ class _Clock:
 
 def _discard_damaged(checkpoint: Path) -> bool:
     """Removes a torn file, which is no result; returns whether it was one."""
-    import torch
-
     if not checkpoint.exists():
         return False
     try:
@@ -272,7 +271,7 @@ def _discard_damaged(checkpoint: Path) -> bool:
 
 
 @contextmanager
-def _restored_after(model: Any) -> Iterator[None]:
+def _restored_after(model: PreTrainedModel) -> Iterator[None]:
     """Undoes what ModelOpt's search leaves behind: gradient checkpointing, train mode, converted linears."""
     use_cache = model.config.use_cache
     implementations = [(m.config, m.config._experts_implementation) for m in _with_experts(model)]
@@ -298,13 +297,13 @@ def _restored_after(model: Any) -> Iterator[None]:
                 vars(module).pop(name, None)
 
 
-def _with_experts(model: Any) -> list[Any]:
+def _with_experts(model: PreTrainedModel) -> list[Any]:
     """Modules that look up in their configuration how experts run; ModelOpt sets it to its own way for good."""
     return [m for m in model.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")]
 
 
 @contextmanager
-def _weights_kept(model: Any, algorithm: Any, names: Sequence[str]) -> Iterator[None]:
+def _weights_kept(model: PreTrainedModel, algorithm: Any, names: Sequence[str]) -> Iterator[None]:
     """Puts weights back that ModelOpt changes: AWQ and SmoothQuant fold their scales into those that were chosen.
 
     Args:
@@ -312,8 +311,6 @@ def _weights_kept(model: Any, algorithm: Any, names: Sequence[str]) -> Iterator[
         algorithm: Of the candidate; those of one pass change nothing, so that nothing is kept for them.
         names: The scored modules.
     """
-    import torch
-
     modules = {} if ranges_of(algorithm) is not None else {name: model.get_submodule(name) for name in names}
     before = {name: [p.detach().cpu().clone() for p in module.parameters()] for name, module in modules.items()}
     try:
@@ -325,9 +322,8 @@ def _weights_kept(model: Any, algorithm: Any, names: Sequence[str]) -> Iterator[
                     parameter.copy_(kept)
 
 
-def _plain_again(model: Any, patched: set[Any]) -> None:
+def _plain_again(model: PreTrainedModel, patched: set[Any]) -> None:
     """Turns ModelOpt's dynamic modules back into what they were."""
-    import torch
     from modelopt.torch.opt.conversion import ModeloptStateManager
     from modelopt.torch.opt.dynamic import DynamicModule
     from modelopt.torch.quantization.nn import TensorQuantizer

@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from layerbits.inputs.calibration import Batch
-from layerbits.scoring.memory import checkpointed
+from layerbits.scoring.checkpointing import checkpointed
 from layerbits.scoring.steps import first_tokens, loss_backward
 from layerbits.scoring.tap import hooked
 from layerbits.scoring.taps import activation_gradients
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LOST = 1e-2
 """Relative change of a gradient from which on it is not rounding."""

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from layerbits.errors import Unsupported
 from layerbits.inputs.calibration import Batch, Segment
@@ -23,6 +25,9 @@ from layerbits.scoring.divergence import Reference
 from layerbits.scoring.patches import Forward, Span, by_tile, forwards
 from layerbits.scoring.steps import LOGITS_AT_ONCE, _inputs, _loss_positions, has_plain_head, predictions
 from layerbits.scoring.tap import first_input
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TOKENS_AT_ONCE = {"cuda": 1 << 14, "cpu": 1 << 11}
 """Tokens of all tiles together: enough to fill the matrix units, few enough to keep the activations small."""
@@ -50,7 +55,7 @@ class Blocks:
     plain_head: bool
 
 
-def find_blocks(model: Any, names: Sequence[str], batch: Batch) -> Blocks:
+def find_blocks(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> Blocks:
     """Finds the decoder blocks, and makes sure that a run may start at each of them.
 
     Args:
@@ -61,8 +66,6 @@ def find_blocks(model: Any, names: Sequence[str], batch: Batch) -> Blocks:
     Raises:
         Unsupported: The linears lie in no list or in several, or starting at a block changes the predictions.
     """
-    import torch
-
     head = output_head(model)
     lists: set[str] = set()
     of: dict[str, int] = {}
@@ -101,8 +104,8 @@ class _Kept:
     feeds: tuple[Any, ...]
     pack: int
     order: Mapping[str, int]
-    values: Any
-    targets: Any
+    values: torch.Tensor
+    targets: torch.Tensor
 
 
 class SuffixRunner:
@@ -123,14 +126,12 @@ class SuffixRunner:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         blocks: Blocks,
         batch: Batch,
         background: Perturbation | None = None,
         tokens_at_once: int | None = None,
     ) -> None:
-        import torch
-
         self._model = model
         self._blocks = blocks
         self._background = dict(background or {})
@@ -164,8 +165,6 @@ class SuffixRunner:
             Per loss token, in the order of ``steps.loss_logits``: float32 ``[P, n]`` KL divergence of the perturbed
             from the unquantized prediction, nats, and float32 ``[P, n]`` change of the loss.
         """
-        import torch
-
         parts: list[list[Any]] = []
         with torch.inference_mode():
             for kept, reference in zip(self._kept, self._references, strict=True):
@@ -193,8 +192,6 @@ class SuffixRunner:
 
     def _compare(self, kept: _Kept, reference: Reference, tiles: list[Perturbation]) -> tuple[Any, Any]:
         """KL divergence and loss change, ``[K, n]``."""
-        import torch
-
         values, whole = self._run(kept, tiles)
         size = max(1, LOGITS_AT_ONCE // (len(tiles) * reference.vocabulary))
         parts = []
@@ -215,7 +212,7 @@ class SuffixRunner:
             values, _ = self._predict(kept.segment.tiled(len(tiles)), whole)
         return values.unflatten(0, (len(tiles), -1)), whole
 
-    def _logits(self, values: Any) -> Any:
+    def _logits(self, values: torch.Tensor) -> Any:
         return self._model.get_output_embeddings()(values) if self._blocks.plain_head else values
 
     def _predict(self, segment: Segment, whole: bool) -> tuple[Any, Any]:
@@ -247,7 +244,7 @@ class SuffixRunner:
 
             return hook
 
-        def after_last(_module: Any, _args: Any, output: Any) -> None:
+        def after_last(_module: Any, _args: Any, output: torch.Tensor) -> None:
             outputs.append(output)
 
         handles = [m.register_forward_pre_hook(before_block(i), with_kwargs=True) for i, m in enumerate(blocks.modules)]
@@ -292,7 +289,7 @@ class SuffixRunner:
             fed = kept.feeds[start]
             return fed.repeat(tiles, *[1] * (fed.dim() - 1))
 
-        def packed(hidden: Any) -> Any:
+        def packed(hidden: torch.Tensor) -> Any:
             return (hidden, *[None] * (kept.pack - 1)) if kept.pack else hidden
 
         patched: dict[Any, Any] = {m: lambda *args, **kwargs: packed(_hidden(args, kwargs)) for m in modules[:start]}
@@ -335,10 +332,8 @@ class SuffixRunner:
             yield
 
 
-def _check(model: Any, blocks: Blocks, segment: Segment) -> None:
+def _check(model: PreTrainedModel, blocks: Blocks, segment: Segment) -> None:
     """From every block on, a few tokens must be predicted as by the whole model, alone and in two tiles."""
-    import torch
-
     span = (slice(0, 1), slice(0, _PROBE))
     mask = torch.ones_like(segment.loss_mask[span])
     mask[:, 0] = False

@@ -22,7 +22,7 @@ from layerbits.inputs.linears import (
 from layerbits.inputs.residence import device_of
 from layerbits.scoring import quantizers
 from layerbits.scoring.input_ranges import InputRange, RangeKind
-from layerbits.scoring.memory import Load
+from layerbits.scoring.memory import ModuleFootprint
 from layerbits.scoring.patches import Forward
 from layerbits.scoring.reduction import token_scores
 
@@ -52,7 +52,7 @@ class Tap(ABC):
         self._headrooms = settings.headrooms
 
     @abstractmethod
-    def load(self, tokens: int) -> Load:
+    def footprint(self, tokens: int) -> ModuleFootprint:
         """What the module takes for a segment of some tokens."""
 
     @abstractmethod
@@ -169,13 +169,13 @@ class LinearTap(Tap):
         self._searches = settings.searches
         self._kept: Any = None
 
-    def load(self, tokens: int) -> Load:
+    def footprint(self, tokens: int) -> ModuleFootprint:
         """Input and output stay, and the weights and outputs of all settings are made side by side."""
         weight, (rows, width) = self.module.weight, shape_of(self.module)
         count, size = weight.numel(), weight.element_size()
         passing, outputs = 2 * count * size, tokens * rows * size
         kept = rows + width
-        return Load(width, kept, kept, count, count, False, passing, outputs)
+        return ModuleFootprint(width, kept, kept, count, count, False, passing, outputs)
 
     def watched(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows the input to ``see``."""
@@ -224,7 +224,7 @@ class LinearTap(Tap):
         """The linear with quantized weight and input; the weight is quantized on the fly."""
         module, quantize_weight, quantize_input = self.module, self._weights[pair[0]], self.inputs[""][pair[1]]
 
-        def forward(x: Any) -> Any:
+        def forward(x: torch.Tensor) -> Any:
             weight = weight_of(module)
             weight = weight if quantize_weight is None else quantize_weight(weight)
             return run(module, x if quantize_input is None else quantize_input(x), weight)
@@ -236,12 +236,12 @@ class LinearTap(Tap):
         module = self.module
         half = shape_of(module)[1] // 2
 
-        def convolution(x: Any) -> Any:
+        def convolution(x: torch.Tensor) -> Any:
             low = module.weight.clone()
             low[..., half:] = 0
             return run(module, x, low) + module._conv_forward(x, module.weight - low, None)
 
-        def forward(x: Any) -> Any:
+        def forward(x: torch.Tensor) -> Any:
             weight = weight_of(module)
             low = torch.nn.functional.linear(x[..., :half], weight[:, :half], module.bias)
             return low + torch.nn.functional.linear(x[..., half:], weight[:, half:])

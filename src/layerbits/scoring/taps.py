@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from layerbits.candidates.fused import fused
 from layerbits.errors import Unsupported, UserError
-from layerbits.inputs.calibration import Batch, Segment
+from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import fused_experts
-from layerbits.inputs.folder import few
 from layerbits.inputs.linears import is_quantizable, tokens_of
 from layerbits.progress import progress
 from layerbits.scoring import quantizers
+from layerbits.scoring.batch_scores import BatchScores, Recorder, check_called
 from layerbits.scoring.experts import ExpertsTap, Routed
 from layerbits.scoring.features import in_tower
 from layerbits.scoring.input_ranges import InputRange, RangeKind
-from layerbits.scoring.memory import Load
+from layerbits.scoring.memory import ModuleFootprint
 from layerbits.scoring.modality import ImageInputs
 from layerbits.scoring.saved import Saved
 from layerbits.scoring.steps import Labels, calibration_forward, first_tokens, loss_backward
 from layerbits.scoring.tap import LinearTap, Tap, first_input, hooked
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], torch.Tensor], None]
+"""Runs behind a forward: the module, its arguments and its output."""
 
 
 def make_tap(name: str, module: Any, settings: quantizers.Settings) -> Tap:
@@ -64,26 +72,19 @@ class Taps:
         Unsupported: A scored module is neither a linear nor an expert module.
     """
 
-    def __init__(self, model: Any, names: Sequence[str], settings: quantizers.Settings) -> None:
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], settings: quantizers.Settings) -> None:
         self.model = model
         self.taps = [make_tap(name, model.get_submodule(name), settings) for name in names]
         self._pairs = settings.pairs
         self._share_ranges = settings.share_ranges
         self.keep_weights = self.keep_experts = False
-        self._calls = [0] * len(names)
-        self._recomputed = False
         self._copied: set[int] = set()
-        self._tokens: Any = None
-        self._segments: list[Segment] = []
         self._tower = set(in_tower(model, names))
-        self._signed = False
-        self._at = 0
-        self._loss: Any = 0.0
         self.images = ImageInputs()
 
-    def loads(self, tokens: int) -> list[Load]:
+    def footprints(self, tokens: int) -> list[ModuleFootprint]:
         """What each module takes for a segment of some tokens."""
-        return [tap.load(tokens) for tap in self.taps]
+        return [tap.footprint(tokens) for tap in self.taps]
 
     def calibrate(self, batches: Sequence[Batch], need_logits: bool, pictured: bool = False) -> None:
         """Finds the static input ranges, all of them in one forward over the batches.
@@ -103,7 +104,7 @@ class Taps:
         last: list[Any] = [None, {}]  # fused linears share one input tensor; its ranges are found once
         self.images = seen = ImageInputs(pictured)
 
-        def see(index: int, site: str, x: Any) -> None:
+        def see(index: int, site: str, x: torch.Tensor) -> None:
             if last[0] is not x:
                 last[:] = [x, {kind: InputRange(kind, x) for kind in kinds}]
             seen.see(self.taps[index], site, x)
@@ -120,7 +121,7 @@ class Taps:
                     calibration_forward(self.model, Batch((segment,)), need_logits)
         last.clear()
         unseen = [tap.name for tap, known in zip(self.taps, running, strict=True) if not known]
-        _check_called([tap.name for tap in self.taps if tap.name in unseen and any(True for _ in tap.range_names())])
+        check_called([tap.name for tap in self.taps if tap.name in unseen and any(True for _ in tap.range_names())])
         for tap, known in zip(self.taps, running, strict=True):
             tap.set_ranges(known)
 
@@ -189,9 +190,7 @@ class Taps:
         for tap in self.taps:
             tap.drop_weights()
 
-    def score(
-        self, batch: Batch, chunked: bool, labels: Labels | None = None, recomputed: bool = False
-    ) -> tuple[Any, Any]:
+    def score(self, batch: Batch, chunked: bool, labels: Labels | None = None, recomputed: bool = False) -> BatchScores:
         """Scores one batch.
 
         Args:
@@ -200,87 +199,48 @@ class Taps:
             recomputed: Whether gradient checkpointing is on.
             labels: Takes the loss for these tokens, and leaves the sums over output features signed and unsquared.
 
-        Returns:
-            Per-token scores, float32 ``[M, C, T]``, and the sample of each token, ``[T]`` (-1: padding).
-
         Raises:
             UserError: A module is not called in a forward, or not on every token.
         """
+        recorder = Recorder(self.taps, len(self._pairs), batch, self._tower, signed=labels is not None)
+        given = {} if labels is None else {"labels": labels}
+        with self._observed(recorder, recomputed):
+            loss = loss_backward(self.model, batch, recorder.next_segment, chunked, **given)
         owner = torch.cat([s.sample.flatten() for s in batch.segments])
-        shape = (len(self.taps), len(self._pairs), len(owner))
-        self._tokens = torch.zeros(shape, device=self.taps[0].device)
-        self._at = 0
-        self._calls = [0] * len(self.taps)
-        self._signed, self._recomputed = labels is not None, recomputed
-        self._segments = list(batch.segments)
-        if self._tower and any(len(s.pictures) > 1 for s in batch.segments):
-            raise ValueError("rows with pictures must be segments of their own where the vision tower is scored")
-        if self._tower and labels is not None:
-            raise Unsupported("method=fisher sums over windows of tokens, which a vision tower has not; use gradient")
-        with self._observed():
-            if labels is None:
-                self._loss = loss_backward(self.model, batch, self._next_segment, chunked)
-            else:
-                self._loss = loss_backward(self.model, batch, self._next_segment, chunked, labels)
-        return self._tokens, owner
-
-    @property
-    def loss(self) -> float:
-        """Loss of the unquantized model on the batch that was scored last, nats, summed over its loss tokens."""
-        return float(self._loss)
-
-    def _next_segment(self) -> None:
-        segment = self._segments.pop(0)
-        missing = [tap.name for tap, calls in zip(self.taps, self._calls, strict=True) if calls == 0]
-        if segment.pictures and self._tower and self._tower <= set(missing):
-            raise UserError("no gradient reaches the vision tower of this model; use model.vision=false")
-        # LLaVA, say, takes the last block but one of its tower: no gradient comes to the last, which scores 0
-        _check_called([name for name in missing if name not in self._tower])
-        self._calls = [0] * len(self.taps)
-        self._at += segment.input_ids.numel()
+        return BatchScores(recorder.by_token, owner, float(loss))
 
     @contextmanager
-    def _observed(self) -> Iterator[None]:
+    def _observed(self, recorder: Recorder, recomputed: bool) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(activation_gradients(self.model))
             for index, tap in enumerate(self.taps):
-                stack.enter_context(hooked(tap.module.register_forward_hook(self._keep(index), with_kwargs=True)))
+                hook = self._hook(index, recorder, recomputed)
+                stack.enter_context(hooked(tap.module.register_forward_hook(hook, with_kwargs=True)))
                 stack.enter_context(tap.lighter())
             yield
 
-    def _keep(self, index: int) -> Any:
-        tap = self.taps[index]
-        copied = index in self._copied
+    def _hook(self, index: int, recorder: Recorder, recomputed: bool) -> Hook:
+        """Saves what a call of a module is scored by, until its gradient comes."""
+        tap, copied = self.taps[index], index in self._copied
 
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-            tokens, expected = tokens_of(tap.module, first_input(args, kwargs)), self._segments[0].input_ids.numel()
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            tokens = tokens_of(tap.module, first_input(args, kwargs))
             # else an expert of its own, say: which tokens these are cannot be known here
-            if tokens != expected and tap.name not in self._tower:
+            if tokens != recorder.tokens and tap.name not in self._tower:
                 raise UserError(
-                    f"{tap.name} is called on {tokens} of {expected} tokens in a forward pass; "
+                    f"{tap.name} is called on {tokens} of {recorder.tokens} tokens in a forward pass; "
                     f"leave it out with model.exclude=[{tap.name}]"
                 )
             if output.requires_grad:
                 tensors = (*tap.inputs_of(args, kwargs), output)
-                saved = Saved([t.clone() for t in tensors] if copied else tensors, self._recomputed)
-                output.register_hook(lambda gradient: self._add(index, saved, gradient))
+                saved = Saved([t.clone() for t in tensors] if copied else tensors, recomputed)
+                output.register_hook(lambda gradient: add(saved, gradient))
+
+        def add(saved: Saved, gradient: torch.Tensor) -> None:
+            *inputs, output = saved.take()  # the graph outlives this hook, the tensors need not
+            recorder.add(index, inputs, output, gradient)
 
         return hook
-
-    def _add(self, index: int, saved: Saved, gradient: torch.Tensor) -> None:
-        self._calls[index] += 1
-        *inputs, output = saved.take()  # the graph outlives this hook, the tensors need not
-        of_tower = self.taps[index].name in self._tower
-        with torch.no_grad():
-            for candidates, scores in self.taps[index].scores(inputs, output, gradient, self._signed):
-                if of_tower:  # of patches: all of them stand at the row's first image token
-                    place = self._at + int(self._segments[0].image_tokens.flatten().nonzero()[0])
-                    for candidate, total in zip(candidates, scores.sum(dim=1), strict=True):
-                        self._tokens[index, candidate, place] += total.to(self._tokens.device)
-                    continue
-                span = slice(self._at, self._at + scores.shape[1])
-                for candidate, row in zip(candidates, scores, strict=True):  # a list as an index would be copied over
-                    self._tokens[index, candidate, span] += row.to(self._tokens.device)  # of all calls of the module
 
     def copy_what_changes(self, batch: Batch) -> None:
         """Finds the modules whose inputs or output the model changes after their forward (Falcon's MLP).
@@ -292,11 +252,12 @@ class Taps:
         """
         seen: dict[int, list[tuple[torch.Tensor, int]]] = {}
 
-        def see(index: int) -> Any:
+        def see(index: int) -> Hook:
             tap = self.taps[index]
 
-            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-                seen[index] = [(t.detach(), t._version) for t in (*tap.inputs_of(args, kwargs), output)]
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+                tensors = (*tap.inputs_of(args, kwargs), output)
+                seen.setdefault(index, []).extend((t.detach(), t._version) for t in tensors)
 
             return hook
 
@@ -307,19 +268,8 @@ class Taps:
         self._copied = {i for i, tensors in seen.items() if any(t._version != version for t, version in tensors)}
 
 
-def _check_called(missing: Sequence[str]) -> None:
-    """Refuses modules that a text never reaches: adapters of other blocks that share these weights (Zamba2), say."""
-    if missing:
-        alone = len(missing) == 1
-        which = f"{missing[0]} is" if alone else f"{len(missing)} linears ({few(list(missing))}) are"
-        raise UserError(
-            f"{which} never called in a forward pass; leave {'it' if alone else 'them'} out with "
-            f"model.exclude=[{','.join(missing)}]"
-        )
-
-
 @contextmanager
-def activation_gradients(model: Any) -> Iterator[None]:
+def activation_gradients(model: PreTrainedModel) -> Iterator[None]:
     """While it lasts, activations get gradients and parameters none; those would cost a third of the backward pass."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     embedding = model.get_input_embeddings()

@@ -41,11 +41,10 @@ class Whole:
         """KL divergence of another from this one at each position, over the whole vocabulary, nats."""
         import torch
 
-        parts = []
-        for ours, theirs in zip(self.logprobs.split(64), other.logprobs.split(64), strict=True):
-            a, b = ours.double(), theirs.double()
-            parts.append((a.exp() * (a - b)).sum(-1))
-        return np.asarray(torch.cat(parts).numpy())
+        from layerbits.scoring.divergence import exact_divergence
+
+        pieces = zip(self.logprobs.split(64), other.logprobs.split(64), strict=True)
+        return np.asarray(torch.cat([exact_divergence(ours, theirs) for ours, theirs in pieces]).numpy())
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ from layerbits.errors import UserError
 from layerbits.inputs.offload import offloaded
 from layerbits.results.result import FloatArray
 from layerbits.scoring import fisher, kl, onepass
+from layerbits.scoring.checkpointing import checkpointed
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
-from layerbits.scoring.memory import checkpointed
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search, step_of
 from layerbits.scoring.steps import calibration_forward
@@ -96,11 +96,9 @@ def gradient_token(job: ScoringJob, linears: ReplacedLinears, search: Search) ->
     for batch, weight in zip(batches, weights, strict=True):
         recomputed = offloaded(model) is not None
         with checkpointed(model) if recomputed else nullcontext():
-            signed, owner = linears.score(
-                batch, chunked=False, labels=lambda _logits, targets: targets, recomputed=recomputed
-            )
-        squares = fisher.windowed(signed, owner, batch, search.group_of, groups, window=1)
-        step = step_of(squares, owner, batch, np.arange(groups), groups, linears.loss)
+            signed = linears.score(batch, chunked=False, labels=lambda _logits, targets: targets, recomputed=recomputed)
+        squares = fisher.windowed(signed.by_token, signed.owner, batch, search.group_of, groups, window=1)
+        step = step_of(squares, signed.owner, batch, np.arange(groups), groups, signed.loss)
         shares[step.samples] += step.sample_raw * weight
         tokens[step.samples] += step.sample_tokens
     return shares, tokens

@@ -17,7 +17,7 @@ from layerbits.scoring.replaced import ReplacedLinears
 
 
 @contextmanager
-def held(
+def fixed_quantization(
     model: Any,
     configs: Mapping[str, Mapping[str, Any]],
     batches: Sequence[Batch],

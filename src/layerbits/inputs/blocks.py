@@ -1,0 +1,33 @@
+"""The decoder blocks of a language model: the elements of the lists that hold its linears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from layerbits.inputs.models import language_model_linears
+
+
+def block_lists(model: Any) -> dict[str, nn.ModuleList]:
+    """The outermost lists of modules with linears inside, by name, in model order.
+
+    A list of bare linears is none of blocks (Gemma 3n).
+
+    Args:
+        model: A causal language model, which may be on the meta device.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for name in language_model_linears(model):
+        parts = name.split(".")
+        for end in range(1, len(parts) - 1):
+            module = model.get_submodule(prefix := ".".join(parts[:end]))
+            if isinstance(module, nn.ModuleList):
+                found[prefix] = module
+                break
+    return found
+
+
+def decoder_blocks(model: Any) -> list[nn.Module]:
+    """All blocks, in model order."""
+    return [block for blocks in block_lists(model).values() for block in blocks]
