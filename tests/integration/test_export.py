@@ -315,9 +315,15 @@ def test_from_the_command_line_to_the_registry(tmp_path):
     scheme = replace(scheme, name="good", calibration=data, settings=settings)
     scheme.save(tmp_path / "good.json")
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    wanted = [f"tracking.uri={store}", f"output_root={tmp_path}", "device=cpu"]
+    wanted = [f"tracking.uri={store}", f"output_root={tmp_path}", "device=cpu", f"scheme_files={tmp_path}/good.json"]
+    wanted += ["register=true", f"export_root={tmp_path}/exports"]
 
-    done = run("export.py", f"scheme_files={tmp_path}/good.json", "register=true", *wanted)
+    refused = start("export", *wanted, "registered_model=team/llama")
+    assert refused.returncode == 2
+    assert "registered_model=team/llama is no name of a registered model" in refused.stderr
+    assert not (tmp_path / "exports").exists()
+
+    done = run("export.py", *wanted)
     client = MlflowClient(store)
     runs = client.search_runs(["1"], "tags.`layerbits.kind` = 'export'")
     assert len(runs) == 1, done.stderr
@@ -340,6 +346,16 @@ def test_from_the_command_line_to_the_registry(tmp_path):
 
     made = made_by(Path(data.tags["checkpoint.path"]))
     assert (made.run_id, made.experiment) == (runs[0].info.run_id, "layerbits")
+
+    assert "good is exported and proven already" in run("export.py", *wanted).stdout
+    assert len(client.search_model_versions("name = 'tiny'")) == 1
+    client.delete_run(runs[0].info.run_id)  # now there is a checkpoint on disk that no run has
+    run("export.py", *wanted)
+    (logged,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'export' and tags.outcome = 'ok'")
+    assert logged.data.metrics["proof/problems"] == 0.0
+    assert logged.info.run_id in {v.run_id for v in client.search_model_versions("name = 'tiny'")}
+    parents = client.search_runs(["1"], "tags.`layerbits.kind` = 'exports'")
+    assert [run.data.tags["outcome"] for run in parents] == ["ok", "ok", "ok", "failed"]
 
 
 def test_a_scheme_that_quantizes_nothing_does_not_keep_others_from_being_exported(tmp_path, capsys, monkeypatch):
