@@ -33,8 +33,8 @@ from layerbits.sensitivity import plan
 from layerbits.stages.plan import Plan
 from layerbits.stages.run import load_model, run, scoring_job
 from layerbits.stages.write import write
-from layerbits.trust.again import plan_again
 from layerbits.trust.rankers import RANKERS
+from layerbits.trust.reproduce import plan_of_run
 from layerbits.trust.validate import ValidateSettings, calibrated_linears, validate, write_validation
 from layerbits.trust.validation import Prediction, Validation
 
@@ -59,7 +59,7 @@ def settings_of(pair: str, arguments: argparse.Namespace) -> Settings:
 
 def windows(found: Validation, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The fisher score taken apart, against the same measurement."""
-    planned = plan_again(str(folder), load_manifest(folder), arguments.device, ROOT / "configs")
+    planned = plan_of_run(str(folder), load_manifest(folder), arguments.device, ROOT / "configs")
     job = scoring_job(planned, load_model(planned), Path())
     search = Search.of(job)
     linears = calibrated_linears(job, search)

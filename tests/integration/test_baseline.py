@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from layerbits.errors import UserError
-from layerbits.results.baseline import Baseline, check_first_batch
+from layerbits.results.baseline import BaselineLoss, check_first_batch
 from layerbits.scoring import kl, onepass, stock
 from layerbits.scoring.steps import predictions
 
@@ -83,11 +83,11 @@ def test_steps_of_an_earlier_version_are_scored_again(llama, tmp_path):
 
 
 def test_a_model_that_predicts_is_accepted():
-    assert Baseline(4.4, 262_144).check() == ()
+    assert BaselineLoss(4.4, 262_144).check() == ()
 
 
 def test_half_way_to_guessing_is_a_warning_with_its_reasons():
-    (line,) = Baseline(9.5, 262_144).check("its tokenizer has <bos>")
+    (line,) = BaselineLoss(9.5, 262_144).check("its tokenizer has <bos>")
     assert "loses 9.50 nats per token" in line
     assert "ln(262,144) = 12.48" in line
     assert "beginning-of-text token" in line
@@ -97,7 +97,7 @@ def test_half_way_to_guessing_is_a_warning_with_its_reasons():
 @pytest.mark.parametrize("loss", [math.log(384), 9.0, math.inf, math.nan])
 def test_guessing_or_worse_ends_the_run(loss):
     with pytest.raises(UserError, match=r"no less than the ln\(384\) = 5.95 .* model.random_weights=true"):
-        Baseline(loss, 384).check()
+        BaselineLoss(loss, 384).check()
 
 
 def test_a_first_batch_ends_a_run_only_where_it_is_large_enough():

@@ -222,7 +222,7 @@ def test_history_has_the_latest_kl_that_was_served_of_the_same_scheme(made_store
 
 
 def test_a_run_is_verified_from_the_checkpoint_that_it_led_to(exported):
-    from layerbits.trust.again import scored_run
+    from layerbits.trust.reproduce import scored_run
 
     folder, run_id = exported
     store = f"sqlite:///{folder}/mlflow.db"

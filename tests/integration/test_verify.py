@@ -15,7 +15,7 @@ from layerbits.errors import UserError
 from layerbits.inputs import smollm2
 from layerbits.inputs.captions import load_captions
 from layerbits.results.manifest import load_manifest
-from layerbits.trust.again import load_run
+from layerbits.trust.reproduce import load_run
 from layerbits.trust.verification import BOUNDS, check, compare, verify
 
 from .entries import start

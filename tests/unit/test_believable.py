@@ -12,7 +12,7 @@ import pytest
 from layerbits import figures
 from layerbits.history import query
 from layerbits.report import json_report, markdown_report, note
-from layerbits.results.baseline import Baseline
+from layerbits.results.baseline import BaselineLoss
 from layerbits.results.frames import drawable, grid, tidy
 from layerbits.results.manifest import from_manifest, to_manifest
 from layerbits.tracking import contract
@@ -29,7 +29,7 @@ def result(make_result):
     at = [g.key for g in made.groups].index(FAR)
     scores[at] *= 18_600 / kl[at]
     kl[at] = 18_600
-    return replace(made, predicted_kl=kl, scores=scores, baseline=Baseline(2.5, 384))
+    return replace(made, predicted_kl=kl, scores=scores, baseline=BaselineLoss(2.5, 384))
 
 
 def row(result, key=FAR):
@@ -104,7 +104,7 @@ def test_the_manifest_keeps_the_baseline(result):
 
 
 def test_a_loss_that_is_no_number_is_kept_as_such(result):
-    data = json.loads(json.dumps(to_manifest(replace(result, baseline=Baseline(math.nan, 384))), allow_nan=False))
+    data = json.loads(json.dumps(to_manifest(replace(result, baseline=BaselineLoss(math.nan, 384))), allow_nan=False))
     assert math.isnan(from_manifest(data).baseline.loss_per_token)
 
 

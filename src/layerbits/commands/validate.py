@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def validation(config: Mapping[str, Any], root: Path) -> None:
     """Reads the run, measures, writes and logs the result."""
-    from layerbits.trust.again import load_run
+    from layerbits.trust.reproduce import load_run
     from layerbits.trust.validate import settings_of, validate, write_validation
     from layerbits.trust.validation import markdown
 

@@ -16,7 +16,7 @@ from layerbits.tracking.settings import TrackingSpec
 
 def verification(config: Mapping[str, Any], root: Path) -> None:
     """Repeats the run, writes and logs the comparison; fails where it is beyond the bound."""
-    from layerbits.trust.again import scored_run
+    from layerbits.trust.reproduce import scored_run
     from layerbits.trust.verification import check, verify
 
     reference = one_run(config["run_id"])

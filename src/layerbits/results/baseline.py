@@ -19,7 +19,7 @@ _REASONS = (
 
 
 @dataclass(frozen=True)
-class Baseline:
+class BaselineLoss:
     """The unquantized model on the rows that were scored.
 
     Attributes:
@@ -68,11 +68,11 @@ def check_first_batch(loss: float, tokens: int, vocabulary: int, hint: str = "")
     Args:
         loss: Mean loss of the batch's tokens, nats.
         tokens: How many those are.
-        vocabulary: As in :class:`Baseline`.
-        hint: As :meth:`Baseline.check` takes it.
+        vocabulary: As in :class:`BaselineLoss`.
+        hint: As :meth:`BaselineLoss.check` takes it.
 
     Raises:
-        UserError: As :meth:`Baseline.check`.
+        UserError: As :meth:`BaselineLoss.check`.
     """
     if tokens >= EARLY:
-        Baseline(loss, vocabulary).check(hint)
+        BaselineLoss(loss, vocabulary).check(hint)

@@ -14,7 +14,7 @@ import numpy as np
 from layerbits.errors import UserError
 from layerbits.paths import home_path
 from layerbits.results.assignment import Assignment
-from layerbits.results.baseline import Baseline
+from layerbits.results.baseline import BaselineLoss
 from layerbits.results.intervals import Intervals
 from layerbits.results.kv_cache import kv_from_json
 from layerbits.results.modality import Modality
@@ -105,7 +105,9 @@ def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
             scores=scores,
             predicted_kl=predicted_kl,
             allocation=_allocation(data["recipe"]),
-            baseline=Baseline(**_numbers(measured, "loss_per_token")) if (measured := data.get("baseline")) else None,
+            baseline=BaselineLoss(**_numbers(measured, "loss_per_token"))
+            if (measured := data.get("baseline"))
+            else None,
             intervals=Intervals.from_json(data.get("intervals"), candidate.name, data["layers"], row_of),
             nonfinite=tuple(NonFinite(**n) for n in data["nonfinite"]),
             settings=data["settings"],

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from layerbits.errors import UserError
 from layerbits.results.assignment import Assignment
-from layerbits.results.baseline import Baseline
+from layerbits.results.baseline import BaselineLoss
 from layerbits.results.intervals import Intervals
 from layerbits.results.kv_cache import KvScore
 from layerbits.results.modality import Modality
@@ -216,7 +216,7 @@ class SensitivityResult:
     sample_kl: FloatArray | None = None
     sample_tokens: npt.NDArray[np.int64] | None = None
     intervals: Intervals | None = None
-    baseline: Baseline | None = None
+    baseline: BaselineLoss | None = None
     nonfinite: tuple[NonFinite, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)

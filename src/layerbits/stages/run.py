@@ -23,7 +23,7 @@ from layerbits.inputs.models import LoadedModel
 from layerbits.inputs.offload import offloaded
 from layerbits.provenance import peak_memory, provenance
 from layerbits.results.assignment import Assignment
-from layerbits.results.baseline import Baseline, check_first_batch
+from layerbits.results.baseline import BaselineLoss, check_first_batch
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.modality import Modality, modality_of
 from layerbits.results.result import Allocation, CalibrationInfo, CandidateInfo, SensitivityResult, effective_bits
@@ -126,7 +126,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     scores = engine.score(job)
     if spec.refine:
         scores = refine.refine(job, scores, spec.refine)
-    baseline = Baseline(scores.loss_per_token, _vocabulary(loaded.model))
+    baseline = BaselineLoss(scores.loss_per_token, _vocabulary(loaded.model))
     doubts = () if settings.model.random_weights else baseline.check(_opening(plan))
     noisy = dropout_of(loaded.model, loaded.model.config.get_text_config())
     on = noisy > 0 and engine is stock and spec.method == "gradient"

@@ -18,9 +18,9 @@ from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
 from layerbits.results.result import FloatArray, SensitivityResult
 from layerbits.stages.run import load_model, scoring_job
-from layerbits.trust.again import plan_again
 from layerbits.trust.agreement import Captions
 from layerbits.trust.kv_cache import wanted_scores
+from layerbits.trust.reproduce import plan_of_run
 from layerbits.trust.validation import ABOVE_FLOOR, HeldOut, Prediction, Validation, markdown
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def validate(
         root: Project folder, for the git commit.
 
     Raises:
-        UserError: As :func:`layerbits.trust.again.plan_again`; or there are too few held-out captions, the model's
+        UserError: As :func:`layerbits.trust.reproduce.plan_of_run`; or there are too few held-out captions, the model's
             groups differ, or float32 does not fit.
     """
     from layerbits.probing.probe import held_out_rows
@@ -75,7 +75,7 @@ def validate(
     from layerbits.trust.rankers import IN_NATS, rank
 
     priced = wanted_scores(reference, result.kv_cache, settings.kv_cache)
-    planned = plan_again(reference, result, settings.device, configs)
+    planned = plan_of_run(reference, result, settings.device, configs)
     data, seq_len = planned.settings.dataset, planned.settings.autoquant.seq_len
     held_out = planned.captions.held_out
     both = held_out_rows(

@@ -14,7 +14,7 @@ import numpy as np
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.errors import UserError
 from layerbits.results.result import SensitivityResult
-from layerbits.trust.again import identity, load_run, plan_again
+from layerbits.trust.reproduce import identity, load_run, plan_of_run
 
 if TYPE_CHECKING:
     pass
@@ -223,7 +223,7 @@ def verify(
     if allowed is None:
         allowed = BOUNDS[where if where == before.device else "cuda"]
     with tempfile.TemporaryDirectory(prefix="layerbits-verify-") as scratch:
-        planned = plan_again(reference, before, where, configs, Path(scratch))
+        planned = plan_of_run(reference, before, where, configs, Path(scratch))
         (outcome,) = run(planned, root)
     found = compare(reference, before, outcome.result, allowed)
     final = dated(output_root, f"verify_{before.run_name}")

@@ -55,7 +55,7 @@ def scored_run(reference: str, tracking_uri: str | None) -> str:
     return runs[0]
 
 
-def plan_again(
+def plan_of_run(
     reference: str, result: SensitivityResult, device: str, configs: Path, checkpoint: Path | None = None
 ) -> Plan:
     """The plan of a past run.
