@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from layerbits.atomic import dated, write_json
 from layerbits.cache import writable_cache
 from layerbits.checkpoint.labels import read_quantization
-from layerbits.checkpoint.processors import MISSING
+from layerbits.checkpoint.processors import MISSING, Processor
 from layerbits.errors import Skipped, UserError
 from layerbits.paths import user_path
 from layerbits.results.experiment import made_by
 from layerbits.schemes.settings import listed_paths
 from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
-from layerbits.serving.environment import find_environment
+from layerbits.serving.environment import Environment, find_environment
 from layerbits.serving.processor import ask, in_words, otherwise, why_refused
 from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
 from layerbits.serving.server import Launch, Refused
@@ -241,12 +241,12 @@ class Checker:
         if not all(check.passed for check in structure):
             return ServeCheck(folder, digest, structure, SKIPPED, "not served, as its files are not sound")
         try:
-            runtimes = self._runtimes
+            installed = self._installed
         except Skipped as why:
             return ServeCheck(folder, digest, structure, SKIPPED, str(why))
         subject = Subject.of(read_scheme(folder), self.settings)
-        runtime, plain = runtimes(subject)
-        processor = runtime.processor if isinstance(runtime, Started) else None
+        runtime, plain = self._runtimes(subject)
+        processor = None if installed is None else installed[1]
         labels = tuple(read_quantization(checkpoint).layers.values())
         unlike = otherwise(labels, processor)
         known = in_words(unlike, processor) if processor is not None and unlike else ""
@@ -263,34 +263,33 @@ class Checker:
         )
 
     @cached_property
-    def _runtimes(self) -> Callable[[Subject], tuple[Runtime, Runtime | None]]:
-        """Gives the runtime of a checkpoint, and that of its unquantized model where there is one."""
+    def _installed(self) -> tuple[Environment, Processor | None] | None:
+        """Where vLLM is and what it computes with on this CPU; ``None`` where a server runs already."""
+        if self.settings.vllm.url is not None:
+            return None
+        environment = find_environment(self.settings.vllm.python, self.root)
+        return environment, ask(environment)
+
+    def _runtimes(self, subject: Subject) -> tuple[Runtime, Runtime | None]:
+        """The runtime of a checkpoint, and that of its unquantized model where there is one."""
         vllm = self.settings.vllm
         if vllm.url is not None:
-            url, plain = vllm.url, vllm.unquantized_url
-
-            def running(subject: Subject) -> tuple[Runtime, Runtime | None]:
-                source = PurePath(subject.prepared.scheme.model.source).name
-                return Running(url, vllm.model), Running(plain, called=(source,)) if plain else None
-
-            return running
-        environment = find_environment(vllm.python, self.root)
-        processor = ask(environment)
-
-        def started(subject: Subject) -> tuple[Runtime, Runtime]:
-            launch = Launch(
-                environment,
-                subject.question.length,
-                self.settings.top_k,
-                subject.dtype,
-                vllm.port,
-                vllm.plugin,
-                vllm.arguments,
-                vllm.seconds,
-            )
-            return Started(launch, processor), Started(launch, processor)
-
-        return started
+            source = PurePath(subject.prepared.scheme.model.source).name
+            plain = Running(vllm.unquantized_url, called=(source,)) if vllm.unquantized_url else None
+            return Running(vllm.url, vllm.model), plain
+        assert self._installed is not None
+        environment, processor = self._installed
+        launch = Launch(
+            environment,
+            subject.question.length,
+            self.settings.top_k,
+            subject.dtype,
+            vllm.port,
+            vllm.plugin,
+            vllm.arguments,
+            vllm.seconds,
+        )
+        return Started(launch, processor), Started(launch, processor)
 
     def _plain(self, runtime: Runtime, subject: Subject, out: Path) -> Told:
         from layerbits.export.plan import source_folder
