@@ -49,6 +49,7 @@ notebooks: .venv/test.stamp
 	  $(MLFLOW_RUN) -e $$job -P run_id=$$1; \
 	  $(MLFLOW_RUN) -e $$job -P run_id=$$1,$$2 -P schemes=none -P controls=none -P effective_bits=5,6,7,8,10,12; \
 	done; \
+	$(MLFLOW_RUN) -e evaluate -P run_id=$$1 -P schemes=none -P effective_bits=8,10,12 -P limit=64; \
 	python notebooks/execute.py
 
 FP8_AND_INT4 := from layerbits import history; r = history.runs(model="smollm2_135m", granularity="default"); \

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import mlflow
@@ -18,6 +19,7 @@ from tests.integration.tracking_support import small_result, write_folder
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+ANSWERS = find_spec("lm_eval") is not None
 LIMIT = 400_000  # bytes of a committed notebook
 
 
@@ -51,6 +53,9 @@ def store(tmp_path_factory):
     run_id = f"run_id={runs['run_id'].iloc[0]}"
     run(["experiments/scheme.py", run_id, "schemes=fp8_autoquant_full", "pareto=0", out], uri)
     run(["experiments/probe.py", run_id, "schemes=none", "controls=none", "effective_bits=9,12", "rows=2", out], uri)
+    if ANSWERS:
+        asked = ["schemes=none", "effective_bits=9", "tasks=cloze", "limit=6", "rows=2", out]
+        run(["experiments/evaluate.py", run_id, *asked], uri)
     return uri
 
 
@@ -94,6 +99,15 @@ def test_a_notebook_runs_and_draws(store, tmp_path, name, figures):
     assert len(pictures(notebook)) == figures
     assert not [o for o in outputs(notebook) if o.get("name") == "stderr"]
     assert str(tmp_path) not in nbformat.writes(notebook)
+
+
+@pytest.mark.skipif(not ANSWERS, reason="needs the extra `eval`")
+def test_answers_runs_and_draws(store, tmp_path):
+    assert len(pictures(executed("answers", store, tmp_path))) == 1
+
+
+def test_answers_says_what_is_missing(bare_store, tmp_path):
+    assert "No evaluation is in this experiment." in words(executed("answers", bare_store, tmp_path))
 
 
 def test_schemes_says_what_is_missing(bare_store, tmp_path):
