@@ -1,6 +1,7 @@
 """What calibrating with pictures changes, on a real language model behind a vision tower that is not trained.
 
     python benchmarks/images.py --model QWEN2_5_FOLDER --out benchmarks/results/DATE-images-GPU.json
+    python benchmarks/images.py --out benchmarks/results/DATE-images-GPU.json --draw docs/figures/images.png
 
 The model is Qwen2.5-VL's architecture with the weights of a trained Qwen2.5 (its language part is a Qwen2) and a small
 vision tower of random weights. The tower's last linear is set so that its outputs have, feature by feature, the mean
@@ -265,10 +266,74 @@ def image_shares(scores: Scores, rows: Sequence[Batch], names: Sequence[str]) ->
     return told
 
 
+def tables(record: Mapping[str, Any]) -> str:
+    """The record as Markdown: KL by calibration, ranks, what is clipped."""
+    lines = [
+        "| scale | pair | quantized | after pictures: text | pictures | both | on text: text | pictures | both |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for scale, told in record["scales"].items():
+        for pair, by in told["kl"].items():
+            for what in ("all", "half"):
+                cells = [
+                    "{:.3g} ± {:.1g}".format(*by[name][what][where])
+                    for where in ("pictures", "text")
+                    for name in CALIBRATIONS
+                ]
+                lines.append(f"| {scale} | `{pair}` | {what} | {' | '.join(cells)} |")
+    lines += ["", "| scale | pair | Spearman, text / pictures | top 10 shared | image share of the score, 90% |"]
+    lines += ["|---|---|---|---|---|"]
+    for scale, told in record["scales"].items():
+        for pair, moved in told["ranks"].items():
+            share = told["image_share"]["pictures"][pair]
+            ends = f"{share['share']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
+            one = moved["text_pictures"]
+            lines.append(f"| {scale} | `{pair}` | {one['spearman']:.3f} | {one['top10']} | {ends} |")
+    lines += ["", "| scale | modules above 1% | mean share | largest share | median, largest ratio of magnitudes |"]
+    lines += ["|---|---|---|---|---|"]
+    for scale, told in record["scales"].items():
+        c = told["clipped"]["both"]
+        ratios = f"{c['median_ratio_of_magnitudes']:.2f}, {c['largest_ratio_of_magnitudes']:.2f}"
+        shares = f"{c['mean_share']:.2%} | {c['largest_share']:.1%}"
+        lines.append(f"| {scale} | {c['modules_above_1_percent']} of {c['modules']} | {shares} | {ratios} |")
+    return "\n".join(lines)
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Share of image positions in the predicted KL along the blocks, a line per scale, a panel per pair."""
+    from layerbits.figures.style import (
+        FONT,
+        headline,
+        key,
+        label_outer,
+        legend_below,
+        line_style,
+        panels,
+        plain_axes,
+        save_png,
+    )
+
+    pairs = list(next(iter(record["scales"].values()))["ranks"])
+    figure, axes = panels(len(pairs), len(pairs), width=10, height=2.8)
+    styles = {scale: line_style(i) for i, scale in enumerate(record["scales"])}
+    for ax, pair in zip(axes, pairs, strict=True):
+        for scale, told in record["scales"].items():
+            values = 100 * np.array(told["image_share"]["pictures"][pair]["by_block"])
+            ax.plot(values, markersize=3, linewidth=1.2, **styles[scale])
+        ax.set_title(pair, fontsize=FONT, loc="left")
+        ax.set_ylim(bottom=0)
+        plain_axes(ax, "both")
+    label_outer(axes, len(pairs), "Decoder block", "From image positions (%)")
+    legend_below(figure, [key(f"image features × {scale}", **style) for scale, style in styles.items()])
+    headline(figure, "Share of image positions in the predicted KL (untrained vision tower)")
+    save_png(figure, path)
+
+
 def main() -> None:
     """Measures each scale and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a trained Qwen2.5")
+    parser.add_argument("--model", type=Path, help="folder of a trained Qwen2.5")
+    parser.add_argument("--draw", type=Path, help="draw an existing record there and print its tables, measure nothing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--samples", type=int, default=64, help="of each calibration")
@@ -276,6 +341,11 @@ def main() -> None:
     parser.add_argument("--scales", default="1,4,16")
     parser.add_argument("--pairs", default=",".join(PAIRS))
     arguments = parser.parse_args()
+    if arguments.draw:
+        record = json.loads(arguments.out.read_text())
+        draw(record, arguments.draw)
+        print(tables(record))
+        return
     dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16
     model, reader = build(arguments.model, arguments.device, dtype)
     data = Data.of(reader, arguments.samples, arguments.held_out)
@@ -283,7 +353,7 @@ def main() -> None:
     loaded = LoadedModel(model, reader.processor.tokenizer, info, language_model_linears(model))
     made = {pair: candidate(pair) for pair in arguments.pairs.split(",")}
     tower = Tower(model, data.calibrations["pictures"])
-    record: dict[str, Any] = {
+    record = {
         "what": "Qwen2.5-VL with a trained Qwen2.5 and an untrained vision tower",
         "command": " ".join(sys.argv[1:]),
         "model": arguments.model.name,
