@@ -161,7 +161,8 @@ def scored(family: str, linears: Iterable[str]) -> tuple[str, ...]:
 
 _QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 WITH_PICTURES: dict[str, Callable[[], Any]] = {
-    **{name: FAMILIES[name] for name in (*_QWEN, "gemma3", "smolvlm")},
+    **{name: FAMILIES[name] for name in (*_QWEN, "smolvlm")},
+    "gemma3": lambda: _vision("Gemma3", {**_TOWER, "vision_use_head": False}, head_dim=32, outer=_GEMMA_IMAGES),
     "llava": lambda: _vision(
         "Llava", _TOWER, _llama_text, outer={"image_token_index": 5, "vision_feature_layer": -1}
     ),

@@ -183,13 +183,15 @@ def language_model_linears(model: PreTrainedModel) -> dict[str, Shapes]:
 def vision_linears(model: PreTrainedModel) -> dict[str, Shapes]:
     """Linears outside the language model and its head: of the vision tower and of what leads out of it.
 
-    Convolutions are left out: they cut a picture into patches.
+    Convolutions are left out: they cut a picture into patches. So is the output of torch's own attention, which is a
+    parameter there and never called as a module.
     """
+    own = torch.nn.modules.linear.NonDynamicallyQuantizableLinear
     inside = language_model_linears(model)
     return {
         name: (shape_of(module),)
         for name, module in model.named_modules()
-        if name not in inside and is_quantizable(module) and not is_convolution(module)
+        if name not in inside and is_quantizable(module) and not (is_convolution(module) or isinstance(module, own))
     }
 
 
