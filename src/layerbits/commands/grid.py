@@ -28,7 +28,10 @@ def grid(config: Mapping[str, Any], root: Path) -> None:
         axis(config["dataset_sizes"], configs, known_sizes=True),
     )
     tracker = Tracker(settings.tracking, root)
-    with tracker.parent(f"grid {settings.model.name}") as parent, tqdm(total=len(wanted), desc="cells") as bar:
+    with (
+        tracker.parent(f"grid {settings.model.name}") as parent,
+        tqdm(total=len(wanted), desc="cells", unit="cell") as bar,
+    ):
         log = CellLog(tracker, parent, settings, run_names(wanted, settings.model.name))
         outcomes = run_grid(wanted, settings, configs, log, root, config["force"], bar.update)
         bar.close()
