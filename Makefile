@@ -124,4 +124,5 @@ VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install
 
 .venv/test.stamp: requirements-dev.lock requirements-eval.lock .venv/run.stamp
 	$(PIP) install -r requirements-dev.lock
+	$(PIP) install --no-deps -r requirements-eval.lock
 	touch $@

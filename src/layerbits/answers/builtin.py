@@ -7,7 +7,10 @@ on, comes from the job as metadata of all tasks.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from layerbits.answers.programs import run_all
@@ -49,6 +52,8 @@ def procedural(generator: str, level: Mapping[str, Any], choices: int = 0, **_: 
         level: Its settings.
         choices: Answers to choose among: the right one and those of other questions; 0 = the answer is to be written.
     """
+    if "pycosat" not in sys.modules and find_spec("pycosat") is None:  # a C extension, for puzzles that no task is of
+        sys.modules["pycosat"] = ModuleType("pycosat")
     import reasoning_gym
 
     found: dict[str, str] = {}

@@ -101,7 +101,7 @@ def check_installed() -> None:
     """
     if find_spec("lm_eval") is None:
         raise UserError(
-            "lm-evaluation-harness is not installed; run `pip install -r requirements-eval.lock` in this environment"
+            "lm-evaluation-harness is not installed; run `pip install --no-deps -r requirements-eval.lock` here"
         )
 
 
