@@ -18,26 +18,28 @@ def point(bits, predicted, ratio, candidates=PAIR):
     return Point(f"bits_{bits}", candidates, bits, predicted, predicted * ratio, 0.01 * predicted)
 
 
-def test_schemes_that_agree_give_their_factor_with_no_error():
+def test_schemes_that_agree_give_their_factor_with_no_error_but_their_own():
     (found,) = factors([point(9, 0.1, 0.8), point(11, 0.05, 0.8), point(13, 0.02, 0.8)])
-    assert found.value == pytest.approx(0.8)
-    assert found.error == pytest.approx(0, abs=1e-9)
-    assert (found.low, found.high, found.schemes) == (9, 13, 3)
+    assert found.at(10) == pytest.approx(0.8)
+    assert found.error == pytest.approx(0.0126, abs=1e-3)  # 0.01 of the predicted is that of the measured KL
+    assert (found.bits, found.schemes) == ((9, 11, 13), 3)
     assert found.left_out == (pytest.approx(0.2231, abs=1e-3), pytest.approx(0, abs=1e-9))
 
 
-def test_the_error_is_the_scatter_and_what_the_factor_gains_is_told():
-    (found,) = factors([point(9, 0.1, 0.7), point(11, 0.05, 0.8), point(13, 0.02, 0.9)])
-    assert found.value == pytest.approx((0.7 * 0.8 * 0.9) ** (1 / 3))
-    assert 0.1 < found.error < 0.2
+def test_the_factor_follows_the_budget_and_its_error_is_what_lies_beside_the_line():
+    (found,) = factors([point(9, 0.1, 1.0), point(11, 0.05, 2.0), point(13, 0.02, 4.0), point(12, 0.03, 3.5)])
+    assert found.at(9) == pytest.approx(1)
+    assert found.at(10) == pytest.approx(2**0.5)
+    assert found.error > 0.1
     assert found.left_out[1] < found.left_out[0]
+    assert "1.00 to 4.00 times" in found.words
 
 
-def test_two_schemes_are_too_few_and_pairs_are_kept_apart():
+def test_two_budgets_are_too_few_and_pairs_are_kept_apart():
     other = ("wfp8_afp8",)
-    assert factors([point(9, 0.1, 0.8), point(11, 0.05, 0.8)]) == []
+    assert factors([point(9, 0.1, 0.8), point(11, 0.05, 0.8), point(11, 0.05, 0.7)]) == []
     found = factors([point(b, 0.1, r, c) for c, r in ((PAIR, 0.8), (other, 1.3)) for b in (9, 10, 11)])
-    assert {f.candidates: round(f.value, 6) for f in found} == {PAIR: 0.8, other: 1.3}
+    assert {f.candidates: round(f.at(10), 6) for f in found} == {PAIR: 0.8, other: 1.3}
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def schemes(make_result):
 def test_a_scheme_within_the_measured_bits_has_an_expected_kl_beside_its_sum(schemes):
     known = factors([point(9, 0.1, 0.5), point(10, 0.1, 0.5), point(12, 0.02, 0.55)])
     kl, error = expected(schemes[1], known)
-    assert kl == pytest.approx(schemes[1].predicted_kl * known[0].value)
+    assert kl == pytest.approx(schemes[1].predicted_kl * known[0].at(schemes[1].effective_bits))
     assert 0 < error < kl
     assert expected(schemes[2], known) is None  # more bits than any that was measured
     text = markdown(schemes, known=known)

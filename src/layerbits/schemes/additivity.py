@@ -1,9 +1,9 @@
 """What a sum of predicted KLs is worth: measured schemes say by what factor the sum of another scheme is off.
 
-Damages of groups do not quite add up, and scores are not quite in nats: schemes of one pair measure about the same
-multiple of their sums. Three measured schemes or more give that factor, as a mean of logarithms, and by their scatter
-how far the next scheme may be from it. It holds for the same candidates and for budgets between those that were
-measured.
+Damages of groups do not quite add up, scores are not quite in nats, and a solver prefers groups whose scores are too
+low, so that the sum of what it chose is too low as well: the fewer groups it takes, the more. So the factor is one of
+the budget: between two measured schemes its logarithm is a straight line over the effective bits. Three measured
+schemes or more say how far that is off: by how much each scheme lies beside the line of its neighbours.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Factor:
-    """Measured / predicted of schemes of some candidates, from ``low`` to ``high`` effective bits.
+    """Measured / predicted of schemes of some candidates, over effective bits; ``n`` measured budgets.
 
     Attributes:
-        value: Geometric mean.
-        error: Standard error of a further scheme's from it, relative: the scatter of the schemes, which has the error
-            of their measured KLs in it.
+        bits: ``[n]`` ascending.
+        values: ``[n]`` measured / predicted there.
+        error: Standard error of a further scheme's from it, relative: the schemes beside the lines of their
+            neighbours, and the error of their measured KLs.
         schemes: How many were measured.
-        left_out: Mean |log| by which the sum of a scheme is off, and by which the product is where the factor is of
-            the other schemes: what the factor gains.
+        left_out: Mean |log| by which the sum of a scheme between two others is off, and by which the product with
+            their factor is: what the factor gains.
     """
 
     candidates: tuple[str, ...]
-    low: float
-    high: float
-    value: float
+    bits: tuple[float, ...]
+    values: tuple[float, ...]
     error: float
     schemes: int
     left_out: tuple[float, float]
@@ -67,41 +67,52 @@ class Factor:
     def covers(self, scheme: Scheme) -> bool:
         """Whether it says something of a scheme."""
         names = tuple(sorted(c.name for c in scheme.candidates))
-        return names == self.candidates and self.low - 1e-6 <= scheme.effective_bits <= self.high + 1e-6
+        inside = self.bits[0] - 1e-6 <= scheme.effective_bits <= self.bits[-1] + 1e-6
+        return names == self.candidates and inside
+
+    def at(self, bits: float) -> float:
+        """The factor at effective bits."""
+        return float(np.exp(np.interp(bits, self.bits, np.log(self.values))))
 
     @property
     def words(self) -> str:
         """In a sentence."""
         before, after = (f"{math.expm1(off):.0%}" for off in self.left_out)
+        spread = f"{min(self.values):.2f} to {max(self.values):.2f}"
         return (
-            f"{' + '.join(self.candidates)}, {self.low:.2f} to {self.high:.2f} bits: a scheme measures "
-            f"{self.value:.2f} (± {self.error:.0%}) of its summed prediction, by {self.schemes} schemes. A sum alone "
-            f"is off by {before}, with the factor of the other schemes by {after}."
+            f"{' + '.join(self.candidates)}, {self.bits[0]:.2f} to {self.bits[-1]:.2f} bits: a scheme measures "
+            f"{spread} times its summed prediction (± {self.error:.0%} between the measured budgets), by "
+            f"{self.schemes} schemes. A sum alone is off by {before}, with the factor of the neighbours by {after}."
         )
 
 
 def factors(points: Iterable[Point]) -> list[Factor]:
-    """A factor for each set of candidates with :data:`FEWEST` measured schemes or more."""
+    """A factor for each set of candidates with :data:`FEWEST` measured budgets or more."""
     grouped: dict[tuple[str, ...], list[Point]] = {}
     for point in points:
         if point.predicted > 0 and point.measured > 0 and point.candidates:
             grouped.setdefault(point.candidates, []).append(point)
-    return [_factor(names, those) for names, those in grouped.items() if len(those) >= FEWEST]
+    made = (_factor(names, those) for names, those in grouped.items())
+    return [factor for factor in made if factor is not None]
 
 
-def _factor(names: tuple[str, ...], points: Sequence[Point]) -> Factor:
-    logs = np.log([p.measured / p.predicted for p in points])
-    count, mean = len(logs), float(logs.mean())
-    scatter = float(logs.std(ddof=1)) * math.sqrt(1 + 1 / count)
-    others = (logs.sum() - logs) / (count - 1)
+def _factor(names: tuple[str, ...], points: Sequence[Point]) -> Factor | None:
+    by_bits: dict[float, list[float]] = {}
+    for point in sorted(points, key=lambda p: p.bits):
+        by_bits.setdefault(round(point.bits, 6), []).append(math.log(point.measured / point.predicted))
+    if len(by_bits) < FEWEST:
+        return None
+    bits, logs = np.array(list(by_bits)), np.array([float(np.mean(those)) for those in by_bits.values()])
+    inner = range(1, len(bits) - 1)
+    beside = np.array([logs[i] - np.interp(bits[i], np.delete(bits, i), np.delete(logs, i)) for i in inner])
+    own = float(np.mean([(p.error / p.measured) ** 2 for p in points]))
     return Factor(
         candidates=names,
-        low=min(p.bits for p in points),
-        high=max(p.bits for p in points),
-        value=math.exp(mean),
-        error=math.expm1(scatter),
-        schemes=count,
-        left_out=(float(np.abs(logs).mean()), float(np.abs(logs - others).mean())),
+        bits=tuple(bits.tolist()),
+        values=tuple(np.exp(logs).tolist()),
+        error=math.expm1(math.sqrt(float((beside**2).mean()) + own)),
+        schemes=len(points),
+        left_out=(float(np.abs(logs[1:-1]).mean()), float(np.abs(beside).mean())),
     )
 
 
@@ -112,7 +123,7 @@ def expected(scheme: Scheme, known: Sequence[Factor]) -> tuple[float, float] | N
     """
     for factor in known:
         if factor.covers(scheme) and math.isfinite(scheme.predicted_kl):
-            kl = scheme.predicted_kl * factor.value
+            kl = scheme.predicted_kl * factor.at(scheme.effective_bits)
             return kl, kl * factor.error
     return None
 
