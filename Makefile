@@ -58,7 +58,8 @@ figures: .venv/run.stamp
 	$(VENV_PATH) && export PATH && set -e; \
 	$(MLFLOW_RUN) -e grid -P quant_pairs=wfp8_afp8,wint4_afp16 -P dataset_sizes=medium; \
 	set -- $$(python -c '$(FP8_AND_INT4)'); \
-	for job in scheme probe; do $(MLFLOW_RUN) -e $$job -P run_id=$$1,$$2 -P schemes=none -P effective_bits=5,6,8,10,12; done; \
+	$(MLFLOW_RUN) -e scheme -P run_id=$$1,$$2 -P schemes=none -P effective_bits=5,6,8,12; \
+	$(MLFLOW_RUN) -e probe -P run_id=$$1,$$2 -P schemes=none -P effective_bits=5,6,8,10,12; \
 	$(MLFLOW_RUN) -e validate -P run_id=$$1; \
 	python tools/figures.py
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,8 +115,8 @@ def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = Non
     for i, name in enumerate(dict.fromkeys(names[shown])):
         at = np.flatnonzero(shown & (names == name))
         at = at[np.argsort(bits[at])]
-        repeats = len(np.unique(bits[at].round(3))) < len(at)
-        styles[name] = line_style(i) | ({"linestyle": ""} if repeats else {})
+        joined = len(at) > 1 and len(np.unique(bits[at].round(3))) == len(at)
+        styles[name] = line_style(i) | ({} if joined else {"linestyle": ""})
         ax.plot(bits[at], damage[at], **styles[name], linewidth=1.2, markersize=6)
     front = _front(bits[shown], damage[shown])
     ax.step(*front, where="post", color=GREY, linewidth=4, alpha=0.3, zorder=1)
@@ -133,13 +134,13 @@ def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = Non
     ax.set_ylabel(label_of(value, label), fontsize=FONT)
     plain_axes(ax, "both")
     handles = [key(name, **style) for name, style in styles.items()]
-    handles.append(key("nothing beats these", color=GREY, linewidth=4, alpha=0.3))
+    handles.append(key("no fewer bits\nwith less damage", color=GREY, linewidth=4, alpha=0.3))
     if told.any():
         handles.append(key("as served, measured\nin a runtime", **_SERVED))
     if left_out := int((~shown).sum()):
         handles.append(key(f"{left_out} not shown:\nnot finite, or\nzero on a log scale", linestyle=""))
     figure.legend(handles=handles, loc="outside right upper", fontsize=FONT - 1, frameon=False, handlelength=2.8)
-    headline(figure, title)
+    ax.set_title(textwrap.fill(title, 60), fontsize=FONT + 1, fontweight="bold")  # beside the legend, not over it
     return figure
 
 
