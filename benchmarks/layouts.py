@@ -23,14 +23,18 @@ from uniform import compose, prepared, scheme_of
 
 from layerbits.atomic import write_json
 from layerbits.checkpoint.label import FORMATS
-from layerbits.checkpoint.served import DATA
-from layerbits.checkpoint.table import exportable
 from layerbits.errors import UserError
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import export_scheme
 from layerbits.serving.server import last_error
 from layerbits.stages.workbench import workbench
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.docs.exportable import exportable  # noqa: E402 - of the project, which is no package
+
+DATA = ROOT / "tools" / "docs" / "served.json"
 WORDS, ROWS, TOKENS = 1024, 2, 32
 
 

@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from layerbits.candidates.candidate import resolve_candidate
-from layerbits.candidates.table import load_pairs
+from layerbits.candidates.shipped import load_pairs
 from layerbits.config import Settings
 from layerbits.inputs.calibration import build_rows
 from layerbits.inputs.captions import load_captions

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Bad input or a missing requirement, told in one line that also says the mend.
+    """Bad input or a missing requirement, in one line that also says what to change.
 
     Entry scripts print the message without a traceback and exit with status 2.
     """

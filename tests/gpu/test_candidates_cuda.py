@@ -14,7 +14,7 @@ from layerbits.candidates.formats import FP4_VARIANTS, plain
 from layerbits.candidates.fp4 import cuda_kernels_available
 from layerbits.candidates.granularity import register_backend
 from layerbits.candidates.linear import FP4, WEIGHT
-from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.errors import Unsupported
 
 HERE = cuda_kernels_available()

@@ -1,5 +1,6 @@
 """What several integration tests share."""
 
+import sys
 from contextlib import suppress
 
 import mlflow
@@ -19,6 +20,23 @@ def no_run_stays_active():
         with suppress(MlflowException):  # its store may be gone
             mlflow.end_run()
     assert not left, f"left active: {left}"
+
+
+@pytest.fixture
+def nobody_is_asked(monkeypatch, tmp_path):
+    """Code that comes with a checkpoint goes to a folder of the test, and a question on the terminal fails it."""
+    import transformers.dynamic_module_utils
+
+    def forget():
+        for name in [n for n in sys.modules if n.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    yield
+    forget()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
-from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.errors import Unsupported
 from layerbits.inputs import smollm2
 from layerbits.inputs.calibration import Batch, Calibration, Segment

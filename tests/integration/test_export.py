@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from layerbits import tracking
-from layerbits.checkpoint import table, write_modelopt
+from layerbits.checkpoint import write_modelopt
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.structure import check_structure
 from layerbits.errors import Unsupported, UserError
@@ -30,6 +30,7 @@ from layerbits.jobs import Tracker
 from layerbits.results.assignment import Assignment
 from layerbits.results.experiment import made_by
 from layerbits.tracking.settings import TrackingSpec
+from tools.docs import exports
 
 from .entries import start
 from .export_support import FILES, planned, prepared, saved, spoil
@@ -246,7 +247,7 @@ def test_a_tied_output_head_is_refused(tmp_path):
     scheme = replace(
         made.scheme, groups=(*made.scheme.groups, head), assignment=Assignment([*made.scheme.assignment, FP8.info.name])
     )
-    with pytest.raises(Unsupported, match="shares its weight with the embedding"):
+    with pytest.raises(Unsupported, match=r"lm_head and model\.embed_tokens share one weight"):
         export_scheme(plan_export(replace(made, scheme=scheme), tmp_path / "out"), "cpu")
 
 
@@ -257,10 +258,10 @@ def test_a_truncated_export_is_one_line(tmp_path):
         check_structure(open_checkpoint(made.folder))
 
 
-@pytest.mark.parametrize("name", table.PAGES)
+@pytest.mark.parametrize("name", exports.PAGES)
 def test_the_page_has_the_current_table(name):
-    text = (table.DOCS / name).read_text(encoding="utf-8")
-    assert table.page(text, table.PAGES[name]()) == text, "stale: python -m layerbits.checkpoint.table --write"
+    text = (exports.DOCS / name).read_text(encoding="utf-8")
+    assert exports.page(text, exports.PAGES[name]()) == text, "stale: python tools/docs/exports.py --write"
 
 
 @pytest.fixture

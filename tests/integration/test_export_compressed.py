@@ -8,15 +8,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from layerbits.checkpoint import write_compressed
+from layerbits.checkpoint import shards
 from layerbits.checkpoint.labels import read_quantization
 from layerbits.checkpoint.logits import DRIFT_BOUND
-from layerbits.checkpoint.reader import INDEX, open_checkpoint
+from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.restore import restore
 from layerbits.errors import Unsupported, UserError
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.models import language_model_linears, output_head, unscored_patterns
+from layerbits.inputs.weights import INDEXES
 from layerbits.results.assignment import Assignment
 from layerbits.scoring.groups import named_groups
 from layerbits.scoring.state import decisions
@@ -126,10 +127,10 @@ def test_everything_else_is_the_sources(tmp_path):
 
 def test_shards_hold_all_of_it(tmp_path, monkeypatch):
     whole = exported(tmp_path / "one", **everywhere(INT4))
-    monkeypatch.setattr(write_compressed, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
     made = exported(tmp_path / "two", **everywhere(INT4))
     assert len(list(made.folder.glob("model-*.safetensors"))) > 2
-    assert (made.folder / INDEX).is_file()
+    assert (made.folder / INDEXES[0]).is_file()
     assert made.proof.record.weights == whole.proof.record.weights
 
 

@@ -22,7 +22,7 @@ from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, normalise, plain, resolve_format
 from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.linear import INPUT, WEIGHT
-from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.errors import Unsupported, UserError
 
 PAIRS = {p.name: p for p in load_pairs()}

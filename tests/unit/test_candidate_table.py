@@ -1,13 +1,13 @@
-from pathlib import Path
-
 import pytest
 
-from layerbits.candidates.table import CONFIGS, describe, table
+from layerbits.candidates.description import describe
+from layerbits.candidates.shipped import shipped_configs
+from tools.docs.candidates import table
 
 
 def test_the_page_is_current():
-    page = Path(CONFIGS).parent / "docs" / "candidates.md"
-    assert page.read_text() == table(), "run: python -m layerbits.candidates.table > docs/candidates.md"
+    page = shipped_configs().parent / "docs" / "candidates.md"
+    assert page.read_text() == table(), "run: python tools/docs/candidates.py > docs/candidates.md"
 
 
 def test_every_cell_has_a_row():

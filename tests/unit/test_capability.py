@@ -9,7 +9,7 @@ from layerbits.candidates.capability import Capability, check
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay, register_backend
 from layerbits.candidates.linear import INPUT, WEIGHT
-from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.errors import Unsupported
 
 PAIRS = {p.name: p for p in load_pairs()}

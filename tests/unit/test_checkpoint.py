@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from layerbits.checkpoint import compressed, reader
 from layerbits.checkpoint.dequantize import check_parts, dequantize, quantize_input
 from layerbits.checkpoint.modelopt import LABELS
-from layerbits.checkpoint.reader import INDEX, open_checkpoint
+from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.errors import UserError
+from layerbits.inputs.weights import INDEXES
 
 
 def checkpoint(folder, tensors, name="model.safetensors"):
@@ -36,6 +37,7 @@ def test_the_digest_knows_values_not_shards(tmp_path):
     whole = checkpoint(tmp_path / "whole", one)
     (tmp_path / "two").mkdir()
     save_file({"a": one["a"]}, tmp_path / "two" / "1.safetensors")
+    (tmp_path / "two" / INDEXES[0]).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
     parts = checkpoint(tmp_path / "two", {"b": one["b"]}, "2.safetensors")
     other = checkpoint(tmp_path / "other", {**one, "b": torch.tensor([0.0, 1e-45])})
     assert whole.digest() == parts.digest()
@@ -59,8 +61,8 @@ def test_a_damaged_header_is_one_line(tmp_path):
 
 def test_a_missing_shard_is_named(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors")
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
-    with pytest.raises(UserError, match=r"lacks the shard 2\.safetensors"):
+    (tmp_path / INDEXES[0]).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    with pytest.raises(UserError, match=r"lacks 1 of the 2 files that its index names .2\.safetensors"):
         open_checkpoint(tmp_path)
 
 

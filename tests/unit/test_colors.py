@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.tracking.colors import color
 
 PAIRS = [pair.name for pair in load_pairs()]

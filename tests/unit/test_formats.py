@@ -10,7 +10,7 @@ from torch import nn
 
 from layerbits.candidates.formats import QuantPair, normalise, plain, resolve_format
 from layerbits.candidates.linear import INPUT, WEIGHT
-from layerbits.candidates.table import CONFIGS, load_pairs
+from layerbits.candidates.shipped import load_pairs, shipped_configs
 from layerbits.errors import UserError
 
 OFF = {"quantizer_name": "*", "enable": False}
@@ -300,7 +300,7 @@ def test_only_int4_activations_are_experimental():
     assert {p.name for p in load_pairs() if p.experimental} == {f"w{w}_aint4" for w in ("fp4", "fp8", "int8", "int4")}
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "quant_pair").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((shipped_configs() / "quant_pair").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_pair_file_reads_through_hydras_loader(path: Path):
     pair = QuantPair.from_mapping(OmegaConf.to_container(OmegaConf.load(path)))
     variants = {"wmxfp8_amxfp8": "wfp8_afp8"}

@@ -1,11 +1,11 @@
 """What vLLM computes of a label on a generation of GPUs."""
 
 import pytest
+from layerbits.checkpoint.table import exportable
 
 from layerbits.checkpoint.gpus import AMPERE, BLACKWELL, GENERATIONS, HOPPER, TARGETS, generation, kernel
 from layerbits.checkpoint.label import COMPRESSED, MODELOPT
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
-from layerbits.checkpoint.table import exportable
 from layerbits.errors import UserError
 from layerbits.export.target import find_target
 

@@ -19,7 +19,7 @@ from layerbits.candidates.granularity import (
     with_token_groups,
 )
 from layerbits.candidates.linear import INPUT, WEIGHT, read_config
-from layerbits.candidates.table import CONFIGS, load_overlays
+from layerbits.candidates.shipped import load_overlays, shipped_configs
 from layerbits.errors import UserError
 
 OFF = {"quantizer_name": "*", "enable": False}
@@ -206,7 +206,7 @@ def test_a_bad_overlay_is_refused(mapping, message):
         Overlay.from_mapping(mapping)
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "quant_granularity").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((shipped_configs() / "quant_granularity").glob("*.yaml")), ids=lambda p: p.stem)
 def test_an_overlay_file_reads_through_hydras_loader(path):
     laid = Overlay.from_mapping(OmegaConf.to_container(OmegaConf.load(path)))
     assert laid.name == path.stem

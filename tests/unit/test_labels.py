@@ -6,7 +6,7 @@ import yaml
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
-from layerbits.candidates.table import CONFIGS
+from layerbits.candidates.shipped import shipped_configs
 from layerbits.checkpoint import compressed
 from layerbits.checkpoint.formats import choose_format
 from layerbits.checkpoint.label import AUTO, COMPRESSED, MODELOPT
@@ -16,8 +16,8 @@ from layerbits.errors import Unsupported, UserError
 
 
 def info(pair, overlay="default", variant="mxfp4"):
-    mapping = yaml.safe_load((CONFIGS / "quant_pair" / f"{pair}.yaml").read_text())
-    over = yaml.safe_load((CONFIGS / "quant_granularity" / f"{overlay}.yaml").read_text())
+    mapping = yaml.safe_load((shipped_configs() / "quant_pair" / f"{pair}.yaml").read_text())
+    over = yaml.safe_load((shipped_configs() / "quant_granularity" / f"{overlay}.yaml").read_text())
     made = resolve_candidate(QuantPair.from_mapping(mapping), Overlay.from_mapping(over), variant, experimental=True)
     return made.info
 

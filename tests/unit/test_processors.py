@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from layerbits.candidates.candidate import resolve_candidate
-from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.checkpoint.label import COMPRESSED
 from layerbits.checkpoint.labels import label_or_reason
 from layerbits.checkpoint.processors import (
@@ -25,13 +25,13 @@ from layerbits.checkpoint.processors import (
     records,
 )
 from layerbits.checkpoint.runtimes import VERSION, reads
-from layerbits.checkpoint.table import exportable
 from layerbits.errors import UserError
 from layerbits.serving.check import judge
 from layerbits.serving.environment import Environment
 from layerbits.serving.processor import ask, in_words, otherwise, summary, why_refused
 from layerbits.serving.verdict import DIVERGES, LOADS, Divergence
 from tests.unit.test_serving import FAKE, measured
+from tools.docs.exportable import exportable
 
 RECORDS = records()
 INT8, INT4, FP8 = (algo for algo, _ in OFFERS[:1] + OFFERS[2:] + OFFERS[1:2])

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from layerbits.checkpoint import served
 from layerbits.checkpoint.runtimes import reads
-from layerbits.checkpoint.served import Answer, read_served
-from layerbits.checkpoint.table import exportable
+from tools.docs import served
+from tools.docs.exportable import exportable
+from tools.docs.served import Answer, read_served
 
 
 @pytest.fixture(scope="module")

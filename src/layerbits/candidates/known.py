@@ -12,7 +12,7 @@ from layerbits.candidates.candidate import Candidate, config_hash, resolve_candi
 from layerbits.candidates.formats import FP4_VARIANTS, Format, QuantPair, algorithm_settings, plain, resolve_format
 from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.linear import INPUT, WEIGHT, Config
-from layerbits.candidates.table import load_overlays, load_pairs
+from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.errors import UserError
 from layerbits.results.result import CandidateInfo
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +16,10 @@ from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
 from layerbits.scoring import quantizers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 FP32_SLACK = 2.0**-21
 """Relative difference of a product with a scale and of a quotient by its reciprocal, in float32."""
@@ -56,7 +60,7 @@ class ExcludedProof:
         bytes: Their size.
         cast: How many of them the export stores in another dtype: equal after that cast.
         tied: Tensors of the source that are another tensor's copy, left out as tied.
-        unused: Tensors of the source that the model does not load.
+        unused: Tensors of the source that the model does not load and that are not carried.
         problems: What is wrong.
     """
 
@@ -81,9 +85,9 @@ def compare_layer(
         device: Where the weights are quantized; kernels differ in rounding.
     """
     elements = source.entry(f"{layer.stored}.weight").elements
-    found = quantization.layers.get(layer.exported)
-    if found != layer.label:
-        what = "is not labelled" if found is None else f"is labelled {found.algo}"
+    exported_label = quantization.layers.get(layer.exported)
+    if exported_label != layer.label:
+        what = "is not labelled" if exported_label is None else f"is labelled {exported_label.algo}"
         return _failed(layer, elements, f"{layer.stored} {what}, scored was {layer.label.algo}")
     try:
         check_parts(exported, layer.exported, layer.label)
@@ -281,12 +285,14 @@ def _failed(layer: ScoredLayer, elements: int, problem: str) -> LayerProof:
     return LayerProof(layer.module, layer.candidate, layer.label.algo, elements, 0, nan, nan, problem)
 
 
-def loaded_names(model: Any, on_disk: Mapping[str, str], experts: Sequence[ExpertLinear] = ()) -> dict[str, str]:
+def loaded_names(
+    model: PreTrainedModel, on_disk: Mapping[str, str], experts: Sequence[ExpertLinear] = ()
+) -> dict[str, str]:
     """Names in the checkpoint of all that a model loads → the name of what it is tied to, or itself.
 
     Args:
         model: As loaded.
-        on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
+        on_disk: From :func:`layerbits.inputs.names.names_on_disk`.
         experts: From :func:`layerbits.checkpoint.experts.expert_linears`.
 
     Raises:

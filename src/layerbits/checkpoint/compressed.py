@@ -109,7 +109,7 @@ WEIGHTS = {
     "MXFP4 per 32": _Weights("MXFP4", Args(4, "float", "group", 32, scale_dtype="torch.uint8")),
     "MXFP8 per 32": _Weights("MXFP8", Args(8, "float", "group", 32, scale_dtype="torch.uint8")),
 }
-"""Weights by what they are, in the words of :func:`layerbits.candidates.table.describe`; integers in groups besides."""
+"""Weights by what they are, as :func:`layerbits.candidates.description.describe` says; integers in groups besides."""
 
 
 def _static(divisor: float) -> Scale:
@@ -139,12 +139,12 @@ INPUTS = {
 @functools.cache
 def find(weights: str, inputs: str) -> Label | None:
     """The label that means these weights and activations, ``None`` where the library cannot say it."""
-    found = _weights(weights)
-    if found is None or _misread(weights, inputs):
+    known = _weights(weights)
+    if known is None or _misread(weights, inputs):
         return None
     if inputs == "-":
-        return _label(found, weights, None)
-    return _label(found, weights, inputs) if inputs in INPUTS else None
+        return _label(known, weights, None)
+    return _label(known, weights, inputs) if inputs in INPUTS else None
 
 
 def why_not(_info: CandidateInfo, weights: str, inputs: str) -> str:
@@ -270,16 +270,16 @@ def _weights(words: str) -> _Weights | None:
 
 
 def _label(weights: _Weights, words: str, inputs: str | None) -> Label:
-    found = None if inputs is None else INPUTS[inputs]
+    activations = None if inputs is None else INPUTS[inputs]
     static_fp8 = words == "FP8 per tensor" and inputs is not None
     return Label(
         format=COMPRESSED,
-        algo=f"{weights.word}-{'A16' if found is None else found.word}",
+        algo=f"{weights.word}-{'A16' if activations is None else activations.word}",
         weights=words,
         inputs=inputs or "-",
-        layout=_layout(weights, found),
-        arithmetic=None if found is None else found.arithmetic,
-        input_scale=None if found is None else found.scale,
+        layout=_layout(weights, activations),
+        arithmetic=None if activations is None else activations.arithmetic,
+        input_scale=None if activations is None else activations.scale,
         one_scale=weights.word == "NVFP4" or static_fp8,
     )
 

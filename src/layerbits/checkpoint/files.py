@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.inputs import files
 
-_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.index.json")
-_OWN_FILES = ("config.json", "hf_quant_config.json")
+KEPT = (
+    *("*.json", "*.jinja", "*.model", "*.model.*", "*.txt", "*.py", "*.tiktoken", "*.bpe", "*.spm", "*.vocab"),
+    *("tokenizer*", "vocab*", "merges*", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*", "COPYING*", "README*", "*.md"),
+)
+"""What runtimes and readers of a checkpoint look for: tokenizer, processor, templates, code, licence."""
+_LEFT = (
+    *("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json", "*.index.json"),
+    *("trainer_state*", "training_args*", "all_results*", "train_results*", "eval_results*", "log*.txt"),
+    *("optimizer*", "scheduler*", "rng_state*", "zero_to_fp32.py", "adapter_*", "*.safetensors"),
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "layerbits.json"),
+)
+"""Of those, what an export has of its own, and what training left behind."""
+_TEMPLATES = "*template*/*.jinja"
+"""Further chat templates, which transformers keeps in ``additional_chat_templates``."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file.
+    """The object in a file of an export.
 
     Raises:
         UserError: There is no such file, or it holds no object.
     """
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file.parent} has no {file.name}; it is not an export") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is damaged: it is not a JSON object; export it again")
-    return value
+    if not file.is_file():
+        raise UserError(f"{file.parent} has no {file.name}; it is not an export")
+    return files.read_json(file)
 
 
 def copy_files(source: Path, folder: Path) -> None:
-    """Everything of the source but weights and the configuration: tokenizer, processor, templates, licence."""
-    for file in sorted(source.iterdir()):
-        known = file.name in _OWN_FILES or any(fnmatch(file.name, pattern) for pattern in _WEIGHT_FILES)
-        if file.is_file() and not known and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
+    """What belongs to a model beside its weights and its configuration: tokenizer, processor, templates, code, licence.
+
+    Weights, the state of a training and other files are left where they are.
+    """
+    for file in (*sorted(source.iterdir()), *sorted(source.glob(_TEMPLATES))):
+        kept = any(fnmatch(file.name, pattern) for pattern in KEPT)
+        left = any(fnmatch(file.name, pattern) for pattern in _LEFT) or file.name.startswith(".")
+        if kept and not left and file.is_file():
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def check_same_code(source: Path, folder: Path) -> None:
+    """Makes sure that the code beside an export, which is about to run, is that of the model that was scored.
+
+    Raises:
+        UserError: It is not.
+    """
+    for file in sorted(folder.glob("*.py")):
+        if not (source / file.name).is_file() or file.read_bytes() != (source / file.name).read_bytes():
+            raise UserError(f"{file} is not the code of {source}, which was trusted; read it, and export again")

@@ -22,7 +22,7 @@ def choose_format(candidates: Sequence[CandidateInfo], format: str) -> tuple[str
     Raises:
         Unsupported: A candidate that no label says, in any of them.
     """
-    found: dict[str, dict[str, Label]] = {}
+    complete: dict[str, dict[str, Label]] = {}
     reasons = []
     for name in FORMATS if format == AUTO else (format,):
         labels: dict[str, Label] = {}
@@ -33,8 +33,8 @@ def choose_format(candidates: Sequence[CandidateInfo], format: str) -> tuple[str
                 break
             labels[info.name] = label
         else:
-            found[name] = labels
-    if not found:
+            complete[name] = labels
+    if not complete:
         raise Unsupported(f"{'; '.join(reasons)}; {STAYS}")
-    best = next((name for name, labels in found.items() if all(map(reads, labels.values()))), next(iter(found)))
-    return best, found[best]
+    best = next((name for name, labels in complete.items() if all(map(reads, labels.values()))), next(iter(complete)))
+    return best, complete[best]

@@ -27,7 +27,7 @@ class Label:
     Attributes:
         format: One of :data:`FORMATS`.
         algo: ``quant_algo`` of ModelOpt, or the name that we give to a scheme of compressed-tensors.
-        weights: What the weights are, in the words of :func:`layerbits.candidates.table.describe`.
+        weights: What the weights are, in the words of :func:`layerbits.candidates.description.describe`.
         inputs: What the activations are, ``-`` = untouched.
         layout: How the weight is stored.
         arithmetic: What happens to the activations, one of the ``INPUT_*``; ``None`` = nothing.

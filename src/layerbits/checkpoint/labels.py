@@ -1,8 +1,8 @@
 """Which label says what a candidate is, and which candidates no label is right for.
 
 :mod:`layerbits.checkpoint.modelopt` has those of ModelOpt's exports, :mod:`layerbits.checkpoint.compressed` those of
-compressed-tensors; a candidate that neither can say is refused by name. :mod:`layerbits.checkpoint.table` writes all of
-them down.
+compressed-tensors; a candidate that neither can say is refused by name. ``docs/export.md`` lists all of
+them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from layerbits.candidates.description import SHARED, describe
 from layerbits.candidates.formats import algorithm_settings, normalise
 from layerbits.candidates.fused import shares_range
 from layerbits.candidates.linear import FP4, INPUT, WEIGHT, block_lengths, read_config
-from layerbits.candidates.table import SHARED, describe
 from layerbits.checkpoint import compressed, modelopt
 from layerbits.checkpoint.files import read_json
 from layerbits.checkpoint.label import COMPRESSED, Label

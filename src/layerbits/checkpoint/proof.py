@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerbits.checkpoint.compare import ERROR_RATIO, ExcludedProof, LayerProof
+from layerbits.checkpoint.config_file import ConfigProof
 from layerbits.checkpoint.logits import BOUND, DRIFT_BOUND, LogitProof
 from layerbits.checkpoint.structure import Check
 from layerbits.errors import UserError
@@ -50,6 +51,7 @@ class Proof:
 
     Attributes:
         layers: The quantized linears.
+        config: The configuration beside the source's.
         kv_problems: What is wrong with the scales of the KV cache.
         same_weights: Other schemes whose weights are the same bytes though their recipe is another.
         seconds: Wall time per phase.
@@ -59,6 +61,7 @@ class Proof:
     structure: tuple[Check, ...]
     layers: tuple[LayerProof, ...]
     excluded: ExcludedProof
+    config: ConfigProof
     logits: LogitProof | None
     kv_problems: tuple[str, ...] = ()
     same_weights: tuple[str, ...] = ()
@@ -67,13 +70,13 @@ class Proof:
     @property
     def problems(self) -> list[str]:
         """All that is wrong, a line each."""
-        found = [f"{c.name} - not so: {c.detail}" for c in self.structure if not c.passed]
-        found += [layer.problem for layer in self.layers if layer.problem]
-        found += [*self.excluded.problems, *self.kv_problems]
-        found += [f"its weights are the bytes of {name}, a scheme of another recipe" for name in self.same_weights]
+        problems = [f"{c.name} - not so: {c.detail}" for c in self.structure if not c.passed]
+        problems += [layer.problem for layer in self.layers if layer.problem]
+        problems += [*self.excluded.problems, *self.config.problems, *self.kv_problems]
+        problems += [f"its weights are the bytes of {name}, a scheme of another recipe" for name in self.same_weights]
         if self.logits is not None and self.logits.problem:
-            found.append(self.logits.problem)
-        return found
+            problems.append(self.logits.problem)
+        return problems
 
     @property
     def passed(self) -> bool:
@@ -179,6 +182,12 @@ class Proof:
             f"source checkpoint, {self.excluded.cast} of them after the cast to the export's dtype.",
             *(f"- tied, stored once: {name}" for name in self.excluded.tied),
             *(f"- not loaded by the model: {name}" for name in self.excluded.unused),
+            "",
+            "## Configuration",
+            "",
+            f"{self.config.same} keys of `config.json` are the source's. Changed:",
+            *(f"- {words}" for words in self.config.changed),
+            *(f"- NOT: {words}" for words in self.config.problems),
             "",
             "## Logits",
             "",

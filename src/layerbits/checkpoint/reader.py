@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from layerbits.errors import UserError
+from layerbits.inputs.weights import INDEXES, WEIGHTS, weight_files, weight_map
 
-INDEX = "model.safetensors.index.json"
 PIECE = 1 << 20
 """Elements that are read at once."""
 
@@ -120,21 +120,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: No safetensors files, a shard is missing, or a file is truncated or damaged.
     """
-    index = folder / INDEX
-    if index.is_file():
-        where = _json(index.read_bytes(), index).get("weight_map", {})
-        files = [folder / name for name in sorted(set(where.values()))]
-    else:
-        where = None
-        files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
     if not files:
-        raise UserError(f"{folder} holds no *.safetensors; save the model with save_pretrained")
+        raise UserError(f"{folder} holds no {WEIGHTS[0]}; save the model with save_pretrained")
     entries: dict[str, Entry] = {}
     for file in files:
-        if not file.is_file():
-            raise UserError(f"{folder} lacks the shard {file.name} that its index names; fetch or export it again")
-        entries |= _header(file)
-    if where is not None and (missing := sorted(set(where) - set(entries))):
+        header = _header(file)
+        if twice := next((name for name in header if name in entries), None):
+            raise UserError(f"{folder} has {twice} in {entries[twice].file.name} and in {file.name}; export it again")
+        entries |= header
+    if len(files) > 1 and (missing := sorted(set(weight_map(folder / INDEXES[0])) - set(entries))):
         raise UserError(f"{folder} lacks {missing[0]}, which its index names; fetch or export it again")
     return Checkpoint(folder, entries)
 

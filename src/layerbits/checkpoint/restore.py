@@ -11,11 +11,12 @@ import torch
 from layerbits.checkpoint.dequantize import dequantize, logical_shape, quantize_input
 from layerbits.checkpoint.experts import ExpertLinear, expert_linears
 from layerbits.checkpoint.label import Label
-from layerbits.checkpoint.names import names_on_disk
 from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.errors import UserError
+from layerbits.inputs.names import names_on_disk
+from layerbits.inputs.prediction_layers import prediction_module
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import with_inputs
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _NOT_LOADED = ("pre_quant_scale", "k_scale", "v_scale")
 
 
-def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> Any:
+def restore(checkpoint: Checkpoint, quantization: Quantization, device: str, trusted: bool = False) -> Any:
     """Builds the model of ``config.json`` and fills it with the checkpoint's weights; ``model(**inputs)`` runs.
 
     Piece by piece, so that little more than the model is in memory. The KV cache is left in the model's dtype.
@@ -34,6 +35,7 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
         checkpoint: The export.
         quantization: What :func:`layerbits.checkpoint.quantization.read_quantization` read from it.
         device: ``cpu`` or ``cuda``.
+        trusted: ``model.trust_remote_code`` of the model that was scored: its code lies beside the checkpoint.
 
     Raises:
         UserError: A weight of the model is not in the checkpoint, or the reverse.
@@ -44,7 +46,7 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str) -> 
 
     from layerbits.inputs.models import build
 
-    config = AutoConfig.from_pretrained(checkpoint.folder)
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted)
     del config.quantization_config
     dtype = config.dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     with no_init_weights(), torch.device(device):
@@ -183,7 +185,7 @@ def _fill(
     if lost := [name for name in missing if tensors[name].data_ptr() not in filled]:  # the others are tied
         raise UserError(f"{checkpoint.folder} lacks {lost[0]}, which its config.json asks for; export it again")
     left = (n for n in checkpoint.entries if n not in used and n.rpartition(".")[2] not in _NOT_LOADED)
-    if extra := next(left, None):
+    if extra := next((n for n in left if prediction_module(n, model.config) is None), None):
         raise UserError(f"{checkpoint.folder} has {extra}, which its config.json has no place for; export it again")
 
 

@@ -69,7 +69,7 @@ def scored_layers(
         scheme: What is exported.
         labels: Candidate name → its label.
         ranges: Static activation ranges.
-        on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
+        on_disk: From :func:`layerbits.inputs.names.names_on_disk`.
     """
     from layerbits.probing.apply import experts_tap, fused_with, module_quantizers, runtime_config
     from layerbits.scoring import quantizers

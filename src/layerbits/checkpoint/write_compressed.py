@@ -7,29 +7,33 @@ kernels that scored. Nothing of the loaded model is changed.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from layerbits.candidates import fp4, mxfp8
 from layerbits.checkpoint import compressed
 from layerbits.checkpoint.compare import fake_quantized
-from layerbits.checkpoint.files import copy_files, read_json
+from layerbits.checkpoint.config_file import write_config
+from layerbits.checkpoint.files import copy_files
 from layerbits.checkpoint.label import Label
-from layerbits.checkpoint.reader import INDEX, Checkpoint
+from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.scored import ScoredLayer
+from layerbits.checkpoint.shards import write_shards
+from layerbits.inputs.prediction_layers import prediction_module, prediction_modules
 
-SHARD_BYTES = 5_000_000_000
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
 def write_compressed(
-    model: Any, layers: Sequence[ScoredLayer], folder: Path, source: Checkpoint, on_disk: Mapping[str, str]
+    model: PreTrainedModel, layers: Sequence[ScoredLayer], folder: Path, source: Checkpoint, on_disk: Mapping[str, str]
 ) -> None:
     """Writes the checkpoint.
 
@@ -38,15 +42,18 @@ def write_compressed(
         layers: The quantized linears, from :func:`layerbits.checkpoint.scored.scored_layers`.
         folder: Where to; exists.
         source: The checkpoint that was scored.
-        on_disk: From :func:`layerbits.checkpoint.names.names_on_disk`.
+        on_disk: From :func:`layerbits.inputs.names.names_on_disk`.
     """
-    _write_shards(_tensors(model, layers, source, on_disk), folder)
+    carried = prediction_modules(source.entries, model.config)
+    write_shards(_tensors(model, layers, source, on_disk), folder)
     copy_files(source.folder, folder)
-    config = read_json(source.folder / "config.json")
-    config.setdefault("architectures", [type(model).__name__])
-    _set_dtype(config, str(model.dtype).removeprefix("torch."))
-    config["quantization_config"] = _quantization_config(model, layers, on_disk)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    write_config(
+        source.folder,
+        folder,
+        _quantization_config(model, layers, on_disk, carried),
+        str(model.dtype).removeprefix("torch."),
+        type(model).__name__,
+    )
 
 
 def packed(layer: ScoredLayer, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -92,7 +99,9 @@ def _scales(layer: ScoredLayer, weight: torch.Tensor) -> dict[str, torch.Tensor]
     }
 
 
-def _tensors(model: Any, layers: Sequence[ScoredLayer], source: Checkpoint, on_disk: Mapping[str, str]) -> Tensors:
+def _tensors(
+    model: PreTrainedModel, layers: Sequence[ScoredLayer], source: Checkpoint, on_disk: Mapping[str, str]
+) -> Tensors:
     quantized = {f"{layer.stored}.weight": layer for layer in layers}
     dtypes = {on_disk[name]: tensor.dtype for name, tensor in model.state_dict().items()}
     for name in source.entries:
@@ -100,50 +109,16 @@ def _tensors(model: Any, layers: Sequence[ScoredLayer], source: Checkpoint, on_d
             with torch.no_grad():
                 for part, tensor in packed(layer, model.get_submodule(layer.module).weight).items():
                     yield f"{layer.exported}.{part}", tensor
-        elif name in dtypes:  # what the model does not load stays behind
+        elif name in dtypes:
             yield name, source.rows(name).to(dtypes[name])
+        elif prediction_module(name, model.config) is not None:
+            yield name, source.rows(name)
+        # what else the model does not load stays behind
 
 
-def _write_shards(tensors: Tensors, folder: Path) -> None:
-    shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
-    total = size = 0
-
-    def flush() -> None:
-        nonlocal size
-        save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-        size = 0
-
-    for name, tensor in tensors:
-        length = tensor.numel() * tensor.element_size()
-        if held and size + length > SHARD_BYTES:
-            flush()
-        held[name] = tensor
-        total, size = total + length, size + length
-    flush()
-    if len(shards) == 1:
-        (folder / "0.safetensors").rename(folder / "model.safetensors")
-        return
-    where: dict[str, str] = {}
-    for index, names in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{index}.safetensors").rename(folder / file)
-        where |= dict.fromkeys(names, file)
-    (folder / INDEX).write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2) + "\n", "utf-8"
-    )
-
-
-def _set_dtype(config: dict[str, Any], dtype: str) -> None:
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        if part is config or "dtype" in part or "torch_dtype" in part:
-            part.pop("torch_dtype", None)
-            part["dtype"] = dtype
-
-
-def _quantization_config(model: Any, layers: Sequence[ScoredLayer], on_disk: Mapping[str, str]) -> dict[str, Any]:
+def _quantization_config(
+    model: PreTrainedModel, layers: Sequence[ScoredLayer], on_disk: Mapping[str, str], carried: Sequence[str]
+) -> dict[str, Any]:
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
@@ -160,12 +135,12 @@ def _quantization_config(model: Any, layers: Sequence[ScoredLayer], on_disk: Map
         config_groups=dict(groups),
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=_ignored(model, layers, on_disk),
+        ignore=[*_ignored(model, layers, on_disk), *(rf"re:{re.escape(module)}(\..*)?$" for module in carried)],
     )
     return {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
 
 
-def _ignored(model: Any, layers: Sequence[ScoredLayer], on_disk: Mapping[str, str]) -> list[str]:
+def _ignored(model: PreTrainedModel, layers: Sequence[ScoredLayer], on_disk: Mapping[str, str]) -> list[str]:
     """Linears that stay as they are, by both of their names; all of a tower without a quantized one by a pattern."""
     quantized = {layer.module for layer in layers}
     words = {word for name in quantized for word in name.split(".")}

@@ -19,14 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from layerbits.checkpoint import config_file, modelopt
 from layerbits.checkpoint.compare import fake_quantized
 from layerbits.checkpoint.experts import ExpertLinear
 from layerbits.checkpoint.files import copy_files
-from layerbits.checkpoint.names import names_on_disk
+from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.scored import ScoredLayer
+from layerbits.checkpoint.shards import add_shards
 from layerbits.errors import UserError
+from layerbits.inputs.names import names_on_disk
+from layerbits.inputs.prediction_layers import prediction_module, prediction_modules
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from layerbits.inputs.calibration import Batch
     from layerbits.schemes import Scheme
 
@@ -35,11 +41,11 @@ _MARK = re.compile(r"\.\\u0000[\w.]*name_sentinel")
 
 
 def write_checkpoint(
-    model: Any,
+    model: PreTrainedModel,
     scheme: Scheme,
     layers: Sequence[ScoredLayer],
     folder: Path,
-    source: Path,
+    source: Checkpoint,
     kv_batches: Sequence[Batch],
     language_model: str,
 ) -> dict[str, torch.Tensor]:
@@ -50,7 +56,7 @@ def write_checkpoint(
         scheme: What is exported.
         layers: Its linears, from :func:`layerbits.checkpoint.scored.scored_layers`.
         folder: Where to; exists.
-        source: Folder of the checkpoint that was scored, for tokenizer, processor and licence files.
+        source: The checkpoint that was scored, for tokenizer, processor and licence files and multi-token prediction.
         kv_batches: Batches to calibrate an FP8 KV cache on; none = the cache stays in the model's dtype.
         language_model: Name of the language model's module; attention elsewhere keeps no cache.
 
@@ -58,20 +64,27 @@ def write_checkpoint(
         Name of each scale of the KV cache, as in memory → calibrated range.
     """
     from modelopt.torch.export import export_hf_checkpoint
+    from transformers import GenerationConfig
 
     if not model.config.architectures:
         model.config.architectures = [type(model).__name__]
+    if model.can_generate():  # transformers refuses to save some that it loads; the source's file is copied below
+        model.generation_config = GenerationConfig()
+    carried = prediction_modules(source.entries, model.config)
     misnamed = _misnamed(model)
     with redirect_stdout(sys.stderr):
         _quantize(model, scheme, layers)
         kv_ranges = _quantize_kv_cache(model, kv_batches, language_model) if kv_batches else {}
         export_hf_checkpoint(model, export_dir=folder)
-    copy_files(source, folder)
-    _mend_config(source, folder, misnamed)
+    add_shards(((n, source.rows(n)) for n in source.entries if prediction_module(n, model.config) is not None), folder)
+    for file in folder.glob("generation_config.json"):
+        file.unlink()
+    copy_files(source.folder, folder)
+    _write_config(source.folder, folder, model, misnamed, carried)
     return kv_ranges
 
 
-def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None:
+def _quantize(model: PreTrainedModel, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None:
     import modelopt.torch.quantization as mtq
 
     from layerbits.probing.apply import runtime_config
@@ -110,7 +123,7 @@ def _quantize(model: Any, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None
             module.input_quantizer.pre_quant_scale = torch.ones_like(module.weight[0])
 
 
-def _quantize_experts(model: Any, layers: Sequence[ScoredLayer]) -> None:
+def _quantize_experts(model: PreTrainedModel, layers: Sequence[ScoredLayer]) -> None:
     """Gives the experts' quantizers their ranges, and the experts their fake-quantized weights."""
     for layer in layers:
         if (expert := layer.expert) is None:
@@ -136,7 +149,9 @@ def _same_tensor(one: ExpertLinear | None, other: ExpertLinear) -> bool:
     return one is not None and replace(other, start=one.start, stop=one.stop, name=one.name, source=one.source) == one
 
 
-def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str) -> dict[str, torch.Tensor]:
+def _quantize_kv_cache(
+    model: PreTrainedModel, batches: Sequence[Batch], language_model: str
+) -> dict[str, torch.Tensor]:
     """FP8 quantizers on keys and values, their ranges found with the linears quantized."""
     import modelopt.torch.quantization as mtq
 
@@ -144,23 +159,23 @@ def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str
     from layerbits.scoring.steps import calibration_forward
 
     prefix = f"{language_model}." if language_model else ""
-    found = {
+    quantizers = {
         name: module
         for name, module in model.named_modules()
         if name.startswith(prefix) and name.endswith((".k_bmm_quantizer", ".v_bmm_quantizer"))
     }
-    if not found:
+    if not quantizers:
         raise UserError(f"ModelOpt finds no attention of {type(model).__name__} to quantize; use kv_cache=none")
     entry = mtq.FP8_KV_CFG["quant_cfg"][0]
-    mtq.set_quantizer_by_cfg(model, [{**entry, "quantizer_name": name} for name in found])
-    for quantizer in found.values():
+    mtq.set_quantizer_by_cfg(model, [{**entry, "quantizer_name": name} for name in quantizers])
+    for quantizer in quantizers.values():
         quantizer.disable_quant()
         quantizer.enable_calib()
     with torch.no_grad():
         for batch in progress(batches, "calibrating the KV cache"):
             calibration_forward(model, batch, need_logits=False)
     ranges = {}
-    for name, quantizer in found.items():
+    for name, quantizer in quantizers.items():
         quantizer.load_calib_amax()
         quantizer.enable_quant()
         quantizer.disable_calib()
@@ -169,7 +184,7 @@ def _quantize_kv_cache(model: Any, batches: Sequence[Batch], language_model: str
     return ranges
 
 
-def _misnamed(model: Any) -> dict[str, str]:
+def _misnamed(model: PreTrainedModel) -> dict[str, str]:
     """What ModelOpt calls a module in the configuration → what its weight is called in the files, where they differ.
 
     ModelOpt renames modules, transformers renames weights (Nemotron-H: ``embedding.weight`` for ``embeddings.weight``).
@@ -191,21 +206,33 @@ def _misnamed(model: Any) -> dict[str, str]:
     return {said[name]: stored for name, stored in files.items() if said[name] != stored}
 
 
-def _mend_config(source: Path, folder: Path, misnamed: Mapping[str, str]) -> None:
-    """``use_cache`` as the source has it: scoring switches it off; names without what ModelOpt's renaming left on them.
+def _write_config(
+    source: Path, folder: Path, model: PreTrainedModel, misnamed: Mapping[str, str], carried: Sequence[str]
+) -> None:
+    """The source's configuration with ModelOpt's quantization, by the names of the files.
 
     ModelOpt 0.47 marks the end of a name before it renames it, and where a renaming is written without an anchor (the
     ``model.`` of Nemotron-H) it takes the mark for a part of the name.
+
+    Args:
+        source: Folder of the checkpoint that was scored.
+        folder: The export.
+        model: The whole model.
+        misnamed: From :func:`_misnamed`.
+        carried: Modules for multi-token prediction, which are in the export as they were.
     """
-    original = json.loads((source / "config.json").read_text("utf-8"))
-    file = folder / "config.json"
-    for named in (file, folder / "hf_quant_config.json"):
-        text = _MARK.sub("", named.read_text("utf-8"))
+    made = []
+    for file in (folder / config_file.FILE, folder / modelopt.FILE):
+        text = _MARK.sub("", file.read_text("utf-8"))
         for wrong, right in misnamed.items():
             text = text.replace(f'"{wrong}"', f'"{right}"')
-        named.write_text(text, "utf-8")
-    config = json.loads(file.read_text("utf-8"))
-    config.pop("use_cache", None)
-    if "use_cache" in original:
-        config["use_cache"] = original["use_cache"]
-    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        made.append(json.loads(text))
+    quantization, details = made[0]["quantization_config"], made[1]
+    ahead = [f"{module}.*" for module in carried]
+    if ahead:
+        quantization["ignore"] = [*(quantization.get("ignore") or ()), *ahead]
+        inner = details["quantization"]
+        inner["exclude_modules"] = [*(inner.get("exclude_modules") or ()), *ahead]
+    (folder / modelopt.FILE).write_text(json.dumps(details, indent=4) + "\n", "utf-8")
+    dtype = str(model.dtype).removeprefix("torch.")
+    config_file.write_config(source, folder, quantization, dtype, type(model).__name__)

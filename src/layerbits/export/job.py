@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from layerbits.checkpoint.label import AUTO, FORMATS
-from layerbits.errors import UserError
+from layerbits.errors import UserError, first_line
 from layerbits.export.plan import ExportPlan, plan_exports
 from layerbits.export.target import differences, find_target
 from layerbits.paths import user_path
@@ -115,12 +116,15 @@ def run_exports(schemes: Sequence[Scheme], settings: ExportSettings, log: Export
         for scheme in nothing:
             print(f"{scheme.name} quantizes nothing and has no checkpoint; give it fewer bits", flush=True)
         schemes = [scheme for scheme in schemes if scheme.modules]
-    plans = plan_exports(schemes, root, settings.format)
+    plans, refused = plan_exports(schemes, root, settings.format)
+    failed = {name: str(error) for name, error in refused.items()}
+    if len(schemes) > 1:
+        for name, words in failed.items():
+            _say_failed(name, words)
     if settings.target is not None:
         for line in (line for plan in plans for line in differences(plan, settings.target)):
             print(f"warning: {line}", flush=True)
-    ranges = shared_ranges(plans, settings.device)
-    failed = []
+    ranges = shared_ranges(plans, settings.device) if plans else None
     for plan in plans:
 
         def export(plan: ExportPlan = plan) -> Export:
@@ -129,10 +133,20 @@ def run_exports(schemes: Sequence[Scheme], settings: ExportSettings, log: Export
         try:
             log(plan.scheme, export)
         except UserError as error:
-            print(f"\n{plan.scheme.name} FAILED: {error}", flush=True)
-            failed.append(error)
+            failed[plan.scheme.name] = str(error)
+            _say_failed(plan.scheme.name, str(error))
+        except Exception as error:  # whatever a library makes of one scheme, the others are exported
+            traceback.print_exc()
+            failed[plan.scheme.name] = f"{type(error).__name__}: {first_line(error)}"
+            _say_failed(plan.scheme.name, failed[plan.scheme.name])
+    if len(failed) == 1 == len(schemes):
+        raise UserError(next(iter(failed.values())))
     if failed:
-        raise UserError(f"{len(failed)} of {len(plans)} exports failed: {failed[0]}")
+        raise UserError(f"{len(failed)} of {len(schemes)} exports failed: {next(iter(failed.values()))}")
+
+
+def _say_failed(name: str, words: str) -> None:
+    print(f"\n{name} FAILED: {words}", flush=True)
 
 
 def show(export: Export) -> None:

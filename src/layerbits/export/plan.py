@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.candidates.kv_cache import NO_CACHE
+from layerbits.checkpoint.files import KEPT
 from layerbits.checkpoint.formats import choose_format
 from layerbits.checkpoint.label import AUTO, COMPRESSED, FORMATS, MODELOPT, Label
 from layerbits.checkpoint.labels import check_shape
@@ -19,6 +20,8 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.paths import user_path
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from layerbits.inputs.models import ResolvedModel, Shapes
     from layerbits.probing.loading import Prepared
     from layerbits.schemes import Scheme
@@ -56,19 +59,29 @@ class ExportPlan:
         return self.prepared.scheme
 
 
-def plan_exports(schemes: Sequence[Scheme], root: Path, format: str = AUTO) -> list[ExportPlan]:
+def plan_exports(
+    schemes: Sequence[Scheme], root: Path, format: str = AUTO
+) -> tuple[list[ExportPlan], dict[str, UserError]]:
     """Checks the exports of some schemes of one model, each into a folder of its name below ``root``.
 
+    Returns:
+        The plans; and the names of the schemes that cannot be exported, with the reason.
+
     Raises:
-        UserError: As :func:`plan_export`, for all of them together; or the schemes are of several models.
-        Unsupported: As :func:`plan_export`.
+        UserError: The schemes are of several models, or the disk is too small for all of them.
     """
     from layerbits.probing.loading import prepare_together
 
     prepared = prepare_together(schemes, "export")
-    plans = [plan_export(replace(prepared, scheme=s), root / s.name, format) for s in schemes]
-    _check_space(plans[0].target, sum(plan.bytes for plan in plans), f"{len(plans)} schemes")
-    return plans
+    plans, refused = [], {}
+    for scheme in schemes:
+        try:
+            plans.append(plan_export(replace(prepared, scheme=scheme), root / scheme.name, format))
+        except UserError as error:
+            refused[scheme.name] = error
+    if plans:
+        _check_space(plans[0].target, sum(plan.bytes for plan in plans), f"{len(plans)} schemes")
+    return plans, refused
 
 
 def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportPlan:
@@ -150,12 +163,15 @@ def source_folder(resolved: ResolvedModel) -> Path:
         snapshot_download(
             resolved.source,
             revision=resolved.spec.revision,
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"],
+            allow_patterns=["*.safetensors", *KEPT],
+            ignore_patterns=["consolidated*.safetensors"],  # Mistral's own layout of the same weights
         )
     )
 
 
-def _check_modules(prepared: Prepared, labels: Mapping[str, Label], model: Any, linears: Mapping[str, Shapes]) -> None:
+def _check_modules(
+    prepared: Prepared, labels: Mapping[str, Label], model: PreTrainedModel, linears: Mapping[str, Shapes]
+) -> None:
     from layerbits.inputs.linears import is_convolution, is_transposed
 
     for module, info in prepared.scheme.modules.items():
@@ -172,7 +188,7 @@ def _check_modules(prepared: Prepared, labels: Mapping[str, Label], model: Any, 
             check_shape(info, labels[info.name], module, *shape)
 
 
-def _check_convertible(model: Any) -> None:
+def _check_convertible(model: PreTrainedModel) -> None:
     """Whether ModelOpt, which writes the checkpoint, can put its quantizers into such a model."""
     from modelopt.torch.quantization.plugins.custom import register_custom_model_plugins_on_the_fly
 

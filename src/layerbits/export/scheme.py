@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.atomic import scratch_folder, whole_folder, why_unwritable, write_json
 from layerbits.candidates.kv_cache import NO_CACHE
@@ -22,6 +22,7 @@ from layerbits.schemes.kv_cache import with_cache
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from layerbits.checkpoint.logits import Logits
     from layerbits.checkpoint.proof import Proof, Record
@@ -160,7 +161,8 @@ def export_scheme(
             (files / "proof.md").write_text(proof.markdown(), "utf-8")
             plan.scheme.save(files / "scheme.json")
             if failure is None:
-                sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+                files_of = sorted(file for file in folder.rglob("*") if file.is_file())
+                sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files_of}
                 write_json(files / "checkpoint.json", {"path": str(plan.target), "files": sizes, **record})
         if failure is not None:
             raise NotProven(f"{failure}; the report is {report}, the checkpoint was deleted", report)
@@ -201,8 +203,9 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
     from layerbits.checkpoint.compare import loaded_names
     from layerbits.checkpoint.experts import expert_linears, split_experts
     from layerbits.checkpoint.logits import logits_of, some_rows
-    from layerbits.checkpoint.names import names_on_disk
     from layerbits.checkpoint.scored import scored_layers
+    from layerbits.inputs.names import names_on_disk
+    from layerbits.inputs.prediction_layers import prediction_module
     from layerbits.probing.apply import apply_scheme, find_ranges
 
     scheme, batches = plan.scheme, plan.prepared.calibration
@@ -212,6 +215,8 @@ def _write(plan: ExportPlan, folder: Path, device: str, ranges: Ranges | None, s
     on_disk = names_on_disk(model)
     experts = expert_linears(model)
     loaded_from = loaded_names(model, on_disk, experts)
+    ahead = (n for n in plan.source.entries if prediction_module(n, model.config) is not None)
+    loaded_from |= {name: name for name in ahead}  # not loaded, and carried
     source = split_experts(plan.source, experts)
     _check_untied(model, scheme)
     with _timed(seconds, "calibrate"):
@@ -249,7 +254,7 @@ def _write_format(
 
     kv_batches = plan.prepared.calibration if plan.scheme.kv_cache == "fp8" else ()
     return write_checkpoint(
-        loaded.model, plan.scheme, layers, folder, plan.source.folder, kv_batches, loaded.info.language_model
+        loaded.model, plan.scheme, layers, folder, plan.source, kv_batches, loaded.info.language_model
     )
 
 
@@ -257,6 +262,7 @@ def _prove(
     plan: ExportPlan, folder: Path, scored: _Scored, known: Mapping[str, tuple[str, str]], seconds: dict[str, float]
 ) -> Proof:
     from layerbits.checkpoint.compare import compare_excluded, compare_layer, kv_problems
+    from layerbits.checkpoint.config_file import compare_config
     from layerbits.checkpoint.labels import read_quantization
     from layerbits.checkpoint.logits import compare_logits, logits_of
     from layerbits.checkpoint.proof import Proof, other_schemes_with
@@ -271,12 +277,13 @@ def _prove(
             compare_layer(exported, scored.source, quantization, layer, scored.device) for layer in scored.layers
         )
         excluded = compare_excluded(exported, scored.source, scored.layers, scored.loaded)
+        config = compare_config(plan.source.folder, folder, scored.dtype)
         record = _record(plan, exported, scored)
     logits = None
-    sound = all(check.passed for check in structure) and not excluded.problems
+    sound = all(check.passed for check in structure) and not excluded.problems and not config.problems
     if sound and not any(layer.problem for layer in layers):
         with _timed(seconds, "restore"):
-            model = restore(exported, quantization, scored.device)
+            model = restore(exported, quantization, scored.device, plan.prepared.resolved.spec.trust_remote_code)
         with _timed(seconds, "restored logits"):
             restored = logits_of(model, scored.rows)
             del model
@@ -290,6 +297,7 @@ def _prove(
         structure=structure,
         layers=layers,
         excluded=excluded,
+        config=config,
         logits=logits,
         kv_problems=tuple(kv_problems(exported, scored.kv_ranges)),
         same_weights=other_schemes_with(record.weights, record.recipe, known),
@@ -320,14 +328,18 @@ def _record(plan: ExportPlan, exported: Checkpoint, scored: _Scored) -> Record:
     )
 
 
-def _check_untied(model: Any, scheme: Scheme) -> None:
-    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    tied = {*ties, *ties.values()}
-    if shared := next((m for m in scheme.modules if f"{m}.weight" in tied), None):
-        raise Unsupported(
-            f"{shared} shares its weight with the embedding, which stays as it is; exclude it from the scheme "
-            "(model.lm_head=false)"
-        )
+def _check_untied(model: PreTrainedModel, scheme: Scheme) -> None:
+    from layerbits.inputs.ties import tied_parameters
+
+    for names in tied_parameters(model):
+        modules = [name.removesuffix(".weight") for name in names]
+        quantized = [module for module in modules if module in scheme.modules]
+        if quantized:
+            other = next(module for module in modules if module != quantized[0])
+            raise Unsupported(
+                f"{quantized[0]} and {other} share one weight, which an export cannot quantize in one place alone; "
+                f"score the model without it: model.exclude=[{quantized[0]}] or model.lm_head=false"
+            )
 
 
 def _bytes(checkpoint: Checkpoint) -> int:

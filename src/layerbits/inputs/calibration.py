@@ -25,7 +25,7 @@ import torch
 
 from layerbits.errors import UserError
 from layerbits.inputs.captions import Question
-from layerbits.inputs.folder import few
+from layerbits.inputs.files import few
 
 PACKINGS = ("packed", "padded")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from layerbits.inputs.folder import read_header
+from layerbits.inputs.weights import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Experts:
         return self.count * sum(rows * width for rows, width in self.shapes)
 
 
-def fused_experts(module: Any) -> Experts | None:
+def fused_experts(module: nn.Module) -> Experts | None:
     """Whether ModelOpt's AutoQuantize takes a module for one decision over experts.
 
     By ModelOpt's own rule (``plugins/huggingface.py``): a count of experts and 3-D projections, and no quantized class
@@ -60,7 +64,7 @@ def is_routed(name: str) -> bool:
     return bool(is_routed_moe_module_name(name))
 
 
-def active_ratio(config: Any) -> float | None:
+def active_ratio(config: PreTrainedConfig) -> float | None:
     """Share of the routed experts that a token uses, from a ``transformers`` config as ModelOpt reads it.
 
     Returns:
@@ -72,13 +76,13 @@ def active_ratio(config: Any) -> float | None:
     return None if ratio is None else float(ratio)
 
 
-def named_experts(model: Any) -> dict[str, Experts]:
+def named_experts(model: nn.Module) -> dict[str, Experts]:
     """The expert modules of a model by full name, in model order."""
-    found = ((name, fused_experts(module)) for name, module in model.named_modules())
-    return {name: experts for name, experts in found if experts is not None}
+    modules = ((name, fused_experts(module)) for name, module in model.named_modules())
+    return {name: experts for name, experts in modules if experts is not None}
 
 
-def expert_notes(model: Any) -> tuple[str, ...]:
+def expert_notes(model: nn.Module) -> tuple[str, ...]:
     """What a user should know about how our engine runs the experts of a model, a line each.
 
     Args:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerbits.errors import UserError
-from layerbits.inputs.folder import few
+from layerbits.inputs.files import few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerbits.errors import UserError, first_line
-from layerbits.inputs.architecture import is_remote, model_class
-from layerbits.inputs.folder import weight_files
+from layerbits.inputs.architecture import is_remote, model_class, not_built
 from layerbits.inputs.language_model import find_language_model
 from layerbits.inputs.models import LoadedModel, ResolvedModel, build, scored_linears
 from layerbits.inputs.offload import offload
 from layerbits.inputs.quantized import check_dequantized, dequantizing
 from layerbits.inputs.tensors import check_tensors
+from layerbits.inputs.ties import check_loaded_ties, check_stored_ties
+from layerbits.inputs.weights import check_weights, weight_files
 from layerbits.results.result import ModelInfo
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def empty_model(resolved: ResolvedModel) -> Any:
+
+def empty_model(resolved: ResolvedModel) -> PreTrainedModel:
     """A model without numbers, on torch's meta device.
 
     Raises:
@@ -31,11 +35,17 @@ def empty_model(resolved: ResolvedModel) -> Any:
     if resolved.spec.random_weights or not local.is_dir() or weight_files(local)[0].suffix != ".safetensors":
         with torch.device("meta"):
             return build(resolved.config, resolved.dtype)
-    return _from_checkpoint(resolved, {"": "meta"})
+    model = _from_checkpoint(resolved, {"": "meta"})
+    check_stored_ties(model, local)
+    return model
 
 
 def load(
-    resolved: ResolvedModel, tokenizer: Any, device: str, seed: int = 0, in_host_memory: bool = False
+    resolved: ResolvedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str,
+    seed: int = 0,
+    in_host_memory: bool = False,
 ) -> LoadedModel:
     """Loads the weights onto a device.
 
@@ -85,7 +95,7 @@ def load(
     return LoadedModel(model, tokenizer, info, scored_linears(model, spec))
 
 
-def _from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
+def _from_checkpoint(resolved: ResolvedModel, device_map: str | dict[str, str] | None) -> PreTrainedModel:
     """Loads a model.
 
     Args:
@@ -108,7 +118,7 @@ def _from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
                 dtype=resolved.dtype,
                 device_map=device_map,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to be told of, not to be drawn anew
+                ignore_mismatched_sizes=True,  # they are an error of ours, not drawn at random
                 **({"trust_remote_code": True} if is_remote(resolved.config) else {}),
                 **dequantize,
             )
@@ -120,10 +130,29 @@ def _from_checkpoint(resolved: ResolvedModel, device_map: Any) -> Any:
         raise UserError(
             f"cannot load the weights of {source} ({first_line(error)}); the checkpoint may be incomplete"
         ) from None
-    check_tensors(info, source)
+    except Exception as error:  # a model raises whatever a wrong value of its config makes of it
+        raise not_built(resolved.config, source, error) from None
+    check_tensors(info, source, resolved.config)
+    if device_map != {"": "meta"}:
+        _check_fetched(resolved)
+        check_loaded_ties(model, source)
     if dequantize:
         check_dequantized(model, source)
     return model
+
+
+def _check_fetched(resolved: ResolvedModel) -> None:
+    """Checks the weight files of a model from the hub, which are on this machine once it is loaded.
+
+    Raises:
+        UserError: As :func:`layerbits.inputs.weights.check_weights`.
+    """
+    from transformers.utils import cached_file
+
+    if not Path(resolved.source).is_dir():
+        config = cached_file(resolved.source, "config.json", revision=resolved.spec.revision, local_files_only=True)
+        folder = Path(config).parent
+        check_weights(folder, weight_files(folder))
 
 
 @contextmanager

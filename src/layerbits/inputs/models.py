@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +12,29 @@ import torch
 
 from layerbits.errors import UserError, first_line
 from layerbits.inputs import smollm2
-from layerbits.inputs.architecture import check_causal, check_code, check_tokenizer_code, is_remote, model_class
+from layerbits.inputs.architecture import (
+    check_causal,
+    check_code,
+    check_tokenizer_code,
+    is_remote,
+    model_class,
+    not_built,
+)
 from layerbits.inputs.digest import folder_digest
 from layerbits.inputs.dtype import dtype_of, hub_dtype, stored_dtype
 from layerbits.inputs.experts import fused_experts
-from layerbits.inputs.folder import check_folder, weight_files
+from layerbits.inputs.folder import check_folder
 from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
 from layerbits.inputs.linears import is_convolution, is_quantizable, shape_of
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.quantized import Quantization, check_quantization
+from layerbits.inputs.weights import weight_files
 from layerbits.paths import home_path
 from layerbits.results.result import ModelInfo
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Shapes = tuple[tuple[int, int], ...]
 """``(out_features, in_features)`` of a linear's weight, or of one expert's weight per projection."""
@@ -46,7 +56,7 @@ class ResolvedModel:
     spec: ModelSpec
     source: str
     revision: str
-    config: Any
+    config: PreTrainedConfig
     dtype: torch.dtype
     dtype_note: str = ""
     quantization: Quantization | None = None
@@ -93,11 +103,11 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
         config = AutoConfig.from_pretrained(source)
         return ResolvedModel(spec, source, smollm2.REVISION, config, dtype_of(spec.dtype, config) or torch.float32)
     local = home_path(spec.path)
-    if local.exists() or spec.path.startswith((".", "/", "~")):
+    if os.path.lexists(local) or spec.path.startswith((".", "/", "~")):
         said, source, folder = check_folder(local, spec.random_weights), str(local), local
     else:
         said, source, folder = _hub_config(spec), spec.path, None
-    found = None if spec.random_weights else check_quantization(said, source, folder, spec.dequantize)
+    quantization = None if spec.random_weights else check_quantization(said, source, folder, spec.dequantize)
     check_code(said, source, spec.trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
@@ -117,7 +127,7 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
         where = "the dtype of its tensors" if stored else "for want of a better one"
         name = str(dtype).removeprefix("torch.")
         note = f"config.json of {source} names no dtype: taken for {name}, {where}; model.dtype sets another"
-    return ResolvedModel(spec, source, revision, config, dtype, "" if spec.random_weights else note, found)
+    return ResolvedModel(spec, source, revision, config, dtype, "" if spec.random_weights else note, quantization)
 
 
 def scored_linears(model: PreTrainedModel, spec: ModelSpec) -> dict[str, Shapes]:
@@ -136,7 +146,7 @@ def scored_linears(model: PreTrainedModel, spec: ModelSpec) -> dict[str, Shapes]
     return {name: linears[name] for name in kept}
 
 
-def load_tokenizer(resolved: ResolvedModel) -> Any:
+def load_tokenizer(resolved: ResolvedModel) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
@@ -205,11 +215,11 @@ def undecided(model: PreTrainedModel) -> Iterator[str]:
             if weights:
                 stacked.setdefault(type(module).__name__, []).append((name, weights))
     total = sum(p.numel() for p in language_model.parameters())
-    for kind, found in stacked.items():
-        share = sum(weights for _, weights in found) / total
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    for kind, modules in stacked.items():
+        share = sum(weights for _, weights in modules) / total
+        more = f" and {len(modules) - 1} more" if len(modules) > 1 else ""
         yield (
-            f"{found[0][0]}{more} ({kind}): ModelOpt's search makes no decision about weights of this layout; "
+            f"{modules[0][0]}{more} ({kind}): ModelOpt's search makes no decision about weights of this layout; "
             f"{share:.0%} of the language model stay as they are"
         )
 
@@ -228,10 +238,10 @@ def unscored_patterns(model: PreTrainedModel, scored: set[str]) -> list[str]:
     decided = {m for m in model.modules() if is_quantizable(m) or fused_experts(m) is not None}
     patterns: list[str] = []
 
-    def quantizable(module: Any) -> bool:
+    def quantizable(module: nn.Module) -> bool:
         return any(m in decided for m in module.modules())
 
-    def visit(name: str, module: Any) -> None:
+    def visit(name: str, module: nn.Module) -> None:
         for child_name, child in module.named_children():
             full = f"{name}.{child_name}" if name else child_name
             if full in scored or not quantizable(child):
@@ -245,14 +255,25 @@ def unscored_patterns(model: PreTrainedModel, scored: set[str]) -> list[str]:
     return patterns
 
 
-def build(config: Any, dtype: Any = None) -> Any:
-    """A model of a config, on torch's default device, with its random initial weights."""
-    found = model_class(config)
-    make: Callable[..., Any] = getattr(found, "_from_config", None) or found.from_config
-    options = {} if dtype is None else {"dtype": dtype}
+def build(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model of a config, on torch's default device, with its random initial weights.
+
+    Raises:
+        UserError: The values of the config make no model.
+    """
+    import torch
+
+    architecture = model_class(config)
+    make: Callable[..., PreTrainedModel] = getattr(architecture, "_from_config", None) or architecture.from_config
+    options: dict[str, object] = {} if dtype is None else {"dtype": dtype}
     if is_remote(config):
         options["trust_remote_code"] = True
-    return make(config, **options)
+    try:
+        return make(config, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model raises whatever a wrong value makes of it
+        raise not_built(config, str(getattr(config, "_name_or_path", "") or "the model"), error) from None
 
 
 def _hub_config(spec: ModelSpec) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerbits.errors import UserError
-from layerbits.inputs.folder import few, read_header, read_json, weight_files
+from layerbits.inputs.files import few, read_json
+from layerbits.inputs.weights import read_header, weight_files
 from layerbits.results.experiment import made_by
 
 if TYPE_CHECKING:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerbits.errors import UserError
-from layerbits.inputs.folder import few
+from layerbits.inputs.files import few
+from layerbits.inputs.prediction_layers import prediction_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
-def check_tensors(info: Mapping[str, Any], source: str) -> None:
-    """Checks what ``from_pretrained`` tells with ``output_loading_info``; tied tensors are not missing there.
+def check_tensors(info: Mapping[str, Any], source: str, config: PreTrainedConfig) -> None:
+    """Checks what ``from_pretrained`` reports with ``output_loading_info``; tied tensors are not missing there.
+
+    Layers for multi-token prediction are not part of the model, whether ``transformers`` knows their names or not.
 
     Args:
         info: Its second answer.
         source: How to name the checkpoint.
+        config: The ``transformers`` config.
 
     Raises:
         UserError: Tensors are missing (transformers would draw them at random), of another shape (likewise), or not
@@ -26,7 +33,8 @@ def check_tensors(info: Mapping[str, Any], source: str) -> None:
     if shapes := sorted(info.get("mismatched_keys") or ()):
         named = [f"{name} {list(stored)} instead of {list(wanted)}" for name, stored, wanted in shapes]
         problems.append(f"has {_tensors(len(shapes))} of another shape ({few(named)})")
-    if unexpected := sorted(info.get("unexpected_keys") or ()):
+    unexpected = [n for n in sorted(info.get("unexpected_keys") or ()) if prediction_module(n, config) is None]
+    if unexpected:
         problems.append(f"has {_tensors(len(unexpected))} that the model does not use ({few(unexpected)})")
     if errors := list(info.get("error_msgs") or ()):
         problems.append(f"cannot be read in part ({few([str(e) for e in errors], 1)})")

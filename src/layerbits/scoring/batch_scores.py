@@ -9,7 +9,7 @@ import torch
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.calibration import Batch
-from layerbits.inputs.folder import few
+from layerbits.inputs.files import few
 from layerbits.scoring.tap import Tap
 
 

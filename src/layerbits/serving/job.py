@@ -279,6 +279,7 @@ class Checker:
             return Running(vllm.url, vllm.model), plain
         assert self._installed is not None
         environment, processor = self._installed
+        trust = ("--trust-remote-code",) if subject.prepared.resolved.spec.trust_remote_code else ()
         launch = Launch(
             environment,
             subject.question.length,
@@ -286,7 +287,7 @@ class Checker:
             subject.dtype,
             vllm.port,
             vllm.plugin,
-            vllm.arguments,
+            (*vllm.arguments, *trust),
             vllm.seconds,
         )
         return Started(launch, processor), Started(launch, processor)

@@ -105,8 +105,10 @@ def reference(
     Raises:
         UserError: The source or the checkpoint cannot be loaded.
     """
+    from layerbits.checkpoint.files import check_same_code
     from layerbits.checkpoint.labels import read_quantization
     from layerbits.checkpoint.restore import restore
+    from layerbits.export.plan import source_folder
     from layerbits.probing.apply import apply_scheme, find_ranges
 
     model = prepared.load(device).model
@@ -119,11 +121,14 @@ def reference(
     with apply_scheme(model, prepared.scheme, ranges):
         scored = logprobs(model, batches)
     del model
+    trusted = prepared.resolved.spec.trust_remote_code
+    if trusted:
+        check_same_code(source_folder(prepared.resolved), checkpoint.folder)
     quantization = read_quantization(checkpoint)
     weights = None
     if quantization.rounds_activations:
-        weights = logprobs(restore(checkpoint, quantization.weights_only, device).float(), batches)
-    restored = restore(checkpoint, quantization, device).float()
+        weights = logprobs(restore(checkpoint, quantization.weights_only, device, trusted).float(), batches)
+    restored = restore(checkpoint, quantization, device, trusted).float()
     exact = logprobs(restored, batches)
     rounded, expected = replicas(restored, batches, dtype)
     return Reference(

@@ -36,6 +36,7 @@ from layerbits.inputs.models import (
 from layerbits.inputs.picture_rows import Reader
 from layerbits.inputs.processor import reader_for
 from layerbits.inputs.rows import calibration_of
+from layerbits.inputs.ties import tied_linears
 from layerbits.provenance import provenance
 from layerbits.scoring import refine
 from layerbits.scoring.state import decisions
@@ -221,6 +222,7 @@ def workbench(settings: Settings) -> Workbench:
         captions.captions, tokenizer, reader, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
     )
     doubts = limits_of(empty, resolved.config, settings.model.name).check(calibration, tokenizer)
+    doubts = (*tied_linears(empty, linears), *doubts)
     calibration = replace(calibration, warnings=(*doubts, *calibration.warnings))
     return Workbench(settings, captions, resolved, tokenizer, reader, calibration, empty, linears, kinds, ratio, device)
 

@@ -130,6 +130,6 @@ def dtype_named(name: str) -> torch.dtype:
     """The dtype that torch names so."""
     import torch
 
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,65 +1,36 @@
 """Which candidates export and as what, and what vLLM makes of it on which processor, as Markdown.
 
-``python -m layerbits.checkpoint.table`` prints both tables. ``docs/export.md`` holds the first between two comments,
+``python tools/docs/exports.py`` prints both tables. ``docs/export.md`` holds the first between two comments,
 ``docs/serving.md`` the second; a test says when one is stale, ``--write`` writes them anew.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from layerbits.candidates.candidate import Candidate, resolve_candidate
-from layerbits.candidates.capability import check
-from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from layerbits.candidates.candidate import Candidate
+from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
-from layerbits.candidates.table import load_overlays, load_pairs
 from layerbits.checkpoint.label import COMPRESSED, FORMATS, MODELOPT, Label
 from layerbits.checkpoint.labels import label_or_reason
 from layerbits.checkpoint.processors import NO_KERNEL, Figures, Record, computed, records
 from layerbits.checkpoint.runtimes import VERSION, reads, vllm
-from layerbits.checkpoint.served import Served, read_served
-from layerbits.errors import Unsupported
+from tools.docs.exportable import Exportable, candidate_of, deployed_pairs, exportable, variants_of
+from tools.docs.served import Served, read_served
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 _NAMES = {MODELOPT: "ModelOpt", COMPRESSED: "compressed-tensors"}
 
 
-@dataclass(frozen=True)
-class Exportable:
-    """A candidate that at least one format has a label for.
-
-    Attributes:
-        pair, variant, granularity: Where it comes from; the variant of FP4 is empty for other weights.
-        labels: Format → its label, ``None`` where it has none.
-    """
-
-    pair: str
-    variant: str
-    granularity: str
-    candidate: Candidate
-    labels: Mapping[str, Label | None]
-
-    @property
-    def known(self) -> list[Label]:
-        """Its labels."""
-        return [label for label in self.labels.values() if label is not None]
-
-
-def exportable() -> Iterator[Exportable]:
-    """The distinct candidates of the shipped pairs that are not experimental and have a label, in the table's order."""
-    for pair in _pairs():
-        for variant in _variants(pair):
-            yield from _exportable(pair, variant)
-
-
 def table() -> str:
     """A section per shipped pair that is not experimental (FP4 weights: one per variant), and how many are served."""
-    pairs, served, rows = _pairs(), read_served(), list(exportable())
+    pairs, served, rows = deployed_pairs(), read_served(), list(exportable())
     read = {row.pair for row in rows if any(map(reads, row.known))}
     loaded = {row.pair for row in rows if any(served.loads(label) for label in row.known)}
     lines = [
@@ -68,7 +39,7 @@ def table() -> str:
         f"{_listed(loaded)}.",
     ]
     for pair in pairs:
-        for variant in _variants(pair):
+        for variant in variants_of(pair):
             mine = [row for row in rows if (row.pair, row.variant) == (pair.name, variant)]
             lines.append(_section(pair, variant, mine, served))
     return "\n\n".join(lines) + "\n"
@@ -121,30 +92,6 @@ def page(text: str, made: str) -> str:
     return f"{before}{BEGIN}\n\n{made}\n{END}{after}"
 
 
-def _pairs() -> list[QuantPair]:
-    return [pair for pair in load_pairs() if not pair.experimental]
-
-
-def _variants(pair: QuantPair) -> tuple[str, ...]:
-    return FP4_VARIANTS if pair.weight == "fp4" else ("",)
-
-
-def _candidate(pair: QuantPair, overlay: Overlay, variant: str) -> Candidate:
-    return resolve_candidate(pair, overlay, variant or "mxfp4", experimental=True)
-
-
-def _exportable(pair: QuantPair, variant: str) -> Iterator[Exportable]:
-    seen: set[str] = set()
-    for overlay in load_overlays():
-        candidate = _candidate(pair, overlay, variant)
-        if candidate.info.config_hash in seen or not _computed(candidate):
-            continue
-        seen.add(candidate.info.config_hash)
-        labels = {format: label_or_reason(candidate.info, format)[0] for format in FORMATS}
-        if any(labels.values()):
-            yield Exportable(pair.name, variant, overlay.name, candidate, labels)
-
-
 def _section(pair: QuantPair, variant: str, exported: Sequence[Exportable], served: Served) -> str:
     """The granularities of a pair that export, and why the default does not where it does not."""
     title = f"**`{pair.name}`**" + (f", `fp4={variant}`" if variant else "")
@@ -154,7 +101,7 @@ def _section(pair: QuantPair, variant: str, exported: Sequence[Exportable], serv
     lines = [title, ""]
     if rows:
         lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *rows]
-    return "\n".join([*lines, *_refusals(_candidate(pair, Overlay("default", {}), variant))])
+    return "\n".join([*lines, *_refusals(candidate_of(pair, Overlay("default", {}), variant))])
 
 
 def _row(row: Exportable, label: Label, served: Served) -> str:
@@ -173,22 +120,13 @@ def _row(row: Exportable, label: Label, served: Served) -> str:
 
 
 def _listed(names: set[str]) -> str:
-    return ", ".join(f"`{pair.name}`" for pair in _pairs() if pair.name in names) or "none"
+    return ", ".join(f"`{pair.name}`" for pair in deployed_pairs() if pair.name in names) or "none"
 
 
 def _refusals(candidate: Candidate) -> list[str]:
     """Why the default granularity has no label, a line per format."""
     reasons = {format: label_or_reason(candidate.info, format) for format in FORMATS}
     return [f"- `default`, {_NAMES[format]}: {why}" for format, (label, why) in reasons.items() if label is None]
-
-
-def _computed(candidate: Candidate) -> bool:
-    """Whether fake quantization computes it at all."""
-    try:
-        check(candidate, {}, True)
-    except Unsupported:
-        return False
-    return True
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from layerbits.checkpoint.label import Label
 
-DATA = Path(__file__).parents[1] / "data" / "served.json"
+DATA = Path(__file__).with_name("served.json")
 
 _LONGEST = 160
 """Characters of a runtime's words in a table."""
@@ -93,7 +93,7 @@ class Served:
 
 
 def read_served() -> Served:
-    """The figures that the package holds."""
+    """The recorded figures."""
     told = json.loads(DATA.read_text("utf-8"))
     return Served(
         told["runtime"],

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerbits.inputs.experts import named_experts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def names_on_disk(model: Any) -> dict[str, str]:
+
+def names_on_disk(model: PreTrainedModel) -> dict[str, str]:
     """Name in the checkpoint for each name in ``model.state_dict()``, by transformers' own conversion.
 
     The tensors of expert modules are left out: files have several names for each (:mod:`layerbits.checkpoint.experts`).
