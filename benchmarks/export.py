@@ -180,7 +180,9 @@ def main() -> None:
     save("schemes", start)
     start = clock()
     schemes = [with_cache(scheme, arguments.kv_cache) for scheme in schemes]
-    plans = plan_exports(schemes, work / "export")
+    plans, refused = plan_exports(schemes, work / "export")
+    for name, error in refused.items():
+        print(f"{name}: {error}")
     ranges = export.shared_ranges(plans, device)
     save("plan and calibrate", start)
 

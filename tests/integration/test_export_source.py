@@ -409,7 +409,7 @@ def test_one_scheme_that_fails_leaves_the_others(source, monkeypatch, capsys):
             raise UserError("one line")
         done.append(run())
 
-    settings = ExportSettings(source.parent / "exports", source.parent, "modelopt", "cpu", 0, False, None)
+    settings = ExportSettings(source.parent / "exports", source.parent, "modelopt", "cpu", None, 0, False, None)
     with pytest.raises(UserError, match=r"3 of 4 exports failed: .*ModelOpt would label it"):
         export_job.run_exports(schemes, settings, each)
     assert [made.scheme.name for made in done] == ["good"]
@@ -423,6 +423,6 @@ def test_one_scheme_that_fails_leaves_the_others(source, monkeypatch, capsys):
 def test_one_refused_scheme_is_told_in_its_own_words(source, monkeypatch):
     ready = prepared(tiny_model("llama").bfloat16(), source, "lies", down=candidate("wfp8_aint8"))
     monkeypatch.setattr("layerbits.probing.loading.prepare_together", lambda *_: ready)
-    settings = ExportSettings(source.parent / "exports", source.parent, "modelopt", "cpu", 0, False, None)
+    settings = ExportSettings(source.parent / "exports", source.parent, "modelopt", "cpu", None, 0, False, None)
     with pytest.raises(UserError, match=r"cannot be exported as modelopt.*stays available"):
         run_exports([ready.scheme], settings, lambda *_: pytest.fail("exported"))

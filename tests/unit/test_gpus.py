@@ -1,13 +1,13 @@
 """What vLLM computes of a label on a generation of GPUs."""
 
 import pytest
-from layerbits.checkpoint.table import exportable
 
 from layerbits.checkpoint.gpus import AMPERE, BLACKWELL, GENERATIONS, HOPPER, TARGETS, generation, kernel
 from layerbits.checkpoint.label import COMPRESSED, MODELOPT
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
 from layerbits.errors import UserError
 from layerbits.export.target import find_target
+from tools.docs.exportable import exportable
 
 
 @pytest.mark.parametrize("algo", ["NVFP4-NVFP4", "MXFP4-MXFP4", "MXFP4-FP8_TOKEN", "MXFP8-MXFP8"])
