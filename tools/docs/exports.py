@@ -15,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
+from layerbits.checkpoint.gpus import GENERATIONS, HOPPER, LEFT, kernel
+from layerbits.checkpoint.gpus import VERSION as GPU_VERSION
 from layerbits.checkpoint.label import COMPRESSED, FORMATS, MODELOPT, Label
 from layerbits.checkpoint.labels import label_or_reason
-from layerbits.checkpoint.processors import NO_KERNEL, Figures, Record, computed, records
+from layerbits.checkpoint.processors import MISSING, NO_KERNEL, UNKNOWN, Figures, Record, computed, records
 from layerbits.checkpoint.runtimes import VERSION, reads, vllm
 from tools.docs.exportable import Exportable, candidate_of, deployed_pairs, exportable, variants_of
 from tools.docs.served import Served, read_served
@@ -81,7 +83,39 @@ def _check(record: Record, made: Figures) -> str:
     return f"| {' | '.join((*cells, *numbers))} |"
 
 
-PAGES: Mapping[str, Callable[[], str]] = {"export.md": table, "serving.md": processors}
+def gpus() -> str:
+    """What each generation of GPUs computes of each label, and where that is known from."""
+    labels = sorted({(label.format, label.algo) for row in exportable() for label in row.known})
+    notes: list[str] = []
+    rows, nowhere = [], []
+    for format, algo in labels:
+        answers = [kernel(format, algo, where) for where in GENERATIONS]
+        hopper = answers[GENERATIONS.index(HOPPER)]
+        if hopper.computed.state == MISSING and all(a.computed.state in (MISSING, UNKNOWN) for a in answers):
+            nowhere.append(f"`{algo}` ({_NAMES[format]})")
+            continue
+        cells = []
+        for answer in answers:
+            if answer.source and answer.source not in notes:
+                notes.append(answer.source)
+            mark = f" ({notes.index(answer.source) + 1})" if answer.source else ""
+            how = {LEFT: "activations in 16 bits"}.get(answer.computed.how, answer.computed.state)
+            cells.append(f"{how}{mark}")
+        name = hopper.name.removesuffix("LinearKernel") or "–"
+        rows.append(f"| `{algo}` | {_NAMES[format]} | {' | '.join(cells)} | {name} |")
+    lines = [f"| label | format | {' | '.join(GENERATIONS)} | kernel on {HOPPER} |"]
+    lines += [f"|{'---|' * (len(GENERATIONS) + 3)}", *rows, ""]
+    lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
+    lines += ["", f"vLLM {GPU_VERSION} on an H200 refuses {', '.join(nowhere)}."]
+    return "\n".join(lines) + "\n"
+
+
+def serving() -> str:
+    """The tables of the page on serving: CPUs, then GPUs."""
+    return f"{processors()}\n### GPUs\n\n{gpus()}"
+
+
+PAGES: Mapping[str, Callable[[], str]] = {"export.md": table, "serving.md": serving}
 """The pages with a table, and what makes it."""
 
 
