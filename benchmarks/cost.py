@@ -1,4 +1,4 @@
-"""Seconds and peak memory against blocks, candidates and tokens; a fitted line; and what ``layerbits plan`` foretells.
+"""Seconds and peak memory against blocks, candidates and tokens; a fitted line; and what ``layerbits plan`` predicts.
 
     python benchmarks/cost.py --out cost.json --figure cost.png
     python benchmarks/cost.py --tiny --device cpu
@@ -141,7 +141,7 @@ class Bench:
                     axes[1, column].plot(at, [p["told_gb"] for p in mine], "-", color=drawn.get_color())
                     axes[1, column].plot(at, [p["gb"] for p in mine], "o", color=drawn.get_color())
             axes[0, column].set(ylabel="seconds a step")
-            axes[1, column].set(xlabel=key, ylabel="peak GB (line: what plan foretells)")
+            axes[1, column].set(xlabel=key, ylabel="peak GB (line: what plan predicts)")
             for ax in axes[:, column]:
                 ax.set(xlim=(0, None), ylim=(0, None))
                 ax.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""What ``layerbits plan`` foretells of passes that were measured: memory by its formula, seconds by its table.
+"""What ``layerbits plan`` predicts of passes that were measured: memory by its formula, seconds by its table.
 
     python benchmarks/plan_records.py            # a table of deviations, no GPU needed
     python benchmarks/plan_records.py --write    # fits the table (src/layerbits/data/step_costs.json) anew
@@ -93,7 +93,7 @@ POINTS = (
 
 @dataclass(frozen=True)
 class Held:
-    """A measured pass beside what is foretold of it.
+    """A measured pass beside what is predicted of it.
 
     Attributes:
         point: The pass. card: Its GPU.
@@ -202,7 +202,7 @@ def _grid_needs(blocks: int, tokens: int, pairs: tuple[str, ...]) -> Needs:
 
 
 def held(card: Card, points: tuple[Point, ...] = POINTS) -> list[Held]:
-    """Measured passes beside what is foretold of them.
+    """Measured passes beside what is predicted of them.
 
     Args:
         card: The table.
@@ -308,7 +308,7 @@ def main() -> None:
     if parser.parse_args().write:
         TABLE.write_text(json.dumps(asdict(fitted()), indent=1) + "\n")
     card = Card.read()
-    columns = ("record", "row", "peak GB", "foretold", "off", "seconds", "foretold", "off", "")
+    columns = ("record", "row", "peak GB", "predicted", "off", "seconds", "predicted", "off", "")
     print("| " + " | ".join(columns) + " |\n|---|---|---:|---:|---:|---:|---:|---:|---|")
     for h in held(card):
         told = h.told_seconds
@@ -316,7 +316,7 @@ def main() -> None:
         memory = f"{h.gb:.1f} | {h.told_gb:.1f} | {h.told_gb / h.gb - 1:+.1%}"
         used = "fitted" if h.point.fitted else ""
         print(f"| 11-{h.point.file} | `{h.point.key}` | {memory} | {h.seconds:.2f} | {time} | {used} |")
-    columns = ("blocks", "candidates", "tokens", "mode", "seconds a step", "foretold", "off")
+    columns = ("blocks", "candidates", "tokens", "mode", "seconds a step", "predicted", "off")
     print("\n| " + " | ".join(columns) + " |\n|---:|---:|---:|---|---:|---:|---:|")
     for g in grid():
         row, told = g.row, g.told_seconds(card)

@@ -70,14 +70,14 @@ def scratch_folder(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(final: Path, mend: str = "free space or set output_root") -> Iterator[Path]:
+def whole_folder(final: Path, advice: str = "free space or set output_root") -> Iterator[Path]:
     """A folder to fill under a temporary name beside ``final``, renamed to it when all was written.
 
     What stood at ``final`` is replaced; after an exception nothing is left of the new folder.
 
     Args:
         final: Its place.
-        mend: What to do where it cannot be written.
+        advice: What to do where it cannot be written.
 
     Raises:
         UserError: The disk is full or cannot be written.
@@ -90,7 +90,7 @@ def whole_folder(final: Path, mend: str = "free space or set output_root") -> It
         reason = why_unwritable(error)
         if reason is None:
             raise
-        raise UserError(f"cannot write {final} ({reason}); {mend}") from None
+        raise UserError(f"cannot write {final} ({reason}); {advice}") from None
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Check:
 
     Attributes:
         state: ``ok``, ``note`` (works, but know this) or ``fail``.
-        detail: What was found, with the mend where it failed.
+        detail: What was found, with what to change where it failed.
     """
 
     name: str

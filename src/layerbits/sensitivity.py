@@ -19,7 +19,7 @@ def plan(settings: Settings) -> Plan:
     """Checks a run of one candidate before anything heavy is loaded.
 
     Raises:
-        UserError: Whatever can be known to fail by now, with the mend.
+        UserError: Whatever can be known to fail by now, with what to change.
     """
     candidate = resolve_candidate(settings.quant_pair, settings.overlay, settings.fp4, settings.experimental)
     check_target(candidate, settings.autoquant.effective_bits)

@@ -1,4 +1,4 @@
-"""What ``layerbits plan`` foretells, held against passes that were measured on GPUs (``benchmarks/results``)."""
+"""What ``layerbits plan`` predicts, held against passes that were measured on GPUs (``benchmarks/results``)."""
 
 import json
 import math

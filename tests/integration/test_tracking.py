@@ -372,7 +372,7 @@ def test_a_relative_sqlite_uri_is_made_absolute(store, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("uri", "mend"),
+    ("uri", "advice"),
     [
         ("sqlite://", "keeps nothing"),
         ("sqlite:////proc/nowhere/mlflow.db", "cannot be written"),
@@ -382,10 +382,10 @@ def test_a_relative_sqlite_uri_is_made_absolute(store, tmp_path, monkeypatch):
         ("http://[::1", "no address"),
     ],
 )
-def test_a_store_that_cannot_be_used_says_the_mend_within_seconds(uri, mend, monkeypatch, tmp_path):
+def test_a_store_that_cannot_be_used_says_the_mend_within_seconds(uri, advice, monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     begin = time.monotonic()
-    with pytest.raises(UserError, match=mend):
+    with pytest.raises(UserError, match=advice):
         tracking.open_store(uri, tmp_path)
     assert time.monotonic() - begin < 8
 

@@ -135,7 +135,7 @@ def web():
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "mend"),
+    ("status", "body", "advice"),
     [
         (200, b"<html>a shop</html>", "not as an MLflow server"),
         (404, b"nothing here", "not as an MLflow server"),
@@ -145,9 +145,9 @@ def web():
         (503, b"later", "error 503"),
     ],
 )
-def test_an_answer_that_is_no_welcome_says_the_mend(web, status, body, mend, tmp_path):
+def test_an_answer_that_is_no_welcome_says_the_mend(web, status, body, advice, tmp_path):
     web.status, web.body = status, body
-    with pytest.raises(UserError, match=mend):
+    with pytest.raises(UserError, match=advice):
         tracking.open_store(f"http://{web.at}", tmp_path)
 
 

@@ -89,7 +89,7 @@ def test_experimental_pairs_need_the_flag():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": "int8"}, "quant pair wfp8_afp8 says weight: int8, but format FP8_DEFAULT_CFG is fp8; mend one"),
+        ({"weight": "int8"}, "quant pair wfp8_afp8 says weight: int8, but format FP8_DEFAULT_CFG is fp8; correct one"),
         ({"activation": "fp16"}, "says activation: fp16, but format FP8_DEFAULT_CFG is fp8"),
     ],
 )

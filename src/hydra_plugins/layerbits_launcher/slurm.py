@@ -87,9 +87,9 @@ if SlurmLauncher is not None:
             except (RuntimeError, submitit.core.utils.FailedJobError, NameError) as error:
                 lines = [line for line in str(error).splitlines() if "rror" in line] or str(error).splitlines()
                 gpus = "generic resource" in lines[-1]
-                mend = "hydra.launcher.gpus_per_node=null asks for no GPU" if gpus else "see `sinfo`"
+                advice = "hydra.launcher.gpus_per_node=null asks for no GPU" if gpus else "see `sinfo`"
                 raise UserError(
-                    f"Slurm did not take the jobs ({lines[-1].strip()}); {mend}, and hydra.launcher.* are in "
+                    f"Slurm did not take the jobs ({lines[-1].strip()}); {advice}, and hydra.launcher.* are in "
                     "docs/cluster.md"
                 ) from None
 

@@ -79,7 +79,9 @@ def resolve_candidate(pair: QuantPair, overlay: Overlay, fp4: str = "mxfp4", exp
         ("activation", pair.activation, precision(linear.cfgs[INPUT])),
     ):
         if said != found:
-            raise UserError(f"quant pair {pair.name} says {what}: {said}, but format {base.name} is {found}; mend one")
+            raise UserError(
+                f"quant pair {pair.name} says {what}: {said}, but format {base.name} is {found}; correct one"
+            )
     info = CandidateInfo(
         name=pair.name if overlay.name == "default" else f"{pair.name}/{overlay.name}",
         quant_pair=pair.name,

@@ -156,9 +156,9 @@ def _hindrances(quantizer: str, cfg: Cfg, linears: Linears) -> Iterator[str]:
             fixed = is_mx(cfg) or cfg.get("num_bits") == FP4
             fitting = [s for s in GROUP_SIZES if not any(w % s for w in widths.values())]
             sizes = f"sizes that would do: {', '.join(map(str, fitting))}" if fitting else "no common size would do"
-            mend = "use a format without these blocks" if fixed else sizes
+            advice = "use a format without these blocks" if fixed else sizes
             sides = "inputs" if inputs else "outputs"
-            yield f"{what}: groups of {length} do not divide the {sides} of {_named(ragged)}; {mend}"
+            yield f"{what}: groups of {length} do not divide the {sides} of {_named(ragged)}; {advice}"
 
 
 def _left_to_16_bits(kinds: Mapping[str, str]) -> Iterator[str]:

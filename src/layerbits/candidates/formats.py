@@ -204,7 +204,7 @@ def normalise(config: Mapping[str, Any]) -> Config:
         dumped = QuantizeConfig(**_typed(config)).model_dump(exclude_unset=True)
         algorithm_settings(dumped.get("algorithm", "max"))
     except (ValueError, AssertionError, TypeError, KeyError) as error:
-        raise UserError(f"ModelOpt refuses the quantization config ({_reason(error)}); mend that field") from None
+        raise UserError(f"ModelOpt refuses the quantization config ({_reason(error)}); correct that field") from None
     entries = []
     for entry in dumped["quant_cfg"]:
         cfgs = entry.get("cfg") or []

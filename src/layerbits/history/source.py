@@ -73,7 +73,7 @@ def connect(tracking_uri: str | None) -> str:
 
 @contextmanager
 def told(uri: str, where: str | None = None) -> Iterator[None]:
-    """Turns what MLflow raises into one line with the mend."""
+    """Turns what MLflow raises into one line with what to change."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -81,15 +81,15 @@ def told(uri: str, where: str | None = None) -> Iterator[None]:
     except MlflowException as error:
         code = error.error_code
         if code in ("PERMISSION_DENIED", "UNAUTHENTICATED") or " 403 " in str(error) or " 401 " in str(error):
-            mend = (
+            advice = (
                 "refuses us; ask its owner for READ permission or set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD"
             )
         elif code == "INVALID_PARAMETER_VALUE" and where:
-            mend = f"does not understand the filter {where!r} ({one_line(error)}); write it as for mlflow.search_runs"
+            advice = f"does not understand the filter {where!r} ({one_line(error)}); write it as for mlflow.search_runs"
         else:
-            mend = f"cannot be read ({one_line(error)})"
-        raise UserError(f"tracking store {redact(uri)} {mend}") from error
+            advice = f"cannot be read ({one_line(error)})"
+        raise UserError(f"tracking store {redact(uri)} {advice}") from error
 
 
 def experiment_id(uri: str, name: str) -> str:

@@ -76,7 +76,7 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
     """Checks a recipe on a model before anything heavy is loaded.
 
     Raises:
-        UserError: Whatever can be known to fail by now, with the mend.
+        UserError: Whatever can be known to fail by now, with what to change.
     """
     from layerbits.inputs.loading import empty_model
 

@@ -175,7 +175,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
             found = library.load_recipe(name, overrides=list(overrides) or None)
     except Exception as error:  # pydantic's, YAML's and the loader's own
         where = "the file or recipe_overrides" if overrides else "the file"
-        raise UserError(f"recipe {name}: ModelOpt refuses it ({_reason(error)}); mend {where}") from None
+        raise UserError(f"recipe {name}: ModelOpt refuses it ({_reason(error)}); correct {where}") from None
     common: dict[str, Any] = {
         "name": shipped_name(name) or Path(name).name.removesuffix(".yaml").removesuffix(".yml"),
         "description": " ".join(found.description.split()),
@@ -271,7 +271,7 @@ def _check_type(name: str) -> None:
         data = yaml.safe_load(found.read_text("utf-8"))
         kind = data["metadata"]["recipe_type"]
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {found} is not YAML ({' '.join(str(error).split())}); mend it") from None
+        raise UserError(f"recipe {found} is not YAML ({' '.join(str(error).split())}); correct it") from None
     except (KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"recipe {found} has no metadata.recipe_type; write one of {', '.join(KINDS)}") from None
     if kind not in KINDS:

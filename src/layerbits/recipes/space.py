@@ -112,7 +112,7 @@ class RecipeSpace:
                 scores[s, -1] = 0.0
         counted = np.array([slot.weights * slot.cost_weight for slot in self.slots], dtype=np.float64)
         if counted.sum() <= 0:
-            raise UserError(f"recipe {self.recipe.name}: no weight counts in the budget; mend cost_excluded_layers")
+            raise UserError(f"recipe {self.recipe.name}: no weight counts in the budget; correct cost_excluded_layers")
         return Problem(self.names, scores, counted[:, None] / counted.sum() * np.array([*self.costs, UNQUANTIZED_BITS]))
 
     @property

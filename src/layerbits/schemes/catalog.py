@@ -82,7 +82,7 @@ class SchemeSpec:
                 if values.get(key) is not None:
                     values[key] = kind(values[key])
         except (TypeError, ValueError):
-            raise UserError(f"scheme {name}: {key}={mapping[key]!r} is not a number; mend the file") from None
+            raise UserError(f"scheme {name}: {key}={mapping[key]!r} is not a number; correct the file") from None
         return cls(**values)
 
 
@@ -107,7 +107,7 @@ def load_specs(names: Sequence[str], folder: Path) -> list[SchemeSpec]:
         try:
             data = yaml.safe_load(path.read_text("utf-8"))
         except yaml.YAMLError as error:
-            raise UserError(f"{path} is not YAML ({str(error).splitlines()[0]}); mend it") from None
+            raise UserError(f"{path} is not YAML ({str(error).splitlines()[0]}); correct it") from None
         if not isinstance(data, Mapping):
             raise UserError(f"{path} holds no keys; write name, effective_bits, …")
         specs.append(SchemeSpec.from_mapping({"name": name, **data}))

@@ -145,12 +145,12 @@ def choose(models: Sequence[Served], url: str, name: str | None, folders: Sequen
     told = ", ".join(f"{m.name} (from {m.root})" for m in models) or "nothing"
     if name is not None:
         found = [m for m in models if m.name == name]
-        mend = "name one of these with vllm.model"
+        advice = "name one of these with vllm.model"
     else:
         found = [m for m in models if PurePath(m.root).name in folders]
-        mend = f"serve {folders[0]} there, or name it with vllm.model if it is under another folder's name"
+        advice = f"serve {folders[0]} there, or name it with vllm.model if it is under another folder's name"
     if not found:
-        raise UserError(f"{url} serves {told}, not {name or folders[0]}; {mend}")
+        raise UserError(f"{url} serves {told}, not {name or folders[0]}; {advice}")
     return found[0]
 
 

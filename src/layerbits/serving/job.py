@@ -206,7 +206,7 @@ class Checker:
         """Checks a checkpoint and writes ``serve_check.md`` and ``.json``, and the runtime's log.
 
         Raises:
-            UserError: It cannot be read, or something is to be mended first.
+            UserError: It cannot be read, or something is to be corrected first.
         """
         checkpoint, digest, structure = check_files(target.folder)
         if target.digest is not None and digest != target.digest:

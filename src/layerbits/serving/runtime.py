@@ -53,7 +53,7 @@ class Runtime(Protocol):
 
         Raises:
             Refused: It does not serve it.
-            UserError: There is something to mend.
+            UserError: There is something to correct first.
         """
 
 
@@ -102,8 +102,8 @@ class Running:
         try:
             return _ask(client, served.name, question, {"vllm": client.version(), "at": self.url})
         except ServerError as error:
-            mend = f"serve it with --max-logprobs {question.top_k}, or set top_k to what it allows"
-            raise UserError(f"{self.url}: {error}{f'; {mend}' if 'logprobs' in str(error) else ''}") from None
+            advice = f"serve it with --max-logprobs {question.top_k}, or set top_k to what it allows"
+            raise UserError(f"{self.url}: {error}{f'; {advice}' if 'logprobs' in str(error) else ''}") from None
 
 
 @dataclass
