@@ -3,7 +3,8 @@
 Where a module lies decides first (beside experts, in a state-space mixer, in an attention), because its own name may
 mean several things: ``dense`` is an attention's output in GPT-NeoX, ``out_proj`` one of a mixer in Jamba, ``c_proj``
 either in GPT-2. Only within an MLP and between the sides of a mixer do leaf names decide, widths where they are
-unknown. Without a model (an imported table), names have to tell where a module lies.
+unknown. Without a model (an imported table), names have to tell where a module lies; that part needs no torch, so what
+looks into a model imports it there.
 """
 
 from __future__ import annotations
@@ -13,11 +14,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
-
-import torch
-
-from layerbits.inputs.language_model import find_language_model, foreign_parts
-from layerbits.inputs.linears import is_convolution, is_quantizable, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,6 +124,8 @@ def kind_of(model: PreTrainedModel, modules: Sequence[str], head: str | None) ->
 
 def outside_of_language_model(model: Any, names: Sequence[str], head: str | None) -> list[str]:
     """Those of some modules that lie in a vision tower or lead out of it."""
+    from layerbits.inputs.language_model import find_language_model, foreign_parts
+
     if not hasattr(model, "get_input_embeddings"):  # a part of a model
         return []
     if model not in _OUTSIDE:
@@ -196,6 +194,8 @@ def _attention_kind(leaf: str, beside: Collection[str]) -> str:
 
 def _facts(model: PreTrainedModel, name: str) -> _Facts:
     """What the model's structure says."""
+    from layerbits.inputs.linears import is_convolution, is_quantizable, shape_of
+
     place = place_of(name)
     root, inner = f"{place.blocks}.{place.block}", name.removeprefix(f"{place.blocks}.{place.block}.").split(".")
     module = model.get_submodule(name)
@@ -243,6 +243,10 @@ def _named_facts(name: str, known: Collection[str]) -> _Facts:
 
 def _experts_in(module: Any) -> int:
     """Experts that a module holds, as slices of one tensor or as a list of modules alike; 0 for any other module."""
+    import torch
+
+    from layerbits.inputs.linears import is_convolution
+
     if is_convolution(module):
         return 0
     if stacked := [p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3]:
@@ -259,6 +263,8 @@ def _mixer(model: PreTrainedModel, place: Place, above: Sequence[tuple[str, Any]
     Both have a decay per head (``A_log``); a state space has the skip ``D`` besides, or a short convolution alone.
     Linear attention that keeps its decay elsewhere is known by the configuration's ``layer_types``.
     """
+    from layerbits.inputs.linears import is_convolution
+
     for part, module in above:
         own = {n for n, _ in module.named_parameters(recurse=False)}
         if "A_log" in own:
