@@ -179,7 +179,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
     one, other = load_manifest(folder), load_manifest(reference)
     arrays = ("scores", "predicted_kl", "sample_kl", "sample_tokens")
     found = [name for name in arrays if getattr(one, name).tobytes() != getattr(other, name).tobytes()]
-    found += [name for name in ("recipe", "groups", "calibration") if getattr(one, name) != getattr(other, name)]
+    found += [name for name in ("allocation", "groups", "calibration") if getattr(one, name) != getattr(other, name)]
     return found + [f"set of files, without {path}" for path in missing(folder, reference)]
 
 

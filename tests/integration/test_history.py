@@ -228,7 +228,7 @@ def test_scores_are_tidy_and_exact(client, store):
     assert list(frame.columns) == [
         *("run_id", "model", "quant_pair", "granularity", "dataset_size", "block", "kind", "layer", "candidate"),
         *("score", "predicted_kl", "bits", "chosen", "rank", "low", "high", "rank_low", "rank_high"),
-        "believable",
+        *("image_share", "believable"),
     ]
     assert len(frame) == 12
     for run_id, result in results.items():

@@ -272,6 +272,7 @@ def test_schemes_of_a_grid_are_logged_and_printed(scored, made):
         "llm_compressor",
         "modelopt",
         "pareto.json",
+        "run.json",
         "schemes",
         "schemes.json",
         "schemes.md",
@@ -292,6 +293,7 @@ def test_a_probe_of_scheme_files_is_logged(scored, made):
     assert "| bits_6 |" in run.data.tags["mlflow.note.content"]
     assert {a.path for a in MlflowClient(store).list_artifacts(run.info.run_id)} == {
         "figures",
+        "run.json",
         "probe.json",
         "probe.md",
     }

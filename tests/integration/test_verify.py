@@ -85,7 +85,7 @@ def test_the_verification_is_linked_and_is_no_sensitivity_run(scored, verified):
 
 def test_the_new_result_is_logged_with_the_comparison(scored, verified):
     client, run_id = scored["client"], verified[1].info.run_id
-    assert {a.path for a in client.list_artifacts(run_id)} == {"result", "verify.json", "verify.md"}
+    assert {a.path for a in client.list_artifacts(run_id)} == {"result", "run.json", "verify.json", "verify.md"}
     data = json.loads(Path(client.download_artifacts(run_id, "verify.json")).read_text())
     assert set(data["same"]) == {"model revision", "captions", "configuration"}
     assert data["passed"]
