@@ -8,6 +8,7 @@ import pytest
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.tracking.session import Ending, Terminated, ending_of
+from layerbits.tracking.store import one_line
 from layerbits.tracking.uris import redact, run_link, ui_command
 from tests.integration.tracking_support import environment
 
@@ -69,3 +70,7 @@ def test_importing_tracking_does_not_import_mlflow():
     code = "import sys, layerbits.tracking; print('mlflow' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert run.stdout.strip() == "False"
+
+
+def test_a_reason_keeps_the_cause_behind_its_figures():
+    assert one_line(UserError("x" * 1500)) == "x" * 1500

@@ -28,6 +28,9 @@ _INVALID_HOST = "Invalid Host"
 _DATABASES = ("postgresql", "mysql")
 _MENDS = "start it, or unset tracking.uri and MLFLOW_TRACKING_URI to use a local store, or set tracking=none"
 
+_LONGEST_REASON = 2_000
+"""Characters of an error in a tag: a serve check names a cause and a remedy behind its figures; MLflow takes 8,000."""
+
 
 def open_store(tracking_uri: str | None, root: Path, read: bool = False) -> str:
     """Decides where to log, makes sure that it answers, and makes it MLflow's tracking URI.
@@ -161,7 +164,7 @@ def one_line(error: BaseException) -> str:
     if _refused(error):
         return "the server refuses us; ask its owner for EDIT permission, or log in as who has it"
     lines = str(error).strip().splitlines()
-    return redact(lines[0])[:500] if lines else type(error).__name__
+    return redact(lines[0])[:_LONGEST_REASON] if lines else type(error).__name__
 
 
 def _refused(error: BaseException) -> bool:
