@@ -60,7 +60,7 @@ figures: .venv/run.stamp
 	set -- $$(python -c '$(FP8_AND_INT4)'); \
 	$(MLFLOW_RUN) -e scheme -P run_id=$$1,$$2 -P schemes=none -P effective_bits=5,6,8,12; \
 	$(MLFLOW_RUN) -e probe -P run_id=$$1,$$2 -P schemes=none -P effective_bits=5,6,8,10,12; \
-	$(MLFLOW_RUN) -e validate -P run_id=$$1; \
+	$(MLFLOW_RUN) -e validate -P run_id=$$1 -P rows=4 -P rankers=none; \
 	python tools/figures.py
 
 test: lint
