@@ -169,5 +169,6 @@ def _measured() -> dict[tuple[str, str], Kernel]:
             name = ", ".join(row["kernels"])
         else:
             how, name = Computed(MISSING, row["words"]), ""
-        kernels[row["format"], row["label"]] = Kernel(how, name, source)
+        known = f"{source}, the kernel's name from vLLM's source" if "kernel_by" in row else source
+        kernels[row["format"], row["label"]] = Kernel(how, name, known)
     return kernels
