@@ -14,6 +14,8 @@ def pytest_configure():
     """Makes SIGTERM an exception, so that fixtures are torn down; by default it ends Python at once."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _stopper(os.getpid()))
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; jobs under test inherit it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stopper(owner):
