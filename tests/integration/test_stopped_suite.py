@@ -54,7 +54,7 @@ def of(folder):
 
 
 def names(folder):
-    return sorted({" ".join(process.cmdline())[:80] for process in of(folder)})
+    return sorted({" ".join(process.cmdline()) for process in of(folder)})
 
 
 def test_servers_end_with_a_suite_whose_process_group_is_stopped(suite, tmp_path):

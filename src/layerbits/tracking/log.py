@@ -310,10 +310,11 @@ def _end_pushed(client: Any, run_id: str, finished: _Finished, found: Any) -> No
     ending = finished.ending
     if found is not None and finished.parent:
         ending = ending_of_children(client, found.info.experiment_id, run_id)
-    if found is not None and "reason" in found.data.tags and not ending.reason:
+    # Ended before it is tagged: a watchdog of the job that opened the run leaves one alone that has ended.
+    client.set_terminated(run_id, ending.status, (found.info.end_time if found else None) or finished.ended)
+    if "reason" in client.get_run(run_id).data.tags and not ending.reason:
         client.delete_tag(run_id, "reason")
     client.log_batch(run_id, tags=[RunTag(*tag) for tag in ending.tags.items()])
-    client.set_terminated(run_id, ending.status, (found.info.end_time if found else None) or finished.ended)
     ensure_view(client, client.get_run(run_id).info.experiment_id)
 
 
