@@ -12,10 +12,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from layerbits import __version__, entry, process
 from layerbits.errors import UserError
+from layerbits.plain import JsonObject
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,7 +151,7 @@ def _compare(options: argparse.Namespace) -> int:
     if options.format == "csv":
         _print(found.movers, "csv", ())
     elif options.format == "json":
-        plain: dict[str, Any] = {**vars(found), "movers": json.loads(_json(found.movers))}
+        plain: dict[str, object] = {**vars(found), "movers": json.loads(_json(found.movers))}
         plain |= {
             name: None if plain[name] != plain[name] else plain[name] for name in ("spearman", "kendall", "ratio")
         }
@@ -245,7 +246,7 @@ def _plan(options: argparse.Namespace) -> int:
     return 0 if found.best or any(row.fits == "?" for row in found.rows) else 1
 
 
-def _strict_json(found: dict[str, Any]) -> str:
+def _strict_json(found: JsonObject) -> str:
     for row in found["rows"]:
         row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     return json.dumps(found, indent=2, allow_nan=False)

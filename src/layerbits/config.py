@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
@@ -14,6 +12,7 @@ from layerbits.errors import UserError
 from layerbits.inputs.datasets import MIXED, PICTURES
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.paths import user_path
+from layerbits.plain import Composed
 from layerbits.results.naming import run_name
 from layerbits.results.result import COST_MODELS
 from layerbits.tracking.settings import TrackingSpec
@@ -101,7 +100,7 @@ class Settings:
     output_layout: str
     output_root: Path
     report_only: str | None
-    composed: Mapping[str, Any]
+    composed: Composed
 
     @property
     def run_name(self) -> str:
@@ -109,7 +108,7 @@ class Settings:
         return run_name(self.model.name, self.quant_pair.name, self.overlay.name, self.dataset.size)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Settings:
+    def from_config(cls, config: Composed) -> Settings:
         """Reads a resolved configuration.
 
         Raises:
@@ -170,12 +169,12 @@ class Settings:
         )
 
 
-def _named(config: Mapping[str, Any], key: str) -> str | None:
+def _named(config: Composed, key: str) -> str | None:
     value = config.get(key)  # a record of an earlier version has none
     return None if value in (None, "", "none") else str(value)
 
 
-def _kv_formats(autoquant: Mapping[str, Any]) -> tuple[str, ...]:
+def _kv_formats(autoquant: Composed) -> tuple[str, ...]:
     names = kv_formats(autoquant.get("kv_cache"), "autoquant.kv_cache")
     if not names:
         return ()
@@ -186,7 +185,7 @@ def _kv_formats(autoquant: Mapping[str, Any]) -> tuple[str, ...]:
     return names
 
 
-def _refine(config: Mapping[str, Any]) -> int | str:
+def _refine(config: Composed) -> int | str:
     autoquant = config["autoquant"]
     value = autoquant.get("refine")  # a record of an earlier version has none
     if value in (None, "", "none", 0, "0"):
@@ -202,7 +201,7 @@ def _refine(config: Mapping[str, Any]) -> int | str:
     return "auto" if value == "auto" else int(value)
 
 
-def _check_vision(dataset: str, autoquant: Mapping[str, Any]) -> None:
+def _check_vision(dataset: str, autoquant: Composed) -> None:
     if dataset not in (PICTURES, MIXED):
         raise UserError(
             "model.vision=true scores a vision tower, which needs pictures; use dataset=image_text or mixed"

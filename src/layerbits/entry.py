@@ -13,6 +13,7 @@ from typing import Any
 from layerbits import process
 from layerbits.errors import UserError
 from layerbits.overrides import check_grammar, hydra_arguments
+from layerbits.plain import JsonObject
 
 USER_ERROR_STATUS = 2
 
@@ -82,7 +83,7 @@ def check_launcher(arguments: Sequence[str]) -> None:
             raise UserError(f"{argument}, but there is no sbatch here; start it on a machine that submits to Slurm")
 
 
-def start(job: Callable[[dict[str, Any], Path], object], script: str, config: str) -> None:
+def start(job: Callable[[JsonObject, Path], object], script: str, config: str) -> None:
     """Runs the job of an entry script on the configuration that Hydra composes from the command line.
 
     A :class:`UserError` ends it with one line and status 2; in a multirun (``-m``) the other jobs go on, and the
@@ -103,7 +104,7 @@ def start(job: Callable[[dict[str, Any], Path], object], script: str, config: st
         sys.exit(USER_ERROR_STATUS)
 
 
-def _start(job: Callable[[dict[str, Any], Path], object], root: Path, config: str) -> None:
+def _start(job: Callable[[JsonObject, Path], object], root: Path, config: str) -> None:
     import hydra
     from omegaconf import OmegaConf
 

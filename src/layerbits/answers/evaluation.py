@@ -14,6 +14,7 @@ from scipy import stats
 
 from layerbits.answers.paired import Interval, Paired, Verdict, judge
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.result import FloatArray, ModelInfo
 
 SCHEMA_VERSION = 1
@@ -65,7 +66,7 @@ class TaskAnswers:
         return sum(a.right for a in self.answers) / len(self.answers)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TaskAnswers:
+    def from_json(cls, data: JsonMapping) -> TaskAnswers:
         """Reads ``asdict``'s data back."""
         return cls(data["task"], data["metric"], tuple(Answer(**a) for a in data["answers"]), data["cut"])
 
@@ -183,12 +184,12 @@ class Evaluation:
         values |= {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON data with the verdicts and its schema version; what is not a number becomes null."""
         verdicts = [
             {"task": task, "scheme": scheme, **verdict.to_json()} for (task, scheme), verdict in self.verdicts().items()
         ]
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, object] = _plain(asdict(self))
         return {"schema_version": SCHEMA_VERSION, **plain, "verdicts": _plain(verdicts)}
 
 
@@ -226,14 +227,14 @@ def read_evaluation(path: Path) -> Evaluation:
 _NUMBERS = ("effective_bits", "predicted_kl", "kl", "kl_se")
 
 
-def _scheme(data: Mapping[str, Any]) -> Evaluated:
-    values: dict[str, Any] = {k: math.nan if v is None and k in _NUMBERS else v for k, v in data.items()}
+def _scheme(data: JsonMapping) -> Evaluated:
+    values: JsonObject = {k: math.nan if v is None and k in _NUMBERS else v for k, v in data.items()}
     values["tasks"] = _tasks(data["tasks"])
     values["predicted"] = {task: tuple(changes) for task, changes in data["predicted"].items()}
     return Evaluated(**values)
 
 
-def _tasks(data: Mapping[str, Any]) -> dict[str, TaskAnswers]:
+def _tasks(data: JsonMapping) -> dict[str, TaskAnswers]:
     return {task: TaskAnswers.from_json(found) for task, found in data.items()}
 
 
@@ -244,7 +245,7 @@ def log_odds_changes(before: Sequence[Answer], after: Sequence[Answer]) -> Float
     return np.asarray(known, dtype=np.float64) if len(known) == len(pairs) else None
 
 
-def documents(evaluation: Evaluation, scheme: Evaluated) -> list[dict[str, Any]]:
+def documents(evaluation: Evaluation, scheme: Evaluated) -> list[JsonObject]:
     """A row per task and document of one scheme, changed answers first."""
     rows = [
         {

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from layerbits.answers.evaluation import Answer, TaskAnswers
 from layerbits.answers.settings import TaskSettings
 from layerbits.errors import UserError, first_line
+from layerbits.plain import JsonMapping
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -158,7 +159,7 @@ class Harness:
             )
 
 
-def _load(settings: TaskSettings, metadata: Mapping[str, Any]) -> dict[str, Task]:
+def _load(settings: TaskSettings, metadata: Mapping[str, object]) -> dict[str, Task]:
     from lm_eval.tasks import TaskManager
 
     paths = [OWN, *([settings.path] if settings.path else [])]
@@ -211,7 +212,7 @@ def _make_greedy(name: str, task: Task) -> None:
         task.set_config(key="generation_kwargs", value={"do_sample": False, "temperature": 0.0}, update=True)
 
 
-def _read(name: str, task: Task, samples: Sequence[Mapping[str, Any]], lm: LM) -> TaskAnswers:
+def _read(name: str, task: Task, samples: Sequence[JsonMapping], lm: LM) -> TaskAnswers:
     first = samples[0]["filter"]  # a task may read answers in several ways; its first is its main one
     samples = sorted((s for s in samples if s["filter"] == first), key=lambda s: s["doc_id"])
     metric = _right_or_wrong(name, samples)
@@ -233,7 +234,7 @@ def _read(name: str, task: Task, samples: Sequence[Mapping[str, Any]], lm: LM) -
     return TaskAnswers(name, f"{metric},{first}", tuple(answers), _cut(task, samples, lm))
 
 
-def _right_or_wrong(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
+def _right_or_wrong(name: str, samples: Sequence[JsonMapping]) -> str:
     for metric in samples[0]["metrics"]:
         if all(isinstance(s[metric], int | float) and s[metric] in (0, 1) for s in samples):
             return str(metric)
@@ -243,7 +244,7 @@ def _right_or_wrong(name: str, samples: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _choice(task: Task, sample: Mapping[str, Any]) -> tuple[str, str, float | None]:
+def _choice(task: Task, sample: JsonMapping) -> tuple[str, str, float | None]:
     choices = task.doc_to_choice(sample["doc"])
     lls = [float(resp[0][0]) for resp in sample["resps"]][: len(choices)]
     target = sample["target"]
@@ -260,18 +261,18 @@ def choice_log_odds(log_likelihoods: Sequence[float], right: int) -> float:
     return log_likelihoods[right] - most - math.log(sum(math.exp(ll - most) for ll in others))
 
 
-def _continuation(_task: Task, sample: Mapping[str, Any]) -> tuple[str, str, float | None]:
+def _continuation(_task: Task, sample: JsonMapping) -> tuple[str, str, float | None]:
     ll, greedy = sample["resps"][0][0]
     target = str(sample["target"])
     log_odds = ll - math.log(-math.expm1(ll)) if ll < 0 else None
     return target, target if greedy else "another continuation", log_odds
 
 
-def _generated(_task: Task, sample: Mapping[str, Any]) -> tuple[str, str, float | None]:
+def _generated(_task: Task, sample: JsonMapping) -> tuple[str, str, float | None]:
     return str(sample["target"]), str(sample["resps"][0][0]), None
 
 
-def _cut(task: Task, samples: Sequence[Mapping[str, Any]], lm: LM) -> int:
+def _cut(task: Task, samples: Sequence[JsonMapping], lm: LM) -> int:
     """Answers as long as the limit: they were not finished."""
     if task.OUTPUT_TYPE != "generate_until":
         return 0

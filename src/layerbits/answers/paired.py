@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -233,7 +232,7 @@ class Verdict:
             said += f"; {end} margin of {points(self.margin)} points"
         return said
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data, with the verdict in words."""
         return {**asdict(self), "verdict": self.kind, "within_margin": self.within_margin, "words": self.words}
 

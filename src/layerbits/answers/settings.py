@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.paths import user_path
+from layerbits.plain import Composed
 from layerbits.schemes.settings import listed, whole
 from layerbits.scoring.precision import check_dtype
 
@@ -60,7 +59,7 @@ class EvaluateSettings:
     endpoint_model: str | None = None
 
 
-def evaluate_settings(config: Mapping[str, Any]) -> EvaluateSettings:
+def evaluate_settings(config: Composed) -> EvaluateSettings:
     """Reads a resolved configuration.
 
     Raises:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from layerbits.answers.report import markdown, parameters, tags, write_evaluation
 from layerbits.answers.settings import evaluate_settings
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
+from layerbits.plain import Composed
 from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
 
-def evaluate(config: Mapping[str, Any], root: Path) -> None:
+def evaluate(config: Composed, root: Path) -> None:
     """Makes or reads the schemes, asks, writes and logs the result."""
     settings = evaluate_settings(config)
     wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")

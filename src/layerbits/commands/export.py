@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from layerbits.export.job import ExportSettings, run_exports
 from layerbits.export.log import ExportLog, check_registered_name
 from layerbits.jobs import Tracker
+from layerbits.plain import Composed
 from layerbits.schemes.request import SchemeRequest
 from layerbits.tracking.settings import TrackingSpec
 
 
-def export(config: Mapping[str, Any], root: Path) -> None:
+def export(config: Composed, root: Path) -> None:
     """Makes or reads the schemes, and exports one after the other, each in a run of its own below one parent."""
     wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")
     settings = ExportSettings.from_config(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -13,11 +12,12 @@ from layerbits.atomic import dated
 from layerbits.config import Settings
 from layerbits.grid import Cell, CellOutcome, axis, cells, run_grid, run_names, summary
 from layerbits.jobs import JobRun, Tracker
+from layerbits.plain import Composed
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking.made import Made
 
 
-def grid(config: Mapping[str, Any], root: Path) -> None:
+def grid(config: Composed, root: Path) -> None:
     """Runs the cells, logs each and prints the table."""
     axes = ("quant_pairs", "quant_granularities", "dataset_sizes", "force")
     settings = Settings.from_config({key: value for key, value in config.items() if key not in axes})

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -14,12 +12,13 @@ from layerbits.atomic import dated
 from layerbits.errors import UserError
 from layerbits.jobs import JobRun, Tracker
 from layerbits.paths import user_path
+from layerbits.plain import Composed
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
 
-def import_results(config: Mapping[str, Any], root: Path) -> None:
+def import_results(config: Composed, root: Path) -> None:
     """Reads the files, writes a result for each format of each, and logs those that no run has yet."""
     if config["path"] == "none":
         raise UserError("no path is given; set path to a quant manifest, a per-layer report, or a folder of them")
@@ -67,7 +66,7 @@ def _read(path: Path, output: Path, model: str) -> tuple[list[tuple[SensitivityR
     return found, warnings
 
 
-def _log(tracker: Tracker, parent: JobRun, result: SensitivityResult, folder: Path) -> dict[str, Any]:
+def _log(tracker: Tracker, parent: JobRun, result: SensitivityResult, folder: Path) -> dict[str, object]:
     run_id, state = tracking.logged_run(folder), "present"
     if run_id is None:
         with tracker.run(result.run_name, parent=parent) as run:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
+from layerbits.plain import Composed
 from layerbits.probing.report import markdown, parameters, write_probe
 from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
@@ -17,7 +16,7 @@ from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
 
-def probe(config: Mapping[str, Any], root: Path) -> None:
+def probe(config: Composed, root: Path) -> None:
     """Makes or reads the schemes, measures them, writes and logs the result."""
     wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")
     rows, batch_size = (whole(key, config[key]) for key in ("rows", "batch_size"))

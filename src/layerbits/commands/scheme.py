@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.jobs import note, run_job
+from layerbits.plain import Composed
 from layerbits.schemes.additivity import load_factors
 from layerbits.schemes.folder import write_schemes
 from layerbits.schemes.make import curve, make_schemes
@@ -18,7 +17,7 @@ from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
 
-def scheme(config: Mapping[str, Any], root: Path) -> None:
+def scheme(config: Composed, root: Path) -> None:
     """Reads the scores, makes the schemes, writes and logs them."""
     settings = SchemeSettings.from_config(config, root / "configs" / "scheme")
     probes = listed_paths(config["measured"])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from layerbits.atomic import optional_part
 from layerbits.config import Settings
 from layerbits.jobs import Tracker
+from layerbits.plain import Composed
 
 
-def sensitivity(config: Mapping[str, Any], root: Path) -> None:
+def sensitivity(config: Composed, root: Path) -> None:
     """Runs one job: check, score, write, log."""
     settings = Settings.from_config(config)
     if settings.report_only:

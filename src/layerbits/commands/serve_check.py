@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from layerbits.errors import Skipped, UserError
 from layerbits.jobs import Tracker, note, refusal
+from layerbits.plain import Composed
 from layerbits.serving.job import Checker, ServeSettings, Target, find_targets
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
 
-def serve_check(config: Mapping[str, Any], root: Path) -> None:
+def serve_check(config: Composed, root: Path) -> None:
     """Checks one checkpoint, or several one after the other in runs of their own below one parent."""
     settings = ServeSettings.from_config(config)
     tracker = Tracker(TrackingSpec.from_config(config), root)

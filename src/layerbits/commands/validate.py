@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
+from layerbits.plain import Composed
 from layerbits.schemes.settings import listed, one_run, source_name
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from layerbits.trust.validation import Validation
 
 
-def validation(config: Mapping[str, Any], root: Path) -> None:
+def validation(config: Composed, root: Path) -> None:
     """Reads the run, measures, writes and logs the result."""
     from layerbits.trust.reproduce import load_run
     from layerbits.trust.validate import settings_of, validate, write_validation

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from layerbits.jobs import Tracker, note, refusal
 from layerbits.paths import user_path
+from layerbits.plain import Composed
 from layerbits.provenance import provenance
 from layerbits.schemes.settings import one_run, source_name
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
 
-def verification(config: Mapping[str, Any], root: Path) -> None:
+def verification(config: Composed, root: Path) -> None:
     """Repeats the run, writes and logs the comparison; fails where it is beyond the bound."""
     from layerbits.trust.reproduce import scored_run
     from layerbits.trust.verification import check, verify

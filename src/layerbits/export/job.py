@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from layerbits.checkpoint.label import AUTO, FORMATS
 from layerbits.errors import UserError, first_line
 from layerbits.export.plan import ExportPlan, plan_exports
 from layerbits.export.target import differences, find_target
 from layerbits.paths import user_path
+from layerbits.plain import Composed
 
 if TYPE_CHECKING:
     from layerbits.export.scheme import Export
@@ -44,7 +45,7 @@ class ExportSettings:
     registered_model: str | None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ExportSettings:
+    def from_config(cls, config: Composed) -> ExportSettings:
         """Reads a resolved configuration.
 
         Raises:

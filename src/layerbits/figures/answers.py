@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from layerbits.figures.style import (
     BLACK,
     FONT,
+    LineStyle,
     headline,
     key,
     label_outer,
@@ -42,7 +43,7 @@ def answers(frame: pd.DataFrame, *, title: str = "") -> Figure:
         raise ValueError("no row has both kl and difference; check the filter that made the frame")
     tasks = list(dict.fromkeys(shown["task"].astype(str)))
     labels = list(dict.fromkeys(shown["label"].astype(str)))
-    styles = {label: line_style(i) | {"linestyle": ""} for i, label in enumerate(labels)}
+    styles: dict[str, LineStyle] = {label: {**line_style(i), "linestyle": ""} for i, label in enumerate(labels)}
     columns = min(_COLUMNS, len(tasks))
     figure, axes = panels(len(tasks), columns, 4.0 * columns + 0.5, 3.0)
     kl = numeric(shown["kl"])

@@ -23,6 +23,7 @@ from layerbits.figures.style import (
     GREY,
     HATCH,
     KIND_STYLES,
+    LineStyle,
     draw_line,
     finish_lines,
     headline,
@@ -111,7 +112,7 @@ def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = Non
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
     names = frame["label"].astype(str).to_numpy()
-    styles: dict[str, dict[str, Any]] = {}
+    styles: dict[str, LineStyle] = {}
     for i, name in enumerate(dict.fromkeys(names[shown])):
         at = np.flatnonzero(shown & (names == name))
         at = at[np.argsort(bits[at])]
@@ -261,7 +262,7 @@ def scatter_agreement(
     for kind, style in KIND_STYLES.items():
         at = drawn & (groups == kind)
         if at.any():
-            look = {"color": style["color"], "marker": style["marker"], "linestyle": ""}
+            look: LineStyle = {"color": style["color"], "marker": style["marker"], "linestyle": ""}
             ax.plot(x[at], y[at], **look, markersize=5, markeredgecolor="white", markeredgewidth=0.4)
             handles += [key(kind, **look)] if kinds is not None else []
     log_scale(ax, "x", ends)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,6 +41,7 @@ from layerbits.figures.style import (
     save_png,
     spans,
 )
+from layerbits.plain import JsonObject
 from layerbits.results.frames import (
     Grid,
     by_candidate,
@@ -368,7 +368,7 @@ def _draw_bars(ax: Axes, part: pd.DataFrame, value: str) -> None:
 
 def _write_ranks(ax: Axes, low: FloatArray, high: FloatArray) -> None:
     """Ranges of the ranks, right of the bars."""
-    right: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "fontsize": FONT - 2, "color": GREY, "va": "center"}
+    right: JsonObject = {"transform": ax.get_yaxis_transform(), "fontsize": FONT - 2, "color": GREY, "va": "center"}
     for y in np.flatnonzero(np.isfinite(low)).tolist():
         words = f"{low[y]:.0f}" if low[y] == high[y] else f"{low[y]:.0f}–{high[y]:.0f}"
         ax.text(1.01, y, words, **right)

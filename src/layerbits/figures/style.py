@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -27,7 +27,19 @@ from layerbits.results.result import FloatArray
 # vanishes on white paper.
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, BLACK, GREY = "#E69F00", "#56B4E9", "#000000", "#777777"
-_DASHES: dict[str, Any] = {"dash-dot-dot": (0, (4, 1, 1, 1, 1, 1)), "dots": (0, (1, 1)), "long": (0, (7, 2))}
+Line: TypeAlias = str | tuple[float, Sequence[float]]
+"""How matplotlib names a line's dashes: a word, or an offset with lengths of dashes and gaps in points."""
+
+
+class LineStyle(TypedDict):
+    """What tells a line from others."""
+
+    color: str
+    marker: str
+    linestyle: Line
+
+
+_DASHES: dict[str, Line] = {"dash-dot-dot": (0, (4, 1, 1, 1, 1, 1)), "dots": (0, (1, 1)), "long": (0, (7, 2))}
 _KIND_LOOKS = {
     "qkv": (BLUE, "o", "-"),
     "mla_q": ("#004C77", "<", "-"),
@@ -52,7 +64,7 @@ _KIND_LOOKS = {
     "vision_fc2": ("#C97B63", "D", "-"),
     "merger": ("#555555", "*", "-"),
 }
-KIND_STYLES: dict[str, dict[str, Any]] = {
+KIND_STYLES: dict[str, LineStyle] = {
     kind: {"color": color, "marker": marker, "linestyle": line} for kind, (color, marker, line) in _KIND_LOOKS.items()
 }
 """Colour, marker and line style per kind of linear; marker and line style alone tell them apart in grey print.
@@ -71,13 +83,13 @@ FONT = 9
 
 COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 _MARKERS = ("o", "D", "^", "s", "v", "P", "X")
-_LINES: tuple[Any, ...] = ("-", "--", "-.", _DASHES["dash-dot-dot"], _DASHES["dots"], _DASHES["long"])
+_LINES: tuple[Line, ...] = ("-", "--", "-.", _DASHES["dash-dot-dot"], _DASHES["dots"], _DASHES["long"])
 _DECADES_SHOWN = 8  # below the top, a colour scale ends: rounding noise near zero must not use up the colours
 _ZERO = "$0$"
 _DPI = 120
 
 
-def line_style(index: int) -> dict[str, Any]:
+def line_style(index: int) -> LineStyle:
     """Colour, marker and line style of the ``index``-th line; colours repeat after 7, the combination after 42."""
     turn, at = divmod(index, len(COLORS))
     return {
@@ -178,7 +190,7 @@ def key(label: str, **style: Any) -> Line2D:
     return Line2D([], [], **{"markersize": 5, **style}, label=label)
 
 
-def draw_line(ax: Axes, cells: Grid, kind: str, style: Mapping[str, Any]) -> None:
+def draw_line(ax: Axes, cells: Grid, kind: str, style: LineStyle) -> None:
     """Values of one kind along the blocks; a cross at the bottom where there is none, a level for lm_head."""
     row = cells.kinds.index(kind)
     inside = [i for i, block in enumerate(cells.blocks) if block is not None and cells.present[row, i]]

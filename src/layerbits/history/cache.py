@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -45,7 +44,7 @@ class Cache:
         ids = pa.array(list(run_ids), pa.string())
         return self._read(SCHEMA.names, pc.field("run_id").isin(ids) & pc.field("layer").is_valid())
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+    def add(self, rows: Sequence[dict[str, object]]) -> None:
         """Keeps those rows that will not change any more; warns where the disk does not take them."""
         final = [r for r in rows if r["status"] == "FINISHED" and r["outcome"] == "ok" and not is_later(r)]
         if not final:

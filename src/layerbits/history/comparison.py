@@ -101,7 +101,7 @@ def compare(a: str, b: str, by: str = "predicted_kl", *, tracking_uri: str | Non
     return Comparison(a, b, by, True, (), notes, len(finite), spearman(x, y), _kendall(x, y), tops, ratio, movers)
 
 
-def difference(a: Mapping[str, Any], b: Mapping[str, Any], by: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def difference(a: Mapping[str, object], b: Mapping[str, object], by: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Why two runs (rows of ``history.runs``) do not compare, and what else differs.
 
     What a run does not say counts as different: nothing shows that it is the same.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import pandas as pd
 
 from layerbits.history.evaluated import verdicts
 from layerbits.history.source import RawRun, connect, experiment_id, fetch, get_run, search, told
+from layerbits.plain import JsonObject
 from layerbits.tracking.contract import DIGEST_TAG
 
 _PREFIXES = {"schemes": "scheme/", "probe": "probe/"}
@@ -77,9 +77,9 @@ def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFra
     return frame
 
 
-def scheme_rows(run: RawRun, prefix: str) -> list[dict[str, Any]]:
+def scheme_rows(run: RawRun, prefix: str) -> list[JsonObject]:
     """A row per scheme of a run; ``served_kl`` holds the scheme's digest as yet."""
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, JsonObject] = {}
     for key, value in run.metrics.items():
         scheme, _, number = key.removeprefix(prefix).rpartition("/")
         if key.startswith(prefix) and scheme:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
 from layerbits.history.source import RawRun, connect, experiment_id, search, told
@@ -57,9 +55,9 @@ def verdicts(uri: str, experiment: str) -> dict[str, str]:
     }
 
 
-def rows_of(run: RawRun) -> list[dict[str, Any]]:
+def rows_of(run: RawRun) -> list[dict[str, object]]:
     """A row per task and scheme of a run."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, object]] = {}
     documents: dict[str, float] = {}
     for key, value in run.metrics.items():
         parts = key.removeprefix(_PREFIX).split("/")

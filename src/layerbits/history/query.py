@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -177,10 +176,10 @@ def with_groups(uri: str, run_ids: Sequence[str], strict: bool = False) -> pa.Ta
     missing = sorted(set(run_ids) - set(known["run_id"].to_pylist()))
     if missing:
         uri = connect(uri)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     problems: dict[str, list[str]] = {}
 
-    def read(run_id: str) -> dict[str, Any] | str:
+    def read(run_id: str) -> dict[str, object] | str:
         try:
             return with_table(uri, row_of(get_run(uri, run_id)))
         except UserError as error:
@@ -248,7 +247,7 @@ class _Wanted:
         return known.filter(mask).sort_by("start_time")
 
 
-def _sync(uri: str, wanted: _Wanted, known: pa.Table) -> tuple[list[dict[str, Any]], list[str]]:
+def _sync(uri: str, wanted: _Wanted, known: pa.Table) -> tuple[list[dict[str, object]], list[str]]:
     """Asks for the runs that are not known yet, and which of the known ones are gone.
 
     Exact whatever happened in between: if all others are as many as are known, the known ones are all there. If not,
@@ -263,7 +262,7 @@ def _sync(uri: str, wanted: _Wanted, known: pa.Table) -> tuple[list[dict[str, An
     halves = [] if middle is None else [replace(wanted, high=middle), replace(wanted, low=middle)]
     parts = [half.among(known) for half in halves]
     divisible = count > _FEW and all(part.num_rows < count for part in parts)
-    new: list[dict[str, Any]] = []
+    new: list[dict[str, object]] = []
     gone: list[str] = []
     if count <= _WINDOW or not divisible:
         ids = known["run_id"].to_pylist()

@@ -12,6 +12,7 @@ import pyarrow as pa
 from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.history.source import RawRun, fetch
+from layerbits.plain import JsonObject
 from layerbits.tracking.contract import INTERVAL_COLUMNS, LAYER_COLUMNS, SCHEMA_VERSION, TABLE, read_layer_tags
 
 _TEXT_PARAMS = (
@@ -71,7 +72,7 @@ LAYER_SCHEMA = pa.schema(
 SCHEMA = pa.schema([*RUN_SCHEMA, *LAYER_SCHEMA])
 
 
-def row_of(run: RawRun) -> dict[str, Any]:
+def row_of(run: RawRun) -> dict[str, object]:
     """A run as a row of :data:`SCHEMA`; what it does not have, or not as a number, is ``None``."""
     eff = {key.removeprefix("eff."): value for key, value in run.params.items() if key.startswith("eff.")}
     summary = {k.removeprefix("summary/"): v for k, v in run.metrics.items() if k.startswith("summary/")}
@@ -94,12 +95,12 @@ def row_of(run: RawRun) -> dict[str, Any]:
     }
 
 
-def is_later(row: dict[str, Any]) -> bool:
+def is_later(row: JsonObject) -> bool:
     """Whether a later LayerBits wrote it, whose names may mean something else."""
     return (row["schema_version"] or 0) > SCHEMA_VERSION
 
 
-def with_table(uri: str, row: dict[str, Any]) -> dict[str, Any]:
+def with_table(uri: str, row: JsonObject) -> JsonObject:
     """The row with its groups, from the table among the artifacts where its tags do not have them.
 
     Raises:
@@ -133,8 +134,8 @@ def with_table(uri: str, row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _layers(run: RawRun) -> dict[str, Any]:
-    nothing: dict[str, Any] = dict.fromkeys(LAYER_SCHEMA.names)
+def _layers(run: RawRun) -> dict[str, object]:
+    nothing: dict[str, object] = dict.fromkeys(LAYER_SCHEMA.names)
     if (_number(int, run.tags.get("layerbits.schema_version")) or 0) > SCHEMA_VERSION:
         return nothing
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping
 from layerbits.tracking.artifacts import found_beside
 from layerbits.tracking.contract import SUMMARY
 from layerbits.tracking.store import one_line, open_store
@@ -40,7 +41,7 @@ T = TypeVar("T")
 class RawRun:
     """A run as the store has it; of its metrics perhaps the ``summary/…`` only."""
 
-    info: Mapping[str, Any]
+    info: Mapping[str, object]
     params: Mapping[str, str]
     metrics: Mapping[str, float]
     tags: Mapping[str, str]
@@ -241,7 +242,7 @@ def _light_page(
         return None  # the whole page says what is wrong, if anything is
 
 
-def _of_graphql(run: Mapping[str, Any]) -> RawRun:
+def _of_graphql(run: JsonMapping) -> RawRun:
     info, data = run["info"], run["data"]
     params, tags = ({i["key"]: i["value"] for i in data[kind] or []} for kind in ("params", "tags"))
     summary = {str(key): float(value) for key, value in json.loads(tags[SUMMARY]).items()}
@@ -269,7 +270,7 @@ def _whole_page(
     return [_of_json(run) for run in data.get("runs", [])], bool(data.get("next_page_token"))
 
 
-def _of_json(run: Mapping[str, Any]) -> RawRun:
+def _of_json(run: JsonMapping) -> RawRun:
     data = run.get("data", {})
     params, metrics, tags = ({i["key"]: i["value"] for i in data.get(k, [])} for k in ("params", "metrics", "tags"))
     return RawRun(run["info"], params, {key: float(value) for key, value in metrics.items()}, tags)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping
 
 MANIFEST, REPORT = "quant manifest", "per-layer report"
 _SUFFIX = ".quant_recipe"
@@ -76,7 +77,7 @@ class Table:
     found_bits: float
     found_score: float
     score_samples: int | None
-    dataset: Mapping[str, Any]
+    dataset: JsonMapping
     scores: tuple[Score, ...]
     modules: tuple[str, ...]
     unreadable: int = 0
@@ -179,7 +180,7 @@ def count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def _of_manifest(layers: Mapping[str, Any]) -> Iterator[Score | None]:
+def _of_manifest(layers: JsonMapping) -> Iterator[Score | None]:
     """A score for each format of each group; ``None`` for an entry that cannot be read."""
     for name, entry in layers.items():
         try:
@@ -217,7 +218,7 @@ def _superseded(table: Table, other: Table) -> list[str]:
     return [f"{other.path} differs in {different} groups from {table.path.name}, which was taken"] if different else []
 
 
-def _mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _mapping(data: JsonMapping, name: str) -> JsonMapping:
     value = data.get(name)
     return value if isinstance(value, Mapping) else {}
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.importing.convert import PRESETS
+from layerbits.plain import JsonMapping
 from layerbits.results.assignment import Assignment
 from layerbits.results.result import Allocation, CalibrationInfo, CandidateInfo, Group, ModelInfo, SensitivityResult
 from layerbits.scoring.groups import named_groups
@@ -34,7 +35,7 @@ class StateFile:
 
     path: Path
     digest: str
-    state: Mapping[str, Any]
+    state: JsonMapping
 
 
 def states(path: Path) -> list[Path]:
@@ -96,7 +97,7 @@ def state_results(file: StateFile, model: str = "") -> list[SensitivityResult]:
 
 
 def _result(
-    file: StateFile, stats: Mapping[str, Any], form: Any, info: CandidateInfo, forms: int, model: str
+    file: StateFile, stats: JsonMapping, form: Any, info: CandidateInfo, forms: int, model: str
 ) -> SensitivityResult:
     mine = {name: stat for name, stat in stats.items() if form in stat["formats"]}
     groups = _groups(mine)
@@ -165,7 +166,7 @@ def _candidates(forms: Sequence[Any]) -> list[CandidateInfo]:
     return found
 
 
-def _as_written(entry: Mapping[str, Any], ours: Collection[str]) -> dict[str, Any]:
+def _as_written(entry: Mapping[str, object], ours: Collection[str]) -> dict[str, object]:
     """An entry without the kernels of ours that a search without a GPU names."""
     cfg = entry.get("cfg")
     if not isinstance(cfg, Mapping) or cfg.get("backend") not in ours:
@@ -173,7 +174,7 @@ def _as_written(entry: Mapping[str, Any], ours: Collection[str]) -> dict[str, An
     return {**entry, "cfg": {key: value for key, value in cfg.items() if key != "backend"}}
 
 
-def _groups(stats: Mapping[str, Any]) -> tuple[Group, ...]:
+def _groups(stats: JsonMapping) -> tuple[Group, ...]:
     fused = []
     for name, stat in stats.items():
         modules = tuple(stat.get("module_names") or (name.removesuffix(_SUFFIX),))

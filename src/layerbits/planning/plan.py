@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import Unsupported, UserError
+from layerbits.plain import JsonObject
 from layerbits.planning.table import Card, Seconds
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _planned(overrides: Sequence[str], configs: Path) -> tuple[Plan, list[str]]:
     )
     settings = replace(settings, dataset=replace(settings.dataset, size=sizes[-1]))
     bench = workbench(settings)
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     refused = []
     for cell in wanted:
         try:
@@ -162,7 +163,7 @@ def _planned(overrides: Sequence[str], configs: Path) -> tuple[Plan, list[str]]:
     return bench.plan(together), refused
 
 
-def _composed(overrides: Sequence[str], configs: Path) -> dict[str, Any]:
+def _composed(overrides: Sequence[str], configs: Path) -> JsonObject:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -180,7 +181,7 @@ def _composed(overrides: Sequence[str], configs: Path) -> dict[str, Any]:
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
             config = compose("grid", overrides=given)
-            composed: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+            composed: JsonObject = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
             return composed
     except HydraException as error:
         raise UserError(f"{', '.join(keys)}: {str(error).splitlines()[0]}") from None

@@ -60,7 +60,7 @@ class Work:
 
     resolved: ResolvedModel
     scored: Sequence[str]
-    configs: Mapping[str, dict[str, Any]]
+    configs: Mapping[str, dict[str, object]]
     shapes: Sequence[tuple[int, int]]
     method: str
     draws: int

@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from layerbits.plain import JsonObject
 
 if TYPE_CHECKING:
     from layerbits.scoring.memory import MemoryPlan, Needs
@@ -51,7 +53,7 @@ class Card:
     def read(cls) -> Card:
         """The row that comes with the package."""
         text = resources.files("layerbits").joinpath("data/step_costs.json").read_text("utf-8")
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
+        values: JsonObject = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(text).items()}
         return cls(**values)
 
     def seconds(self, needs: Needs, memory: MemoryPlan, tokens: int, candidates: int, settings: int) -> Seconds:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -60,7 +59,7 @@ def parameters(outcome: RecipeOutcome) -> dict[str, str]:
     """What was in force, by the names of ``docs/tracking.md``."""
     space, spec = outcome.plan.space, outcome.plan.settings.autoquant
     recipe, first = space.recipe, next(iter(outcome.results.values()))
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "recipe": recipe.name,
         "recipe_digest": recipe.digest,
         "recipe_kind": recipe.kind,

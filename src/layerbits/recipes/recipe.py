@@ -20,6 +20,7 @@ from layerbits.candidates.kv_cache import QUANTIZERS as KV_QUANTIZERS
 from layerbits.candidates.linear import Config
 from layerbits.errors import UserError
 from layerbits.paths import home_path
+from layerbits.plain import JsonMapping, JsonObject
 
 KINDS = ("auto_quantize", "ptq")
 """Types of recipe that can be run: a search, or one configuration."""
@@ -68,7 +69,7 @@ class LoadedRecipe:
     fixed: Config | None = None
     effective_bits: float | None = None
     cost_model: str = "weight"
-    cost: Mapping[str, Any] = field(default_factory=dict)
+    cost: JsonMapping = field(default_factory=dict)
     disabled: tuple[str, ...] = ()
     cost_excluded: tuple[str, ...] = ()
     method: str = "gradient"
@@ -81,7 +82,7 @@ class LoadedRecipe:
         content = {key: value for key, value in self.resolved().items() if key != "metadata"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self) -> dict[str, object]:
         """The whole recipe in ModelOpt's layout and JSON's types, imports and defaults spelled out."""
         metadata = {"recipe_type": self.kind, "description": self.description}
         fixed = {} if self.fixed is None else {"quantize": self.fixed}
@@ -107,7 +108,7 @@ class LoadedRecipe:
         return plain({"metadata": metadata, **fixed, "auto_quantize": search})  # type: ignore[no-any-return]
 
     @cached_property
-    def cache_settings(self) -> Mapping[str, Any] | None:
+    def cache_settings(self) -> Mapping[str, object] | None:
         """Quantizer settings of keys and values of any block, ``None`` = as they are.
 
         Raises:
@@ -124,7 +125,7 @@ class LoadedRecipe:
         return keys  # type: ignore[no-any-return]
 
     @property
-    def held_kv(self) -> Mapping[str, Any] | None:
+    def held_kv(self) -> Mapping[str, object] | None:
         """Of a search: what its fixed part does to keys and values, also while others are scored."""
         return self.cache_settings if self.kind == "auto_quantize" and self.kv_cache is None else None
 
@@ -133,10 +134,10 @@ class LoadedRecipe:
         """The last part of its name, for names of runs and files."""
         return self.name.rsplit("/", 1)[-1]
 
-    def stock_arguments(self) -> dict[str, Any]:
+    def stock_arguments(self) -> JsonObject:
         """What ``mtq.auto_quantize`` is called with for this recipe, less the model, its data and the steps."""
         cost = {**self.cost, **({"excluded_module_name_patterns": [*self.cost_excluded]} if self.cost_excluded else {})}
-        arguments: dict[str, Any] = {
+        arguments: JsonObject = {
             "constraints": {"effective_bits": self.effective_bits, "cost_model": self.cost_model, "cost": cost},
             "quantization_formats": [self.formats[i] for i in self.default] or None,
             "disabled_layers": [*self.disabled],
@@ -176,7 +177,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     except Exception as error:  # pydantic's, YAML's and the loader's own
         where = "the file or recipe_overrides" if overrides else "the file"
         raise UserError(f"recipe {name}: ModelOpt refuses it ({_reason(error)}); correct {where}") from None
-    common: dict[str, Any] = {
+    common: JsonObject = {
         "name": shipped_name(name) or Path(name).name.removesuffix(".yaml").removesuffix(".yml"),
         "description": " ".join(found.description.split()),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,7 @@ def _scheme(name: str, solution: Solution, solved_on: str, outcome: RecipeOutcom
     assignment = Assignment(name for slot, name in slots if slot.choices)
     given = sum(slot.fixed and bool(slot.choices) for slot in space.slots)
     notes = [f"{given} groups that the recipe gives have no predicted KL"] if given else []
-    how: dict[str, Any] = {
+    how: dict[str, object] = {
         "method": "recipe",
         "recipe": space.recipe.name,
         "recipe_digest": space.recipe.digest,

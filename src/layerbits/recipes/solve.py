@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from layerbits.plain import JsonObject
 from layerbits.recipes.space import RecipeSpace
 from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import FloatArray
@@ -53,7 +54,7 @@ def clamped_scores(space: RecipeSpace, raw: FloatArray) -> int:
     return changed
 
 
-def search_state(space: RecipeSpace, raw: FloatArray) -> dict[str, Any]:
+def search_state(space: RecipeSpace, raw: FloatArray) -> JsonObject:
     """The state that ``mtq.auto_quantize`` returns for a recipe, solved for its budget.
 
     Args:

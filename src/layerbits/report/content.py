@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from layerbits.plain import JsonObject
 from layerbits.report.wording import config_words, stability_words
 from layerbits.results.frames import groups_for_share, listed
 from layerbits.results.modality import Modality
@@ -21,7 +22,7 @@ MOST = 0.9
 _NAMED = 20
 
 
-def json_report(result: SensitivityResult) -> dict[str, Any]:
+def json_report(result: SensitivityResult) -> JsonObject:
     """Everything that the Markdown report tells, as JSON data (numbers that are not finite become ``None``).
 
     Where the choice of the recipe is not known, its counts are ``None`` and layers have no ``chosen``. Without
@@ -72,7 +73,7 @@ def json_report(result: SensitivityResult) -> dict[str, Any]:
     }
 
 
-def _baseline(result: SensitivityResult) -> dict[str, Any] | None:
+def _baseline(result: SensitivityResult) -> JsonObject | None:
     """Loss of the unquantized model and of guessing, nats per token."""
     found = result.baseline
     if found is None:
@@ -81,7 +82,7 @@ def _baseline(result: SensitivityResult) -> dict[str, Any] | None:
     return {"loss_per_token": loss, "vocabulary": found.vocabulary, "guessing": guessing}
 
 
-def _intervals(result: SensitivityResult) -> dict[str, Any] | None:
+def _intervals(result: SensitivityResult) -> JsonObject | None:
     """What the manifest says of them, with how stable the top of the ranking is, in words."""
     ends, name = result.intervals, result.candidate.name
     if ends is None:
@@ -90,7 +91,7 @@ def _intervals(result: SensitivityResult) -> dict[str, Any] | None:
     return {**ends.to_json(name), "words": {name: words}}
 
 
-def _modality(result: SensitivityResult, found: Modality) -> dict[str, Any]:
+def _modality(result: SensitivityResult, found: Modality) -> dict[str, object]:
     """What comes from pictures."""
     return {
         "image_tokens": found.image_tokens,
@@ -101,7 +102,7 @@ def _modality(result: SensitivityResult, found: Modality) -> dict[str, Any]:
     }
 
 
-def _candidate(result: SensitivityResult) -> dict[str, Any]:
+def _candidate(result: SensitivityResult) -> JsonObject:
     info, scores, kl = result.candidate, result.scores, result.predicted_kl
     total, assignment, shares = result.total("scores"), result.allocation.assignment, result.shares()
     position = {g.key: i for i, g in enumerate(result.groups)}

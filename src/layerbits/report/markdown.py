@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from layerbits.plain import JsonMapping
 from layerbits.report.content import MOST, json_report
 from layerbits.report.wording import modules_words
 from layerbits.results.frames import listed
@@ -85,13 +86,13 @@ def note(result: SensitivityResult) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _active(recipe: Mapping[str, Any]) -> str:
+def _active(recipe: JsonMapping) -> str:
     """Bits of the weights that a token uses, where they are others."""
     active, bits = recipe["effective_bits_active"], recipe["effective_bits"]
     return "" if active is None or bits is None or abs(active - bits) < 1e-9 else f", {active:.3f} of active weights"
 
 
-def _unit(recipe: Mapping[str, Any]) -> str:
+def _unit(recipe: JsonMapping) -> str:
     return " of active weights" if recipe["cost_model"] == "active_moe" else ""
 
 
@@ -101,7 +102,7 @@ def _attention(sentences: Sequence[str]) -> list[str]:
     return ["\n".join(["> **Read this first**", ">", *(f"> - {s}" for s in sentences)])]
 
 
-def _headline(data: Mapping[str, Any]) -> Iterator[str]:
+def _headline(data: JsonMapping) -> Iterator[str]:
     recipe, kl = data["recipe"], _kl_name(data["method"])
     (c,) = data["candidates"]
     yield "## In short"
@@ -128,7 +129,7 @@ def _headline(data: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _figures(experts: Mapping[str, Any], pictures: Mapping[str, Any] | None) -> Iterator[str]:
+def _figures(experts: JsonMapping, pictures: JsonMapping | None) -> Iterator[str]:
     # Links, not images: MLflow's viewer cannot resolve a relative image, which would show as broken.
     drawn = {**FIGURES, **({ROUTING: "tokens per expert"} if experts["phases"] else {})}
     if pictures and pictures["share"] is not None:
@@ -136,7 +137,7 @@ def _figures(experts: Mapping[str, Any], pictures: Mapping[str, Any] | None) -> 
     yield "Figures: " + ", ".join(f"[{caption}](../figures/{name}.png)" for name, caption in drawn.items())
 
 
-def _ranking(data: Mapping[str, Any]) -> Iterator[str]:
+def _ranking(data: JsonMapping) -> Iterator[str]:
     kl = _kl_name(data["method"])
     (c,) = data["candidates"]
     usable = [x for x in c["layers"] if x["score"] is not None]
@@ -148,7 +149,7 @@ def _ranking(data: Mapping[str, Any]) -> Iterator[str]:
     titles[1:1] = ["ranks"] if sure else []
     titles += ["tied with"] if sure else []
 
-    def row(x: Mapping[str, Any]) -> list[str]:
+    def row(x: JsonMapping) -> list[str]:
         doubt = " (not believable)" if not x.get("believable", True) else ""
         doubt += f" (measured, ± {x['measured_se']:.1g})" if "measured_se" in x else ""
         values = [_n(x["predicted_kl"]) + doubt, *(_n(x[e]) for e in ends), _n(x["score"]), _p(x["share"])]
@@ -182,7 +183,7 @@ def _ranking(data: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
+def _recipe(recipe: JsonMapping) -> Iterator[str]:
     names = recipe["unquantized_modules"]
     yield "## Recipe"
     if names is None:
@@ -198,7 +199,7 @@ def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
     yield f"```json\n{json.dumps(names, indent=0)}\n```"
 
 
-def _experts(experts: Mapping[str, Any]) -> Iterator[str]:
+def _experts(experts: JsonMapping) -> Iterator[str]:
     if not experts["phases"]:
         return
     yield "## Experts"
@@ -217,7 +218,7 @@ def _experts(experts: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _picture_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
+def _picture_lines(found: JsonMapping | None) -> Iterator[str]:
     """Pictures in a line of the note; none where no row had one."""
     if found is None:
         return
@@ -225,7 +226,7 @@ def _picture_lines(found: Mapping[str, Any] | None) -> Iterator[str]:
     yield f"{found['image_tokens']:,} of {found['tokens']:,} scored tokens are image tokens{told}"
 
 
-def _pictures(data: Mapping[str, Any]) -> Iterator[str]:
+def _pictures(data: JsonMapping) -> Iterator[str]:
     found = data.get("modality")
     if found is None:
         return
@@ -263,7 +264,7 @@ def _pictures(data: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _run(data: Mapping[str, Any]) -> Iterator[str]:
+def _run(data: JsonMapping) -> Iterator[str]:
     model, cal = data["model"], data["calibration"]
     lineage = f", language model `{model['language_model']}`" if model["language_model"] else ""
     padding = f"{_k(cal['padding_share'], '.1%')} of the scored tokens are padding"
@@ -308,7 +309,7 @@ def _run(data: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _reading(method: str, intervals: Mapping[str, Any] | None, engine: str) -> Iterator[str]:
+def _reading(method: str, intervals: JsonMapping | None, engine: str) -> Iterator[str]:
     yield "## How to read the numbers"
     if method == "kl_div":
         yield (
@@ -360,7 +361,7 @@ def _reading(method: str, intervals: Mapping[str, Any] | None, engine: str) -> I
     )
 
 
-def _cost(data: Mapping[str, Any]) -> Iterator[str]:
+def _cost(data: JsonMapping) -> Iterator[str]:
     yield "## Time, memory, versions"
     rows = [[f"{phase} (s)", f"{seconds:.2f}"] for phase, seconds in data["seconds"].items()]
     rows += [["all phases (s)", f"{sum(data['seconds'].values()):.2f}"]] if rows else []
@@ -369,7 +370,7 @@ def _cost(data: Mapping[str, Any]) -> Iterator[str]:
     yield _facts(rows)
 
 
-def _loss(data: Mapping[str, Any]) -> str:
+def _loss(data: JsonMapping) -> str:
     """How well the unquantized model predicts, beside guessing; empty where it is not known."""
     found = data["baseline"]
     if not found:
@@ -384,16 +385,16 @@ def _kl_name(method: str) -> str:
     return "measured KL" if method == "kl_div" else "predicted KL"
 
 
-def _shares(c: Mapping[str, Any]) -> str:
+def _shares(c: JsonMapping) -> str:
     return ", ".join(f"{k['kind']} {_p(k['share'])}" for k in c["kinds"])
 
 
-def _value(layer: Mapping[str, Any]) -> float | None:
+def _value(layer: JsonMapping) -> float | None:
     value: float | None = layer["score"] if layer["predicted_kl"] is None else layer["predicted_kl"]
     return value
 
 
-def _quantized(recipe: Mapping[str, Any]) -> str:
+def _quantized(recipe: JsonMapping) -> str:
     count = recipe["quantized_groups"]
     return f"{'an unknown number' if count is None else count} of {recipe['groups']}"
 

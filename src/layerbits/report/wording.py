@@ -16,7 +16,7 @@ _AXES: dict[str, dict[Any, str]] = {
 }
 
 
-def config_words(config: Mapping[str, Any]) -> dict[str, str]:
+def config_words(config: Mapping[str, object]) -> dict[str, str]:
     """What a candidate's configuration does, in words.
 
     Args:
@@ -88,7 +88,7 @@ def _number(bits: Any) -> str:
     return f"INT{bits}" if isinstance(bits, int) else str(bits)
 
 
-def _scales(cfg: Mapping[str, Any], blocks: Mapping[Any, Any], quantizer: str) -> str:
+def _scales(cfg: Mapping[str, object], blocks: Mapping[Any, Any], quantizer: str) -> str:
     lengths = {int(k): v for k, v in blocks.items() if str(k).lstrip("-").isdigit()}
     if lengths and None not in lengths.values():
         scale = blocks.get("scale_bits")

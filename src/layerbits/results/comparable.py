@@ -12,7 +12,7 @@ from typing import Any
 
 from layerbits.results.result import SensitivityResult
 
-Facts = Mapping[str, Any]
+Facts = Mapping[str, object]
 
 CALIBRATION = ("dataset_digest", "packing", "seq_len", "batch_size", "calib_samples", "score_samples")
 _ROWS = ("dataset", "dataset_size", "dataset_digest", "score_samples", "packing", "score_rows", "seq_len", "batch_size")
@@ -57,7 +57,7 @@ class Difference:
         return f"{self.name.replace('_', ' ')}: {' and '.join(short if short[0] != short[1] else words)}"
 
 
-def facts(result: SensitivityResult) -> dict[str, Any]:
+def facts(result: SensitivityResult) -> dict[str, object]:
     """What a result says of itself; what it does not know is ``None``."""
     info, data, model = result.candidate, result.calibration, result.model
     known = {

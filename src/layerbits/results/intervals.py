@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from layerbits.plain import JsonMapping
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -44,7 +45,7 @@ class Intervals:
     top_overlap: float
     top_captions: float
 
-    def row(self, group: int, keys: Sequence[str]) -> dict[str, Any]:
+    def row(self, group: int, keys: Sequence[str]) -> dict[str, object]:
         """One group: low, high, rank_low and rank_high (``None`` where not known), and the keys it is tied with."""
         return {
             "low": float(self.low[group]),
@@ -54,7 +55,7 @@ class Intervals:
             "tied": [keys[i] for i in self.tied[group]],
         }
 
-    def to_json(self, candidate: str) -> dict[str, Any]:
+    def to_json(self, candidate: str) -> dict[str, object]:
         """Plain JSON data of what does not stand in the rows, under the candidate's name where a manifest has it so."""
         return {
             "level": self.level,
@@ -67,9 +68,9 @@ class Intervals:
     @classmethod
     def from_json(
         cls,
-        data: Mapping[str, Any] | None,
+        data: JsonMapping | None,
         candidate: str,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[JsonMapping],
         row_of: Mapping[str, int],
     ) -> Intervals | None:
         """Reads :meth:`to_json` and :meth:`row` back.

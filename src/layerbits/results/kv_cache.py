@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from layerbits.plain import JsonMapping
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def kv_lines(scores: Sequence[KvScore], what: str) -> Iterator[tuple[str, int, f
         yield from ((form, s.block, getattr(s, what)) for s in scores if s.format == form and s.block is not None)
 
 
-def kv_from_json(records: Sequence[Mapping[str, Any]]) -> tuple[KvScore, ...]:
+def kv_from_json(records: Sequence[JsonMapping]) -> tuple[KvScore, ...]:
     """Reads the records of a manifest."""
     return tuple(KvScore(**record) for record in records)
 

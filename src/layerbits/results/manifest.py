@@ -13,6 +13,7 @@ import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.paths import home_path
+from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import BaselineLoss
 from layerbits.results.intervals import Intervals
@@ -32,7 +33,7 @@ from layerbits.results.routing import Routing
 SCHEMA_VERSION = 1
 
 
-def to_manifest(result: SensitivityResult) -> dict[str, Any]:
+def to_manifest(result: SensitivityResult) -> dict[str, object]:
     """Plain JSON data of everything but the per-sample scores, with its schema version."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -62,7 +63,7 @@ def to_manifest(result: SensitivityResult) -> dict[str, Any]:
     }
 
 
-def from_manifest(data: Mapping[str, Any]) -> SensitivityResult:
+def from_manifest(data: JsonMapping) -> SensitivityResult:
     """Reads :func:`to_manifest`'s data back (without per-sample scores).
 
     Raises:
@@ -187,28 +188,28 @@ def load_manifest(path: str | Path) -> SensitivityResult:
     return result
 
 
-def allocation_json(allocation: Allocation) -> dict[str, Any]:
+def allocation_json(allocation: Allocation) -> JsonObject:
     """An allocation as a manifest has it: its assignment is called ``chosen`` there."""
     return {"chosen" if name == "assignment" else name: value for name, value in _plain(allocation).items()}
 
 
-def _allocation(data: Mapping[str, Any]) -> Allocation:
+def _allocation(data: JsonMapping) -> Allocation:
     values = {"effective_bits_active": None, **data}  # earlier versions did not say it
     assignment = Assignment(values.pop("chosen"))
     names = ("target_bits", "effective_bits", "effective_bits_modelopt", "effective_bits_active", "score")
     return Allocation(assignment=assignment, **_numbers(values, *names))
 
 
-def _plain(info: Any) -> dict[str, Any]:
+def _plain(info: CalibrationInfo | CandidateInfo | BaselineLoss | Allocation) -> JsonObject:
     """Fields of a dataclass as JSON data."""
     return _finite(asdict(info))
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+def _finite(values: JsonMapping) -> JsonObject:
     """The values with ``None`` for numbers that JSON cannot express."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _numbers(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+def _numbers(values: JsonMapping, *names: str) -> JsonObject:
     """The values of :func:`_finite` with NaN for those numbers that it left out."""
     return {**values, **{name: math.nan for name in names if values[name] is None}}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from layerbits.plain import JsonMapping
 
 FloatArray = npt.NDArray[np.float64]
 LEVEL = 0.9
@@ -87,7 +89,7 @@ class Modality:
         """The largest share of image tokens that a range of words would clip; NaN without a static range."""
         return max((r.clipped for r in self.ranges), default=float("nan"))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """As JSON data."""
         return {
             "image_tokens": self.image_tokens,
@@ -97,7 +99,7 @@ class Modality:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any] | None) -> Modality | None:
+    def from_json(cls, data: JsonMapping | None) -> Modality | None:
         """Reads :meth:`to_json`."""
         if data is None:
             return None

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from layerbits.errors import UserError
+from layerbits.plain import Composed, JsonObject
 from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import BaselineLoss
 from layerbits.results.intervals import Intervals
@@ -86,7 +86,7 @@ class CandidateInfo:
     format_name: str
     weight_precision: str
     activation_precision: str
-    config: dict[str, Any]
+    config: JsonObject
     config_hash: str
     bits: float
     bits_modelopt: float
@@ -218,7 +218,7 @@ class SensitivityResult:
     intervals: Intervals | None = None
     baseline: BaselineLoss | None = None
     nonfinite: tuple[NonFinite, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Composed = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     memory: Mapping[str, float] = field(default_factory=dict)
@@ -265,7 +265,7 @@ class SensitivityResult:
         info = self.candidate
         return run_name(self.model.name, info.quant_pair, info.granularity, self.calibration.size)
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[JsonObject]:
         """One plain record per group, most sensitive first.
 
         Returns:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping
 from layerbits.schemes.scheme import Scheme
 
 FEWEST = 3
@@ -128,7 +128,7 @@ def expected(scheme: Scheme, known: Sequence[Factor]) -> tuple[float, float] | N
     return None
 
 
-def points_of(probe: Mapping[str, Any]) -> list[Point]:
+def points_of(probe: JsonMapping) -> list[Point]:
     """The schemes of a ``probe.json``, without controls and without those that have a KV cache.
 
     Raises:
@@ -151,7 +151,7 @@ def points_of(probe: Mapping[str, Any]) -> list[Point]:
         raise UserError(f"this is no record of a probe that says its candidates ({error!r}); probe again") from None
 
 
-def _known(scheme: Mapping[str, Any]) -> bool:
+def _known(scheme: JsonMapping) -> bool:
     return scheme["predicted_kl"] is not None and scheme["difference"]["kl"] is not None
 
 
@@ -193,6 +193,6 @@ def load_factors(reference: str, tracking_uri: str | None, revision: str) -> lis
     return found
 
 
-def to_json(known: Sequence[Factor]) -> list[dict[str, Any]]:
+def to_json(known: Sequence[Factor]) -> list[dict[str, object]]:
     """Plain JSON data."""
     return [asdict(factor) for factor in known]

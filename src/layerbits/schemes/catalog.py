@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping
 from layerbits.schemes.controls import KINDS
 from layerbits.schemes.coverage import ORDERS
 
@@ -61,7 +61,7 @@ class SchemeSpec:
             raise UserError(f"scheme {self.name} needs either effective_bits or control")
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> SchemeSpec:
+    def from_mapping(cls, mapping: JsonMapping) -> SchemeSpec:
         """Reads the YAML of a scheme; ``effective_bits`` may be a number or a list.
 
         Raises:

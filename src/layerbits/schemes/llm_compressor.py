@@ -11,13 +11,14 @@ import yaml
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.candidates.linear import E4M3, E8M0, FP4, FP8, INPUT, WEIGHT, block_lengths, read_config
 from layerbits.errors import Unsupported
+from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.result import CandidateInfo
 from layerbits.schemes.scheme import Scheme
 
 _VISION = ("re:.*visual.*", "re:.*vision_tower.*", "re:.*vision_model.*", "re:.*multi_modal_projector.*")
 
 
-def compressor_recipe(scheme: Scheme) -> dict[str, Any]:
+def compressor_recipe(scheme: Scheme) -> dict[str, object]:
     """The recipe as plain data.
 
     Targets are regular expressions over module names, one per kind of linear, with the blocks that it covers; every
@@ -35,14 +36,14 @@ def compressor_recipe(scheme: Scheme) -> dict[str, Any]:
             f"scheme {scheme.name} quantizes {experts}, which keeps all experts in one tensor, and llm-compressor's "
             "targets are linears; use the ModelOpt recipe"
         )
-    groups: dict[str, Any] = {}
+    groups: dict[str, object] = {}
     for number, info in enumerate(scheme.candidates):
         modules = [module for module, mine in scheme.modules.items() if mine.name == info.name]
         groups[f"group_{number}"] = {"targets": _patterns(modules), **_arguments(info, scheme.name)}
     head = [] if any(module.endswith("lm_head") for module in scheme.modules) else ["lm_head"]
     vision = [p for p in _VISION if not any(re.match(p.removeprefix("re:"), m) for m in scheme.modules)]
     ignore = [*head, *vision, *_patterns(scheme.exclude)]
-    modifier: dict[str, Any] = {"ignore": ignore, "config_groups": groups}
+    modifier: dict[str, object] = {"ignore": ignore, "config_groups": groups}
     if scheme.kv_cache != NO_CACHE:
         settings = KV_FORMATS[scheme.kv_cache]
         cache = None if "use_constant_amax" in settings else _one(settings, INPUT)
@@ -67,7 +68,7 @@ def compressor_recipe_yaml(scheme: Scheme) -> str:
     return head + yaml.safe_dump(compressor_recipe(scheme), sort_keys=False, width=120)
 
 
-def _arguments(info: CandidateInfo, name: str) -> dict[str, Any]:
+def _arguments(info: CandidateInfo, name: str) -> JsonObject:
     """``QuantizationArgs`` of weights and activations, in the words of compressed-tensors."""
     algorithm = info.config.get("algorithm")
     method = algorithm.get("method") if isinstance(algorithm, Mapping) else algorithm
@@ -93,7 +94,7 @@ def _arguments(info: CandidateInfo, name: str) -> dict[str, Any]:
     return words
 
 
-def _one(cfg: Mapping[str, Any], quantizer: str) -> dict[str, Any] | None:
+def _one(cfg: JsonMapping, quantizer: str) -> JsonObject | None:
     bits = cfg.get("num_bits", 8)
     blocks = cfg.get("block_sizes") or {}
     lengths = {int(k): v for k, v in block_lengths({"block_sizes": _integers(blocks)}).items()}
@@ -101,7 +102,7 @@ def _one(cfg: Mapping[str, Any], quantizer: str) -> dict[str, Any] | None:
     number = sum(bits) + 1 if isinstance(bits, tuple | list) else bits
     if isinstance(bits, tuple | list) and tuple(bits) not in (FP8, FP4):
         return None
-    made: dict[str, Any] = {"num_bits": number, "type": "float" if isinstance(bits, tuple | list) else "int"}
+    made: JsonObject = {"num_bits": number, "type": "float" if isinstance(bits, tuple | list) else "int"}
     made["symmetric"] = True
     if scale is not None:
         if lengths.keys() != {-1} or scale not in (E8M0, E4M3):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -56,7 +55,7 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
     notes = _notes(spec, source, candidates, values)
     schemes = []
     for budget, assignment in zip(spec.effective_bits, solved(spec, source, values), strict=True):
-        how: dict[str, Any] = {
+        how: dict[str, object] = {
             "method": "budget",
             "target_effective_bits": budget,
             "cost_model": source.cost_model,
@@ -147,7 +146,7 @@ def curve(spec: SchemeSpec, source: Source, points: int) -> list[dict[str, float
 
 
 def scheme_of(
-    name: str, assignment: Assignment, source: Source, how: Mapping[str, Any], notes: tuple[str, ...] = ()
+    name: str, assignment: Assignment, source: Source, how: Mapping[str, object], notes: tuple[str, ...] = ()
 ) -> Scheme:
     """An assignment of a source's groups as a scheme, with its bits and the sums of its scores.
 

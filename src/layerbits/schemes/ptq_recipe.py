@@ -18,7 +18,7 @@ _NOT_LANGUAGE = ("*visual*", "*vision_tower*", "*vision_model*", "*multi_modal_p
 _OWN_BACKENDS = "layerbits_"
 
 
-def ptq_recipe(scheme: Scheme) -> dict[str, Any]:
+def ptq_recipe(scheme: Scheme) -> dict[str, object]:
     """The recipe as plain data: every linear by name, in ModelOpt's spelling.
 
     Names are those below the language model, with a wildcard before them, so that they match both in the whole model
@@ -30,7 +30,7 @@ def ptq_recipe(scheme: Scheme) -> dict[str, Any]:
     Raises:
         Unsupported: ModelOpt cannot express it: a quantizer of our own, or formats that need different calibrations.
     """
-    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    entries: list[dict[str, object]] = [{"quantizer_name": "*", "enable": False}]
     cfgs = {info.name: _cfgs(info, scheme.name) for info in scheme.candidates}
     experts = {module for group in scheme.groups if group.kind == "experts" for module in group.modules}
     for module, info in scheme.modules.items():
@@ -95,7 +95,7 @@ def _sweeps(algorithm: Any) -> bool:
     )
 
 
-def _cfgs(info: CandidateInfo, name: str) -> dict[str, Any]:
+def _cfgs(info: CandidateInfo, name: str) -> dict[str, object]:
     linear = read_config(info.config)
     cfgs = {q: linear.cfgs[q] for q in QUANTIZERS if linear.cfgs[q] is not None}
     for quantizer in (WEIGHT, INPUT):

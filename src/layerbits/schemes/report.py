@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from layerbits.candidates.kv_cache import NO_CACHE
+from layerbits.plain import JsonObject
 from layerbits.schemes.additivity import Factor, expected
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.scheme import Scheme
@@ -17,7 +17,7 @@ from layerbits.schemes.sureness import markdown as sure_words
 from layerbits.tracking.contract import DIGEST_TAG
 
 
-def rows(schemes: Sequence[Scheme]) -> list[dict[str, Any]]:
+def rows(schemes: Sequence[Scheme]) -> list[JsonObject]:
     """One plain record per scheme.
 
     Returns:

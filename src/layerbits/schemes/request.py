@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from layerbits.plain import Composed
 from layerbits.schemes.kv_cache import AUTO, kv_choice, with_cache
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.scheme import Scheme, load_scheme
@@ -28,7 +27,7 @@ class SchemeRequest:
     kv_cache: str
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], folder: Path) -> SchemeRequest:
+    def from_config(cls, config: Composed, folder: Path) -> SchemeRequest:
         """Reads a configuration on top of ``configs/scheme_run.yaml`` with ``scheme_files``.
 
         Raises:

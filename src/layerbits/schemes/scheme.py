@@ -15,6 +15,7 @@ from layerbits.atomic import write_json
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.errors import UserError
 from layerbits.paths import home_path
+from layerbits.plain import Composed
 from layerbits.results.assignment import Assignment
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo
 
@@ -56,8 +57,8 @@ class Scheme:
     effective_bits_modelopt: float | None
     predicted_kl: float
     score: float
-    how: Mapping[str, Any]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    how: Mapping[str, object]
+    settings: Composed = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     effective_bits_active: float = math.nan
     kv_cache: str = NO_CACHE
@@ -132,7 +133,7 @@ class Scheme:
                 f"model here is revision {revision}; score this one, or use the model that was scored"
             )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON data, with its schema version, digest and exclude list."""
         data = asdict(self)
         for name in ("predicted_kl", "effective_bits_active"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.paths import split_at_commas, user_path
+from layerbits.plain import Composed
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.catalog import SchemeSpec, load_specs
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
@@ -60,7 +61,7 @@ class SchemeSettings:
         )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], folder: Path) -> SchemeSettings:
+    def from_config(cls, config: Composed, folder: Path) -> SchemeSettings:
         """Reads a resolved configuration.
 
         Args:

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.errors import UserError
+from layerbits.plain import Composed
 from layerbits.results.assignment import UNQUANTIZED, Assignment, IntArray
 from layerbits.results.comparable import ONE_SCHEME, facts, reasons
 from layerbits.results.kv_cache import kv_sums
@@ -52,7 +52,7 @@ class Source:
     predicted_kl: FloatArray
     cost_model: str
     all_weights: int | None
-    settings: Mapping[str, Any]
+    settings: Composed
     kv_prices: Mapping[str, float] = field(default_factory=dict)
     kv_cache: str = NO_CACHE
     sample_kl: FloatArray | None = None

@@ -91,7 +91,7 @@ class Sureness:
         }
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON data."""
         data = asdict(self) | {"shares": np.round(self.shares, 4).tolist(), "stable": self.stable}
         return data | {"needed": self.needed if math.isfinite(self.needed) else "inf"}

@@ -98,7 +98,7 @@ class ServeCheck:
         values = {"serve/structure_failed": float(sum(not c.passed for c in self.structure))}
         return values | (self.measured.metrics() if self.measured else {})
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain JSON data; what is not a number becomes null."""
         data = {**asdict(self), "folder": str(self.folder)}
         if self.measured is not None:

@@ -97,7 +97,7 @@ class Client:
         body = {"model": model, "prompt": [list(p) for p in prompts], "max_tokens": tokens}
         return [str(choice["text"]) for choice in self._post(body)["choices"]]
 
-    def _post(self, body: dict[str, Any]) -> Any:
+    def _post(self, body: dict[str, object]) -> Any:
         data = json.dumps({"temperature": 0.0, **body}).encode()
         headers = {"Content-Type": "application/json"}
         return self._ask(urllib.request.Request(f"{self.url}/v1/completions", data, headers), _SECONDS)

@@ -7,15 +7,15 @@ divergence, so what comes out is a lower bound, and equal to it where the whole 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping
 from layerbits.results.result import FloatArray
 
 Ints = NDArray[np.int64]
@@ -101,7 +101,7 @@ def shared(first: Distributions, *others: Distributions) -> Events:
     return Events(first.positions, events)
 
 
-def read(rows: Sequence[Sequence[Mapping[str, Any] | None]], texts: Sequence[Sequence[int]]) -> list[Distributions]:
+def read(rows: Sequence[Sequence[JsonMapping | None]], texts: Sequence[Sequence[int]]) -> list[Distributions]:
     """Reads ``prompt_logprobs`` of an OpenAI-compatible completion.
 
     Args:

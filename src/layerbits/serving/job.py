@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.atomic import dated, write_json
 from layerbits.cache import writable_cache
@@ -15,6 +15,7 @@ from layerbits.checkpoint.labels import read_quantization
 from layerbits.checkpoint.processors import MISSING, Processor
 from layerbits.errors import Skipped, UserError
 from layerbits.paths import user_path
+from layerbits.plain import Composed
 from layerbits.results.experiment import made_by
 from layerbits.schemes.settings import listed_paths
 from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
@@ -61,7 +62,7 @@ class VllmSettings:
     seconds: float
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> VllmSettings:
+    def from_config(cls, config: Composed) -> VllmSettings:
         """Reads it.
 
         Raises:
@@ -118,7 +119,7 @@ class ServeSettings:
         return ", ".join(self.run_ids) or str(self.checkpoint and self.checkpoint.name)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> ServeSettings:
+    def from_config(cls, config: Composed) -> ServeSettings:
         """Reads a resolved configuration.
 
         Raises:

@@ -26,7 +26,7 @@ class Held:
     """
 
     modules: Mapping[str, tuple[Candidate, Capability]] = field(default_factory=dict)
-    kv_cache: Mapping[str, Any] | None = None
+    kv_cache: Mapping[str, object] | None = None
 
     def identity(self) -> list[Any]:
         """What of it scores depend on, as JSON data; empty where nothing is held."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from layerbits.inputs.limits import check_causality, dropout_of
 from layerbits.inputs.loading import load
 from layerbits.inputs.models import LoadedModel
 from layerbits.inputs.offload import offloaded
+from layerbits.plain import Composed, JsonObject
 from layerbits.provenance import peak_memory, provenance
 from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import BaselineLoss, check_first_batch
@@ -51,7 +51,7 @@ class Outcome:
     """One candidate's result, and ModelOpt's search state for it."""
 
     result: SensitivityResult
-    state: dict[str, Any]
+    state: JsonObject
 
 
 def load_model(plan: Plan) -> LoadedModel:
@@ -226,7 +226,7 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
     )
 
 
-def runtime_configs(plan: Plan) -> dict[str, dict[str, Any]]:
+def runtime_configs(plan: Plan) -> dict[str, dict[str, object]]:
     """Search configs of a plan's candidates by name, as they run on this machine."""
     return {c.info.name: _runtime_config(c, capability) for c, capability in plan.candidates}
 
@@ -264,7 +264,7 @@ def _allocation(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuan
     )
 
 
-def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, Any]:
+def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, object]:
     """The search config, with our FP4 kernels named where ModelOpt's cannot run."""
     from layerbits.candidates import backends
 
@@ -275,12 +275,12 @@ def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, A
     return backends.with_reference_backend(config)
 
 
-def _held_configs(plan: Plan) -> dict[str, dict[str, Any]]:
+def _held_configs(plan: Plan) -> dict[str, dict[str, object]]:
     made = {c.info.name: _runtime_config(c, capability) for c, capability in plan.held.modules.values()}
     return {module: made[c.info.name] for module, (c, _) in plan.held.modules.items()}
 
 
-def _shown(composed: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(composed: Composed) -> JsonObject:
     """The configuration as it may be published: no password of a tracking URI."""
     from layerbits.tracking import redact
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -61,7 +60,7 @@ def _write_files(folder: Path, outcome: Outcome) -> None:
     (folder / "autoquant" / "autoquant_state.pt").write_bytes(packed.getvalue())
 
 
-def solver_state(result: SensitivityResult) -> dict[str, Any]:
+def solver_state(result: SensitivityResult) -> dict[str, object]:
     """Plain data that is enough to solve any other budget: weights, scores and bits per group."""
     manifest, info = to_manifest(result), result.candidate
     return {

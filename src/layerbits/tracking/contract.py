@@ -165,7 +165,7 @@ def layer_tags(result: SensitivityResult) -> dict[str, str]:
     return {f"{LAYERS}{i}": text[at : at + _TAG_LENGTH] for i, at in enumerate(range(0, len(text), _TAG_LENGTH))}
 
 
-def read_layer_tags(tags: Mapping[str, str]) -> dict[str, Any] | None:
+def read_layer_tags(tags: Mapping[str, str]) -> dict[str, object] | None:
     """What :func:`layer_tags` wrote: ``candidate``, ``bits`` and a list for each of :data:`LAYER_COLUMNS`.
 
     And for each of :data:`INTERVAL_COLUMNS`, ``None`` where it is not known.

@@ -124,7 +124,7 @@ def _process(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def _running(client: Any) -> list[Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for experiment in _experiments(client):
         for prefix in _PREFIXES:  # MLflow's filters have no OR
             condition = f"attributes.status = 'RUNNING' AND tags.`{prefix}host` = '{socket.gethostname()}'"

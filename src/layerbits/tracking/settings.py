@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from layerbits.plain import Composed
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class TrackingSpec:
     system_metrics: bool
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> TrackingSpec:
+    def from_config(cls, config: Composed) -> TrackingSpec:
         """Reads the ``tracking`` group of a resolved configuration; a name that looks like a number is a name."""
         values = dict(config["tracking"])
         names = {key: str(values[key]) for key in ("uri", "experiment", "run_name") if values[key] is not None}

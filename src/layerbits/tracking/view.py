@@ -122,21 +122,21 @@ def print_links(address: str, tracking_uri: str | None = None) -> None:
 
 
 def _viewed(client: Any) -> list[Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for key in (KEY, *_EARLIER):  # MLflow's filters have no OR
         experiments = client.search_experiments(filter_string=f"tags.`{_PREFIX}{key}` LIKE '%'")
         found |= {experiment.experiment_id: experiment for experiment in experiments}
     return sorted(found.values(), key=lambda experiment: experiment.last_update_time or 0, reverse=True)
 
 
-def encoded(state: dict[str, Any], milliseconds: int) -> str:
+def encoded(state: dict[str, object], milliseconds: int) -> str:
     """A page's state as the value of the tag, saved at ``milliseconds`` of Unix time."""
     packed = base64.b64encode(zlib.compress(json.dumps(state, separators=(",", ":")).encode(), 9)).decode()
     times = {"createdAt": milliseconds, "updatedAt": milliseconds}
     return json.dumps({"name": NAME, **times, "state": f"deflate;{packed}"})
 
 
-def view_state() -> dict[str, Any]:
+def view_state() -> dict[str, object]:
     """The state of the UI's runs page: overlays first, then bars, then what else there is in closed sections."""
     charts = [_line(kind) for kind in _BY_BLOCK]  # those that no run has are hidden
     charts += [_chart("BAR", "bars", f"summary/{name}", name) for name in ("predicted_kl_sum", "effective_bits")]
@@ -173,13 +173,13 @@ def view_state() -> dict[str, Any]:
     }
 
 
-def _section(key: str, name: str, display: bool = True, **layout: int) -> dict[str, Any]:
+def _section(key: str, name: str, display: bool = True, **layout: int) -> dict[str, object]:
     uuid = f"layerbits-{key}"
     flags = {"display": display, "isReordered": False, "deleted": False, "isGenerated": False}
     return {"uuid": uuid, "name": name, **flags, **layout}
 
 
-def _chart(kind: str, section: str, metric: str, title: str) -> dict[str, Any]:
+def _chart(kind: str, section: str, metric: str, title: str) -> dict[str, object]:
     return {
         "uuid": f"layerbits-{metric}",
         "type": kind,
@@ -192,7 +192,7 @@ def _chart(kind: str, section: str, metric: str, title: str) -> dict[str, Any]:
     }
 
 
-def _line(kind: str) -> dict[str, Any]:
+def _line(kind: str) -> dict[str, object]:
     return {
         **_chart("LINE", "lines", f"predicted_kl_by_layer/{kind}", TITLES.get(kind, kind.replace("_", " "))),
         "selectedMetricKeys": [f"predicted_kl_by_layer/{kind}"],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -86,7 +85,7 @@ class KvValidation:
         }
         return {f"validate/kv_{self.format}/{name}": value for name, value in values.items() if math.isfinite(value)}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything but the captions' shares."""
         return {
             "format": self.format,

@@ -122,7 +122,7 @@ def _output_mse(job: ScoringJob, linears: ReplacedLinears, search: Search) -> Fl
     errors, powers = (np.zeros(len(search.groups)) for _ in range(2))
 
     def see(group: int, quantized: Any) -> Any:
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, object], output: Any) -> None:
             errors[group] += float((quantized(*args, **kwargs) - output).float().square().sum())
             powers[group] += float(output.float().square().sum())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +76,8 @@ def stability(results: Mapping[str, SensitivityResult], top: int = TOP, seed: in
                 f"runs {a} and {b} are of different models ({one.model.name} and {two.model.name}), whose groups do "
                 "not compare; give runs of one model"
             )
-        rows.append({"a": a, "b": b, "differs": difference_words(one, two) or "nothing"})
-        rows[-1] |= _agreement(a, b, one, two, draws, top)
+        words = difference_words(one, two) or "nothing"
+        rows.append({"a": a, "b": b, "differs": words, **_agreement(a, b, one, two, draws, top)})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -166,7 +165,7 @@ def _agreement(
     two: SensitivityResult,
     draws: Mapping[str, FloatArray | None],
     top: int,
-) -> dict[str, Any]:
+) -> dict[str, float]:
     known = all(np.isfinite(r.predicted_kl).any() for r in (one, two))
     values = [r.predicted_kl if known else r.scores for r in (one, two)]
     at_b = {g.key: i for i, g in enumerate(two.groups)}
@@ -178,7 +177,7 @@ def _agreement(
     rows = np.array(pairs)
     x, y = values[0][None, rows[:, 0]], values[1][None, rows[:, 1]]
     drawn = draws[a], draws[b]
-    found: dict[str, Any] = {"groups": len(pairs), "top": top}
+    found: dict[str, float] = {"groups": len(pairs), "top": top}
     statistics: dict[str, tuple[Callable[[FloatArray, FloatArray], FloatArray], float, float]] = {
         "spearman": (spearman, -1, 1),
         "kendall": (kendall, -1, 1),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ import pandas as pd
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
+from layerbits.plain import Composed
 from layerbits.results.result import FloatArray, SensitivityResult
 from layerbits.stages.run import load_model, scoring_job
 from layerbits.trust.agreement import Captions
@@ -201,7 +202,7 @@ def _largest_difference(again: FloatArray, before: FloatArray) -> float:
     return float(np.nanmax(difference))
 
 
-def settings_of(config: Mapping[str, Any], rankers: Sequence[str]) -> ValidateSettings:
+def settings_of(config: Composed, rankers: Sequence[str]) -> ValidateSettings:
     """Reads ``configs/validate.yaml``.
 
     Raises:

@@ -184,7 +184,7 @@ class Validation:
         """Kinds of linear that there are."""
         return tuple(k for k in KINDS if any(g.kind == k for g in self.groups))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything but the captions' shares."""
         return {
             "schema_version": SCHEMA_VERSION,
