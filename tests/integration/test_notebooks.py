@@ -7,61 +7,55 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import mlflow
 import nbformat
 import pytest
 
 from layerbits import history, tracking
+from layerbits.inputs import smollm2
+from tests.integration.entries import ROOT, environment, start
+from tests.integration.scoring_support import everyday_tokens, knowing, tiny_model
 from tests.integration.tracking_support import small_result, write_folder
 
-ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 ANSWERS = find_spec("lm_eval") is not None
 LIMIT = 400_000  # bytes of a committed notebook
 
 
-def run(command, store, **changes):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "LAYERBITS_"))}
-    threads = {"OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "2"), "MLFLOW_DISABLE_TELEMETRY": "true"}
-    env = {**kept, **threads, "PYTHONPATH": str(ROOT / "src"), "MLFLOW_TRACKING_URI": store, **changes}
-    ended = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A grid of the default model on 4 and 8 captions, schemes of one cell, and a probe of one scheme."""
+    """A grid of a tiny model on 4 and 8 captions, schemes of one cell, a probe of two, and an evaluation of one."""
     folder = tmp_path_factory.mktemp("filled")
-    uri, out = f"sqlite:///{folder}/mlflow.db", f"output_root={folder}/out"
+    uri = f"sqlite:///{folder}/mlflow.db"
+    places = [f"tracking.uri={uri}", f"output_root={folder}/out"]
+    model = knowing(tiny_model("llama", vocab_size=49_152, num_hidden_layers=3), everyday_tokens())
+    model.save_pretrained(folder / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smollm2.checkpoint() / name, folder / "model")
+
+    def run(script, *arguments):
+        ended = start(script, *arguments, *places, LAYERBITS_CACHE=folder / "cache", HF_HOME=folder / "hf")
+        assert ended.returncode == 0, ended.stderr
+
+    tiny = ["model=hf", f"model.path={folder}/model", "model.dtype=float32", "autoquant.seq_len=32"]
     pairs, overlays = "wfp8_afp8,wint8_afp16,wint8_aint8", "default,a_per_token_dynamic"
-    grid = [f"quant_pairs={pairs}", f"quant_granularities={overlays}", "dataset_sizes=4,8", "autoquant.seq_len=32"]
-    run(["experiments/grid.py", *grid, out], uri)
+    run("grid", *tiny, f"quant_pairs={pairs}", f"quant_granularities={overlays}", "dataset_sizes=4,8")
     runs = history.runs(pair="wfp8_afp8", granularity="default", tracking_uri=uri)
     mlflow.set_tracking_uri(None)
     run_id = f"run_id={runs['run_id'].iloc[0]}"
-    run(["experiments/scheme.py", run_id, "schemes=fp8_autoquant_full", "pareto=0", out], uri)
-    run(["experiments/probe.py", run_id, "schemes=none", "controls=none", "effective_bits=9,12", "rows=2", out], uri)
+    run("scheme", run_id, "schemes=fp8_autoquant_full", "pareto=0")
+    run("probe", run_id, "schemes=none", "controls=none", "effective_bits=9,12", "rows=2")
     if ANSWERS:
-        asked = ["schemes=none", "effective_bits=9", "tasks=cloze", "limit=6", "rows=2", out]
-        run(["experiments/evaluate.py", run_id, *asked], uri)
+        run("evaluate", run_id, "schemes=none", "effective_bits=9", "tasks=cloze", "limit=6", "rows=2")
     return uri
 
 
-@pytest.fixture
-def bare_store(tmp_path):
+@pytest.fixture(scope="module")
+def bare_store(tmp_path_factory):
     """Two pairs on one model, without schemes, probes or a second granularity."""
+    tmp_path = tmp_path_factory.mktemp("bare")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         uri = tracking.open_store(f"sqlite:///{tmp_path}/mlflow.db", tmp_path)
@@ -70,12 +64,34 @@ def bare_store(tmp_path):
     return uri
 
 
-def executed(name, store, folder, **changes):
-    """The notebook after a run in a folder of its own, by the script that `make notebooks` calls."""
-    for file in ("execute.py", f"{name}.ipynb"):
+def execute(names, store, folder):
+    """Notebooks after a run in a folder of their own, by the script that `make notebooks` calls."""
+    for file in ("execute.py", *(f"{name}.ipynb" for name in names)):
         shutil.copy(NOTEBOOKS / file, folder)
-    run([folder / "execute.py", name], store, LAYERBITS_CACHE=str(folder / "cache"), **changes)
-    return nbformat.read(folder / f"{name}.ipynb", as_version=4)
+    variables = environment(
+        MLFLOW_TRACKING_URI=store,
+        LAYERBITS_CACHE=folder / "cache",
+        OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "2"),
+    )
+    ended = subprocess.run(
+        [sys.executable, folder / "execute.py", *names],
+        cwd=ROOT, env=variables, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return {name: nbformat.read(folder / f"{name}.ipynb", as_version=4) for name in names}
+
+
+@pytest.fixture(scope="module")
+def executed(store, tmp_path_factory):
+    """Folder, and all notebooks after a run on the filled store."""
+    folder = tmp_path_factory.mktemp("executed")
+    return folder, execute([name for name in NAMES if ANSWERS or name != "answers"], store, folder)
+
+
+@pytest.fixture(scope="module")
+def executed_on_little(bare_store, tmp_path_factory):
+    """Two notebooks after a run on two pairs alone."""
+    return execute(["answers", "schemes"], bare_store, tmp_path_factory.mktemp("little"))
 
 
 def outputs(notebook):
@@ -92,26 +108,24 @@ def words(notebook):
 
 
 @pytest.mark.parametrize(
-    ("name", "figures"), [("compare_pairs", 4), ("granularity", 3), ("history", 4), ("schemes", 4)]
+    ("name", "figures"), [("answers", 1), ("compare_pairs", 4), ("granularity", 3), ("history", 4), ("schemes", 4)]
 )
-def test_a_notebook_runs_and_draws(store, tmp_path, name, figures):
-    notebook = executed(name, store, tmp_path)
+def test_a_notebook_runs_and_draws(executed, name, figures):
+    folder, notebooks = executed
+    if name not in notebooks:
+        pytest.skip("needs the extra `eval`")
+    notebook = notebooks[name]
     assert len(pictures(notebook)) == figures
     assert not [o for o in outputs(notebook) if o.get("name") == "stderr"]
-    assert str(tmp_path) not in nbformat.writes(notebook)
+    assert str(folder) not in nbformat.writes(notebook)
 
 
-@pytest.mark.skipif(not ANSWERS, reason="needs the extra `eval`")
-def test_answers_runs_and_draws(store, tmp_path):
-    assert len(pictures(executed("answers", store, tmp_path))) == 1
+def test_answers_says_what_is_missing(executed_on_little):
+    assert "No evaluation is in this experiment." in words(executed_on_little["answers"])
 
 
-def test_answers_says_what_is_missing(bare_store, tmp_path):
-    assert "No evaluation is in this experiment." in words(executed("answers", bare_store, tmp_path))
-
-
-def test_schemes_says_what_is_missing(bare_store, tmp_path):
-    said = words(executed("schemes", bare_store, tmp_path))
+def test_schemes_says_what_is_missing(executed_on_little):
+    said = words(executed_on_little["schemes"])
     assert "No scheme run is in this experiment." in said
     assert "No probe run is in this experiment" in said
 
