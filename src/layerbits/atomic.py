@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from layerbits.errors import UserError, first_line
 
@@ -129,7 +129,7 @@ def dated(root: Path, name: str) -> Path:
     return root / "tmp" / f"{name}-{datetime.now(UTC).strftime('%Y%m%d-%H%M%S-%f')}"
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Writes JSON so that a reader sees the whole file or none."""
     text = json.dumps(data, indent=2, allow_nan=False)
     with atomic(path) as file:

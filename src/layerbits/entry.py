@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits import process
 from layerbits.errors import UserError
 from layerbits.overrides import check_grammar, hydra_arguments
 from layerbits.plain import JsonObject
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 USER_ERROR_STATUS = 2
 
@@ -116,7 +119,7 @@ def _start(job: Callable[[JsonObject, Path], object], root: Path, config: str) -
     check_grammar(arguments)
     sys.argv[1:] = [*arguments, f"hydra.job.name={Path(sys.argv[0]).stem}"]  # Hydra would take this file's
 
-    def task(composed: Any) -> str | None:
+    def task(composed: DictConfig) -> str | None:
         multirun = hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN"
         try:
             job(OmegaConf.to_container(composed, resolve=True), root)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import yaml
 
@@ -23,6 +23,8 @@ from layerbits.results.result import SensitivityResult
 from layerbits.tracking.log import NotLogged
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from layerbits.inputs.models import LoadedModel
     from layerbits.stages.plan import Plan
     from layerbits.stages.run import Outcome
@@ -99,7 +101,7 @@ def run_names(wanted: Sequence[Cell], model: str) -> dict[Cell, str]:
     return {c: run_name(model, c.quant_pair, c.granularity, c.dataset_size, varied) for c in wanted}
 
 
-def axis(value: Any, folder: Path, known_sizes: bool = False) -> list[str]:
+def axis(value: str | Sequence[object], folder: Path, known_sizes: bool = False) -> list[str]:
     """Values of one axis: a list or a comma-separated text; ``all`` stands for every file of a config group.
 
     Raises:
@@ -303,7 +305,7 @@ def _read(configs: Path, group: str, name: str) -> Mapping[str, object]:
         raise UserError(f"{group}={name} is not in {configs / group} any more; add {file.name} there") from None
 
 
-def summary(outcomes: Sequence[CellOutcome]) -> Any:
+def summary(outcomes: Sequence[CellOutcome]) -> pd.DataFrame:
     """The grid as a pandas table, one row a cell."""
     import pandas as pd
 

@@ -1,7 +1,11 @@
-"""Names for plain data: what JSON and YAML hold. Its values are checked where they are read, not by their types."""
+"""Plain data, what JSON and YAML hold: names for its types, and the numbers that JSON lacks.
+
+Its values are checked where they are read, not by their types.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -13,3 +17,17 @@ JsonMapping: TypeAlias = Mapping[str, Any]
 
 Composed: TypeAlias = JsonMapping
 """A configuration as Hydra composed it, resolved to plain data."""
+
+
+def finite(value: object) -> object:
+    """Plain data with ``None`` for the numbers that JSON cannot express, and lists for tuples."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return finite_object(value)
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def finite_object(values: Mapping[str, object]) -> JsonObject:
+    """:func:`finite` of an object."""
+    return {key: finite(value) for key, value in values.items()}

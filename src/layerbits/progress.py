@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TypeVar
 
 REPORT_SECONDS = 10.0
 """Listeners hear nothing more often than this."""
@@ -32,6 +32,7 @@ class Report:
     eta_seconds: float
 
 
+Item = TypeVar("Item")
 Listener = Callable[[Report], None]
 _listeners: list[Listener] = []
 
@@ -126,7 +127,7 @@ def hidden() -> Iterator[None]:
         _hidden.pop()
 
 
-def progress(items: Sequence[Any], what: str, done: int = 0) -> Iterator[Any]:
+def progress(items: Sequence[Item], what: str, done: int = 0) -> Iterator[Item]:
     """The items under a progress bar.
 
     Args:

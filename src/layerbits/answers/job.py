@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.answers.endpoint import answering, check_same_model, served
 from layerbits.answers.evaluation import Evaluated, Evaluation, LayerChange, TaskAnswers
@@ -25,6 +25,7 @@ from layerbits.inputs.datasets import held_out_captions
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
+    from transformers import PreTrainedModel
 
     from layerbits.answers.predicted import PredictedChanges
     from layerbits.probing.apply import Ranges
@@ -198,7 +199,7 @@ def check_same_prompts(before: Mapping[str, TaskAnswers], after: Mapping[str, Ta
 
 
 def _probe(
-    prepared: Prepared, model: Any, info: ModelInfo, schemes: Sequence[Scheme], settings: EvaluateSettings
+    prepared: Prepared, model: PreTrainedModel, info: ModelInfo, schemes: Sequence[Scheme], settings: EvaluateSettings
 ) -> ProbeResult:
     from layerbits.probing.measured import Rows
     from layerbits.probing.probe import held_out_rows, probe

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,8 +19,11 @@ from layerbits.results.result import FloatArray
 
 if TYPE_CHECKING:
     import torch
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
+    from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedModel
 
     from layerbits.probing.apply import Ranges
     from layerbits.schemes import Scheme
@@ -104,7 +107,7 @@ class _Document:
 
 
 def _documents(lm: LM, task: Task) -> list[_Document]:
-    found: dict[int, list[Any]] = {}
+    found: dict[int, list[Instance]] = {}
     for instance in task.instances:
         found.setdefault(instance.doc_id, []).append(instance)
     documents = []
@@ -119,17 +122,19 @@ def _documents(lm: LM, task: Task) -> list[_Document]:
 class _Tap:
     """Hooks that multiply what a candidate changes at each linear's output with the gradient that arrives there."""
 
-    def __init__(self, model: torch.nn.Module, forwards: Mapping[str, Mapping[str, Callable[..., Any]]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, forwards: Mapping[str, Mapping[str, Callable[..., torch.Tensor]]]
+    ) -> None:
         self._model = model
         self._forwards = forwards
         self._found: dict[tuple[str, str], torch.Tensor] = {}
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         self._trainable = {p: p.requires_grad for p in model.parameters()}
 
     def __enter__(self) -> _Tap:
         for parameter in self._trainable:
             parameter.requires_grad_(False)
-        embeddings: Any = self._model.get_input_embeddings()  # type: ignore[operator]
+        embeddings = self._model.get_input_embeddings()
         self._handles.append(embeddings.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True)))
         for name in self._forwards:
             module = self._model.get_submodule(name)

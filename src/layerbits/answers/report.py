@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.answers.evaluation import Evaluated, Evaluation, documents
 from layerbits.answers.paired import LEVEL, Interval, Verdict
 from layerbits.atomic import dated, whole_folder, write_json
 from layerbits.tracking.contract import VERDICT_TAG
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _TAG = 5000  # characters that every server takes
 
@@ -116,7 +119,7 @@ def layers_csv(evaluation: Evaluation) -> str:
     return "\n".join(["task,layer,candidate,log_odds,log_odds_low,log_odds_high", *rows]) + "\n"
 
 
-def figure(evaluation: Evaluation) -> Any:
+def figure(evaluation: Evaluation) -> Figure:
     """Accuracy difference against measured KL, a panel per task, both with their intervals."""
     import pandas as pd
 

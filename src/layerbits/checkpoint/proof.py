@@ -12,6 +12,7 @@ from layerbits.checkpoint.config_file import ConfigProof
 from layerbits.checkpoint.logits import BOUND, DRIFT_BOUND, LogitProof
 from layerbits.checkpoint.structure import Check
 from layerbits.errors import UserError
+from layerbits.plain import finite_object
 
 SCHEMA_VERSION = 1
 
@@ -135,7 +136,7 @@ class Proof:
             "schema_version": SCHEMA_VERSION,
             "passed": self.passed,
             "problems": self.problems,
-            **_finite(asdict(self)),
+            **finite_object(asdict(self)),
         }
 
     def markdown(self) -> str:
@@ -232,11 +233,3 @@ def other_schemes_with(weights: str, recipe: str, known: Mapping[str, tuple[str,
         known: Name → weights digest and recipe digest of the exports so far.
     """
     return tuple(name for name, (theirs, made_from) in known.items() if theirs == weights and made_from != recipe)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

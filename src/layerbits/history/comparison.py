@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -130,7 +129,7 @@ def _movers(both: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[order, columns].reset_index(drop=True)
 
 
-def _kendall(x: Any, y: Any) -> float:
+def _kendall(x: pd.Series, y: pd.Series) -> float:
     from scipy.stats import kendalltau
 
     return float(kendalltau(x, y).statistic) if len(x) >= 3 else math.nan

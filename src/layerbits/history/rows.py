@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -144,7 +143,7 @@ def _layers(run: RawRun) -> dict[str, object]:
         return nothing  # the table among the artifacts has the same
 
 
-def _number(kind: type[int] | type[float], value: Any) -> int | float | None:
+def _number(kind: type[int] | type[float], value: str | float | None) -> int | float | None:
     try:
         return None if value is None else kind(value)
     except (ValueError, OverflowError):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from layerbits.errors import UserError
 from layerbits.plain import JsonMapping
@@ -20,6 +20,9 @@ from layerbits.tracking.artifacts import found_beside
 from layerbits.tracking.contract import SUMMARY
 from layerbits.tracking.store import one_line, open_store
 from layerbits.tracking.uris import is_server, redact, sqlite_database
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 _SEARCH = "/api/2.0/mlflow/runs/search"
 _GRAPHQL = "/graphql"
@@ -276,7 +279,7 @@ def _of_json(run: JsonMapping) -> RawRun:
     return RawRun(run["info"], params, {key: float(value) for key, value in metrics.items()}, tags)
 
 
-def _of_entity(run: Any) -> RawRun:
+def _of_entity(run: Run) -> RawRun:
     return RawRun(dict(run.info), run.data.params, run.data.metrics, run.data.tags)
 
 

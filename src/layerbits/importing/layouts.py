@@ -12,10 +12,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.plain import JsonMapping
@@ -175,7 +174,7 @@ def read(path: Path) -> Table:
     )
 
 
-def count(value: Any) -> int | None:
+def count(value: object) -> int | None:
     """A whole number of something, ``None`` where it is none."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
@@ -194,7 +193,7 @@ def _of_manifest(layers: JsonMapping) -> Iterator[Score | None]:
             yield None
 
 
-def _of_report(layers: list[Any]) -> Iterator[Score | None]:
+def _of_report(layers: Sequence[JsonMapping]) -> Iterator[Score | None]:
     for entry in layers:
         try:
             name, bits, score = entry["layer"], _number(entry["num_bits"]), _number(entry["sensitivity"])
@@ -205,7 +204,7 @@ def _of_report(layers: list[Any]) -> Iterator[Score | None]:
             yield Score(str(name), "", bits, score, _weights(entry.get("size_cost"), bits))
 
 
-def _weights(cost: Any, bits: float) -> int:
+def _weights(cost: object, bits: float) -> int:
     """Weights of a group from ModelOpt's cost of it: weights × bits / 16."""
     weights = _number(cost) * 16 / bits if bits > 0 else math.nan
     return round(weights) if math.isfinite(weights) else 0
@@ -223,9 +222,9 @@ def _mapping(data: JsonMapping, name: str) -> JsonMapping:
     return value if isinstance(value, Mapping) else {}
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

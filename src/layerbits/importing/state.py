@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from layerbits.plain import JsonMapping
 from layerbits.results.assignment import Assignment
 from layerbits.results.result import Allocation, CalibrationInfo, CandidateInfo, Group, ModelInfo, SensitivityResult
 from layerbits.scoring.groups import named_groups
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.algorithms import QuantRecipe
 
 SUFFIXES = (".pt", ".pth")
 LAYOUT = "AutoQuantize state"
@@ -97,7 +100,7 @@ def state_results(file: StateFile, model: str = "") -> list[SensitivityResult]:
 
 
 def _result(
-    file: StateFile, stats: JsonMapping, form: Any, info: CandidateInfo, forms: int, model: str
+    file: StateFile, stats: JsonMapping, form: QuantRecipe, info: CandidateInfo, forms: int, model: str
 ) -> SensitivityResult:
     mine = {name: stat for name, stat in stats.items() if form in stat["formats"]}
     groups = _groups(mine)
@@ -144,7 +147,7 @@ def _result(
     )
 
 
-def _candidates(forms: Sequence[Any]) -> list[CandidateInfo]:
+def _candidates(forms: Sequence[QuantRecipe]) -> list[CandidateInfo]:
     """The formats under our names; one that is none of ours as ModelOpt names it."""
     from layerbits.candidates import backends
     from layerbits.candidates.known import candidates_of, config_of
@@ -192,5 +195,5 @@ def _bits(groups: Sequence[Group], chosen: Sequence[str | None], info: Candidate
     return 16 + (info.bits - 16) * quantized / total if total else math.nan
 
 
-def _unquantized(form: Any) -> bool:
+def _unquantized(form: QuantRecipe) -> bool:
     return bool(form.compression >= 1.0)

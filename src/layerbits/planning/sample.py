@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch, Calibration, Segment
@@ -23,6 +23,9 @@ from layerbits.results.result import ModelInfo
 from layerbits.scoring import onepass
 from layerbits.scoring.job import ScoringJob
 from layerbits.scoring.memory import MemoryPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _STEPS = 3  # after one that warms up
 _ROUNDS = 2
@@ -67,7 +70,7 @@ class Work:
     device: str
 
 
-def blocks_of(config: Any) -> int:
+def blocks_of(config: PreTrainedConfig) -> int:
     """Decoder blocks of a configuration."""
     return int(getattr(config, "text_config", config).num_hidden_layers)
 
@@ -165,7 +168,7 @@ def _measure(work: Work, memory: MemoryPlan, blocks: int) -> Cost:
     return Cost(score, calibrate, peak)
 
 
-def _first_blocks(config: Any, blocks: int) -> Any:
+def _first_blocks(config: PreTrainedConfig, blocks: int) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     text = getattr(config, "text_config", config)
     whole = text.num_hidden_layers
@@ -176,7 +179,7 @@ def _first_blocks(config: Any, blocks: int) -> Any:
     return config
 
 
-def _rows(work: Work, model: Any, steps: int) -> Calibration:
+def _rows(work: Work, model: PreTrainedModel, steps: int) -> Calibration:
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from layerbits.candidates.kv_cache import NO_CACHE
+from layerbits.plain import finite_object
 from layerbits.probing.slices import Slice
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import ModelInfo
@@ -187,7 +188,7 @@ class ProbeResult:
             record["additivity"] = probed.additivity
             record["by_modality"] = self.by_modality(probed)
         plain["comparisons"] = [{**asdict(c), "verdict": c.verdict} for c in self.comparisons()]
-        return dict(_finite(plain))
+        return finite_object(plain)
 
     def metrics(self) -> dict[str, float]:
         """The finite numbers by the names in ``docs/tracking.md``: ``probe/<scheme>/<number>`` and so on."""
@@ -212,11 +213,3 @@ class ProbeResult:
         values |= {f"seconds/{phase}": spent for phase, spent in self.seconds.items()}
         values |= {f"memory/{name}": value for name, value in self.memory.items()}
         return {key: value for key, value in values.items() if math.isfinite(value)}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from layerbits.candidates.formats import plain
 from layerbits.candidates.known import config_of
@@ -122,7 +122,7 @@ class LoadedRecipe:
             raise UserError(
                 f"recipe {self.name} quantizes keys and values differently; LayerBits has one format for both"
             )
-        return keys  # type: ignore[no-any-return]
+        return cast("Config | None", keys)
 
     @property
     def held_kv(self) -> Mapping[str, object] | None:
@@ -187,7 +187,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
     formats: dict[str, int] = {}
     configs: list[Config] = []
 
-    def positions(candidates: Sequence[Any]) -> tuple[int, ...]:
+    def positions(candidates: Sequence[object]) -> tuple[int, ...]:
         for candidate in candidates:
             config = config_of(candidate)
             key = json.dumps(plain(config), sort_keys=True)
@@ -239,7 +239,7 @@ def shipped_name(name: str) -> str | None:
     return bare if bare in shipped() else None
 
 
-def setting_of(config: Config, quantizer: str) -> Any:
+def setting_of(config: Config, quantizer: str) -> Config | list[Config] | None:
     """Settings of a quantizer by its full name, ``None`` = disabled; the last entry that matches wins."""
     cfg, enabled = None, True
     for entry in config["quant_cfg"]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +20,10 @@ from layerbits.recipes.recipe import LoadedRecipe, SearchSpace, setting_of
 from layerbits.results.assignment import UNQUANTIZED_BITS
 from layerbits.results.result import FloatArray
 from layerbits.schemes.solver import Problem
-from layerbits.scoring.state import decisions
+from layerbits.scoring.state import Decision, decisions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class RecipeSpace:
         return float(np.where(np.isfinite(stated.scores), stated.bits, -np.inf).max(axis=1).sum())
 
 
-def lay_out(recipe: LoadedRecipe, model: Any, linears: Mapping[str, Shapes]) -> RecipeSpace:
+def lay_out(recipe: LoadedRecipe, model: PreTrainedModel, linears: Mapping[str, Shapes]) -> RecipeSpace:
     """Finds what a recipe says of each group of a model.
 
     Args:
@@ -174,21 +177,21 @@ class _Maker:
         self._matched: set[str] = set()
         self._outside: list[str] = []
 
-    def searched(self, decision: Any) -> Slot:
+    def searched(self, decision: Decision) -> Slot:
         """What a search may do with a decision."""
         modules = decision.modules
-        slot = {"name": decision.name, "modules": modules, "weights": decision.weights, "attrs": decision.attrs}
+        slot = Slot(decision.name, modules, decision.weights, decision.attrs)
         space = self._space_of(modules)
         if not decision.searched:
-            return Slot(**slot)
+            return slot
         if not self._linears.keys() >= set(modules):
             self._outside += [m for m in modules if m not in self._linears]
-            return Slot(**slot)
+            return slot
         if space is not None:
             fixed = not space.allow_no_quant and len(space.formats) == 1
-            return Slot(**slot, choices=space.formats, allow_no_quant=space.allow_no_quant, fixed=fixed)
+            return replace(slot, choices=space.formats, allow_no_quant=space.allow_no_quant, fixed=fixed)
         if self.recipe.fixed is None:
-            return Slot(**slot, choices=self.recipe.default)
+            return replace(slot, choices=self.recipe.default)
         settings = {self._setting(module, decision.attrs) for module in modules}
         if len(settings) > 1:
             raise UserError(
@@ -196,9 +199,9 @@ class _Maker:
                 "they are decided together; put them into one entry of module_search_spaces"
             )
         (at,) = settings
-        return Slot(**slot, choices=() if at is None else (at,), allow_no_quant=False, fixed=True, baseline=True)
+        return replace(slot, choices=() if at is None else (at,), allow_no_quant=False, fixed=True, baseline=True)
 
-    def ptq(self, found: Sequence[Any]) -> list[Slot]:
+    def ptq(self, found: Sequence[Decision]) -> list[Slot]:
         """What a PTQ recipe does with each decision; one whose linears differ comes apart."""
         slots = []
         for decision in found:
@@ -286,7 +289,7 @@ def module_config(config: Config, module: str, attrs: Sequence[str]) -> Config |
     """
     entries: list[Config] = [{"quantizer_name": "*", "enable": False}]
     for quantizer in QUANTIZERS:
-        found: list[Any] = []
+        found: list[Config | list[Config] | None] = []
         for attr in (a for a in attrs if a.endswith(quantizer)):
             setting = setting_of(config, f"{module}.{attr}")
             if setting not in found:
@@ -300,7 +303,7 @@ def module_config(config: Config, module: str, attrs: Sequence[str]) -> Config |
     return {"quant_cfg": entries, "algorithm": config["algorithm"]}
 
 
-def _cost_weights(recipe: LoadedRecipe, model: Any) -> Any:
+def _cost_weights(recipe: LoadedRecipe, model: PreTrainedModel) -> Callable[[Sequence[str]], float]:
     """ModelOpt's cost weight of a group, by its own cost model."""
     from modelopt.torch.quantization._auto_quantize_cost import (
         get_auto_quantize_cost_model,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from layerbits.plain import JsonObject
 from layerbits.report.wording import config_words, stability_words
 from layerbits.results.frames import groups_for_share, listed
 from layerbits.results.modality import Modality
-from layerbits.results.result import NonFinite, SensitivityResult, by_kind
+from layerbits.results.result import FloatArray, NonFinite, SensitivityResult, by_kind
 from layerbits.results.routing import FLOOR, coverage, coverage_words
 
 SCHEMA_VERSION = 1
@@ -201,7 +200,7 @@ def _entry(n: NonFinite) -> str:
     return f"{n.group}{sample}{f' ({n.detail})' if n.detail else ''}"
 
 
-def _sum(values: Any) -> float | None:
+def _sum(values: FloatArray) -> float | None:
     """Sum of the finite values; ``None`` where there is none, which is not the same as zero."""
     finite = values[np.isfinite(values)]
     return float(finite.sum()) if finite.size else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from layerbits.plain import JsonMapping
 from layerbits.report.content import MOST, json_report
@@ -409,7 +408,7 @@ def _tied(keys: Sequence[str]) -> str:
     return listed([f"`{key}`" for key in keys], _TIED) or "–"
 
 
-def _k(value: Any, form: str = "") -> str:
+def _k(value: object, form: str = "") -> str:
     """What is known of a run as the form says, and in words what is not."""
     return "not known" if value in (None, "") else format(value, form)
 

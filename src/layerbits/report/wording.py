@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from layerbits.candidates.linear import INPUT, WEIGHT, read_config
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping
 
 # Weights are [out, in], activations [batch, tokens, in].
-_AXES: dict[str, dict[Any, str]] = {
+_AXES: dict[str, dict[object, str]] = {
     WEIGHT: {0: "output channel", -2: "output channel", 1: "input channel", -1: "input channel"},
     INPUT: {2: "input channel", -1: "input channel"},
 }
@@ -40,7 +40,7 @@ def config_words(config: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def quantizer_words(cfg: Any, quantizer: str) -> str:
+def quantizer_words(cfg: JsonMapping | Sequence[JsonMapping] | None, quantizer: str) -> str:
     """One quantizer's ``cfg`` in words, e.g. ``FP4 (E2M1), blocks of 32 with E8M0 scales, dynamic``."""
     if cfg is None:
         return "not quantized, compute dtype"
@@ -81,14 +81,14 @@ def stability_words(top: int, captions: int, overlap: float, needed: float) -> s
     )
 
 
-def _number(bits: Any) -> str:
+def _number(bits: object) -> str:
     if isinstance(bits, Sequence) and not isinstance(bits, str):
         exponent, mantissa = bits
         return f"FP{exponent + mantissa + 1} (E{exponent}M{mantissa})"
     return f"INT{bits}" if isinstance(bits, int) else str(bits)
 
 
-def _scales(cfg: Mapping[str, object], blocks: Mapping[Any, Any], quantizer: str) -> str:
+def _scales(cfg: JsonMapping, blocks: JsonMapping, quantizer: str) -> str:
     lengths = {int(k): v for k, v in blocks.items() if str(k).lstrip("-").isdigit()}
     if lengths and None not in lengths.values():
         scale = blocks.get("scale_bits")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -145,14 +144,14 @@ def ties(drawn: FloatArray, center: FloatArray) -> tuple[list[npt.NDArray[np.int
     """
     columns = np.ascontiguousarray(drawn.T)
     order = np.argsort(-center, kind="stable")
-    found: list[list[Any]] = [[] for _ in order]
+    found: list[list[int]] = [[] for _ in order]
     above = np.zeros(len(order), dtype=np.int64)
-    for i, a in enumerate(order):
+    for i, a in enumerate(order.tolist()):
         later = order[i + 1 :]
         wins, losses = (columns[a] > columns[later]).mean(axis=1), (columns[a] < columns[later]).mean(axis=1)
         above[later[wins >= SUPPORTED]] += 1
         above[a] += int((losses >= SUPPORTED).sum())
-        for b in later[np.maximum(wins, losses) < SUPPORTED]:
+        for b in later[np.maximum(wins, losses) < SUPPORTED].tolist():
             found[a].append(b)
             found[b].append(a)
     place = np.argsort(order)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from layerbits.results.result import SensitivityResult
 
@@ -48,8 +47,8 @@ class Difference:
     """A fact of which two runs say other things; ``None`` = unknown."""
 
     name: str
-    a: Any
-    b: Any
+    a: object
+    b: object
 
     def __str__(self) -> str:
         words = ["unknown" if value is None else str(value) for value in (self.a, self.b)]

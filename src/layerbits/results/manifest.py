@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.paths import home_path
-from layerbits.plain import JsonMapping, JsonObject
+from layerbits.plain import JsonMapping, JsonObject, finite_object
 from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import BaselineLoss
 from layerbits.results.intervals import Intervals
@@ -30,6 +30,10 @@ from layerbits.results.result import (
 )
 from layerbits.results.routing import Routing
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+
 SCHEMA_VERSION = 1
 
 
@@ -39,17 +43,17 @@ def to_manifest(result: SensitivityResult) -> dict[str, object]:
         "schema_version": SCHEMA_VERSION,
         "created": result.created,
         "model": asdict(result.model),
-        "calibration": _plain(result.calibration),
+        "calibration": finite_object(asdict(result.calibration)),
         "method": result.method,
         "engine": result.engine,
         "seed": result.seed,
         "device": result.device,
-        "candidates": [_plain(result.candidate)],
+        "candidates": [finite_object(asdict(result.candidate))],
         "groups": [asdict(g) for g in result.groups],
         "recipe": allocation_json(result.allocation),
         "intervals": result.intervals.to_json(result.candidate.name) if result.intervals else None,
-        "baseline": _plain(result.baseline) if result.baseline else None,
-        "layers": [_finite(row) for row in result.rows()],
+        "baseline": finite_object(asdict(result.baseline)) if result.baseline else None,
+        "layers": [finite_object(row) for row in result.rows()],
         "nonfinite": [asdict(n) for n in result.nonfinite],
         "settings": dict(result.settings),
         "provenance": dict(result.provenance),
@@ -130,7 +134,7 @@ def from_manifest(data: JsonMapping) -> SensitivityResult:
         raise UserError(f"manifest is damaged ({error!r}); fetch it again or run the job again") from error
 
 
-def sample_frame(result: SensitivityResult) -> Any:
+def sample_frame(result: SensitivityResult) -> pd.DataFrame:
     """Long pandas frame of the per-sample scores: sample, tokens, layer, candidate, predicted_kl.
 
     Raises:
@@ -152,7 +156,7 @@ def sample_frame(result: SensitivityResult) -> Any:
     )
 
 
-def with_samples(result: SensitivityResult, frame: Any) -> SensitivityResult:
+def with_samples(result: SensitivityResult, frame: pd.DataFrame) -> SensitivityResult:
     """The result with the per-sample scores of :func:`sample_frame` put back."""
     samples = int(frame["sample"].max()) + 1
     sample_kl = np.zeros((samples, len(result.groups)))
@@ -190,7 +194,9 @@ def load_manifest(path: str | Path) -> SensitivityResult:
 
 def allocation_json(allocation: Allocation) -> JsonObject:
     """An allocation as a manifest has it: its assignment is called ``chosen`` there."""
-    return {"chosen" if name == "assignment" else name: value for name, value in _plain(allocation).items()}
+    return {
+        "chosen" if name == "assignment" else name: value for name, value in finite_object(asdict(allocation)).items()
+    }
 
 
 def _allocation(data: JsonMapping) -> Allocation:
@@ -200,16 +206,6 @@ def _allocation(data: JsonMapping) -> Allocation:
     return Allocation(assignment=assignment, **_numbers(values, *names))
 
 
-def _plain(info: CalibrationInfo | CandidateInfo | BaselineLoss | Allocation) -> JsonObject:
-    """Fields of a dataclass as JSON data."""
-    return _finite(asdict(info))
-
-
-def _finite(values: JsonMapping) -> JsonObject:
-    """The values with ``None`` for numbers that JSON cannot express."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
 def _numbers(values: JsonMapping, *names: str) -> JsonObject:
-    """The values of :func:`_finite` with NaN for those numbers that it left out."""
+    """The values of :func:`~layerbits.plain.finite_object` with NaN for those numbers that it left out."""
     return {**values, **{name: math.nan for name in names if values[name] is None}}

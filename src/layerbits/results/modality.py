@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from layerbits.plain import JsonMapping
+
+if TYPE_CHECKING:
+    from layerbits.results.result import Group
 
 FloatArray = npt.NDArray[np.float64]
 LEVEL = 0.9
@@ -63,7 +66,7 @@ class Modality:
         names = {"image_share": self.share, "image_low": self.low, "image_high": self.high}
         return {name: float(values[group]) for name, values in names.items()}
 
-    def by_block(self, groups: Sequence[Any], values: FloatArray) -> dict[int, tuple[float, float]]:
+    def by_block(self, groups: Sequence[Group], values: FloatArray) -> dict[int, tuple[float, float]]:
         """Block → what image positions and what words add of some values, summed over its groups.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -17,6 +17,9 @@ from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
 from layerbits.schemes.sureness import Sureness
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def write_schemes(
@@ -98,7 +101,7 @@ def _save_strips(source: Source, one: Sureness, path: Path) -> None:
     save_png(choice_strips(one.blocks, one.kinds, one.choices, one.shares, one.chosen, title), path)
 
 
-def _figure(source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[str, float]]) -> Any:
+def _figure(source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[str, float]]) -> Figure:
     """Bits against what is predicted; against the raw score where the source has no predicted KL."""
     from layerbits.figures import pareto
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import yaml
 
@@ -125,7 +124,7 @@ def _one(cfg: JsonMapping, quantizer: str) -> JsonObject | None:
     return made | {"strategy": "channel", "dynamic": False} if quantizer == WEIGHT and axis == 0 else None
 
 
-def _integers(blocks: Mapping[Any, Any]) -> dict[Any, Any]:
+def _integers(blocks: JsonMapping) -> dict[object, object]:
     return {int(k) if str(k).lstrip("-").isdigit() else k: v for k, v in blocks.items()}
 
 

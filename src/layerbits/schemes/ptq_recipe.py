@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import yaml
 
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
-from layerbits.candidates.linear import INPUT, QUANTIZERS, WEIGHT, read_config
+from layerbits.candidates.linear import INPUT, QUANTIZERS, WEIGHT, Cfg, read_config
 from layerbits.errors import Unsupported
 from layerbits.results.result import CandidateInfo
 from layerbits.schemes.scheme import Scheme
@@ -65,7 +64,7 @@ def ptq_recipe_yaml(scheme: Scheme) -> str:
     return head + yaml.dump(ptq_recipe(scheme), Dumper=_Dumper, sort_keys=False, width=120)
 
 
-def calibration(candidates: Sequence[CandidateInfo], name: str) -> Any:
+def calibration(candidates: Sequence[CandidateInfo], name: str) -> object:
     """The one calibration algorithm that gives every candidate its own.
 
     ``max`` finds what formats without an algorithm need not, and an ``mse`` sweep over FP8 scales touches none but
@@ -89,7 +88,7 @@ def calibration(candidates: Sequence[CandidateInfo], name: str) -> Any:
     return distinct[0]
 
 
-def _sweeps(algorithm: Any) -> bool:
+def _sweeps(algorithm: object) -> bool:
     return (
         isinstance(algorithm, Mapping) and algorithm.get("method") == "mse" and bool(algorithm.get("fp8_scale_sweep"))
     )
@@ -108,7 +107,7 @@ def _cfgs(info: CandidateInfo, name: str) -> dict[str, object]:
     return {q: _spelled(cfg) for q, cfg in cfgs.items()}
 
 
-def _spelled(cfg: Any) -> Any:
+def _spelled(cfg: Cfg | list[Cfg]) -> object:
     """Settings as ModelOpt's YAML spells them: dimensions as integers."""
     if isinstance(cfg, list):
         return [_spelled(stage) for stage in cfg]
@@ -118,7 +117,7 @@ def _spelled(cfg: Any) -> Any:
     return spelled
 
 
-def _listed(value: Any) -> Any:
+def _listed(value: object) -> object:
     """The value with lists for tuples, which YAML has not."""
     if isinstance(value, Mapping):
         return {k: _listed(v) for k, v in value.items()}
@@ -133,5 +132,5 @@ def _pattern(module: str, scheme: Scheme) -> str:
 class _Dumper(yaml.SafeDumper):
     """Spells out equal parts instead of naming one and pointing at it."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True

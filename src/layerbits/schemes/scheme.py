@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from layerbits.atomic import write_json
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.errors import UserError
 from layerbits.paths import home_path
-from layerbits.plain import Composed
+from layerbits.plain import Composed, JsonMapping
 from layerbits.results.assignment import Assignment
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo
 
@@ -57,7 +56,7 @@ class Scheme:
     effective_bits_modelopt: float | None
     predicted_kl: float
     score: float
-    how: Mapping[str, object]
+    how: JsonMapping
     settings: Composed = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     effective_bits_active: float = math.nan
@@ -116,7 +115,7 @@ class Scheme:
     def digest(self) -> str:
         """Content hash: model revision, configuration of each quantized linear, KV cache; no name, no numbers."""
         linears = sorted((module, c.config_hash) for module, c in self.modules.items())
-        content: list[Any] = [self.model.revision, linears]
+        content: list[object] = [self.model.revision, linears]
         if self.kv_cache != NO_CACHE:
             content.append(self.kv_cache)
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -141,14 +140,14 @@ class Scheme:
         return {"schema_version": SCHEMA_VERSION, "digest": self.digest, **data, "exclude": self.exclude}
 
     @classmethod
-    def from_json(cls, data: Any) -> Scheme:
+    def from_json(cls, data: object) -> Scheme:
         """Reads :meth:`to_json`'s data back.
 
         Raises:
             UserError: Not a scheme, one of a later version, or one that was changed by hand.
         """
         version = data.get("schema_version") if isinstance(data, Mapping) else None
-        if not isinstance(version, int) or "assignment" not in data:
+        if not isinstance(data, Mapping) or not isinstance(version, int) or "assignment" not in data:
             raise UserError("not a LayerBits scheme; give the scheme.json that experiments/scheme.py writes")
         if version > SCHEMA_VERSION:
             raise UserError(

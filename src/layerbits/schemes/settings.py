@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.paths import split_at_commas, user_path
@@ -138,7 +137,7 @@ def whole(key: str, value: object) -> int:
         raise UserError(f"{key}={value} is not a whole number; give one") from None
 
 
-def one_run(value: Any) -> str:
+def one_run(value: object) -> str:
     """The one run or result folder that ``run_id`` names.
 
     Raises:
@@ -150,14 +149,14 @@ def one_run(value: Any) -> str:
     return references[0]
 
 
-def listed_paths(value: Any) -> list[str]:
+def listed_paths(value: object) -> list[str]:
     """As :func:`listed`, of run ids and paths: a comma inside a path that exists does not separate."""
     if isinstance(value, list | tuple):
         return [str(v) for v in value]
     return [] if value in _NONE else split_at_commas(str(value))
 
 
-def listed(value: Any) -> list[str]:
+def listed(value: object) -> list[str]:
     """Values of a list or a comma-separated text; ``none`` is an empty list."""
     if isinstance(value, list | tuple):
         return [str(v) for v in value]

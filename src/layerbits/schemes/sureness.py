@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -116,7 +115,7 @@ def sureness(specs: Sequence[SchemeSpec], source: Source, draws: int = DRAWS, se
     if source.sample_kl is None or tokens is None or np.count_nonzero(tokens) < FEWEST:
         return []
     weights = draw(len(tokens), draws, seed)
-    known: dict[Any, tuple[FloatArray, list[list[IntArray]]]] = {}
+    known: dict[tuple[float, ...], tuple[FloatArray, list[list[IntArray]]]] = {}
     found = []
     for spec in specs:
         if spec.control is not None:
@@ -130,7 +129,9 @@ def sureness(specs: Sequence[SchemeSpec], source: Source, draws: int = DRAWS, se
     return found
 
 
-def _drawn(sample_kl: FloatArray, tokens: IntArray, center: FloatArray, columns: list[int], weights: Any) -> FloatArray:
+def _drawn(
+    sample_kl: FloatArray, tokens: IntArray, center: FloatArray, columns: list[int], weights: FloatArray
+) -> FloatArray:
     """``[draws, G, C]`` predicted KL of draws; nothing is less than 0, for the solver would take that for a gain."""
     kl = sample_kl[:, :, columns]
     drawn = resampled(kl.reshape(len(kl), -1), tokens, weights).reshape(len(weights), *kl.shape[1:])
@@ -183,13 +184,13 @@ def _covered(spec: SchemeSpec, source: Source, values: FloatArray, choice: IntAr
     return np.where([group.block in blocks for group in source.groups], choice, UNQUANTIZED)
 
 
-def _shares(choices: Any, count: int) -> FloatArray:
+def _shares(choices: IntArray, count: int) -> FloatArray:
     """``[G, K]`` share of the draws ``[draws, G]`` that choose each candidate, and at last none."""
     position = np.where(choices == UNQUANTIZED, count, choices)
     return np.stack([(position == k).mean(axis=0) for k in range(count + 1)], axis=1)
 
 
-def _damage(values: FloatArray, choice: Any) -> float:
+def _damage(values: FloatArray, choice: IntArray) -> float:
     """Predicted KL ``[G, C]`` of a choice ``[G]``, summed."""
     picked = np.flatnonzero(choice != UNQUANTIZED)
     return float(values[picked, choice[picked]].sum())
@@ -207,7 +208,7 @@ def _needed(
     noise, count = drawn - drawn.mean(axis=0), len(columns)
     bits, weights = [source.candidates[c].bits for c in columns], costs(source.groups, source.cost_model)
 
-    def choices(values: FloatArray) -> Any:
+    def choices(values: FloatArray) -> IntArray:
         found = relaxed(values, bits, weights, budget)
         return np.array([_covered(spec, source, v, c) for v, c in zip(values, found, strict=True)])
 

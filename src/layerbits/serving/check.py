@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.checkpoint.structure import Check, check_structure
 from layerbits.errors import Skipped, UserError
+from layerbits.plain import finite_object
 from layerbits.schemes import Scheme
 from layerbits.serving.distributions import Distributions, shared
 from layerbits.serving.verdict import (
@@ -104,7 +105,7 @@ class ServeCheck:
         if self.measured is not None:
             data["measured"] |= {"explained": self.measured.explained, "ratio": self.measured.ratio}
             data["measured"]["gain"]["allowed"] = self.measured.gain.allowed
-        return dict(_finite(data))
+        return finite_object(data)
 
     def markdown(self) -> str:
         """The report to read, the verdict first: a page of MLflow shows its first lines."""
@@ -256,11 +257,3 @@ def judge(
     outcome = DIVERGES if measured.diverges else LOADS
     detail = measured.sentence + (cause if measured.diverges else "")
     return ServeCheck(folder, digest, structure, outcome, detail, measured, served.texts, served.runtime)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

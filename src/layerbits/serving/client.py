@@ -10,9 +10,9 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.plain import JsonObject
 from layerbits.serving.distributions import Distributions, read
 
 _SECONDS = 900.0
@@ -97,12 +97,12 @@ class Client:
         body = {"model": model, "prompt": [list(p) for p in prompts], "max_tokens": tokens}
         return [str(choice["text"]) for choice in self._post(body)["choices"]]
 
-    def _post(self, body: dict[str, object]) -> Any:
+    def _post(self, body: dict[str, object]) -> JsonObject:
         data = json.dumps({"temperature": 0.0, **body}).encode()
         headers = {"Content-Type": "application/json"}
         return self._ask(urllib.request.Request(f"{self.url}/v1/completions", data, headers), _SECONDS)
 
-    def _get(self, path: str, seconds: float = 30.0) -> Any:
+    def _get(self, path: str, seconds: float = 30.0) -> JsonObject:
         try:
             request = urllib.request.Request(f"{self.url}{path}")
         except ValueError:
@@ -110,7 +110,7 @@ class Client:
         return self._ask(request, seconds)
 
     @staticmethod
-    def _ask(request: urllib.request.Request, seconds: float) -> Any:
+    def _ask(request: urllib.request.Request, seconds: float) -> JsonObject:
         if key := os.environ.get("VLLM_API_KEY"):
             request.add_header("Authorization", f"Bearer {key}")
         try:

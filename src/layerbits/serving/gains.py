@@ -10,14 +10,19 @@ estimates by how much the gain is off; that comes from a second backward, with t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
+    from transformers import PreTrainedModel
+
     from layerbits.inputs.calibration import Batch
     from layerbits.results.result import FloatArray
     from layerbits.serving.distributions import Events
@@ -44,7 +49,7 @@ class _Sums:
     """Products of outputs and their gradients at the positions of each caption, while segments run."""
 
     captions: int
-    owner: Any = None
+    owner: NDArray[np.int64]
     now: int = 0
     by_linear: dict[str, FloatArray] = field(default_factory=dict)
 
@@ -54,7 +59,7 @@ class _Sums:
             sums[self.now] += np.bincount(self.owner.ravel(), products.ravel(), self.captions)
 
 
-def gain_scores(model: Any, batches: Sequence[Batch], events: Events, deviation: FloatArray) -> GainScores:
+def gain_scores(model: PreTrainedModel, batches: Sequence[Batch], events: Events, deviation: FloatArray) -> GainScores:
     """Projects a deviation on the gains of a model's linears, but its head.
 
     Args:
@@ -71,7 +76,7 @@ def gain_scores(model: Any, batches: Sequence[Batch], events: Events, deviation:
         parameter.requires_grad_(False)
     captions = np.unique(np.concatenate([s.sample.numpy().ravel() for b in batches for s in b.segments]))
     generator = torch.Generator().manual_seed(0)
-    sums = _Sums(len(captions))
+    sums = _Sums(len(captions), np.empty(0, np.int64))
     first = 0
     for segment in (s for batch in batches for s in batch.segments):
         sums.owner = np.searchsorted(captions, segment.sample.numpy())
@@ -91,14 +96,14 @@ def gain_scores(model: Any, batches: Sequence[Batch], events: Events, deviation:
 
 
 @contextmanager
-def _listening(model: Any, sums: _Sums) -> Iterator[None]:
+def _listening(model: PreTrainedModel, sums: _Sums) -> Iterator[None]:
     """Adds, in each backward, the product of each linear's output and its gradient to ``sums``."""
     import torch
 
     head = model.get_output_embeddings()
 
-    def listen(name: str) -> Any:
-        def forward(_module: Any, _inputs: Any, out: Any) -> None:
+    def listen(name: str) -> Callable[[nn.Module, tuple[object, ...], torch.Tensor], None]:
+        def forward(_module: nn.Module, _inputs: tuple[object, ...], out: torch.Tensor) -> None:
             if not out.requires_grad:
                 out.requires_grad_()
             value = out.detach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from layerbits.serving.distributions import Events
 from layerbits.serving.gains import GainScores, gain_scores
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
     from layerbits.checkpoint.reader import Checkpoint
     from layerbits.inputs.calibration import Batch
     from layerbits.probing.loading import Prepared
@@ -28,7 +32,7 @@ tell: each adds 1 / ``REPLICAS`` of its rounding to that of the served one."""
 class Whole:
     """Log-probabilities of the whole vocabulary, ``[n, vocabulary]`` float32 in host memory."""
 
-    logprobs: Any
+    logprobs: torch.Tensor
 
     def at(self, events: Events) -> FloatArray:
         """Those of some events."""
@@ -136,7 +140,9 @@ def reference(
     )
 
 
-def replicas(model: Any, batches: Sequence[Batch], dtype: str, count: int = REPLICAS) -> tuple[Whole, Whole]:
+def replicas(
+    model: PreTrainedModel, batches: Sequence[Batch], dtype: str, count: int = REPLICAS
+) -> tuple[Whole, Whole]:
     """A model in the runtime's dtype: once, and the logarithm of the mean probabilities of ``count`` such computations.
 
     The others start from embeddings that are off by up to a unit in the last place, after which they round elsewhere.
@@ -152,7 +158,7 @@ def replicas(model: Any, batches: Sequence[Batch], dtype: str, count: int = REPL
     return first, Whole(torch.log_(mean.div_(count).clamp_min_(torch.finfo(mean.dtype).tiny)))
 
 
-def logprobs(model: Any, batches: Sequence[Batch]) -> Whole:
+def logprobs(model: PreTrainedModel, batches: Sequence[Batch]) -> Whole:
     """What a model tells of the texts."""
     import torch
 
@@ -164,14 +170,14 @@ def logprobs(model: Any, batches: Sequence[Batch]) -> Whole:
 
 
 @contextmanager
-def rounding(model: Any, dtype: str) -> Iterator[None]:
+def rounding(model: PreTrainedModel, dtype: str) -> Iterator[None]:
     """Rounds what every module without children returns, as a runtime does that computes in that dtype."""
     import torch
 
     narrow = getattr(torch, dtype)
     leaves = [m for m in model.modules() if not list(m.children())]
 
-    def narrowed(_module: Any, _inputs: Any, out: Any) -> Any:
+    def narrowed(_module: nn.Module, _inputs: tuple[object, ...], out: object) -> object:
         return out.to(narrow).to(out.dtype) if isinstance(out, torch.Tensor) and out.is_floating_point() else out
 
     hooks = [module.register_forward_hook(narrowed) for module in leaves]
@@ -183,13 +189,13 @@ def rounding(model: Any, dtype: str) -> Iterator[None]:
 
 
 @contextmanager
-def _jitter(model: Any, dtype: str, seed: int) -> Iterator[None]:
+def _jitter(model: PreTrainedModel, dtype: str, seed: int) -> Iterator[None]:
     import torch
 
     unit = torch.finfo(getattr(torch, dtype)).eps
     generator = torch.Generator().manual_seed(seed)
 
-    def jittered(_module: Any, _inputs: Any, out: Any) -> Any:
+    def jittered(_module: nn.Module, _inputs: tuple[object, ...], out: torch.Tensor) -> torch.Tensor:
         noise = torch.rand(out.shape, generator=generator).to(out.device) - 0.5
         return out * (1 + unit * noise)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from layerbits.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from layerbits.inputs.calibration import Batch
 
 _ROWS = 8
@@ -45,7 +47,9 @@ class Texts:
         return max(map(len, self.rows))
 
 
-def held_out_texts(captions: Sequence[str], tokenizer: Any, packing: str, seq_len: int, tokens: int) -> Texts:
+def held_out_texts(
+    captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, packing: str, seq_len: int, tokens: int
+) -> Texts:
     """The first held-out rows that have enough tokens; the same ones that ``probe`` takes.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
@@ -14,6 +14,9 @@ from layerbits.inputs.calibration import Calibration
 from layerbits.inputs.captions import CaptionSet
 from layerbits.inputs.models import ResolvedModel
 from layerbits.inputs.picture_rows import Reader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Held:
     modules: Mapping[str, tuple[Candidate, Capability]] = field(default_factory=dict)
     kv_cache: Mapping[str, object] | None = None
 
-    def identity(self) -> list[Any]:
+    def identity(self) -> list[object]:
         """What of it scores depend on, as JSON data; empty where nothing is held."""
         modules = sorted([m, c.info.config_hash, p.fp4_numerics] for m, (c, p) in self.modules.items())
         return [modules, plain(self.kv_cache)] if modules or self.kv_cache else []
@@ -52,7 +55,7 @@ class Plan:
     candidates: tuple[tuple[Candidate, Capability], ...]
     captions: CaptionSet
     resolved: ResolvedModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     reader: Reader | None
     calibration: Calibration
     scored: tuple[str, ...]

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from layerbits.stages.plan import Plan
 from layerbits.stages.workbench import scored_together
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from layerbits.scoring.job import Scores, ScoringJob
 
 _STOCK_OFFLOAD = (
@@ -231,7 +233,7 @@ def runtime_configs(plan: Plan) -> dict[str, dict[str, object]]:
     return {c.info.name: _runtime_config(c, capability) for c, capability in plan.candidates}
 
 
-def _vocabulary(model: Any) -> int:
+def _vocabulary(model: PreTrainedModel) -> int:
     """Tokens that a model chooses among."""
     return int(model.get_output_embeddings().weight.shape[0])
 

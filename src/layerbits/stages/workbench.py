@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.candidates.algorithms import ranges_of
 from layerbits.candidates.candidate import Candidate
@@ -42,6 +42,9 @@ from layerbits.scoring import refine
 from layerbits.scoring.state import decisions
 from layerbits.stages.plan import Held, Plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 NOTHING_HELD = Held()
 
 _STEPS = 2
@@ -60,10 +63,10 @@ class Workbench:
     settings: Settings
     captions: CaptionSet
     resolved: ResolvedModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     reader: Reader | None
     calibration: Calibration
-    empty: Any
+    empty: PreTrainedModel
     linears: Mapping[str, Shapes]
     kinds: Mapping[str, str]
     active_ratio: float | None
@@ -172,7 +175,7 @@ class Workbench:
         candidates: Sequence[tuple[Candidate, Capability]],
         scored: tuple[str, ...],
         held: Held,
-    ) -> list[Any]:
+    ) -> list[object]:
         spec, data, model = self.settings.autoquant, self.settings.dataset, self.settings.model
         return [
             [
@@ -192,7 +195,7 @@ class Workbench:
             *([list(spec.kv_cache)] if spec.kv_cache else []),
         ]
 
-    def _reading(self) -> list[Any]:
+    def _reading(self) -> list[object]:
         """How the tokenizer reads the captions, where earlier versions read them otherwise."""
         lead = opening_tokens(self.tokenizer)
         opening = [["opens with", *lead]] if lead not in ([], [self.tokenizer.bos_token_id]) else []
@@ -264,7 +267,7 @@ def _by_weight(linears: Mapping[str, Shapes]) -> dict[str, tuple[int, int]]:
     }
 
 
-def _corrected(config: Any) -> bool:
+def _corrected(config: PreTrainedConfig) -> bool:
     """Whether earlier versions scored a model wrongly, so that a sweep does not take their runs for finished.
 
     Their ``memory=lean`` lost the gradients of shared keys and values, and they read outputs of Falcon's MLPs after the
@@ -274,11 +277,11 @@ def _corrected(config: Any) -> bool:
     return bool(getattr(text, "num_kv_shared_layers", 0)) or text.model_type == "falcon"
 
 
-def _method(spec: AutoQuantSpec) -> Any:
+def _method(spec: AutoQuantSpec) -> object:
     return [spec.method, spec.draws] if spec.method == "fisher" else spec.method
 
 
-def _digest(parts: list[Any]) -> str:
+def _digest(parts: list[object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

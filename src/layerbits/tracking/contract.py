@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -158,7 +158,7 @@ def layer_tags(result: SensitivityResult) -> dict[str, str]:
     info = result.candidate
     names = (*LAYER_COLUMNS, *(name for name in INTERVAL_COLUMNS if name in rows[0]))
     columns = {name: [_cell(row[name]) for row in rows] for name in names}
-    columns["chosen"] = [None if chosen is None else int(chosen) for chosen in columns["chosen"]]
+    columns["chosen"] = [None if row["chosen"] is None else int(row["chosen"]) for row in rows]
     ends = {"candidate": info.name, "bits": _cell(info.bits)}
     plain = json.dumps({**ends, **columns}, separators=(",", ":"), allow_nan=False)
     text = base64.b64encode(zlib.compress(plain.encode(), 9)).decode()
@@ -307,7 +307,7 @@ def _lines(result: SensitivityResult, values: str) -> Iterator[tuple[str, int, f
         yield from ((kind, block, value) for block, value in sorted(blocks.items()))
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return ", ".join(value) if isinstance(value, list) else value
@@ -317,5 +317,5 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _optional(kind: type[Number], value: Any) -> Number | None:
+def _optional(kind: type[Number], value: float | None) -> Number | None:
     return None if value is None else kind(value)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
 from layerbits.results.manifest import load_manifest
@@ -22,6 +22,10 @@ from layerbits.tracking.session import PARENT_VARIABLE, Ending, RunSession, endi
 from layerbits.tracking.store import experiment_id, impatient, one_line, open_store, patiently, wait_for
 from layerbits.tracking.uris import redact
 from layerbits.tracking.view import ensure_view
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _BATCH = 1000  # metrics that MLflow takes in one request
 _CELL_STATUS = {"skipped": "FINISHED", "unsupported": "FAILED", "failed": "FAILED"}
@@ -304,7 +308,7 @@ def _finished(directory: Path) -> _Finished:
     )
 
 
-def _end_pushed(client: Any, run_id: str, finished: _Finished, found: Any) -> None:
+def _end_pushed(client: MlflowClient, run_id: str, finished: _Finished, found: Run | None) -> None:
     from mlflow.entities import RunTag
 
     ending = finished.ending
@@ -318,7 +322,7 @@ def _end_pushed(client: Any, run_id: str, finished: _Finished, found: Any) -> No
     ensure_view(client, client.get_run(run_id).info.experiment_id)
 
 
-def _log_made(client: Any, run_id: str, made: Made) -> None:
+def _log_made(client: MlflowClient, run_id: str, made: Made) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
     now = int(1000 * time.time())
@@ -335,7 +339,7 @@ def _log_made(client: Any, run_id: str, made: Made) -> None:
         register(client, run_id, made.registration)
 
 
-def _log(client: Any, run_id: str, result: SensitivityResult, directory: Path) -> None:
+def _log(client: MlflowClient, run_id: str, result: SensitivityResult, directory: Path) -> None:
     from mlflow.entities import Metric, Param, RunTag
 
     start = time.perf_counter()
@@ -354,7 +358,7 @@ def _log(client: Any, run_id: str, result: SensitivityResult, directory: Path) -
     client.log_batch(run_id, tags=[RunTag(*item) for item in contract.tags(result).items()])
 
 
-def _log_captions(client: Any, run_id: str, captions: Mapping[str, str]) -> None:
+def _log_captions(client: MlflowClient, run_id: str, captions: Mapping[str, str]) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag
     from mlflow.exceptions import MlflowException
 
@@ -368,14 +372,14 @@ def _log_captions(client: Any, run_id: str, captions: Mapping[str, str]) -> None
         client.log_inputs(run_id, inputs)
 
 
-def _find(client: Any, tag: str, value: str) -> Any:
+def _find(client: MlflowClient, tag: str, value: str) -> Run | None:
     """The run of a result in any experiment, a finished one first."""
     experiments = [e.experiment_id for e in client.search_experiments()]
     runs = client.search_runs(experiments, f"tags.`{tag}` = '{value}'")
     return next(iter(sorted(runs, key=lambda run: run.data.tags.get("outcome") != "ok")), None)
 
 
-def _create(client: Any, where: str, name: str, tags: Mapping[str, str], start_time: int | None = None) -> str:
+def _create(client: MlflowClient, where: str, name: str, tags: Mapping[str, str], start_time: int | None = None) -> str:
     from mlflow.tracking.context.registry import resolve_tags
 
     context = resolve_tags(dict(tags))  # user and source, as MLflow's own start_run tags them

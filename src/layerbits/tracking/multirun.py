@@ -6,7 +6,7 @@ import atexit
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.experimental.callback import Callback
 
@@ -38,11 +38,11 @@ class MultirunParent(Callback):  # type: ignore[misc]  # Hydra's class, untyped 
         self._open = ExitStack()
         _parents.append(self._open)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[MultirunParent], tuple[()]]:
         """A job of a queue gets one that has opened nothing."""
         return (MultirunParent, ())
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Opens it; ends the process where the store cannot be used (Hydra only warns of an exception)."""
         if not config.tracking.enabled:
             return
@@ -57,6 +57,6 @@ class MultirunParent(Callback):  # type: ignore[misc]  # Hydra's class, untyped 
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
 
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+    def on_multirun_end(self, config: DictConfig, **_: object) -> None:
         """Closes it."""
         self._open.close()

@@ -7,9 +7,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.progress import Report, listening
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
 
 _PATIENCE = 2.0  # seconds that the end of a run waits for a write that is under way
 
@@ -48,7 +52,7 @@ def progress_metrics(tracking_uri: str, run_id: str) -> Iterator[None]:
             pass
 
 
-def _metrics(report: Report) -> list[Any]:
+def _metrics(report: Report) -> list[Metric]:
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 JOB_TAG = "layerbits.job"
 """Tag of the run that a job of a queue opened first."""
@@ -30,7 +33,7 @@ def restarted() -> bool:
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
-def earlier_run(client: Any, experiment_id: str) -> str | None:
+def earlier_run(client: MlflowClient, experiment_id: str) -> str | None:
     """The run that this job had opened before it was requeued."""
     if not restarted():
         return None

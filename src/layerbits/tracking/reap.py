@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -17,6 +17,10 @@ from layerbits.errors import UserError
 from layerbits.tracking.contract import PROCESS, STATUS
 from layerbits.tracking.store import one_line, open_store
 from layerbits.tracking.uris import redact
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _PREFIXES = (PROCESS, "process.")  # the second in runs of the first days
 
@@ -123,8 +127,8 @@ def _process(tags: Mapping[str, str]) -> dict[str, str]:
     return next((found for prefix in _PREFIXES if (found := _below(prefix, tags))), {})
 
 
-def _running(client: Any) -> list[Any]:
-    found: dict[str, object] = {}
+def _running(client: MlflowClient) -> list[Run]:
+    found: dict[str, Run] = {}
     for experiment in _experiments(client):
         for prefix in _PREFIXES:  # MLflow's filters have no OR
             condition = f"attributes.status = 'RUNNING' AND tags.`{prefix}host` = '{socket.gethostname()}'"
@@ -142,7 +146,7 @@ def _below(prefix: str, tags: Mapping[str, str]) -> dict[str, str]:
     return {key.removeprefix(prefix): value for key, value in tags.items() if key.startswith(prefix)}
 
 
-def _experiments(client: Any) -> list[str]:
+def _experiments(client: MlflowClient) -> list[str]:
     found: list[str] = []
     token = None
     while True:
@@ -153,7 +157,7 @@ def _experiments(client: Any) -> list[str]:
             return found
 
 
-def _last_sign(run: Any) -> int:
+def _last_sign(run: Run) -> int:
     times = [metric.timestamp for metric in run.data._metric_objs]
     return int(max([run.info.start_time, *times]))
 

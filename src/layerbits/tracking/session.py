@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import Skipped, Unsupported, UserError
 from layerbits.results.experiment import Experiment
@@ -27,6 +27,8 @@ from layerbits.tracking.uris import redact, run_link, ui_command
 from layerbits.tracking.view import print_view
 
 if TYPE_CHECKING:
+    from signal import _HANDLER as Handler
+
     from mlflow import MlflowClient
 
 PARENT_VARIABLE = "LAYERBITS_PARENT_RUN_ID"
@@ -252,7 +254,7 @@ def _check_artifacts(session: RunSession) -> None:
         _reachable.add((session.tracking_uri, session.experiment_id))
 
 
-def _forget_ending(client: Any, run_id: str) -> None:
+def _forget_ending(client: MlflowClient, run_id: str) -> None:
     """Takes back how a run ended that now goes on."""
     for tag in ("outcome", "reason"):
         if tag in client.get_run(run_id).data.tags:
@@ -308,7 +310,7 @@ def _close(session: RunSession, ending: Ending) -> None:
         print_view(client, session.tracking_uri, session.experiment_id)
 
 
-def _end(client: Any, run_id: str, status: str) -> None:
+def _end(client: MlflowClient, run_id: str, status: str) -> None:
     import mlflow
 
     active = mlflow.active_run()
@@ -374,7 +376,7 @@ class _Stop:
         self.received: int | None = None
         self._with_parent = with_parent and sys.platform == "linux"
         self._closing = False
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, Handler] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:

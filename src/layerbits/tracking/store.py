@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from layerbits.errors import UserError
@@ -302,7 +302,7 @@ def _connect(uri: str) -> None:
         engine.dispose()
 
 
-def _query(uri: str) -> Any:
+def _query(uri: str) -> object:
     from mlflow import MlflowClient
 
     with impatient():

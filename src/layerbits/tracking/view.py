@@ -14,11 +14,15 @@ import logging
 import time
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.results.result import KINDS, VISION_KINDS
 from layerbits.tracking.store import impatient, one_line, open_store
 from layerbits.tracking.uris import is_server, ui_address
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 KEY = "layerbits-2"
 """Key of the view. A view that shows something else gets another key: one that is there is never overwritten."""
@@ -52,7 +56,7 @@ def view_path(experiment_id: str) -> str:
     return f"/#/experiments/{experiment_id}/runs?{query}"
 
 
-def ensure_view(client: Any, experiment_id: str) -> str | None:
+def ensure_view(client: MlflowClient, experiment_id: str) -> str | None:
     """Saves the view in an experiment that does not have it.
 
     Args:
@@ -72,7 +76,7 @@ def ensure_view(client: Any, experiment_id: str) -> str | None:
     return view_path(experiment_id)
 
 
-def print_view(client: Any, uri: str, experiment_id: str) -> None:
+def print_view(client: MlflowClient, uri: str, experiment_id: str) -> None:
     """Prints the link of an experiment's view, which is saved where it is missing.
 
     Args:
@@ -84,7 +88,7 @@ def print_view(client: Any, uri: str, experiment_id: str) -> None:
         print(f"compare runs: {ui_address(uri)}{path}", flush=True)
 
 
-def view_links(client: Any, address: str) -> dict[str, str]:
+def view_links(client: MlflowClient, address: str) -> dict[str, str]:
     """Experiment name → address of its view, for those that have one, the last changed first.
 
     Those with a view of an earlier version get that of this one.
@@ -121,8 +125,8 @@ def print_links(address: str, tracking_uri: str | None = None) -> None:
         print("no experiment has a run with a result yet")
 
 
-def _viewed(client: Any) -> list[Any]:
-    found: dict[str, object] = {}
+def _viewed(client: MlflowClient) -> list[Experiment]:
+    found: dict[str, Experiment] = {}
     for key in (KEY, *_EARLIER):  # MLflow's filters have no OR
         experiments = client.search_experiments(filter_string=f"tags.`{_PREFIX}{key}` LIKE '%'")
         found |= {experiment.experiment_id: experiment for experiment in experiments}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +24,11 @@ from layerbits.scoring.search import Search
 from layerbits.scoring.suffix import Perturbation, SuffixRunner, find_blocks
 from layerbits.trust.agreement import Captions
 from layerbits.trust.kv_cache import KvValidation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from layerbits.results.assignment import IntArray
 
 _FLOOR_GROUPS = 4
 """Groups of which float32's noise floor is measured, for all: the first ones, from where rounding travels farthest. It
@@ -56,7 +61,7 @@ class Damage:
 
 
 def measure_damage(
-    model: Any,
+    model: PreTrainedModel,
     linears: ReplacedLinears,
     search: Search,
     batches: Sequence[Batch],
@@ -122,7 +127,7 @@ def measure_damage(
 
 
 def kv_caches(
-    model: Any,
+    model: PreTrainedModel,
     predicted: Mapping[str, tuple[KvScore, ...]],
     language_model: str,
     calibration: Sequence[Batch],
@@ -150,7 +155,7 @@ def kv_caches(
 
 
 def measure_kv(
-    model: Any,
+    model: PreTrainedModel,
     caches: Mapping[str, KvCache],
     predicted: Mapping[str, tuple[KvScore, ...]],
     batches: Sequence[Batch],
@@ -190,7 +195,7 @@ def _measured(runner: SuffixRunner, perturbations: Sequence[Perturbation]) -> tu
     return kl.double().cpu().numpy(), change.double().cpu().numpy()
 
 
-def _by_caption(values: FloatArray, owner: Any, samples: int) -> FloatArray:
+def _by_caption(values: FloatArray, owner: IntArray, samples: int) -> FloatArray:
     """``[samples, P]`` sums over each caption's tokens."""
     sums = np.zeros((samples, len(values)))
     np.add.at(sums, owner, values.T)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.inputs.offload import offloaded
+from layerbits.plain import JsonObject
 from layerbits.results.result import FloatArray
 from layerbits.scoring import fisher, kl, onepass
 from layerbits.scoring.checkpointing import checkpointed
@@ -22,6 +23,10 @@ from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search, step_of
 from layerbits.scoring.steps import calibration_forward
 from layerbits.trust.agreement import Captions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 RANKERS = ("gradient", "gradient_token", "fisher", "kl_div", "weight_mse", "output_mse")
 IN_NATS = ("gradient", "gradient_token", "fisher", "kl_div")
@@ -121,8 +126,8 @@ def _output_mse(job: ScoringJob, linears: ReplacedLinears, search: Search) -> Fl
     model = job.loaded.model
     errors, powers = (np.zeros(len(search.groups)) for _ in range(2))
 
-    def see(group: int, quantized: Any) -> Any:
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, object], output: Any) -> None:
+    def see(group: int, quantized: Callable[..., torch.Tensor]) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[object, ...], kwargs: JsonObject, output: torch.Tensor) -> None:
             errors[group] += float((quantized(*args, **kwargs) - output).float().square().sum())
             powers[group] += float(output.float().square().sum())
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
+from layerbits.plain import finite, finite_object
 from layerbits.results.bootstrap import TOP
 from layerbits.results.frames import spearman
 from layerbits.results.result import KINDS, FloatArray, Group, ModelInfo
@@ -203,11 +204,11 @@ class Validation:
             "groups": {s: self.status.count(s) for s in ("ok", "at floor", "not finite")},
             "noise_floor": float(self.floor.max()),
             "measured_kl_together": self.together,
-            "repeated_difference": _number(self.repeated),
-            "agreement": {p.name: _plain(asdict(self.agreement(p))) for p in self.predictions},
-            "agreement_by_kind": {k: _plain(asdict(self.agreement(self.predictions[0], k))) for k in self.kinds},
-            "layers": [_plain(row) for row in self.frame().to_dict("records")],
-            "kv_cache": [_plain(one.to_json()) for one in self.kv],
+            "repeated_difference": finite(self.repeated),
+            "agreement": {p.name: finite_object(asdict(self.agreement(p))) for p in self.predictions},
+            "agreement_by_kind": {k: finite_object(asdict(self.agreement(self.predictions[0], k))) for k in self.kinds},
+            "layers": [finite(row) for row in self.frame().to_dict("records")],
+            "kv_cache": [finite_object(one.to_json()) for one in self.kv],
             "seconds": {**self.seconds, **{f"rank_{p.name}": p.seconds for p in self.predictions[1:]}},
             "provenance": dict(self.provenance),
         }
@@ -294,18 +295,6 @@ def _percent(value: float) -> str:
     return f"{value:.0%}" if math.isfinite(value) else "–"
 
 
-def _ratio(measured: Any, predicted: Any) -> Any:
+def _ratio(measured: npt.ArrayLike, predicted: npt.ArrayLike) -> FloatArray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.divide(measured, predicted)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return _number(value) if isinstance(value, float) else value
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        return np.asarray(np.divide(measured, predicted))
