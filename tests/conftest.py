@@ -1,5 +1,10 @@
-"""What all tests share: a suite that is stopped (SIGTERM) ends the servers that it started, as Ctrl-C does."""
+"""What all tests share.
 
+A suite that is stopped (SIGTERM) ends the servers that it started, as Ctrl-C does. Garbage collection leaves alone what
+was imported.
+"""
+
+import gc
 import os
 import signal
 import threading
@@ -16,6 +21,15 @@ def pytest_configure():
         signal.signal(signal.SIGTERM, _stopper(os.getpid()))
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background; jobs under test inherit it
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """Takes what is imported by now out of garbage collection.
+
+    A full collection goes through all of it, in 0.4 s; ModelOpt's search asks for two.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _stopper(owner):

@@ -1,6 +1,7 @@
 """The one-pass engine against ModelOpt's own search, and what a pass does when something is wrong."""
 
 import warnings
+from functools import cache
 
 import numpy as np
 import pytest
@@ -47,10 +48,17 @@ def every_candidate(llama, tmp_path_factory):
     return wanted, onepass.score(job(llama, tmp_path_factory.mktemp("pass"), wanted))
 
 
+@pytest.fixture(scope="module")
+def by_stock(llama, every_candidate, tmp_path_factory):
+    """Scores of one candidate by ModelOpt's own search, computed once."""
+    wanted, _ = every_candidate
+    return cache(lambda name: stock.score(job(llama, tmp_path_factory.mktemp("stock"), {name: wanted[name]})))
+
+
 @pytest.mark.parametrize("name", [c.info.name for c in DISTINCT])
-def test_one_pass_scores_equal_stock_scores(name, llama, every_candidate, tmp_path):
+def test_one_pass_scores_equal_stock_scores(name, by_stock, every_candidate):
     wanted, one = every_candidate
-    reference = stock.score(job(llama, tmp_path, {name: wanted[name]}))
+    reference = by_stock(name)
     column = list(wanted).index(name)
     np.testing.assert_allclose(one.raw[:, column], reference.raw[:, 0], rtol=1e-6)
     np.testing.assert_allclose(one.predicted_kl[:, column], reference.predicted_kl[:, 0], rtol=1e-6)
@@ -59,9 +67,8 @@ def test_one_pass_scores_equal_stock_scores(name, llama, every_candidate, tmp_pa
 
 @pytest.mark.parametrize("name", SIX)
 @pytest.mark.parametrize("bits", [13.0, 11.0, 9.0])
-def test_modelopt_makes_the_same_recipe_of_both_states(name, bits, llama, every_candidate, tmp_path):
-    wanted, one = every_candidate
-    reference = stock.score(job(llama, tmp_path, {name: wanted[name]}))
+def test_modelopt_makes_the_same_recipe_of_both_states(name, bits, by_stock, every_candidate):
+    one, reference = every_candidate[1], by_stock(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert recipe(one.states[name], bits) == recipe(reference.states[name], bits)

@@ -15,6 +15,14 @@ def log(tmp_path):
     return StepLog(tmp_path / "steps", "fingerprint")
 
 
+@pytest.fixture(autouse=True)
+def nothing_frozen():
+    """As in a run; the suite freezes what it imported."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
 def garbage():
     """What only a full collection can free, and a reference that tells whether it has been."""
 
