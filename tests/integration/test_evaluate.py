@@ -8,6 +8,7 @@ from mlflow import MlflowClient
 
 from layerbits import history
 from layerbits.answers import rows
+from layerbits.history.evaluated import answers_of
 from layerbits.inputs import smollm2
 from layerbits.results.manifest import load_manifest
 
@@ -54,6 +55,8 @@ def run(tmp_path_factory):
     ]
     (tasks / "colours.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
     (tasks / "colours.yaml").write_text(TASK.replace("FILE", str(tasks / "colours.jsonl")))
+    made = start("scheme", f"run_id={source_run.info.run_id}", "schemes=none", "effective_bits=5,8", *store)
+    assert made.returncode == 0, made.stderr
     done = start(
         "evaluate", f"run_id={source_run.info.run_id}", "schemes=none", "effective_bits=5,8", "tasks=cloze,colours",
         f"task_path={tasks}", "limit=16", "margin=0.2", "rows=2", "predict=true", *store,
@@ -102,6 +105,53 @@ def test_the_documents_are_tables_of_the_run(run, monkeypatch):
     frame = run["client"].load_table("1", "documents/bits_5.json", [run["run"].info.run_id])
     assert len(frame) == 32
     assert set(frame["task"]) == {"cloze", "colours"}
+
+
+def test_what_was_asked_is_an_input_of_the_run(run):
+    inputs = {i.dataset.name: i for i in run["run"].inputs.dataset_inputs}
+    assert set(inputs) == {"cloze", "colours"}
+    assert json.loads(inputs["colours"].dataset.profile) == {"documents": 16, "metric": "acc,none"}
+    assert [tag.value for tag in inputs["cloze"].tags] == ["evaluation"]
+
+
+def test_metrics_are_linked_to_their_scheme_and_task(run):
+    models = run["client"].search_logged_models(["1"])
+    tags = run["run"].data.tags
+    by_digest = {m.tags["layerbits_digest"]: m for m in models}
+    assert len(models) == len(by_digest) == 3  # two schemes and the unquantized model
+    linked = {m.key: m for m in by_digest[tags["mlflow.layerbits.scheme.bits_5"]].metrics}
+    found = linked["eval/colours/bits_5/difference"]
+    assert found.value == run["run"].data.metrics["eval/colours/bits_5/difference"]
+    inputs = {i.dataset.name: i.dataset.digest for i in run["run"].inputs.dataset_inputs}
+    assert (found.dataset_name, found.dataset_digest) == ("colours", inputs["colours"])
+    assert found.run_id == run["run"].info.run_id
+    assert linked["eval/colours/bits_5/kl"].dataset_name is None  # KL is of captions
+    assert not any("bits_8" in key for key in linked)
+
+
+def test_the_report_of_a_scheme_has_the_verdict(run):
+    tags = run["run"].data.tags
+    said = {name: tags[f"mlflow.layerbits.verdict.{name}"] for name in ("bits_5", "bits_8")}
+    schemes = ["scheme", f"run_id={run['source'].info.run_id}", "schemes=none", *run["store"]]
+    assert start(*schemes, "effective_bits=8").returncode == 0
+    later, earlier = run["client"].search_runs(["1"], "tags.`layerbits.kind` = 'schemes'")
+    for name, words in said.items():
+        assert f"- {name}: {words}" in earlier.data.tags["mlflow.note.content"]  # made before the evaluation
+    assert f"- bits_8: {said['bits_8']}" in later.data.tags["mlflow.note.content"]
+    newest = max(run["folder"].glob("out/tmp/schemes_*"))
+    assert f"- bits_8: {said['bits_8']}" in (newest / "schemes.md").read_text()
+
+
+def test_history_gives_the_answers_of_a_scheme(run):
+    uri, data = run["store"][0].partition("=")[2], run["run"].data
+    found = answers_of(uri, "1", data.tags["mlflow.layerbits.scheme.bits_5"])
+    assert [row["task"] for row in found] == ["cloze", "colours"]
+    for row in found:
+        assert row["difference"] == data.metrics[f"eval/{row['task']}/bits_5/difference"]
+        assert row["unquantized"] == data.metrics[f"eval/{row['task']}/unquantized/accuracy"]
+        assert f"{row['task']}: {row['verdict']}" in data.tags["mlflow.layerbits.verdict.bits_5"]
+        assert "margin of 20 points" in row["verdict"]
+    assert answers_of(uri, "1", "of no scheme") == []
 
 
 def test_history_has_a_row_per_task_and_scheme(run):

@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 
 from layerbits import jobs
 from layerbits.errors import Skipped, UserError
-from layerbits.tracking.made import Made, Registration, read_record
+from layerbits.tracking.links import linked, models_of, with_remarks
+from layerbits.tracking.made import Data, Made, Measured, Registration, read_record
 from layerbits.tracking.settings import TrackingSpec
 
 UNTRACKED = TrackingSpec(enabled=False, uri="sqlite:///x.db", experiment="x", run_name="mine", system_metrics=False)
@@ -43,6 +47,38 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     assert type(recorded.made.failure) is Skipped
     assert (recorded.made.artifacts, recorded.made.registration) == (made.artifacts, registration)
     assert recorded.parent
+
+
+def test_data_and_what_was_measured_are_in_the_record(tmp_path):
+    data = (Data({"name": "sums", "digest": "d"}, "evaluation"),)
+    measured = (Measured("tiny bits_8", "a1", ("eval/sums/bits_8/lost",), "sums"),)
+    Made(tmp_path, data=data, measured=measured, remarks={"a1": "worse"}).save("e", "evaluation")
+    made = read_record(tmp_path).made
+    assert (made.data, made.measured, made.remarks) == (data, measured, {"a1": "worse"})
+
+
+def test_a_description_takes_remarks_once_and_keeps_others(tmp_path):
+    first = with_remarks("| table |\n", {"a": "sums: worse by 1–2 points", "b": "sums: no difference seen"})
+    again = with_remarks(first, {"a": "sums: better by 1–2 points"})
+    lines = again.splitlines()
+    assert lines[0] == "| table |"
+    assert lines[-2:] == ["- a: sums: better by 1–2 points", "- b: sums: no difference seen"]
+    assert again.count("Answers (latest evaluation)") == 1
+    assert with_remarks("as it was", {}) == "as it was"
+    long = with_remarks("line\n" * 3000, {"a": "worse"})
+    assert len(long) <= 8000
+    assert long.endswith("line\n\nAnswers (latest evaluation):\n\n- a: worse\n")
+
+
+def test_a_server_without_logged_models_gets_metrics_without_links():
+    class Old:
+        def search_logged_models(self, *_, **__):
+            raise MlflowException("no such path", ENDPOINT_NOT_FOUND)
+
+    measured = [Measured("tiny", "a1", ("eval/sums/a/lost",), "sums")]
+    assert models_of(Old(), "1", "run", measured) == {}
+    metrics = [Metric("eval/sums/a/lost", 1.0, 0, 0)]
+    assert linked("run", metrics, measured, (), {}) == metrics
 
 
 def test_a_damaged_record_is_one_line(tmp_path):

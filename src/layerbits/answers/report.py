@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -11,11 +12,14 @@ from layerbits.answers.evaluation import Evaluated, Evaluation, documents
 from layerbits.answers.paired import LEVEL, Interval, Verdict
 from layerbits.atomic import dated, whole_folder, write_json
 from layerbits.tracking.contract import VERDICT_TAG
+from layerbits.tracking.made import Data, Measured
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TAG = 5000  # characters that every server takes
+_ELSEWHERE = ("bits", "predicted_kl", "kl", "kl_se")
+"""Numbers of a scheme that are not of its answers."""
 
 
 def markdown(evaluation: Evaluation) -> str:
@@ -95,6 +99,51 @@ def tags(evaluation: Evaluation) -> dict[str, str]:
         "mlflow.loggedArtifacts": json.dumps(tables),
         **{f"{VERDICT_TAG}{name}": words for name, words in said.items()},
     }
+
+
+def data(evaluation: Evaluation) -> tuple[Data, ...]:
+    """The documents of each task as MLflow's datasets: named, counted and told apart by prompts and right answers."""
+    found = []
+    versions = dict(one.rsplit(":", 1) for one in evaluation.settings.get("task_versions", "").split(",") if ":" in one)
+    for task, asked in evaluation.unquantized.items():
+        documents = [[a.document, a.prompt_hash, a.target] for a in asked.answers]
+        digest = hashlib.sha256(json.dumps(documents).encode()).hexdigest()[:36]  # as long as MLflow takes it
+        columns = [{"type": "string", "name": name, "required": True} for name in ("question", "right_answer")]
+        source = {"task": task, "version": versions.get(task, ""), "harness": evaluation.settings.get("harness", "")}
+        fields = {
+            "name": task,
+            "digest": digest,
+            "source_type": "code",
+            "source": json.dumps({"tags": source}),
+            "schema": json.dumps({"mlflow_colspec": columns}),
+            "profile": json.dumps({"documents": len(documents), "metric": asked.metric}),
+        }
+        found.append(Data(fields, "evaluation"))
+    return tuple(found)
+
+
+def measured(evaluation: Evaluation) -> tuple[Measured, ...]:
+    """Which of the metrics are of which scheme and task; those of a served model are of no scheme that is known."""
+    model = evaluation.model
+    known = {s.scheme: s.digest for s in evaluation.schemes if s.digest}
+    known["unquantized"] = hashlib.sha256(f"{model.name}@{model.revision}".encode()).hexdigest()[:16]
+    metrics = evaluation.metrics()
+    found = []
+    for task in evaluation.unquantized:
+        for scheme, digest in known.items():
+            prefix = f"eval/{task}/{scheme}/"
+            numbers = [key for key in metrics if key.startswith(prefix)]
+            elsewhere = tuple(key for key in numbers if key.removeprefix(prefix) in _ELSEWHERE)
+            of_task = tuple(key for key in numbers if key not in elsewhere)
+            name = f"{model.name} {scheme}"
+            found.append(Measured(name, digest, of_task, task))
+            found += [Measured(name, digest, elsewhere)] if elsewhere else []
+    return tuple(found)
+
+
+def remarks(evaluation: Evaluation) -> dict[str, str]:
+    """Digest of each scheme → the verdict on it, for the reports of the runs that made it."""
+    return {s.digest: summary(evaluation, s)[:_TAG] for s in evaluation.schemes if s.digest}
 
 
 def table_path(scheme: Evaluated) -> str:

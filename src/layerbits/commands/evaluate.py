@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from layerbits.answers.report import markdown, parameters, tags, write_evaluation
+from layerbits.answers.report import data, markdown, measured, parameters, remarks, tags, write_evaluation
 from layerbits.answers.settings import evaluate_settings
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
@@ -31,7 +31,15 @@ def evaluate(config: Composed, root: Path) -> None:
         print(f"\n{text}\nevaluation: {folder}")
         told = {**result.provenance, "source_run_id": schemes[0].source_run_id, **note(text)}
         told |= {**digests({s.scheme: s.digest for s in result.schemes if s.digest}), **tags(result)}
-        return Made(folder, result.metrics(), parameters(result), told)
+        return Made(
+            folder,
+            result.metrics(),
+            parameters(result),
+            told,
+            data=data(result),
+            measured=measured(result),
+            remarks=remarks(result),
+        )
 
     name = f"evaluation of {wanted.source_name}"
     run_job(TrackingSpec.from_config(config), root, name, "evaluation", make, system_metrics=True)

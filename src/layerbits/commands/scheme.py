@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from layerbits.errors import UserError
-from layerbits.jobs import note, run_job
+from layerbits.history.evaluated import verdicts
+from layerbits.jobs import Tracker, note
 from layerbits.plain import Composed
 from layerbits.schemes.additivity import load_factors
 from layerbits.schemes.folder import write_schemes
@@ -13,6 +15,7 @@ from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import digests, excludes, markdown, metrics, parameters
 from layerbits.schemes.settings import SchemeSettings, listed_paths
 from layerbits.schemes.sureness import sureness
+from layerbits.tracking.links import with_remarks
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
@@ -25,17 +28,21 @@ def scheme(config: Composed, root: Path) -> None:
         raise UserError(f"measured={','.join(probes)} names several probes; give one")
     measured = probes[0] if probes else None
 
-    def make(uri: str | None) -> Made:
+    def make(uri: str | None, said: Mapping[str, str]) -> Made:
         source = settings.source(uri)
         made = make_schemes(settings.specs, source)
         points = curve(settings.base, source, settings.pareto) if settings.pareto else []
         sure = sureness(settings.specs, source)
         known = [] if measured is None else load_factors(measured, uri, source.model.revision)
-        folder = write_schemes(settings.output_root, source, made, points, sure=sure, known=known)
-        text = markdown(made, sure, known)
+        answers = {scheme.name: said[scheme.digest] for scheme in made if scheme.digest in said}
+        folder = write_schemes(settings.output_root, source, made, points, sure=sure, known=known, answers=answers)
+        text = with_remarks(markdown(made, sure, known), answers)
         print(f"\n{excludes(made)}\n{text}\nschemes: {folder}")
         tags = {"source_run_id": ",".join(source.run_ids), **note(text)}
         tags |= digests({scheme.name: scheme.digest for scheme in made})
         return Made(folder, metrics(made, sure, known), parameters(settings.specs, source), tags)
 
-    run_job(TrackingSpec.from_config(config), root, f"schemes of {settings.source_name}", "schemes", make)
+    tracker = Tracker(TrackingSpec.from_config(config), root)
+    with tracker.run(f"schemes of {settings.source_name}", "schemes") as run:
+        at = run.session
+        run.log(make(tracker.uri, {} if at is None else verdicts(at.tracking_uri, at.experiment_id)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pandas as pd
 
 from layerbits.history.source import RawRun, connect, experiment_id, search, told
@@ -53,6 +55,48 @@ def verdicts(uri: str, experiment: str) -> dict[str, str]:
         for key, digest in tags.items()
         if key.startswith(DIGEST_TAG) and f"{VERDICT_TAG}{key.removeprefix(DIGEST_TAG)}" in tags
     }
+
+
+def answers_of(uri: str, experiment: str, digest: str) -> list[dict[str, object]]:
+    """What the latest finished evaluation found of a scheme's answers, for a report or a model card.
+
+    Args:
+        uri: The store.
+        experiment: Experiment id.
+        digest: Of the scheme.
+
+    Returns:
+        A row per task: ``task``, ``documents``, ``unquantized`` and ``accuracy`` (shares right), ``difference`` with
+        ``difference_low`` and ``difference_high`` (the paired 95 % interval), ``verdict`` in words and ``run_id``; no
+        row where the scheme was not evaluated.
+
+    Raises:
+        UserError: The store cannot be read.
+    """
+    condition = "tags.`layerbits.kind` = 'evaluation' AND tags.outcome = 'ok'"
+    with told(uri):
+        found = search(uri, experiment, condition, lambda run: (run.tags, rows_of(run)))
+    latest = next(((t, rows) for t, rows in reversed(found) if any(r["digest"] == digest for r in rows)), None)
+    if latest is None:
+        return []
+    tags, rows = latest
+    name = next(row["scheme"] for row in rows if row["digest"] == digest)
+    tasks = "|".join(re.escape(str(row["task"])) for row in rows if row["scheme"] == name)
+    parts = re.split(f"(?:^|; )({tasks}): ", tags.get(f"{VERDICT_TAG}{name}", ""))
+    said = dict(zip(parts[1::2], parts[2::2], strict=True))
+    before = {row["task"]: row.get("accuracy") for row in rows if row["scheme"] == "unquantized"}
+    numbers = ("documents", "accuracy", "difference", "difference_low", "difference_high")
+    return [
+        {
+            "task": row["task"],
+            "unquantized": before.get(row["task"]),
+            **{number: row.get(number) for number in numbers},
+            "verdict": said.get(str(row["task"]), ""),
+            "run_id": row["run_id"],
+        }
+        for row in rows
+        if row["scheme"] == name
+    ]
 
 
 def rows_of(run: RawRun) -> list[dict[str, object]]:

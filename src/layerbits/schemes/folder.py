@@ -17,6 +17,7 @@ from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
 from layerbits.schemes.sureness import Sureness
+from layerbits.tracking.links import with_remarks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +32,7 @@ def write_schemes(
     more: Mapping[str, str] | None = None,
     sure: Sequence[Sureness] = (),
     known: Sequence[Factor] = (),
+    answers: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes each scheme with its exclude list and as recipes, ``schemes.md``, ``schemes.json`` and the Pareto curve.
 
@@ -45,6 +47,7 @@ def write_schemes(
         more: Further files, path → text.
         sure: How sure the schemes are.
         known: Factors by measured schemes.
+        answers: Scheme → what an evaluation said of its answers.
 
     Returns:
         The folder.
@@ -65,7 +68,7 @@ def write_schemes(
             (partial / path).write_text(text, "utf-8")
         write_json(partial / "schemes.json", {"source_run_ids": list(source.run_ids), "schemes": rows(schemes)})
         with optional_part("schemes.md"):
-            text = f"{markdown(schemes, sure, known)}\n{excludes(schemes)}"
+            text = f"{with_remarks(markdown(schemes, sure, known), answers or {})}\n{excludes(schemes)}"
             (partial / "schemes.md").write_text(text, "utf-8")
         if sure:
             write_json(partial / "stability.json", [one.to_json() for one in sure])

@@ -42,6 +42,9 @@ DIGEST_TAG = "mlflow.layerbits.scheme."
 VERDICT_TAG = "mlflow.layerbits.verdict."
 """Prefix of the tags of an evaluation with what it says of a scheme, hidden likewise."""
 
+IDENTITY_TAG = "layerbits_digest"
+"""Tag of a logged model: digest of the scheme, or of the unquantized model (name and revision)."""
+
 PROCESS = "mlflow.layerbits.process."
 """Prefix of the tags that name the process of a run, hidden likewise."""
 

@@ -16,7 +16,8 @@ from layerbits.errors import UserError
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking import contract
-from layerbits.tracking.made import RECORD, Made, Registration, read_record
+from layerbits.tracking.links import linked, log_data, models_of, remark
+from layerbits.tracking.made import RECORD, Data, Made, Registration, read_record
 from layerbits.tracking.registry import register
 from layerbits.tracking.session import PARENT_VARIABLE, Ending, RunSession, ending_of, ending_of_children
 from layerbits.tracking.store import experiment_id, impatient, one_line, open_store, patiently, wait_for
@@ -332,8 +333,13 @@ def _log_made(client: MlflowClient, run_id: str, made: Made) -> None:
     for path, folder in made.artifacts.items():
         client.log_artifacts(run_id, str(folder), path)
     client.log_batch(run_id, params=[Param(key, value) for key, value in made.params.items()])
+    log_data(client, run_id, made.data)
+    experiment = client.get_run(run_id).info.experiment_id if made.measured or made.remarks else ""
+    ids = models_of(client, experiment, run_id, made.measured)
+    finite = linked(run_id, finite, made.measured, made.data, ids)
     for first in range(0, len(finite), _BATCH):
         client.log_batch(run_id, metrics=finite[first : first + _BATCH])
+    remark(client, experiment, made.remarks)
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in made.tags.items()])
     if made.registration is not None:
         register(client, run_id, made.registration)
@@ -348,7 +354,7 @@ def _log(client: MlflowClient, run_id: str, result: SensitivityResult, directory
     client.log_artifacts(run_id, str(directory))
     client.log_text(run_id, contract.table(result), contract.TABLE)
     if captions := contract.dataset(result):
-        _log_captions(client, run_id, captions)
+        log_data(client, run_id, [Data(captions, "calibration")])
     client.log_batch(run_id, params=[Param(*item) for item in contract.parameters(result).items()])
     metrics = [Metric(key, value, at, step) for key, value, step in contract.metrics(result)]
     metrics.append(Metric("seconds/log", time.perf_counter() - start, at, 0))
@@ -356,20 +362,6 @@ def _log(client: MlflowClient, run_id: str, result: SensitivityResult, directory
         client.log_batch(run_id, metrics=metrics[first : first + _BATCH])
     # Last, for they say that the rest is there.
     client.log_batch(run_id, tags=[RunTag(*item) for item in contract.tags(result).items()])
-
-
-def _log_captions(client: MlflowClient, run_id: str, captions: Mapping[str, str]) -> None:
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-    from mlflow.exceptions import MlflowException
-
-    inputs = [DatasetInput(Dataset(**captions), [InputTag("mlflow.data.context", "calibration")])]
-    try:
-        client.log_inputs(run_id, inputs)
-    except MlflowException as error:
-        # Of two runs that bring the same new dataset at once, PostgreSQL refuses one; now it is there.
-        if error.error_code != "BAD_REQUEST":
-            raise
-        client.log_inputs(run_id, inputs)
 
 
 def _find(client: MlflowClient, tag: str, value: str) -> Run | None:

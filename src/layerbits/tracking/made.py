@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from layerbits.atomic import write_json
@@ -33,6 +33,37 @@ class Registration:
 
 
 @dataclass(frozen=True)
+class Data:
+    """Data that something was measured on, as an input of its run.
+
+    Attributes:
+        fields: Of MLflow's dataset: ``name``, ``digest`` (36 characters at most), ``source_type``, ``source``,
+            ``schema`` and ``profile``.
+        context: What it was used for.
+    """
+
+    fields: Mapping[str, str]
+    context: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of what some metrics are: a model of MLflow, and the data it was measured on.
+
+    Attributes:
+        model: Name of the model: a scheme, or the unquantized model.
+        identity: What tells it from others; the same model of another run has the same.
+        metrics: Their keys.
+        dataset: Name of one of :attr:`Made.data`; empty where they are of none.
+    """
+
+    model: str
+    identity: str
+    metrics: tuple[str, ...]
+    dataset: str = ""
+
+
+@dataclass(frozen=True)
 class Made:
     """What a job made, complete on disk.
 
@@ -44,6 +75,9 @@ class Made:
         failure: Why the run fails although everything was made, as a check that did not pass.
         artifacts: Artifact path → further folder that is logged there.
         registration: What to register.
+        data: What it was measured on.
+        measured: Which metrics are of which model and data.
+        remarks: Digest of a scheme → a line for the descriptions of the runs that made it.
     """
 
     folder: Path
@@ -53,6 +87,9 @@ class Made:
     failure: UserError | None = None
     artifacts: Mapping[str, Path] = field(default_factory=dict)
     registration: Registration | None = None
+    data: tuple[Data, ...] = ()
+    measured: tuple[Measured, ...] = ()
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def finite(self) -> dict[str, float]:
@@ -88,6 +125,9 @@ class Made:
                 "registration": None
                 if self.registration is None
                 else {**vars(self.registration), "tags": dict(self.registration.tags)},
+                "data": [{"fields": dict(one.fields), "context": one.context} for one in self.data],
+                "measured": [asdict(one) for one in self.measured],
+                "remarks": dict(self.remarks),
             },
         )
 
@@ -118,7 +158,15 @@ def read_record(folder: Path) -> Recorded | None:
         failure = None if data["failure"] is None else (Skipped if data["skipped"] else UserError)(data["failure"])
         registration = None if data["registration"] is None else Registration(**data["registration"])
         artifacts = {path: Path(place) for path, place in data["artifacts"].items()}
-        made = Made(folder, data["metrics"], data["params"], data["tags"], failure, artifacts, registration)
+        made = Made(
+            folder, data["metrics"], data["params"], data["tags"], failure, artifacts, registration,
+            data=tuple(Data(**one) for one in data.get("data", ())),
+            measured=tuple(
+                Measured(one["model"], one["identity"], tuple(one["metrics"]), one["dataset"])
+                for one in data.get("measured", ())
+            ),
+            remarks=data.get("remarks", {}),
+        )  # fmt: skip
         return Recorded(made, str(data["name"]), str(data["kind"]), bool(data["parent"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / RECORD} is not a record that this version reads ({error!r})") from None

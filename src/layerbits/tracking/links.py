@@ -1,0 +1,151 @@
+"""What ties the metrics of a run to other things in MLflow: data, models, and the runs that made a scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from layerbits.tracking.contract import DIGEST_TAG, IDENTITY_TAG
+from layerbits.tracking.made import Data, Measured
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+REMARK = "\nAnswers"
+"""Where the description of a run begins that an evaluation wrote into it; all behind it is replaced."""
+
+_MODEL_TYPE = "scheme"
+_FORBIDDEN = str.maketrans(dict.fromkeys("/:.%\"'", "-"))
+_NOTE = "mlflow.note.content"
+_NOTE_SIZE = 8000  # MLflow's limit of a tag, in characters
+
+
+def log_data(client: MlflowClient, run_id: str, data: Sequence[Data]) -> None:
+    """Logs what a run was measured on as its inputs; again changes nothing.
+
+    Args:
+        client: Of the store.
+        run_id: The run.
+        data: The data.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+    from mlflow.exceptions import MlflowException
+
+    if not data:
+        return
+    inputs = [DatasetInput(Dataset(**one.fields), [InputTag("mlflow.data.context", one.context)]) for one in data]
+    try:
+        client.log_inputs(run_id, inputs)
+    except MlflowException as error:
+        # Of two runs that bring the same new dataset at once, PostgreSQL refuses one; now it is there.
+        if error.error_code != "BAD_REQUEST":
+            raise
+        client.log_inputs(run_id, inputs)
+
+
+def models_of(client: MlflowClient, experiment: str, run_id: str, measured: Iterable[Measured]) -> dict[str, str]:
+    """Id of the logged model of each thing that was measured, made where the experiment has none.
+
+    Args:
+        client: Of the store.
+        experiment: Experiment id.
+        run_id: The run that measured.
+        measured: What was measured.
+
+    Returns:
+        Identity → id; empty where the server is older than logged models (MLflow 3).
+    """
+    from mlflow.exceptions import MlflowException
+
+    names = {one.identity: one.model for one in measured}
+    found: dict[str, str] = {}
+    try:
+        for identity, name in names.items():
+            known = client.search_logged_models([experiment], f"tags.`{IDENTITY_TAG}` = '{identity}'", max_results=1)
+            if known:
+                found[identity] = str(known[0].model_id)
+                continue
+            made = client.create_logged_model(
+                experiment, name.translate(_FORBIDDEN), run_id, {IDENTITY_TAG: identity}, model_type=_MODEL_TYPE
+            )
+            client.finalize_logged_model(made.model_id, "READY")
+            found[identity] = str(made.model_id)
+    except MlflowException as error:
+        if error.error_code != "ENDPOINT_NOT_FOUND":
+            raise
+        return {}
+    return found
+
+
+def linked(
+    run_id: str, metrics: Sequence[Metric], measured: Iterable[Measured], data: Sequence[Data], ids: Mapping[str, str]
+) -> list[Metric]:
+    """Metrics with the model and the data that they are of.
+
+    Args:
+        run_id: The run.
+        metrics: As they would be logged.
+        measured: Of what they are.
+        data: The run's data.
+        ids: From :func:`models_of`.
+    """
+    from mlflow.entities import Metric
+
+    digests = {one.fields["name"]: one.fields["digest"] for one in data}
+    about = {key: one for one in measured if one.identity in ids for key in one.metrics}
+    return [
+        metric
+        if (one := about.get(metric.key)) is None
+        else Metric(
+            metric.key,
+            metric.value,
+            metric.timestamp,
+            metric.step,
+            model_id=ids[one.identity],
+            dataset_name=one.dataset or None,
+            dataset_digest=digests.get(one.dataset),
+            run_id=run_id,
+        )
+        for metric in metrics
+    ]
+
+
+def remark(client: MlflowClient, experiment: str, remarks: Mapping[str, str]) -> None:
+    """Writes what was found of schemes into the descriptions of the runs that made or exported them.
+
+    Args:
+        client: Of the store.
+        experiment: Experiment id.
+        remarks: Digest of a scheme → a line.
+    """
+    for kind in ("schemes", "recipe", "export") if remarks else ():
+        for run in client.search_runs([experiment], f"tags.`layerbits.kind` = '{kind}' AND tags.outcome = 'ok'"):
+            tags, parameters = run.data.tags, run.data.params
+            digests = {k.removeprefix(DIGEST_TAG): v for k, v in tags.items() if k.startswith(DIGEST_TAG)}
+            if kind == "export":
+                digests = {tags.get("scheme", ""): parameters.get("eff.scheme_digest", "")}
+            said = {name: remarks[digest] for name, digest in digests.items() if digest in remarks}
+            note = str(tags.get(_NOTE, ""))
+            if said and (new := with_remarks(note, said)) != note:
+                client.set_tag(run.info.run_id, _NOTE, new)
+
+
+def with_remarks(note: str, said: Mapping[str, str]) -> str:
+    """A description with what was found of its schemes at its end; what it had there for others of them stays.
+
+    Args:
+        note: The description.
+        said: Name of a scheme → a line; nothing changes without any.
+    """
+    if not said:
+        return note
+    body, _, old = note.partition(REMARK)
+    kept = dict(line.removeprefix("- ").split(": ", 1) for line in old.splitlines() if line.startswith("- "))
+    lines = "".join(f"- {name}: {words}\n" for name, words in {**kept, **said}.items())
+    added = f"{REMARK} (latest evaluation):\n\n{lines}"[:_NOTE_SIZE]
+    room = _NOTE_SIZE - len(added)
+    whole = f"{body.rstrip()}\n"
+    if len(whole) > room:
+        whole = whole[:room].rpartition("\n")[0] + "\n"
+    return whole + added
