@@ -87,6 +87,9 @@ def test_a_probe_tells_words_after_pictures_from_text(tmp_path_factory, tmp_path
     assert found["pictured"] == 4
     (scheme,) = found["schemes"]
     assert set(scheme["by_modality"]) == {"pictures", "text"}
+    parts = {s["name"]: s for s in scheme["difference"]["slices"]}
+    for source, part in (("pictures", "pictures"), ("everyday", "text")):
+        assert parts[f"from {source}"]["kl"] == pytest.approx(scheme["by_modality"][part][0])
 
 
 def test_a_validation_measures_words_after_pictures(tmp_path_factory, tmp_path):

@@ -15,6 +15,7 @@ from layerbits.errors import UserError
 from layerbits.history.probed import probed_kl
 from layerbits.inputs import smollm2
 from layerbits.inputs.calibration import Batch, Segment
+from layerbits.inputs.captions import load_captions
 from layerbits.probing.apply import apply_scheme, find_ranges
 from layerbits.probing.baseline import Baseline
 from layerbits.probing.loading import prepare
@@ -297,6 +298,29 @@ def test_a_probe_of_scheme_files_is_logged(scored, made):
         "probe.json",
         "probe.md",
     }
+
+
+def test_a_probe_of_texts_of_ones_own_in_longer_rows(scored, made, tmp_path):
+    store = scored[0]
+    captions = load_captions("everyday", "large").held_out[:100]
+    (tmp_path / "short.txt").write_text("\n".join(captions[:50]))
+    (tmp_path / "long.txt").write_text("\n".join(" ".join(captions[i : i + 5]) for i in range(50, 100, 5)))
+    texts = f"texts={tmp_path}/short.txt,{tmp_path}/long.txt"
+    asked = ("probe", store, tmp_path, f"scheme_files={made[2]}/schemes/bits_6.json", "tracking=none", texts)
+    done = run_script(*asked, "rows=6", "batch_size=3", "seq_len=96")
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("tmp/probe_*/probe.json")
+    found = json.loads(file.read_text())
+    assert (found["data"]["dataset"], found["data"]["seq_len"], found["data"]["rows"]) == ("short,long", 96, 6)
+    (scheme, _) = found["schemes"]  # and the KV cache alone
+    parts = {s["name"]: s for s in scheme["difference"]["slices"]}
+    both = [parts["from short"], parts["from long"]]
+    assert sum(p["tokens"] for p in both) == scheme["difference"]["tokens"] == 6 * 95
+    mean = sum(p["tokens"] * p["kl"] for p in both) / (6 * 95)
+    assert mean == pytest.approx(scheme["difference"]["kl"])
+    too_long = run_script(*asked, "seq_len=100000")
+    assert too_long.returncode == 2
+    assert "is longer than the" in too_long.stderr
 
 
 def test_the_kv_cache_that_the_grid_priced_is_carried_and_measured(scored, made):

@@ -1,11 +1,15 @@
-"""The damage by position and by confidence, from numbers made by hand."""
+"""The damage by position, by confidence and by source, from numbers made by hand."""
 
 import numpy as np
 import pytest
 import torch
 
+from layerbits.errors import UserError
 from layerbits.inputs.calibration import Segment
+from layerbits.inputs.captions import CaptionSet
+from layerbits.inputs.pictures import Pictured
 from layerbits.probing.slices import confidences, places, slices
+from layerbits.probing.texts import probe_texts
 
 
 def test_the_mean_of_a_slice_is_of_its_tokens_alone():
@@ -17,6 +21,49 @@ def test_the_mean_of_a_slice_is_of_its_tokens_alone():
     assert found["sure ≥ 0.9"].kl == 4.5
     assert "sure 0.5–0.9" not in found
     assert sum(found[name].tokens for name in found if "quarter" in name) == 5
+
+
+def test_several_sources_are_slices_and_one_is_none():
+    kl, half = np.array([1.0, 2.0, 6.0]), np.full(3, 0.5)
+    found = {s.name: s.kl for s in slices(kl, half, half, ["code", "web", "code"])}
+    assert (found["from code"], found["from web"]) == (3.5, 2.0)
+    assert not [s for s in slices(kl, half, half, ["web"] * 3) if s.name.startswith("from")]
+
+
+def test_texts_of_ones_own_take_turns_without_what_was_calibrated_on(tmp_path):
+    (tmp_path / "code.txt").write_text("def f():\nA  Dog runs.\nreturn 1\n")
+    (tmp_path / "web.txt").write_text("hello\n")
+    captions = CaptionSet("everyday", "small", ("a dog runs.",), ("held out",), "d")
+    found = probe_texts(captions, [str(tmp_path / "code.txt"), str(tmp_path / "web.txt")])
+    assert found.texts == ("def f():", "hello", "return 1")
+    assert found.sources == found.in_rows(8) == ("code", "web", "code")
+    assert (found.name, found.own) == ("code,web", True)
+
+
+def test_pictures_and_captions_that_were_held_out_are_two_sources():
+    chat = Pictured((), (), "row 1")
+    captions = CaptionSet("mixed", "small", (), (chat, "one", chat, "two"), "d")
+    found = probe_texts(captions)
+    assert found.in_rows(1) == ("pictures", "everyday", "everyday")  # as held_out_rows numbers them
+    assert found.in_rows(2) == ("pictures", "pictures", "everyday", "everyday")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["no.txt"], "cannot read the texts"),
+        (["a/t.txt", "b/t.txt"], "two files of texts are called t"),
+        (["known.txt"], "was calibrated on"),
+    ],
+)
+def test_texts_that_cannot_be_measured_on_are_refused(tmp_path, names, words):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.txt").write_text("x\n")
+    (tmp_path / "known.txt").write_text("A dog runs.\n")
+    captions = CaptionSet("everyday", "small", ("a dog runs.",), (), "d")
+    with pytest.raises(UserError, match=words):
+        probe_texts(captions, [str(tmp_path / name) for name in names])
 
 
 def test_a_place_is_a_share_of_the_row_without_its_padding():

@@ -10,7 +10,7 @@ from layerbits.plain import Composed
 from layerbits.probing.report import markdown, parameters, write_probe
 from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
-from layerbits.schemes.settings import whole
+from layerbits.schemes.settings import listed_paths, whole
 from layerbits.scoring.precision import check_dtype
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
@@ -21,13 +21,15 @@ def probe(config: Composed, root: Path) -> None:
     wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")
     rows, batch_size = (whole(key, config[key]) for key in ("rows", "batch_size"))
     dtype = check_dtype(str(config["dtype"]))
+    seq_len = None if config["seq_len"] in (None, "none") else whole("seq_len", config["seq_len"])
+    texts = listed_paths(config["texts"])
     output = user_path(config["output_root"])
 
     def make(uri: str | None) -> Made:
         from layerbits.probing.probe import probe_schemes
 
         schemes = wanted.schemes(uri)
-        result = probe_schemes(schemes, rows, batch_size, config["device"], root, dtype)
+        result = probe_schemes(schemes, rows, batch_size, config["device"], root, dtype, seq_len, texts)
         folder = write_probe(result, output)
         text = markdown(result)
         print(f"\n{text}\nprobe: {folder}")

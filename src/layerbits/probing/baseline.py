@@ -52,12 +52,13 @@ class Baseline:
     Args:
         model: The whole model, unquantized.
         batches: The rows. Their loss mask says which tokens count, so that padding has no part in any figure.
+        sources: Where each caption is from, by its number in the caption list; empty = nothing is known.
 
     Attributes:
         caption_tokens: ``[captions]`` counted tokens of each caption, in the order of the caption list.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], sources: Sequence[str] = ()) -> None:
         from layerbits.scoring.divergence import log_partition
 
         self._kept = []
@@ -69,6 +70,7 @@ class Baseline:
         owners = torch.cat([k.segment.sample[k.segment.loss_mask] for k in self._kept]).numpy()
         _, self._caption, tokens = np.unique(owners, return_inverse=True, return_counts=True)
         self.caption_tokens = tuple(tokens.tolist())
+        self._source = [sources[owner] for owner in owners] if sources else []
         self._place = np.concatenate([places(k.segment) for k in self._kept])
         self._confidence = np.concatenate([confidences(k.logits, k.partition) for k in self._kept])
 
@@ -124,7 +126,7 @@ class Baseline:
             logit_max_error=float(largest.max()),
             kl_median=float(np.quantile(kl, 0.5)),
             kl_p90=float(np.quantile(kl, 0.9)),
-            slices=slices(kl, self._place, self._confidence),
+            slices=slices(kl, self._place, self._confidence, self._source),
         ), tuple(captions.tolist())
 
     def _loss(self, kept: _Kept) -> Any:

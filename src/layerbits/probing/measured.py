@@ -34,7 +34,7 @@ class Difference:
         logit_mse: Mean squared difference over tokens and vocabulary.
         logit_max_error: Largest absolute difference.
         kl_median: Median of it over the tokens, and ``kl_p90`` the 90th percentile: a mean can hide a tail.
-        slices: Mean and tail by position in the row and by confidence of the unquantized model.
+        slices: Mean and tail by position in the row, by confidence of the unquantized model and by source.
         nonfinite: Tokens where a logit is not a number; they make the other figures NaN.
     """
 
@@ -87,13 +87,19 @@ class SchemeProbe:
 
 @dataclass(frozen=True)
 class Rows:
-    """What was probed on: ``rows`` rows of held-out captions, ``tokens`` of them counted."""
+    """What was probed on: ``rows`` rows of held-out captions, ``tokens`` of them counted.
+
+    Attributes:
+        sources: Where each caption is from, by its number; empty where that is not known. Not in the record: the
+            slices are.
+    """
 
     dataset: str
     packing: str
     seq_len: int
     rows: int
     tokens: int
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,7 @@ class ProbeResult:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data with its schema version; what is not a number becomes null."""
         plain: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        del plain["data"]["sources"]
         for record, probed in zip(plain["schemes"], self.schemes, strict=True):
             record["additivity"] = probed.additivity
             record["by_modality"] = self.by_modality(probed)

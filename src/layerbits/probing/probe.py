@@ -30,7 +30,14 @@ _MAY_KEEP = 0.25  # of the free memory, for quantized weights
 
 
 def probe_schemes(
-    schemes: Sequence[Scheme], rows: int, batch_size: int, device: str, root: Path, dtype: str = "auto"
+    schemes: Sequence[Scheme],
+    rows: int,
+    batch_size: int,
+    device: str,
+    root: Path,
+    dtype: str = "auto",
+    seq_len: int | None = None,
+    texts: Sequence[str] = (),
 ) -> ProbeResult:
     """Finds the model and the held-out rows of some schemes, and measures them, and each of their KV caches alone.
 
@@ -41,12 +48,16 @@ def probe_schemes(
         device: ``auto``, ``cpu`` or ``cuda``.
         root: Project folder, for the git commit.
         dtype: What to measure in, one of :data:`layerbits.scoring.precision.DTYPES`.
+        seq_len: Tokens a row; ``None`` = as the schemes were scored on.
+        texts: Files of texts to measure on, as :func:`layerbits.probing.texts.probe_texts`; none = what was held out.
 
     Raises:
-        UserError: No scheme, schemes of several models, or what :func:`layerbits.probing.loading.prepare`,
+        UserError: No scheme, schemes of several models, rows longer than the model's positions, or what
+            :func:`layerbits.probing.loading.prepare`, :func:`~layerbits.probing.texts.probe_texts`,
             :func:`held_out_rows` and :func:`probe` refuse; all but the last before the weights are loaded.
     """
     from layerbits.probing.loading import prepare_together
+    from layerbits.probing.texts import probe_texts
     from layerbits.provenance import provenance
     from layerbits.schemes.kv_cache import toggles
     from layerbits.scoring.precision import check_dtype
@@ -55,13 +66,23 @@ def probe_schemes(
     schemes = [*schemes, *toggles(schemes)]
     prepared = prepare_together(schemes, "probe")
     data = prepared.scheme.calibration
-    packing, seq_len, _ = data.row_shape
-    batches = held_out_rows(
-        prepared.captions.held_out, prepared.tokenizer, packing, seq_len, batch_size, rows, prepared.reader
-    )
-    what = Rows(data.dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
+    packing, scored_len, _ = data.row_shape
+    length = scored_len if seq_len is None else _checked_length(seq_len, prepared.resolved.config)
+    found = probe_texts(prepared.captions, texts)
+    reader = None if found.own else prepared.reader
+    batches = held_out_rows(found.texts, prepared.tokenizer, packing, length, batch_size, rows, reader)
+    what = Rows(found.name, packing, length, sum(b.rows for b in batches), tokens=0, sources=found.in_rows(rows))
     loaded = prepared.load(device)
     return probe(loaded.model, loaded.info, schemes, prepared.calibration, batches, what, provenance(root), dtype)
+
+
+def _checked_length(seq_len: int, config: Any) -> int:
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if seq_len < 2:
+        raise UserError(f"seq_len={seq_len} leaves no token to predict; use 2 or more")
+    if isinstance(most, int) and 0 < most < seq_len:
+        raise UserError(f"seq_len={seq_len} is longer than the {most:,} positions of the model; use {most} or less")
+    return seq_len
 
 
 def held_out_rows(
@@ -183,7 +204,7 @@ def _measured(
 
     clock = time.perf_counter
     start = clock()
-    baseline = Baseline(model, batches)
+    baseline = Baseline(model, batches, data.sources)
     if not baseline.finite:
         raise UserError("the unquantized model's own logits are not finite; try model.dtype=float32 or bfloat16")
     floor, floor_kind = _noise_floor(model, precision, baseline)

@@ -155,14 +155,14 @@ def _by_modality(result: ProbeResult) -> list[str]:
 
 
 def _sliced(result: ProbeResult) -> list[str]:
-    """Median and tail of the KL over the tokens, and its mean by position and by confidence."""
+    """Median and tail of the KL over the tokens, and its mean by position, by confidence and by source."""
     names = [one.name for one in result.floor.slices]
     if not names:
         return []
     lines = [
         "",
-        "KL over the tokens, nats: median and tail, then the mean by position in the row and by the largest "
-        "probability of the unquantized model:",
+        "KL over the tokens, nats: median and tail, then the mean by position in the row, by the largest "
+        "probability of the unquantized model, and by source where there are several:",
         "",
         f"| scheme | median | p90 | p99 | {' | '.join(names)} |",
         f"|---|---|---|---|{'---|' * len(names)}",

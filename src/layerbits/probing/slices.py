@@ -1,4 +1,4 @@
-"""Where in the rows the damage is: by position, and by how sure the unquantized model is."""
+"""Where in the rows the damage is: by position, by how sure the unquantized model is, and by the source of a text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Slice:
     """The KL divergence of some of the tokens, nats per token.
 
     Attributes:
-        name: One of :data:`QUARTERS`, of the row, or :data:`CONFIDENCES`, the unquantized model's largest probability.
+        name: One of :data:`QUARTERS`, of the row, or :data:`CONFIDENCES`, the unquantized model's largest probability,
+            or ``from <source>``.
         tokens: How many.
         kl: Mean.
         p99: 99th percentile.
@@ -57,17 +58,22 @@ def confidences(logits: torch.Tensor, partition: torch.Tensor) -> FloatArray:
     return np.asarray(top.exp().numpy(), dtype=np.float64)
 
 
-def slices(kl: FloatArray, place: FloatArray, confidence: FloatArray) -> tuple[Slice, ...]:
-    """The KL divergence by position and by confidence; slices without a token are left out.
+def slices(kl: FloatArray, place: FloatArray, confidence: FloatArray, source: Sequence[str] = ()) -> tuple[Slice, ...]:
+    """The KL divergence by position, by confidence and by source; slices without a token are left out.
 
     Args:
         kl: ``[n]`` nats.
         place: ``[n]`` position in the row, a share.
         confidence: ``[n]`` largest probability of the unquantized model.
+        source: ``[n]`` where a token's text is from; empty = nothing is known. One source alone is no slice.
     """
     quarter = np.minimum((4 * place).astype(int), 3)
     sure = np.digitize(confidence, _SURE[1:])
-    return (*_cut(kl, quarter, QUARTERS), *_cut(kl, sure, CONFIDENCES))
+    names = list(dict.fromkeys(source))
+    number = {name: i for i, name in enumerate(names)}
+    which = np.asarray([number[name] for name in source], dtype=int)
+    by_source = _cut(kl, which, [f"from {name}" for name in names]) if len(names) > 1 else []
+    return (*_cut(kl, quarter, QUARTERS), *_cut(kl, sure, CONFIDENCES), *by_source)
 
 
 def _cut(kl: FloatArray, which: np.ndarray[tuple[int, ...], np.dtype[np.int_]], names: Sequence[str]) -> list[Slice]:
