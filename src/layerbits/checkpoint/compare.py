@@ -211,6 +211,7 @@ def fake_quantized(
         factor: What the kernel takes for the range, relative to it; by default what the label prescribes.
     """
     quantizer = quantizers.make_quantizer(layer.weight, weight.device)
+    assert quantizer is not None
     if amax is not None:
         if amax.numel() > 1:  # a range per row or per block of a row
             amax = amax.reshape(rows, -1)[start:stop].reshape(-1, 1)

@@ -12,6 +12,7 @@ from layerbits.checkpoint.experts import ExpertLinear, expert_linears
 from layerbits.checkpoint.label import COMPRESSED, Label
 
 if TYPE_CHECKING:
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from transformers import PreTrainedModel
 
     from layerbits.probing.apply import Ranges
@@ -43,8 +44,8 @@ class ScoredLayer:
     candidate: str
     label: Label
     dtype: torch.dtype
-    weight: torch.Tensor
-    inputs: Any
+    weight: QuantizerAttributeConfig | None
+    inputs: QuantizerAttributeConfig | None
     weight_range: torch.Tensor | None
     scale_range: torch.Tensor | None
     stored_range: torch.Tensor | None

@@ -8,38 +8,43 @@ linear that stores its weight transposed and that ModelOpt quantizes as ``[out, 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TypeGuard
 
 import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from layerbits.inputs.residence import resident
 
+QuantizableModule = nn.Linear | _ConvNd
+"""What ModelOpt's search decides on by itself; other classes of linears (GPT-2's) have the same attributes."""
 
-def is_quantizable(module: Any) -> bool:
+
+def is_quantizable(module: nn.Module) -> TypeGuard[QuantizableModule]:
     """Whether ModelOpt's search decides on this module by itself: a linear or a convolution, by its own registry."""
-    kind: Any = type(module)
+    kind: type = type(module)
     return _is_quantizable(kind)
 
 
-def is_transposed(module: Any) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """Whether a linear stores its weight as ``[in, out]``."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
 
 
-def is_convolution(module: Any) -> bool:
+def is_convolution(module: nn.Module) -> TypeGuard[_ConvNd]:
     """Whether it is a convolution, whose inputs and outputs have their tokens last."""
-    return isinstance(module, torch.nn.modules.conv._ConvNd)
+    return isinstance(module, _ConvNd)
 
 
-def weight_of(module: Any) -> Any:
+def weight_of(module: QuantizableModule) -> torch.Tensor:
     """The weight as ModelOpt's quantizers see it, outputs first, where the module computes."""
     weight = resident(module).weight
     return weight.T.contiguous() if is_transposed(module) else weight
 
 
-def shape_of(module: Any) -> tuple[int, int]:
+def shape_of(module: QuantizableModule) -> tuple[int, int]:
     """``(out_features, in_features)``; of a convolution its output channels and its width.
 
     These are the lengths that blocks of scales have to divide.
@@ -48,12 +53,12 @@ def shape_of(module: Any) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def tokens_of(module: Any, x: torch.Tensor) -> int:
+def tokens_of(module: nn.Module, x: torch.Tensor) -> int:
     """Number of tokens in an input of a module."""
     return int(x.numel() // x.shape[1 if is_convolution(module) else -1])
 
 
-def outputs_of(module: Any, x: torch.Tensor, weights: Any, many: int) -> Any:
+def outputs_of(module: QuantizableModule, x: torch.Tensor, weights: torch.Tensor, many: int) -> torch.Tensor:
     """What a module makes of an input with several weights.
 
     Args:
@@ -72,12 +77,12 @@ def outputs_of(module: Any, x: torch.Tensor, weights: Any, many: int) -> Any:
     return torch.nn.functional.linear(x, weights, bias)
 
 
-def features_last(module: Any, y: torch.Tensor) -> Any:
+def features_last(module: nn.Module, y: torch.Tensor) -> torch.Tensor:
     """An output (or its gradient) as ``[..., out_features]``."""
     return y.movedim(1, -1) if is_convolution(module) else y
 
 
-def by_token(module: Any, values: torch.Tensor, x: torch.Tensor) -> Any:
+def by_token(module: nn.Module, values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Values per position of an output, as values per token of the input.
 
     A causal convolution puts out more positions than it gets tokens; those after the last token are counted to it.
@@ -96,7 +101,7 @@ def by_token(module: Any, values: torch.Tensor, x: torch.Tensor) -> Any:
     return tokens.flatten(1)
 
 
-def run(module: Any, x: torch.Tensor, weight: torch.Tensor) -> Any:
+def run(module: QuantizableModule, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A module's output in its own layout, with another weight in place of its own."""
     if is_convolution(module):
         return module._conv_forward(x, weight, module.bias)
@@ -104,7 +109,7 @@ def run(module: Any, x: torch.Tensor, weight: torch.Tensor) -> Any:
 
 
 @cache
-def _is_quantizable(kind: Any) -> bool:
+def _is_quantizable(kind: type) -> bool:
     import modelopt.torch.quantization.plugins.huggingface  # noqa: F401 - registers the classes of transformers
     from modelopt.torch.quantization.nn import QuantLinearConvBase, QuantModuleRegistry
 

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerbits.plain import JsonObject
 from layerbits.recipes.space import RecipeSpace
 from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import FloatArray
 from layerbits.schemes.solver import Solution, solve_problem
-from layerbits.scoring.state import solved_state, stats_entry
+from layerbits.scoring.state import SearchState, solved_state, stats_entry
 
 if TYPE_CHECKING:
     from modelopt.torch.quantization.algorithms import QuantRecipe
@@ -54,7 +53,7 @@ def clamped_scores(space: RecipeSpace, raw: FloatArray) -> int:
     return changed
 
 
-def search_state(space: RecipeSpace, raw: FloatArray) -> JsonObject:
+def search_state(space: RecipeSpace, raw: FloatArray) -> SearchState:
     """The state that ``mtq.auto_quantize`` returns for a recipe, solved for its budget.
 
     Args:

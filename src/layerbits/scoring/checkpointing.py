@@ -6,16 +6,16 @@ training mode alone, where some blocks drop activations (OPT, Falcon).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from layerbits.inputs.blocks import decoder_blocks
-from layerbits.scoring.patches import Forward, forwards
+from layerbits.scoring.patches import forwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +37,11 @@ def checkpointed(
     """
     pinned = torch.cuda.is_available()
 
-    def recomputed(forward: Forward) -> Forward:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def recomputed(forward: Callable[..., object]) -> Callable[..., object]:
+        def wrapped(*args: object, **kwargs: object) -> object:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            where: AbstractContextManager[Any] = nullcontext()
+            where: AbstractContextManager[object] = nullcontext()
             if boundary_in_host_memory:
                 where = torch.autograd.graph.save_on_cpu(pin_memory=pinned)
             with where:

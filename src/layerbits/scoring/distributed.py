@@ -11,9 +11,12 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from types import ModuleType
+from typing import TypeVar
 
 from layerbits.errors import UserError
+
+T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=6)
 """How long the others are waited for. One that is gone closes its connections, which is seen at once; this is for one
@@ -35,7 +38,7 @@ def device(kind: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" and world() > 1 else kind
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: T) -> list[T]:
     """What every process has, by rank; all of them call it.
 
     Raises:
@@ -44,12 +47,12 @@ def gather(value: Any) -> list[Any]:
     if world() == 1:
         return [value]
     with _together() as dist:
-        found: list[Any] = [None] * world()
-        dist.all_gather_object(found, value)
-        return found
+        everyone = [value] * world()
+        dist.all_gather_object(everyone, value)
+        return everyone
 
 
-def told(value: Any, by: int) -> Any:
+def broadcast_object(value: T, by: int) -> T:
     """What one process has; all of them call it.
 
     Args:
@@ -62,9 +65,9 @@ def told(value: Any, by: int) -> Any:
     if world() == 1:
         return value
     with _together() as dist:
-        held = [value if rank() == by else None]
-        dist.broadcast_object_list(held, src=by)
-        return held[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=by)
+        return values[0]
 
 
 def share(count: int, done: Sequence[int]) -> list[int]:
@@ -74,7 +77,7 @@ def share(count: int, done: Sequence[int]) -> list[int]:
         count: How many there are.
         done: Those that this process has.
     """
-    anywhere = {index for held in gather(list(done)) for index in held}
+    anywhere = {index for theirs in gather(list(done)) for index in theirs}
     return [index for index in range(count) if index not in anywhere][rank() :: world()]
 
 
@@ -109,7 +112,7 @@ def _some(who: Sequence[str]) -> str:
 
 
 @contextmanager
-def _together() -> Iterator[Any]:
+def _together() -> Iterator[ModuleType]:
     import torch.distributed as dist
 
     try:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerbits.scoring.memory import free_bytes
 from layerbits.scoring.steps import LOGITS_AT_ONCE
+
+if TYPE_CHECKING:
+    from triton.runtime import JITFunction
 
 _AT_ONCE = 1 << 21
 """Logits that are compared at once on a CPU: 8 MB in float32, near enough to its caches."""
@@ -39,7 +42,9 @@ class Reference:
         loss: Loss of the tokens that came true, nats, summed.
     """
 
-    def __init__(self, logits_of: Callable[[Any], Any], values: torch.Tensor, targets: torch.Tensor) -> None:
+    def __init__(
+        self, logits_of: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, targets: torch.Tensor
+    ) -> None:
         self._logits_of = logits_of
         self._values = values
         self._targets = targets
@@ -49,7 +54,7 @@ class Reference:
         keep = wanted < _MAY_KEEP * free_bytes(values.device)
         self.kept_bytes = wanted if keep else 0
         pieces, partition = [], []
-        loss = 0.0
+        loss: torch.Tensor | float = 0.0
         for piece, true in zip(values.split(size), targets.split(size), strict=True):
             logits = logits_of(piece)
             partition.append(log_partition(logits))
@@ -60,7 +65,7 @@ class Reference:
         self._partition = torch.cat(partition)
         self.loss = float(loss)
 
-    def compare(self, span: slice, logits: torch.Tensor) -> tuple[Any, Any]:
+    def compare(self, span: slice, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The :func:`divergence` of logits ``[K, n, vocabulary]`` of the tokens in a span."""
         own = self._logits_of(self._values[span]) if self._kept is None else self._kept[span]
         return divergence(own, self._partition[span], logits, self._targets[span])
@@ -79,7 +84,7 @@ def exact_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tens
     return (reference.exp() * (reference - other)).sum(-1)
 
 
-def log_partition(logits: torch.Tensor) -> Any:
+def log_partition(logits: torch.Tensor) -> torch.Tensor:
     """``log Σ exp(z)`` in float32, ``[n]``, from logits ``[n, vocabulary]``."""
     rows = max(1, _AT_ONCE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
     return torch.cat([piece.float().logsumexp(dim=-1) for piece in logits.split(max(1, rows))])
@@ -87,7 +92,7 @@ def log_partition(logits: torch.Tensor) -> Any:
 
 def divergence(
     reference: torch.Tensor, partition: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[Any, Any]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """KL divergence and loss change per token, against one reference.
 
     Args:
@@ -107,7 +112,7 @@ def divergence(
 
 def _in_pieces(
     reference: torch.Tensor, partition: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[Any, Any]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     tiles, tokens, vocabulary = logits.shape
     kl, change = (torch.empty((tiles, tokens), device=logits.device) for _ in range(2))
     size = max(1, _AT_ONCE // vocabulary)
@@ -132,7 +137,7 @@ def _in_pieces(
 
 def _fused(
     reference: torch.Tensor, partition: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
-) -> tuple[Any, Any]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     tiles, tokens, vocabulary = logits.shape
     kl, change = (torch.empty((tiles, tokens), dtype=torch.float32, device=logits.device) for _ in range(2))
     with torch.cuda.device(logits.device):
@@ -154,7 +159,7 @@ def _fused(
 
 
 @cache
-def _kernel() -> Any:
+def _kernel() -> JITFunction:
     import triton
 
     from layerbits.scoring import divergence_kernel

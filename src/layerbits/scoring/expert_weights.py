@@ -9,7 +9,7 @@ ranges, ranges that are searched) is quantized expert by expert.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +18,10 @@ from layerbits.candidates.linear import FP8
 from layerbits.errors import Unsupported, UserError
 from layerbits.scoring import quantizers
 from layerbits.scoring.fake_quant import has_kernel
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from triton.runtime import JITFunction
 
 AT_ONCE = 1 << 27
 """Weights that are quantized at once: 512 MB in float32, which some kernels work in."""
@@ -37,7 +41,9 @@ class ExpertWeights:
         dtype: What it computes in; weights in another are converted there and back.
     """
 
-    def __init__(self, attributes: Any, weight: torch.Tensor, search: Any = None) -> None:
+    def __init__(
+        self, attributes: QuantizerAttributeConfig, weight: torch.Tensor, search: quantizers.Options | None = None
+    ) -> None:
         experts, rows, width = weight.shape
         self._layout, adapted = ("each", attributes) if search is not None else _layout(attributes)
         self._search = search
@@ -47,10 +53,10 @@ class ExpertWeights:
         self._own = self._layout == "nvfp4" and (attributes.backend == fp4.NVFP4_BACKEND or weight.is_cuda)
         self._quantizers = [quantizers.make_quantizer(adapted, weight.device) for _ in self._parts]
         self._rows = rows
-        self._amax: Any = None
+        self._amax: torch.Tensor
         self.dtype = weight.dtype
 
-    def calibrate(self, weight: torch.Tensor, rows_amax: Any) -> None:
+    def calibrate(self, weight: torch.Tensor, rows_amax: torch.Tensor) -> None:
         """Finds the ranges as ModelOpt's ``max`` calibration does.
 
         Args:
@@ -69,7 +75,7 @@ class ExpertWeights:
             else:
                 quantizers.calibrate_weight(quantizer, self._seen(weight[part]), self._search)
 
-    def range_of(self, expert: int, start: int, stop: int) -> Any:
+    def range_of(self, expert: int, start: int, stop: int) -> torch.Tensor | None:
         """Range of some rows of one expert: of the expert, of each row, or of each block of a row, ``[-1, 1]``.
 
         Raises:
@@ -87,7 +93,7 @@ class ExpertWeights:
         by_row = quantizer.amax.reshape(count, self._rows, -1)
         return by_row[expert - self._parts[part].start, start:stop].reshape(-1, 1).clone()
 
-    def __call__(self, weight: torch.Tensor) -> Any:
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """The quantized weights, a new tensor."""
         if weight.dtype != self.dtype:
             return self(weight.to(self.dtype)).to(weight.dtype)
@@ -98,13 +104,13 @@ class ExpertWeights:
             made[part] = self._quantized(index, weight[part]).view(made[part].shape)
         return made
 
-    def _quantized(self, index: int, weight: torch.Tensor) -> Any:
+    def _quantized(self, index: int, weight: torch.Tensor) -> torch.Tensor:
         if not self._own:
             return self._quantizers[index](self._seen(weight))
         amax = self._amax[self._parts[index]]
         return _nvfp4_on_gpu(weight, amax) if weight.is_cuda else fp4.nvfp4_each(weight, amax)
 
-    def _seen(self, weight: torch.Tensor) -> Any:
+    def _seen(self, weight: torch.Tensor) -> torch.Tensor:
         """The weights in the shape that the quantizer gets."""
         if self._layout == "each":
             return weight[0]
@@ -115,7 +121,7 @@ class ExpertWeights:
         return weight
 
 
-def largest_by_row(name: str, weight: torch.Tensor) -> Any:
+def largest_by_row(name: str, weight: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of each row of each expert's weight, ``[experts, out_features]``.
 
     Raises:
@@ -129,7 +135,7 @@ def largest_by_row(name: str, weight: torch.Tensor) -> Any:
     return amax
 
 
-def _layout(attributes: Any) -> tuple[str, Any]:
+def _layout(attributes: QuantizerAttributeConfig) -> tuple[str, QuantizerAttributeConfig]:
     """How the scales lie in ``[experts, out, in]``, and the attributes that make ModelOpt's quantizer see it so."""
     blocks = dict(attributes.block_sizes or {})
     lengths = {k % 2: v for k, v in blocks.items() if isinstance(k, int)}
@@ -156,7 +162,7 @@ def _layout(attributes: Any) -> tuple[str, Any]:
     return layout, attributes.model_copy(update={"axis": axis, "block_sizes": None})
 
 
-def _narrow(attributes: Any, layout: str, weight: torch.Tensor) -> bool:
+def _narrow(attributes: QuantizerAttributeConfig, layout: str, weight: torch.Tensor) -> bool:
     """Whether quantizing takes no more memory than its result: no plain PyTorch in float32 on the way."""
     if not weight.is_cuda or layout not in ("matrix", "row", "row blocks", "nvfp4"):
         return False
@@ -164,7 +170,7 @@ def _narrow(attributes: Any, layout: str, weight: torch.Tensor) -> bool:
     return has_kernel(attributes) or (attributes.backend is None and dynamic)
 
 
-def _nvfp4_on_gpu(weight: torch.Tensor, amax: torch.Tensor) -> Any:
+def _nvfp4_on_gpu(weight: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     import triton
 
     experts, rows, width = weight.shape
@@ -179,7 +185,7 @@ def _nvfp4_on_gpu(weight: torch.Tensor, amax: torch.Tensor) -> Any:
 
 
 @cache
-def _kernel() -> Any:
+def _kernel() -> JITFunction:
     import triton
 
     from layerbits.scoring import nvfp4_kernel

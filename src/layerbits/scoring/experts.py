@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from itertools import cycle
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import nn
 
 from layerbits.errors import Unsupported
 from layerbits.inputs.experts import Experts, fused_experts
@@ -28,13 +29,17 @@ from layerbits.scoring.patches import Forward, forwards
 from layerbits.scoring.reduction import token_scores
 from layerbits.scoring.tap import See, Tap
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k", "num_selected_experts")
 """Names of the number of experts per token in configurations, ModelOpt's list (``_auto_quantize_cost.py``)."""
 
 _ROWS_AT_ONCE = 1 << 15
 """Routed tokens of several candidates that go side by side: two candidates of 2,048 tokens with eight experts each."""
 
-Change = Callable[[Any], Any]
+Change = Callable[[torch.Tensor], torch.Tensor]
 """What is done to a tensor on its way into a projection."""
 
 
@@ -51,7 +56,7 @@ class Routed:
     weights: torch.Tensor
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Routed:
+    def of(cls, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> Routed:
         """Reads the arguments of a forward; transformers gives them in this order under several names."""
         return cls(*(v.detach() for v in (*args, *kwargs.values())))
 
@@ -66,7 +71,7 @@ class ExpertsTap(Tap):
         experts: What it consists of.
     """
 
-    def __init__(self, name: str, module: Any, settings: quantizers.Settings, experts: Experts) -> None:
+    def __init__(self, name: str, module: nn.Module, settings: quantizers.Settings, experts: Experts) -> None:
         tensors = [getattr(resident(module), projection) for projection in experts.projections]
         super().__init__(name, module, settings, experts.projections, tensors[0].device)
         self.experts = experts
@@ -76,10 +81,10 @@ class ExpertsTap(Tap):
             [None if setting is None else ExpertWeights(setting, tensor, search) for tensor in tensors]
             for setting, search in zip(settings.weights, searches, strict=True)
         ]
-        self._kept: list[tuple[Any, ...]] | None = None
+        self._kept: list[tuple[torch.Tensor, ...]] | None = None
         self._routed = _zeros(experts.count + 1, self.device)
 
-    def count(self, index: Any) -> None:
+    def count(self, index: torch.Tensor) -> None:
         """Counts the tokens of each expert.
 
         Args:
@@ -88,13 +93,13 @@ class ExpertsTap(Tap):
         flat = index.flatten().clamp(max=self.experts.count).to(self.device)
         self._routed.index_add_(0, flat, self._routed.new_ones(()).expand(len(flat)))
 
-    def take_routed(self) -> Any:
+    def take_routed(self) -> npt.NDArray[np.int64]:
         """Tokens per expert that were counted since the last call, ``[experts]`` on the CPU."""
         counted = self._routed[:-1].cpu().numpy()
         self._routed = _zeros(self.experts.count + 1, self.device)
         return counted
 
-    def fix_dtype(self, dtype: Any) -> None:
+    def fix_dtype(self, dtype: torch.dtype) -> None:
         """Has every quantizer compute in a dtype."""
         super().fix_dtype(dtype)
         for row in self._weights:
@@ -120,20 +125,20 @@ class ExpertsTap(Tap):
         first, second = self.experts.projections
 
         def show(site: str) -> Change:
-            def shown(x: torch.Tensor) -> Any:
+            def shown(x: torch.Tensor) -> torch.Tensor:
                 see(site, x)
                 return x
 
             return shown
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
             routed = Routed.of(args, kwargs)
             self.count(routed.index)
             return self._run(routed, self._tensors(), show(first), show(second))
 
         return forwards({self.module: forward})
 
-    def calibrate_weights(self, shared: Any = None) -> None:
+    def calibrate_weights(self, shared: torch.Tensor | None = None) -> None:
         """Finds the ranges of all experts' weights."""
         for position, tensor in enumerate(self._tensors()):
             amax = largest_by_row(self.name, tensor)
@@ -149,7 +154,7 @@ class ExpertsTap(Tap):
         """Quantizes them on the fly from now on."""
         self._kept = None
 
-    def inputs_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    def inputs_of(self, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The routed tokens."""
         routed = Routed.of(args, kwargs)
         return routed.hidden, routed.index, routed.weights
@@ -174,8 +179,12 @@ class ExpertsTap(Tap):
                 yield mine[setting], token_scores(gradient, changed, output, signed)
 
     def _outputs(
-        self, routed: Routed, tensors: Sequence[Any], settings: Sequence[int], ready: dict[tuple[int, ...], SideBySide]
-    ) -> Iterator[tuple[int, Any]]:
+        self,
+        routed: Routed,
+        tensors: Sequence[torch.Tensor],
+        settings: Sequence[int],
+        ready: dict[tuple[int, ...], SideBySide],
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """Output under each input setting; where tokens may go side by side, the weights are read once for several.
 
         Args:
@@ -208,7 +217,7 @@ class ExpertsTap(Tap):
         """
         kept = tuple(self.weights(pair[0])) if keep else None
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
             weights = tuple(self.weights(pair[0])) if kept is None else kept
             routed = Routed(*args, *kwargs.values())  # gradients pass where the module is held quantized
             return self._run(routed, weights, *self._changes(pair[1]))
@@ -218,7 +227,7 @@ class ExpertsTap(Tap):
     def recomputed(self) -> Forward:
         """Each half of a token's experts for itself."""
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
             routed = Routed.of(args, kwargs)
             first = routed.weights.clone()
             first[:, routed.weights.shape[1] // 2 :] = 0
@@ -228,13 +237,15 @@ class ExpertsTap(Tap):
 
         return forward
 
-    def weights(self, setting: int | None) -> Iterator[Any]:
+    def weights(self, setting: int | None) -> Iterator[torch.Tensor]:
         """The two projections' weights."""
         for position, tensor in enumerate(self._tensors()):
             quantizer = None if setting is None else self._weights[setting][position]
             yield tensor if quantizer is None else quantizer(tensor)
 
-    def weight_range(self, projection: str, expert: int, start: int, stop: int, setting: int = 0) -> Any:
+    def weight_range(
+        self, projection: str, expert: int, start: int, stop: int, setting: int = 0
+    ) -> torch.Tensor | None:
         """Range of some rows of an expert's weight as a setting has it, ``None`` where it needs none."""
         quantizer = self._weights[setting][self.experts.projections.index(projection)]
         return None if quantizer is None else quantizer.range_of(expert, start, stop)
@@ -242,9 +253,9 @@ class ExpertsTap(Tap):
     def lighter(self) -> AbstractContextManager[None]:
         """While it lasts, the activations inside the module are made again in the backward pass."""
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
             hidden, index, weights = (*args, *kwargs.values())
-            return _recomputed().apply(hidden, weights, index, self._plain)
+            return _Recomputed.apply(hidden, weights, index, self._plain)
 
         return forwards({self.module: forward})
 
@@ -253,16 +264,22 @@ class ExpertsTap(Tap):
         config = getattr(self.module, "config", None)
         return next((n for n in (getattr(config, a, None) for a in _PER_TOKEN) if isinstance(n, int)), 8)
 
-    def _plain(self, hidden: torch.Tensor, index: Any, weights: Any) -> Any:
+    def _plain(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return self._run(Routed(hidden, index, weights), self._tensors())
 
-    def _tensors(self) -> tuple[Any, ...]:
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(resident(self.module), projection).detach() for projection in self.experts.projections)
 
-    def _changes(self, setting: int) -> tuple[Any, ...]:
+    def _changes(self, setting: int) -> tuple[Change | None, ...]:
         return tuple(self.inputs[projection][setting] for projection in self.experts.projections)
 
-    def _run(self, routed: Routed, tensors: Sequence[Any], first: Any = None, second: Any = None) -> Any:
+    def _run(
+        self,
+        routed: Routed,
+        tensors: Sequence[torch.Tensor],
+        first: Change | None = None,
+        second: Change | None = None,
+    ) -> torch.Tensor:
         """The module's output with other weights, its inputs changed on the way.
 
         Args:
@@ -290,7 +307,7 @@ class ExpertsTap(Tap):
             )
 
 
-def with_inputs(module: Any, name: str, changes: Mapping[str, Change | None]) -> None:
+def with_inputs(module: nn.Module, name: str, changes: Mapping[str, Change | None]) -> None:
     """Gives an expert module a forward that changes what enters its projections, for good.
 
     Args:
@@ -308,52 +325,66 @@ def with_inputs(module: Any, name: str, changes: Mapping[str, Change | None]) ->
 class _With:
     """A module with some attributes replaced, for its forward as a plain function."""
 
-    def __init__(self, module: Any, replaced: Mapping[str, Any]) -> None:
+    def __init__(self, module: nn.Module, replaced: Mapping[str, object]) -> None:
         self.__dict__.update(replaced)
         self._module = module
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._module, name)
 
 
-def _zeros(count: int, device: Any) -> Any:
+def _zeros(count: int, device: torch.device) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int64, device=device)
 
 
-def _grouped(module: Any) -> Any:
+def _grouped(module: nn.Module) -> Callable[..., torch.Tensor] | None:
     """Transformers' grouped forward, ``None`` for a class that was not written for it."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"] if hasattr(module, "has_gate") else None
 
 
-def _by_token(change: Any) -> bool:
+def _by_token(change: Change | None) -> bool:
     """Whether a change treats every token by itself, so that it may be applied to the tokens of all experts at once."""
     return change is None or not hasattr(change, "block_sizes") or quantizers.by_token(change)
 
 
-def _one_by_one(module: Any, weights: Mapping[str, Any], routed: Routed, first: Any, second: Any) -> Any:
+def _one_by_one(
+    module: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    routed: Routed,
+    first: Change | None,
+    second: Change | None,
+) -> torch.Tensor:
     """The module's own loop over its experts, ``torch.nn.functional.linear`` called twice for each.
 
     ModelOpt's way: a range that is made on the fly is that of the tokens of one expert.
     """
-    linear = torch.nn.functional.linear
-    second_next = False
-
-    def quantized(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> Any:
-        nonlocal second_next
-        change = second if second_next else first
-        second_next = not second_next
-        return linear(x if change is None else change(x), weight, bias)
-
     own = type(module).forward
     forward = getattr(own, "__wrapped__", own)
-    with _linear_is(quantized):
+    with _linear_is(_InTurn(nn.functional.linear, first, second)):
         return forward(_With(module, weights), routed.hidden, routed.index, routed.weights)
 
 
+class _InTurn:
+    """A linear for a loop over experts, which calls it with the two projections of each expert in turn.
+
+    Args:
+        linear: What it computes with.
+        first: What is done to the input of the first projection. second: Of the second.
+    """
+
+    def __init__(self, linear: Callable[..., torch.Tensor], first: Change | None, second: Change | None) -> None:
+        self._linear = linear
+        self._changes = cycle((first, second))
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        change = next(self._changes)
+        return self._linear(x if change is None else change(x), weight, bias)
+
+
 @contextmanager
-def _linear_is(function: Any) -> Iterator[None]:
+def _linear_is(function: Callable[..., torch.Tensor]) -> Iterator[None]:
     before = torch.nn.functional.linear
     torch.nn.functional.linear = function
     try:
@@ -362,25 +393,38 @@ def _linear_is(function: Any) -> Iterator[None]:
         torch.nn.functional.linear = before
 
 
-@cache
-def _recomputed() -> Any:
-    class Recomputed(torch.autograd.Function):
-        """Keeps what enters, and makes the inside again when the gradient comes."""
+class _Context(Protocol):
+    """What autograd hands to :class:`_Recomputed`, with what that keeps beside tensors."""
 
-        @staticmethod
-        def forward(ctx: Any, hidden: torch.Tensor, weights: Any, index: Any, run: Any) -> Any:
-            ctx.save_for_backward(hidden, weights, index)
-            ctx.run = run
-            return run(hidden, index, weights)
+    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
 
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
-            hidden, weights, index = ctx.saved_tensors
-            with torch.enable_grad():
-                leaves = [hidden.detach().requires_grad_(), weights.detach().requires_grad_()]
-                output = ctx.run(leaves[0], index, leaves[1])
-                wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed]
-                found = iter(torch.autograd.grad(output, wanted, gradient))
-            return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None)
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        """Keeps tensors."""
 
-    return Recomputed
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps what enters, and makes the inside again when the gradient comes."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        hidden: torch.Tensor,
+        weights: torch.Tensor,
+        index: torch.Tensor,
+        run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weights, index)
+        ctx.run = run
+        return run(hidden, index, weights)
+
+    @staticmethod
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden, weights, index = ctx.saved_tensors
+        with torch.enable_grad():
+            leaves = [hidden.detach().requires_grad_(), weights.detach().requires_grad_()]
+            output = ctx.run(leaves[0], index, leaves[1])
+            wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed]
+            gradients = iter(torch.autograd.grad(output, wanted, gradient))
+        return (*(next(gradients) if needed else None for needed in ctx.needs_input_grad[:2]), None, None)

@@ -7,12 +7,20 @@ weights of a model for every candidate, those of experts in every step, and ther
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerbits.candidates import fp4
 from layerbits.candidates.linear import E8M0, FP4, FP8
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+    from triton.runtime import JITFunction
+
+Bits = int | tuple[int, int]
+"""Of an integer, or exponent and mantissa of a float."""
 
 _TILE = 4096
 """Numbers a program."""
@@ -21,14 +29,14 @@ _LEAST_WIDTH = 16
 
 
 @cache
-def quantizer_class() -> Any:
+def quantizer_class() -> type[TensorQuantizer]:
     """ModelOpt's ``TensorQuantizer``, on a GPU with the kernels here where there is one for its setting."""
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     class FusedQuantizer(TensorQuantizer):  # type: ignore[misc]
         """A quantizer of one setting."""
 
-        def _fake_quantize(self, inputs: Any) -> Any:
+        def _fake_quantize(self, inputs: torch.Tensor) -> torch.Tensor:
             forward_only = not (torch.is_grad_enabled() and inputs.requires_grad)
             made = fused(self, inputs) if inputs.is_cuda and forward_only else None
             return super()._fake_quantize(inputs) if made is None else made
@@ -36,7 +44,7 @@ def quantizer_class() -> Any:
     return FusedQuantizer
 
 
-def has_kernel(setting: Any) -> bool:
+def has_kernel(setting: TensorQuantizer | QuantizerAttributeConfig) -> bool:
     """Whether there is a kernel here for a setting, as far as it is known without a tensor.
 
     Args:
@@ -51,7 +59,7 @@ def has_kernel(setting: Any) -> bool:
     return setting.backend is None and (bits == FP8 or (isinstance(bits, int) and not setting.unsigned))
 
 
-def fused(quantizer: Any, x: torch.Tensor) -> Any:
+def fused(quantizer: TensorQuantizer, x: torch.Tensor) -> torch.Tensor | None:
     """Quantizes by a kernel here.
 
     Args:
@@ -70,7 +78,7 @@ def fused(quantizer: Any, x: torch.Tensor) -> Any:
     return None if rows is None else _by_rows(x, amax.reshape(-1), rows, _bits(quantizer), quantizer.narrow_range)
 
 
-def _bits(setting: Any) -> Any:
+def _bits(setting: TensorQuantizer | QuantizerAttributeConfig) -> Bits:
     bits = setting.num_bits
     return tuple(bits) if isinstance(bits, tuple | list) else bits
 
@@ -85,14 +93,14 @@ def _rows(x: torch.Tensor, amax: torch.Tensor) -> int | None:
     return x.numel() // width if width >= _LEAST_WIDTH else None
 
 
-def _by_rows(x: torch.Tensor, amax: torch.Tensor, rows: int, bits: Any, narrow: bool) -> Any:
+def _by_rows(x: torch.Tensor, amax: torch.Tensor, rows: int, bits: Bits, narrow: bool) -> torch.Tensor:
     import triton
 
     made = torch.empty_like(x)
     width = x.numel() // rows
     columns = min(_TILE, triton.next_power_of_2(width))
     height = _TILE // columns
-    bound = 0.0 if bits == FP8 else float(2 ** (bits - 1) - 1)
+    bound = float(2 ** (bits - 1) - 1) if isinstance(bits, int) else 0.0
     lowest = -bound if narrow else -bound - 1
     grid = (triton.cdiv(rows, height) * triton.cdiv(width, columns),)
     _kernel("quantize_rows")[grid](
@@ -102,7 +110,7 @@ def _by_rows(x: torch.Tensor, amax: torch.Tensor, rows: int, bits: Any, narrow: 
     return made
 
 
-def _mxfp4(x: torch.Tensor, size: int) -> Any:
+def _mxfp4(x: torch.Tensor, size: int) -> torch.Tensor:
     import triton
 
     made = torch.empty_like(x)
@@ -116,7 +124,7 @@ def _mxfp4(x: torch.Tensor, size: int) -> Any:
 
 
 @cache
-def _kernel(name: str) -> Any:
+def _kernel(name: str) -> JITFunction:
     import triton
 
     from layerbits.scoring import fake_quant_kernel

@@ -12,23 +12,29 @@ import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
+
+import torch
 
 from layerbits.inputs.calibration import Batch, PictureRow, Segment
 from layerbits.inputs.kinds import outside_of_language_model
 from layerbits.inputs.models import output_head
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
 PIXELS = "pixel_values"
+Features = torch.Tensor | Sequence[torch.Tensor]
+"""Of all rows in one tensor, or one for each picture or each layer."""
 _METHOD = "get_image_features"
 _ROWS = "layerbits_rows"
 """Attribute of the tensor of pixels: the rows that it holds. It is how the method knows them."""
 
 
-def picture_inputs(model: Any, segment: Segment) -> dict[str, Any]:
+def picture_inputs(model: PreTrainedModel, segment: Segment) -> dict[str, torch.Tensor]:
     """Further arguments of a forward for the pictures of a segment; none where it has none."""
-    import torch
-
     if not segment.pictures:
         return {}
     weight = model.get_input_embeddings().weight
@@ -41,20 +47,18 @@ def picture_inputs(model: Any, segment: Segment) -> dict[str, Any]:
     return made
 
 
-def _kept_by(model: Any) -> Any:
+def _kept_by(model: PreTrainedModel) -> nn.Module | None:
     """The module whose features are kept; ``None`` where they are made anew."""
     return next((m for m in model.modules() if _METHOD in vars(m)), None)
 
 
-def joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def joined(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Rows of tensors as tensors of all rows."""
-    import torch
-
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 @contextmanager
-def kept_features(model: Any, batches: Sequence[Batch], changing: Collection[str] = ()) -> Iterator[None]:
+def kept_features(model: PreTrainedModel, batches: Sequence[Batch], changing: Collection[str] = ()) -> Iterator[None]:
     """While it lasts, a vision tower runs once per row; the features wait in host memory.
 
     Args:
@@ -79,35 +83,39 @@ def kept_features(model: Any, batches: Sequence[Batch], changing: Collection[str
         delattr(holder, _METHOD)
 
 
-def in_tower(model: Any, names: Collection[str]) -> list[str]:
+def in_tower(model: PreTrainedModel, names: Collection[str]) -> list[str]:
     """Those of some modules that lie outside the language model, so that image features depend on them."""
     return outside_of_language_model(model, list(names), output_head(model)) if names else []
+
+
+class _Output(Protocol):
+    """What a vision tower gives back: attributes by name, and its names when it is walked through."""
+
+    def __iter__(self) -> Iterator[str]: ...
 
 
 class _Kept:
     """``get_image_features`` that remembers."""
 
-    def __init__(self, compute: Any) -> None:
+    def __init__(self, compute: Callable[..., _Output]) -> None:
         self._compute = compute
         self._signature = inspect.signature(compute)
-        self._made: WeakKeyDictionary[PictureRow, dict[Any, Any]] = WeakKeyDictionary()
-        self._last: tuple[Any, Any, Any] = (None, None, None)
+        self._made: WeakKeyDictionary[PictureRow, dict[torch.dtype, SimpleNamespace]] = WeakKeyDictionary()
+        self._last: tuple[Sequence[PictureRow], tuple[torch.device, torch.dtype], SimpleNamespace] | None = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> _Output | SimpleNamespace:
         bound = self._signature.bind(*args, **kwargs).arguments
         given = {**bound, **bound.pop("kwargs", {})}
         rows = getattr(given[PIXELS], _ROWS, ())
         if not rows:
             return self._compute(*args, **kwargs)
         where = given[PIXELS].device, given[PIXELS].dtype
-        if self._last[0] is not rows or self._last[1] != where:
+        if self._last is None or self._last[0] is not rows or self._last[1] != where:
             made = [self._of(row, given) for row in rows]
             self._last = rows, where, _mapped(_together(made), lambda t: t.to(where[0]))
         return self._last[2]
 
-    def _of(self, row: PictureRow, given: Mapping[str, Any]) -> Any:
-        import torch
-
+    def _of(self, row: PictureRow, given: Mapping[str, torch.Tensor]) -> SimpleNamespace:
         made = self._made.setdefault(row, {})  # by dtype: a model may be measured in several
         dtype = given[PIXELS].dtype
         if dtype not in made:
@@ -117,7 +125,7 @@ class _Kept:
         return made[dtype]
 
 
-def _used(output: Any) -> SimpleNamespace:
+def _used(output: _Output) -> SimpleNamespace:
     """What a language model takes of a tower's output: the features, and those that enter at later blocks."""
     deep = [name for name in output if "deepstack" in name]
     return SimpleNamespace(**{name: getattr(output, name) for name in ("pooler_output", *deep)})
@@ -125,11 +133,9 @@ def _used(output: Any) -> SimpleNamespace:
 
 def _together(outputs: Sequence[SimpleNamespace]) -> SimpleNamespace:
     """Outputs of single rows as that of all of them: features row after row, deepstack features layer by layer."""
-    import torch
-
     if len(outputs) == 1:
         return outputs[0]
-    made: dict[str, Any] = {}
+    made: dict[str, Features] = {}
     for name in vars(outputs[0]):
         parts = [getattr(output, name) for output in outputs]
         if isinstance(parts[0], torch.Tensor):
@@ -141,7 +147,7 @@ def _together(outputs: Sequence[SimpleNamespace]) -> SimpleNamespace:
     return SimpleNamespace(**made)
 
 
-def _mapped(output: SimpleNamespace, change: Callable[[Any], Any]) -> SimpleNamespace:
+def _mapped(output: SimpleNamespace, change: Callable[[torch.Tensor], torch.Tensor]) -> SimpleNamespace:
     """An output with all of its tensors changed."""
     parts = vars(output).items()
     return SimpleNamespace(**{k: change(v) if hasattr(v, "shape") else type(v)(map(change, v)) for k, v in parts})

@@ -10,9 +10,8 @@ linears and over a window of neighbouring tokens. Each draw costs what a gradien
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from layerbits.inputs.calibration import Batch
@@ -32,9 +31,11 @@ def drawn_labels(seed: int, batch: int, draw: int) -> Labels:
         draw: Number of the draw.
     """
     (number,) = np.random.SeedSequence((seed % (1 << 63), batch, draw)).generate_state(1)
-    generators: list[Any] = []  # one, where the logits are: in a model spread over GPUs not where its tokens enter
+    generators: list[
+        torch.Generator
+    ] = []  # one, where the logits are: in a model spread over GPUs not where its tokens enter
 
-    def labels(logits: torch.Tensor, _targets: Any) -> Any:
+    def labels(logits: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
         if not generators:
             generators.append(torch.Generator(logits.device).manual_seed(int(number)))
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generators[0])[:, 0]
@@ -43,8 +44,8 @@ def drawn_labels(seed: int, batch: int, draw: int) -> Labels:
 
 
 def windowed(
-    signed: torch.Tensor, owner: torch.Tensor, batch: Batch, group_of: Any, groups: int, window: int = WINDOW
-) -> Any:
+    signed: torch.Tensor, owner: torch.Tensor, batch: Batch, group_of: npt.ArrayLike, groups: int, window: int = WINDOW
+) -> torch.Tensor:
     """Squares of window sums, handed out to the window's tokens in proportion to what each put into the sum.
 
     Args:

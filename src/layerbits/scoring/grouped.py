@@ -6,13 +6,13 @@ candidates that share quantized weights share it. The steps are those of transfo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 
-def goes_side_by_side(module: Any) -> bool:
+def goes_side_by_side(module: nn.Module) -> bool:
     """Whether an expert module computes what :class:`SideBySide` does: made by transformers, no biases."""
     return hasattr(module, "has_gate") and not module.has_bias and not module.is_transposed
 
@@ -28,8 +28,18 @@ class SideBySide:
         weights: ``[tokens, k]`` their weights.
     """
 
-    def __init__(self, module: Any, experts: int, hidden: Sequence[Any], index: Any, weights: Any) -> None:
-        self._module = module
+    def __init__(
+        self,
+        module: nn.Module,
+        experts: int,
+        hidden: Sequence[torch.Tensor],
+        index: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> None:
+        between: Callable[[torch.Tensor], torch.Tensor] = getattr(
+            module, "_apply_gate" if module.has_gate else "act_fn"
+        )
+        self._activation = between
         self._several, (self._tokens, self._per_token) = len(hidden), index.shape
         chosen = index.reshape(-1)
         share = weights.reshape(-1).masked_fill(chosen >= experts, 0)
@@ -42,7 +52,9 @@ class SideBySide:
         self._inputs = together[order // self._per_token]
         self._share = share.repeat(self._several)[order].unsqueeze(-1)
 
-    def outputs(self, tensors: Sequence[Any], seconds: Sequence[Any]) -> Any:
+    def outputs(
+        self, tensors: Sequence[torch.Tensor], seconds: Sequence[Callable[[torch.Tensor], torch.Tensor] | None]
+    ) -> torch.Tensor:
         """Outputs of the module with other weights.
 
         Args:
@@ -55,7 +67,7 @@ class SideBySide:
         from transformers.integrations.moe import _grouped_linear
 
         between = _grouped_linear(self._inputs, tensors[0], self._offsets)
-        between = self._module._apply_gate(between) if self._module.has_gate else self._module.act_fn(between)
+        between = self._activation(between)
         routed = self._tokens * self._per_token
         for i, second in enumerate(seconds):
             if second is not None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.inputs.experts import fused_experts, is_routed
 from layerbits.inputs.kinds import kind_by_name, kind_of, place_of
 from layerbits.results.result import VISION_KINDS, Group
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.algorithms import QuantRecipeHparam
+    from torch import nn
 
 _ONCE = frozenset(
     (
@@ -24,7 +28,7 @@ Fused = Sequence[tuple[tuple[str, ...], int]]
 """Module names and the number of weights, per decision of a model."""
 
 
-def named_groups(model: Any, fused: Fused, head: str | None) -> tuple[Group, ...]:
+def named_groups(model: nn.Module | None, fused: Fused, head: str | None) -> tuple[Group, ...]:
     """Names the groups of a model.
 
     A name depends on the model alone, not on what is searched: so give all decisions of the model. A kind that occurs
@@ -69,7 +73,7 @@ def with_active(groups: Sequence[Group], ratio: float | None) -> tuple[Group, ..
     return tuple(replace(g, active=ratio) if r and ratio else g for g, r in zip(groups, routed, strict=True))
 
 
-def recipe_hparams(model: Any) -> list[tuple[str, Any]]:
+def recipe_hparams(model: nn.Module) -> list[tuple[str, QuantRecipeHparam]]:
     """ModelOpt's (name, hparam) pairs, one per decision, in model order."""
     from modelopt.torch.opt.utils import named_hparams
     from modelopt.torch.quantization.algorithms import QuantRecipeHparam
@@ -77,7 +81,7 @@ def recipe_hparams(model: Any) -> list[tuple[str, Any]]:
     return [(name, h) for name, h in named_hparams(model, unique=True) if isinstance(h, QuantRecipeHparam)]
 
 
-def weights_of(hparam: Any) -> int:
+def weights_of(hparam: QuantRecipeHparam) -> int:
     """Number of weights that one ModelOpt decision covers."""
     experts = (fused_experts(module) for module in hparam.quant_modules)
     return sum(m.weight.numel() if e is None else e.weights for m, e in zip(hparam.quant_modules, experts, strict=True))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerbits.errors import UserError
-from layerbits.scoring.quantizers import largest
+from layerbits.scoring.quantizers import Options, largest
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.calib import NVFP4ActHeadroomCalibrator
+    from modelopt.torch.quantization.nn import TensorQuantizer
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,11 @@ class RangeKind:
             magnitude.
     """
 
-    axis: Any
+    axis: int | tuple[int, ...] | None
     headroom: tuple[tuple[str, float], ...] | None = None
 
     @classmethod
-    def of(cls, quantizer: Any, headroom: Mapping[str, float] | None) -> RangeKind:
+    def of(cls, quantizer: TensorQuantizer, headroom: Options | None) -> RangeKind:
         """What a quantizer wants."""
         if headroom is None:
             return cls(quantizer.axis)
@@ -35,38 +38,54 @@ class RangeKind:
 
 
 class InputRange:
-    """A range that grows with what is seen."""
+    """A range that grows with what is seen.
+
+    Args:
+        kind: What the range is.
+        x: The first input.
+
+    Raises:
+        UserError: The input is not finite.
+    """
 
     def __init__(self, kind: RangeKind, x: torch.Tensor) -> None:
-        self._kind = kind
+        self._largest: torch.Tensor | None = None
+        self._calibrator: NVFP4ActHeadroomCalibrator | None = None
         if kind.headroom is None:
-            self._found = largest(x, kind.axis)
+            self._largest = largest(x, kind.axis)
             return
         from modelopt.torch.quantization.calib import NVFP4ActHeadroomCalibrator
 
-        settings: dict[str, Any] = dict(kind.headroom)
-        self._found = NVFP4ActHeadroomCalibrator(**{**settings, "block_size": int(settings["block_size"])})
+        settings = dict(kind.headroom)
+        self._calibrator = NVFP4ActHeadroomCalibrator(**{**settings, "block_size": int(settings["block_size"])})
         try:
-            self._found.collect(x)
+            self._calibrator.collect(x)
         except AssertionError:
             raise UserError("an input is not finite; try model.dtype=float32 or bfloat16") from None
 
     def join(self, other: InputRange) -> InputRange:
-        """The range of what both have seen, a new one."""
+        """The range of what both have seen, a new one; both are of one kind."""
         made = copy.copy(self)
-        if self._kind.headroom is None:
-            made._found = torch.maximum(self._found, other._found)
-            return made
-        made._found = copy.copy(self._found)
-        parts = [r._found._hist for r in (self, other) if r._found._hist is not None]
-        made._found._hist = sum(parts[1:], start=parts[0]) if parts else None
-        made._found._running_max = torch.maximum(self._found._running_max, other._found._running_max)
+        if self._largest is not None and other._largest is not None:
+            made._largest = torch.maximum(self._largest, other._largest)
+        if self._calibrator is not None and other._calibrator is not None:
+            made._calibrator = _joined(self._calibrator, other._calibrator)
         return made
 
     @property
-    def amax(self) -> Any:
+    def amax(self) -> torch.Tensor:
         """The range as ModelOpt's quantizers take it."""
-        if self._kind.headroom is None:
-            return self._found
-        found = self._found.compute_amax()
-        return self._found._running_max if found is None else found
+        if self._calibrator is None:
+            assert self._largest is not None
+            return self._largest
+        amax = self._calibrator.compute_amax()
+        return self._calibrator._running_max if amax is None else amax
+
+
+def _joined(one: NVFP4ActHeadroomCalibrator, other: NVFP4ActHeadroomCalibrator) -> NVFP4ActHeadroomCalibrator:
+    """A calibrator that has seen what two have seen."""
+    made = copy.copy(one)
+    histograms = [c._hist for c in (one, other) if c._hist is not None]
+    made._hist = sum(histograms[1:], start=histograms[0]) if histograms else None
+    made._running_max = torch.maximum(one._running_max, other._running_max)
+    return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from layerbits.results.routing import Routing
 
 if TYPE_CHECKING:
     from layerbits.scoring.kv_cache import KvCache
+    from layerbits.scoring.state import SearchState
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ScoringJob:
 
     loaded: LoadedModel
     scored: tuple[str, ...]
-    configs: Mapping[str, dict[str, Any]]
+    configs: Mapping[str, Mapping[str, object]]
     calibration: Calibration
     method: str
     target_bits: float
@@ -54,8 +55,8 @@ class ScoringJob:
     memory: str = "auto"
     cost_model: str = "weight"
     active_ratio: float | None = None
-    held: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    held_kv: Mapping[str, Any] | None = None
+    held: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    held_kv: Mapping[str, object] | None = None
     kv_formats: tuple[str, ...] = ()
     seed: int = 0
     draws: int = 1
@@ -89,7 +90,7 @@ class Scores:
     raw: FloatArray
     predicted_kl: FloatArray
     chosen: Mapping[str, tuple[bool, ...]]
-    states: Mapping[str, dict[str, Any]]
+    states: Mapping[str, SearchState]
     other_weights: int
     loss_per_token: float
     sample_kl: FloatArray | None = None

@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from layerbits.inputs.calibration import Batch
 from layerbits.progress import planned
+from layerbits.results.assignment import IntArray
 from layerbits.scoring import distributed
 from layerbits.scoring.features import kept_features
 from layerbits.scoring.fixed_quantization import fixed_quantization
@@ -87,7 +87,7 @@ def score(job: ScoringJob) -> Scores:
     )
 
 
-def _flat(routed: Mapping[str, Any]) -> Any:
+def _flat(routed: Mapping[str, IntArray]) -> IntArray:
     return np.concatenate([*routed.values(), np.zeros(0, dtype=np.int64)]).astype(np.int64)
 
 

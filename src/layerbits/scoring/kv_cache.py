@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import nn
 
 from layerbits.candidates import backends
 from layerbits.candidates.kv_cache import KV_FORMATS
@@ -24,12 +26,14 @@ from layerbits.scoring.saved import Saved
 from layerbits.scoring.steps import calibration_forward
 
 if TYPE_CHECKING:
+    from modelopt.torch.quantization.nn import TensorQuantizer
     from transformers import PreTrainedModel
 
-Attention = Callable[..., Any]
+Attention = Callable[..., tuple[torch.Tensor, ...]]
 """Takes the attention module, queries, keys, values, the mask and keyword arguments."""
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 Wrap = Callable[[Attention], Attention]
-KvRanges = Mapping[str, tuple[Any, Any]]
+KvRanges = Mapping[str, tuple[torch.Tensor | None, torch.Tensor | None]]
 """Name of an attention module → largest magnitude of its keys and of its values, ``None`` where a format needs none."""
 
 _WRAPS: list[Wrap] = []
@@ -44,7 +48,7 @@ class KvCache:
         language_model: Name of the language model's module; attention elsewhere keeps no cache.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Mapping[str, Any], language_model: str = "") -> None:
+    def __init__(self, model: PreTrainedModel, settings: Mapping[str, object], language_model: str = "") -> None:
         from modelopt.torch.quantization.config import QuantizerAttributeConfig
 
         self._model = model
@@ -56,7 +60,7 @@ class KvCache:
             entries = [{"quantizer_name": "*", "cfg": dict(settings)}]
             settings = backends.with_reference_backend({"quant_cfg": entries})["quant_cfg"][0]["cfg"]
         self._attributes = QuantizerAttributeConfig.model_validate(settings)
-        self._found: dict[Any, tuple[Any, Any]] = {}
+        self._quantizers_of: dict[nn.Module, tuple[TensorQuantizer, TensorQuantizer]] = {}
 
     def calibrate(self, batches: Sequence[Batch]) -> None:
         """Finds the ranges in one forward over the batches.
@@ -65,7 +69,7 @@ class KvCache:
             UserError: No attention of the language model is known to transformers' registry.
         """
 
-        def watch(module: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, Any]:
+        def watch(module: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
             for quantizer, x in zip(self._quantizers(module), (keys, values), strict=True):
                 if _ranged(quantizer):
                     amax = quantizers.largest(x, quantizer.axis)
@@ -76,30 +80,30 @@ class KvCache:
         with torch.no_grad(), attention(self._wrapped(watch)):
             for batch in batches:
                 calibration_forward(self._model, batch, need_logits=False)
-        if not self._found:
+        if not self._quantizers_of:
             kind = type(self._model).__name__
             raise UserError(f"no attention of {kind} goes through transformers' registry; use kv_cache=none")
 
     @property
     def modules(self) -> list[str]:
-        """Names of the attention modules that were found, in model order."""
-        return [name for module, name in self._names.items() if module in self._found]
+        """Names of the attention modules that keep a cache, in model order."""
+        return [name for module, name in self._names.items() if module in self._quantizers_of]
 
     def ranges(self) -> KvRanges:
         """What was calibrated."""
-        return {self._names[m]: (_range(keys), _range(values)) for m, (keys, values) in self._found.items()}
+        return {self._names[m]: (_range(keys), _range(values)) for m, (keys, values) in self._quantizers_of.items()}
 
     def load_ranges(self, ranges: KvRanges) -> None:
         """Takes up ranges of the same model and settings instead of calibrating."""
         modules = {name: module for module, name in self._names.items()}
-        for name, found in ranges.items():
-            for quantizer, amax in zip(self._quantizers(modules[name]), found, strict=True):
+        for name, pair in ranges.items():
+            for quantizer, amax in zip(self._quantizers(modules[name]), pair, strict=True):
                 if amax is not None:
                     quantizer.amax = amax.to(next(modules[name].parameters()).device)
 
     def fix_dtypes(self) -> None:
         """Has the quantizers compute in the dtype of the model's weights, whatever it computes in from now on."""
-        for module, made in self._found.items():
+        for module, made in self._quantizers_of.items():
             for quantizer in made:
                 quantizers.fix_dtype(quantizer, own_dtype(module) or next(module.parameters()).dtype)
 
@@ -111,20 +115,25 @@ class KvCache:
             name: Of the only attention module to do so in; all of them by default.
         """
 
-        def quantize(module: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, Any]:
+        def quantize(module: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> KeysAndValues:
             if name not in (None, self._names[module]):
                 return keys, values
-            of_keys, of_values = self._found[module]
+            of_keys, of_values = self._quantizers_of[module]
             return of_keys(keys), of_values(values)
 
         with attention(self._wrapped(quantize)):
             yield
 
-    def _wrapped(self, change: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Wrap:
+    def _wrapped(self, change: Callable[[nn.Module, torch.Tensor, torch.Tensor], KeysAndValues]) -> Wrap:
         def wrap(own: Attention) -> Attention:
             def function(
-                module: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
-            ) -> Any:
+                module: nn.Module,
+                queries: torch.Tensor,
+                keys: torch.Tensor,
+                values: torch.Tensor,
+                *args: object,
+                **kwargs: object,
+            ) -> tuple[torch.Tensor, ...]:
                 if module in self._names:
                     keys, values = change(module, keys, values)
                 return own(module, queries, keys, values, *args, **kwargs)
@@ -133,12 +142,12 @@ class KvCache:
 
         return wrap
 
-    def _quantizers(self, module: Any) -> tuple[Any, Any]:
-        if module not in self._found:
+    def _quantizers(self, module: nn.Module) -> tuple[TensorQuantizer, TensorQuantizer]:
+        if module not in self._quantizers_of:
             device = next(module.parameters()).device
             made = [quantizers.make_quantizer(self._attributes, device) for _ in range(2)]
-            self._found[module] = (made[0], made[1])
-        return self._found[module]
+            self._quantizers_of[module] = (made[0], made[1])
+        return self._quantizers_of[module]
 
 
 class KvTaps:
@@ -156,7 +165,7 @@ class KvTaps:
 
     def __init__(self, model: PreTrainedModel, formats: Sequence[str], language_model: str = "") -> None:
         self._caches = [KvCache(model, KV_FORMATS[name], language_model) for name in formats]
-        self._scores: dict[Any, list[float]] = {}
+        self._scores: dict[nn.Module, list[float]] = {}
 
     def calibrate(self, batches: Sequence[Batch]) -> None:
         """Finds the ranges of all formats.
@@ -179,12 +188,17 @@ class KvTaps:
         Args:
             recomputed: Whether gradient checkpointing may be on.
         """
-        self._scores = {module: [0.0] * len(self._caches) for module in self._caches[0]._found}
+        self._scores = {module: [0.0] * len(self._caches) for module in self._caches[0]._quantizers_of}
 
         def wrap(own: Attention) -> Attention:
             def function(
-                module: Any, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any
-            ) -> Any:
+                module: nn.Module,
+                queries: torch.Tensor,
+                keys: torch.Tensor,
+                values: torch.Tensor,
+                *args: object,
+                **kwargs: object,
+            ) -> tuple[torch.Tensor, ...]:
                 made = own(module, queries, keys, values, *args, **kwargs)
                 output = made[0]
                 if module in self._scores and output.requires_grad:
@@ -197,25 +211,33 @@ class KvTaps:
         with attention(wrap):
             yield
 
-    def take(self) -> Any:
+    def take(self) -> npt.NDArray[np.float64]:
         """``[A, formats]`` raw scores of what was observed."""
         return np.array([self._scores[module] for module in self._caches[0]._names if module in self._scores])
 
-    def _add(self, own: Attention, module: Any, saved: Saved, args: Any, kwargs: Any, gradient: torch.Tensor) -> None:
+    def _add(
+        self,
+        own: Attention,
+        module: nn.Module,
+        saved: Saved,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        gradient: torch.Tensor,
+    ) -> None:
         queries, keys, values, output = saved.take()
         with torch.no_grad():
             for at, cache in enumerate(self._caches):
-                of_keys, of_values = cache._found[module]
+                of_keys, of_values = cache._quantizers_of[module]
                 changed = own(module, queries, of_keys(keys), of_values(values), *args, **kwargs)[0]
                 g, c, y = (t.flatten(2) for t in (gradient, changed, output))  # heads and their features are one
                 self._scores[module][at] += float(token_scores(g, c, y).double().sum())
 
 
-def _ranged(quantizer: Any) -> bool:
+def _ranged(quantizer: TensorQuantizer) -> bool:
     return quantizers.needs_range(quantizer) and not quantizer._use_constant_amax
 
 
-def _range(quantizer: Any) -> Any:
+def _range(quantizer: TensorQuantizer) -> torch.Tensor | None:
     return quantizer.amax if _ranged(quantizer) else None
 
 

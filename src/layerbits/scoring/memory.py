@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -257,7 +257,7 @@ def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
     )
 
 
-def free_bytes(device: Any) -> int:
+def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take on a device."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

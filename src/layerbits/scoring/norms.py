@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from layerbits.scoring.patches import Forward, forwards
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 @contextmanager
 def fused_norms(model: PreTrainedModel) -> Iterator[None]:
     """On a GPU, RMS norms whose output it reproduces run as PyTorch's fused kernel; others stay as they are."""
-    fused: dict[Any, Forward] = {}
+    fused: dict[nn.Module, Forward] = {}
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and module.weight.is_cuda:
             forward = _fused(module)
@@ -27,18 +28,18 @@ def fused_norms(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def _fused(module: Any) -> Forward:
-    weight = module.weight.detach()
+def _fused(module: nn.Module) -> Forward:
+    weight = module.get_parameter("weight").detach()
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
-    def forward(x: torch.Tensor) -> Any:
+    def forward(x: torch.Tensor) -> torch.Tensor:
         return weight * torch.nn.functional.rms_norm(x, weight.shape, None, eps)  # rounds twice, as the original does
 
     return forward
 
 
-def _same(module: Any, forward: Forward) -> bool:
-    weight = module.weight
+def _same(module: nn.Module, forward: Forward) -> bool:
+    weight = module.get_parameter("weight")
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn((16, *weight.shape), generator=generator, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():

@@ -53,12 +53,12 @@ def _exchange(log: StepLog, count: int) -> list[Step]:
     """All steps, of which every one went from the process that has it to the hosts that do not."""
     steps = [log.read(index) for index in range(count)]
     mine = [index for index, step in enumerate(steps) if step is not None]
-    held = [set(done) for done in distributed.gather(mine)]
+    everyone = [set(done) for done in distributed.gather(mine)]
     for index in range(count):
-        owners = [rank for rank, done in enumerate(held) if index in done]
-        if len(owners) < len(held):
-            step = distributed.told(steps[index], owners[0])
-            if steps[index] is None:
+        owners = [rank for rank, done in enumerate(everyone) if index in done]
+        if len(owners) < len(everyone):
+            step = distributed.broadcast_object(steps[index], owners[0])
+            if steps[index] is None and step is not None:
                 log.write(index, step)
                 steps[index] = log.read(index)  # what another process of this host has kept in the meantime stays
     return [step for step in steps if step is not None]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import nn
 
-Forward = Callable[..., Any]
+Forward = Callable[..., torch.Tensor]
 """Makes the output of a module from its input; an expert module has the routing of the tokens as inputs too."""
 
 
 @contextmanager
-def forwards(replacements: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+def forwards(replacements: Mapping[nn.Module, Callable[..., object]]) -> Iterator[None]:
     """Gives modules another ``forward`` for a while."""
     before = {module: vars(module).get("forward") for module in replacements}
     try:
@@ -22,11 +22,11 @@ def forwards(replacements: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
             module.forward = forward
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
+        for module, own in before.items():
+            if own is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = forward
+                module.forward = own
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Span:
 def by_tile(plan: Sequence[Span], tiles: int) -> Forward:
     """The forward of a module whose input is several tiles, equal parts of the first dimension, one after the other."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         inputs = (*args, *kwargs.values())
         rows = inputs[0].shape[0] // tiles
         parts = []

@@ -7,12 +7,13 @@ still compute in the model's dtype (:func:`layerbits.scoring.quantizers.fix_dtyp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.models import language_model_linears
@@ -80,17 +81,17 @@ def plan_precision(model: PreTrainedModel, tokens: int, wanted: str) -> Precisio
     own = model.get_input_embeddings().weight.dtype
     streaming = offloaded(model)
     devices = {p.device for p in model.parameters()} if streaming is None else {streaming.device}
-    held, whole, by_block = _weights(model)
-    free = held + sum(free_bytes(device) for device in devices)
+    resident, whole, by_block = _weights(model)
+    free = resident + sum(free_bytes(device) for device in devices)
     narrow = wanted != "model" and bool(_narrow(model.parameters()))
     work = _work(model, tokens, 4 if narrow else own.itemsize)
 
-    def planned(dtype: Any, block: bool, weights: float) -> Precision:
+    def planned(dtype: torch.dtype, block: bool, weights: float) -> Precision:
         name = str(dtype).removeprefix("torch.")
         return Precision(name, narrow, block, (weights + work) / 1e9, free / 1e9)
 
     if not narrow:
-        return planned(own, False, held)
+        return planned(own, False, resident)
     fits = [weights is not None and weights + work <= HEADROOM * free for weights in (whole, by_block)]
     if fits[0] and whole is not None:
         return planned(torch.float32, False, whole)
@@ -115,7 +116,7 @@ def computing(model: PreTrainedModel, precision: Precision) -> Iterator[None]:
         yield
         return
     streaming = offloaded(model)
-    away: set[Any] = set()
+    away: set[nn.Parameter] = set()
     with ExitStack() as stack:
         stack.enter_context(_marked(model))
         if streaming is not None:
@@ -158,10 +159,10 @@ def _marked(model: PreTrainedModel) -> Iterator[None]:
             del vars(module)[OWN_DTYPE]
 
 
-def _widening(forward: Callable[..., Any], parameters: Sequence[Any]) -> Callable[..., Any]:
+def _widening(forward: Callable[..., object], parameters: Sequence[nn.Parameter]) -> Callable[..., object]:
     """A block's forward with its weights in float32 while it runs."""
 
-    def widened(*args: Any, **kwargs: Any) -> Any:
+    def widened(*args: object, **kwargs: object) -> object:
         before = [p.data for p in parameters]
         try:
             with torch.inference_mode(False), torch.no_grad():  # weights stay ordinary tensors
@@ -179,7 +180,7 @@ def _is_narrow(tensor: torch.Tensor) -> bool:
     return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
-def _narrow(parameters: Any) -> list[Any]:
+def _narrow(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Each 16-bit parameter once."""
     return [p for p in dict.fromkeys(parameters) if _is_narrow(p)]
 
@@ -197,8 +198,8 @@ def _weights(model: PreTrainedModel) -> tuple[float, float | None, float | None]
     widest = float(max(sum(4 * p.numel() for p in block) for block in streamed))
     if offloaded(model) is None:
         return own, own + more, own + more - inside + widest
-    held = own - parts.total_bytes + SLOTS * parts.block_bytes
-    return held, None, held + more - inside + SLOTS * widest
+    resident = own - parts.total_bytes + SLOTS * parts.block_bytes
+    return resident, None, resident + more - inside + SLOTS * widest
 
 
 def _work(model: PreTrainedModel, tokens: int, size: int) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard, overload
 
 import torch
 
@@ -15,6 +16,14 @@ from layerbits.candidates.fused import shares_range
 from layerbits.candidates.linear import E4M3, E8M0, FP4
 from layerbits.errors import Unsupported
 from layerbits.scoring.fake_quant import quantizer_class
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+    from torch import nn
+
+Options = Mapping[str, float]
+"""How ModelOpt finds a range other than the largest magnitude: the settings of ``mse`` or ``nvfp4_act_headroom``."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,11 @@ class Settings:
         pairs: Per candidate the positions of its (weight, input) settings.
     """
 
-    weights: tuple[Any, ...]
-    inputs: tuple[Any, ...]
+    weights: tuple[QuantizerAttributeConfig | None, ...]
+    inputs: tuple[QuantizerAttributeConfig | None, ...]
     pairs: tuple[tuple[int, int], ...]
-    searches: tuple[Any, ...] = ()
-    headrooms: tuple[Any, ...] = ()
+    searches: tuple[Options | None, ...] = ()
+    headrooms: tuple[Options | None, ...] = ()
 
     @property
     def share_ranges(self) -> bool:
@@ -46,7 +55,7 @@ class Settings:
         return any(needs_range(make_quantizer(s, "cpu")) for s in self.inputs)
 
 
-def distinct_settings(configs: Sequence[Mapping[str, Any]]) -> Settings:
+def distinct_settings(configs: Sequence[Mapping[str, object]]) -> Settings:
     """Finds what a set of search configs has in common.
 
     Args:
@@ -58,10 +67,10 @@ def distinct_settings(configs: Sequence[Mapping[str, Any]]) -> Settings:
     from modelopt.torch.quantization.algorithms import _match_quantizer_cfg
     from modelopt.torch.quantization.config import QuantizeConfig, QuantizerAttributeConfig
 
-    weights: dict[str, Any] = {}
-    inputs: dict[str, Any] = {}
-    searches: dict[str, Any] = {}
-    headrooms: dict[str, Any] = {}
+    weights: dict[str, QuantizerAttributeConfig | None] = {}
+    inputs: dict[str, QuantizerAttributeConfig | None] = {}
+    searches: dict[str, Options | None] = {}
+    headrooms: dict[str, Options | None] = {}
     pairs = []
     for config in configs:
         checked = QuantizeConfig(**config)
@@ -97,7 +106,7 @@ def distinct_settings(configs: Sequence[Mapping[str, Any]]) -> Settings:
     )
 
 
-def is_static_nvfp4(attributes: Any) -> bool:
+def is_static_nvfp4(attributes: QuantizerAttributeConfig | None) -> bool:
     """Whether quantizer attributes are NVFP4 with stored block ranges."""
     blocks = getattr(attributes, "block_sizes", None) or {}
     return (
@@ -108,7 +117,7 @@ def is_static_nvfp4(attributes: Any) -> bool:
     )
 
 
-def is_dynamic_nvfp4(attributes: Any) -> bool:
+def is_dynamic_nvfp4(attributes: QuantizerAttributeConfig | None) -> bool:
     """Whether quantizer attributes are NVFP4 whose block ranges are found on the fly."""
     blocks = getattr(attributes, "block_sizes", None) or {}
     return (
@@ -119,7 +128,7 @@ def is_dynamic_nvfp4(attributes: Any) -> bool:
     )
 
 
-def _affects(how: Mapping[str, Any], name: str, attributes: Any) -> bool:
+def _affects(how: Options, name: str, attributes: QuantizerAttributeConfig) -> bool:
     """Whether a search or a headroom changes the range of such a quantizer, as ModelOpt applies them."""
     blocks = attributes.block_sizes or {}
     if name == "input_quantizer":
@@ -129,12 +138,20 @@ def _affects(how: Mapping[str, Any], name: str, attributes: Any) -> bool:
     return is_static_nvfp4(attributes) if how["fp8_scale_sweep"] else True
 
 
-def make_quantizer(attributes: Any, device: Any) -> Any:
+@overload
+def make_quantizer(attributes: None, device: torch.device | str) -> None: ...
+
+
+@overload
+def make_quantizer(attributes: QuantizerAttributeConfig, device: torch.device | str) -> TensorQuantizer: ...
+
+
+def make_quantizer(attributes: QuantizerAttributeConfig | None, device: torch.device | str) -> TensorQuantizer | None:
     """A ModelOpt quantizer with these attributes, ``None`` for a disabled one."""
     return None if attributes is None else quantizer_class()(attributes).to(device)
 
 
-def fix_dtype(quantizer: Any, dtype: Any) -> None:
+def fix_dtype(quantizer: TensorQuantizer | None, dtype: torch.dtype | None) -> None:
     """Makes a quantizer compute in a dtype whatever it is given, and give back what it got.
 
     So a model that is measured in float32 is quantized as it is in its own dtype.
@@ -145,13 +162,13 @@ def fix_dtype(quantizer: Any, dtype: Any) -> None:
     """
     if quantizer is None or dtype is None:
         return
-    given: list[Any] = []
+    given: list[torch.dtype] = []
 
-    def before(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         given[:] = [args[0].dtype]
         return (args[0].to(dtype), *args[1:])
 
-    def after(_module: Any, _args: Any, output: torch.Tensor) -> Any:
+    def after(_module: nn.Module, _args: object, output: torch.Tensor) -> torch.Tensor:
         return output.to(given[0])
 
     # hooks, because ModelOpt changes the class of a quantizer with stored block ranges
@@ -159,13 +176,16 @@ def fix_dtype(quantizer: Any, dtype: Any) -> None:
     quantizer.register_forward_hook(after)
 
 
-def needs_range(quantizer: Any) -> bool:
+def needs_range(quantizer: TensorQuantizer | None) -> TypeGuard[TensorQuantizer]:
     """Whether a quantizer works with a range that calibration must find."""
     return quantizer is not None and not quantizer._dynamic and not quantizer.is_mx_format
 
 
 def calibrate_weight(
-    quantizer: Any, weight: torch.Tensor, search: Mapping[str, Any] | None = None, shared: Any = None
+    quantizer: TensorQuantizer | None,
+    weight: torch.Tensor,
+    search: Options | None = None,
+    shared: torch.Tensor | None = None,
 ) -> None:
     """Finds the ranges of a weight as ModelOpt's ``max`` or ``mse`` calibration does.
 
@@ -193,7 +213,7 @@ def calibrate_weight(
         _search_ranges(quantizer, weight, search)
 
 
-def _search_ranges(quantizer: Any, weight: torch.Tensor, search: Mapping[str, Any]) -> None:
+def _search_ranges(quantizer: TensorQuantizer, weight: torch.Tensor, search: Options) -> None:
     """Replaces the largest magnitudes by the ranges of least squared error."""
     from modelopt.torch.quantization import model_calib
 
@@ -208,23 +228,21 @@ def _search_ranges(quantizer: Any, weight: torch.Tensor, search: Mapping[str, An
         model_calib._run_and_load_max_stats(quantizer, lambda q: q(weight))
 
 
-def shared_largest(weights: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def shared_largest(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Largest magnitude over each weight and those that ModelOpt has it share a range with, by its own patterns.
 
     Args:
         weights: Full module name and weight, of the modules that get the format; each is looked at once, for it may be
             on the device only then.
     """
-    import re
-
     from modelopt.torch.quantization.utils.shared_input import SHARED_PATTERNS
 
     def group(name: str) -> tuple[str, str]:
         matches = ((pattern, re.fullmatch(pattern, name)) for pattern in SHARED_PATTERNS)
         return next(((pattern, match.group(1) or "") for pattern, match in matches if match), ("", name))
 
-    largest_of: dict[tuple[str, str], Any] = {}
-    devices: dict[str, Any] = {}
+    largest_of: dict[tuple[str, str], torch.Tensor] = {}
+    devices: dict[str, torch.device] = {}
     for name, weight in weights:
         devices[name] = weight.device
         amax = weight.detach().abs().amax().float()
@@ -233,20 +251,21 @@ def shared_largest(weights: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {name: largest_of[group(name)].to(device) for name, device in devices.items()}
 
 
-def share_ranges(quantizers: Sequence[Any]) -> None:
+def share_ranges(quantizers: Sequence[TensorQuantizer | None]) -> None:
     """Gives the quantizers of fused weights the largest of their ranges, where their setting says so.
 
     Args:
         quantizers: Of one setting, one per weight, each with its range.
     """
-    if not quantizers or quantizers[0] is None or not shares_range(quantizers[0]):
+    enabled = [quantizer for quantizer in quantizers if quantizer is not None]
+    if not enabled or not shares_range(enabled[0]):
         return
-    shared = torch.stack([quantizer.amax.float().cpu() for quantizer in quantizers]).amax(0)
-    for quantizer in quantizers:
+    shared = torch.stack([quantizer.amax.float().cpu() for quantizer in enabled]).amax(0)
+    for quantizer in enabled:
         quantizer.amax = shared.to(quantizer.amax)
 
 
-def largest(x: torch.Tensor, axis: Any) -> Any:
+def largest(x: torch.Tensor, axis: int | tuple[int, ...] | None) -> torch.Tensor:
     """Largest magnitude of an input along the axes that a quantizer does not keep, as ModelOpt's max calibrator.
 
     Args:
@@ -258,7 +277,7 @@ def largest(x: torch.Tensor, axis: Any) -> Any:
     return reduce_amax(x, axis=convert_quantization_axis_to_reduce_axis(x, axis))
 
 
-def by_token(quantizer: Any) -> bool:
+def by_token(quantizer: TensorQuantizer | None) -> bool:
     """Whether an input quantizer treats each row of ``[tokens, features]`` by itself.
 
     A fixed range does, and so do scales per token or per block of a token; a range per call does not.

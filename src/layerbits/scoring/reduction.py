@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from triton.runtime import JITFunction
 
 CLAMP = 1e10
 """ModelOpt clamps gradient × error at this magnitude before squaring; so do we."""
 
 
-def token_scores(gradient: torch.Tensor, quantized: Any, output: torch.Tensor, signed: bool = False) -> Any:
+def token_scores(
+    gradient: torch.Tensor, quantized: torch.Tensor, output: torch.Tensor, signed: bool = False
+) -> torch.Tensor:
     """Sum over output features of ``(g · (y_c − y))²``, ModelOpt's gradient score before it sums over tokens.
 
     The difference is rounded to the model's dtype, as ModelOpt's is, then everything is float32.
@@ -36,7 +41,7 @@ def token_scores(gradient: torch.Tensor, quantized: Any, output: torch.Tensor, s
     return (error if signed else error.square_()).sum(dim=-1).T
 
 
-def _fused(gradient: torch.Tensor, quantized: Any, output: torch.Tensor, signed: bool) -> Any:
+def _fused(gradient: torch.Tensor, quantized: torch.Tensor, output: torch.Tensor, signed: bool) -> torch.Tensor:
     import triton
 
     tokens, many, features = quantized.shape
@@ -62,7 +67,7 @@ def _fused(gradient: torch.Tensor, quantized: Any, output: torch.Tensor, signed:
 
 
 @cache
-def _kernel() -> Any:
+def _kernel() -> JITFunction:
     import triton
 
     from layerbits.scoring import reduction_kernel

@@ -176,9 +176,9 @@ def _picked(scores: Scores, candidate: int, wanted: int | str) -> list[int]:
         return [g for g in order[: int(wanted)].tolist() if np.isfinite(predicted[g])]
     low, high = predicted, predicted
     if scores.sample_kl is not None and scores.sample_tokens is not None:
-        found = intervals(scores.sample_kl[:, :, candidate], scores.sample_tokens, resamples=500)
-        if found is not None:
-            low, high = found.low, found.high
+        bounds = intervals(scores.sample_kl[:, :, candidate], scores.sample_tokens, resamples=500)
+        if bounds is not None:
+            low, high = bounds.low, bounds.high
     name = list(scores.chosen)[candidate]
     return deciding(
         Candidate(

@@ -7,9 +7,9 @@ autograd saves its own tensors, so that ``torch.utils.checkpoint`` treats them a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 
 class Saved:
@@ -22,7 +22,7 @@ class Saved:
 
     def __init__(self, tensors: Sequence[torch.Tensor], recomputed: bool) -> None:
         self._tensors: tuple[torch.Tensor, ...] = tuple(t.detach() for t in tensors)
-        self._kept: Any = None
+        self._kept: torch.Tensor | None = None
         if recomputed:
             # A node beside the graph, not in it: it changes no gradient, and nothing that the model does in place. It
             # lives as long as its output.
@@ -31,19 +31,26 @@ class Saved:
 
     def take(self) -> tuple[torch.Tensor, ...]:
         """The tensors, which are not kept any longer."""
-        tensors = self._tensors if self._kept is None else self._kept.grad_fn.saved_tensors
+        tensors = self._tensors if self._kept is None else _saved_by(self._kept)
         self._tensors, self._kept = (), None
         return tensors
+
+
+def _saved_by(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What the node behind an output keeps."""
+    node = output.grad_fn
+    assert isinstance(node, BackwardCFunction)
+    return node.saved_tensors
 
 
 class _Keep(torch.autograd.Function):
     """Saves tensors for a backward that never comes."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, anchor: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*tensors)
         return anchor.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, *_gradients: Any) -> Any:
+    def backward(ctx: FunctionCtx, *_gradients: torch.Tensor) -> None:
         raise NotImplementedError

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +13,14 @@ import torch
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import expert_notes, named_experts
 from layerbits.inputs.models import output_head, unscored_patterns
+from layerbits.results.assignment import IntArray
 from layerbits.results.result import FloatArray, Group, NonFinite
 from layerbits.results.routing import Routing
 from layerbits.scoring import distributed, quantizers
 from layerbits.scoring.groups import named_groups, with_active
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.modality import clipped, image_ranges
-from layerbits.scoring.state import Decision, decisions, search_state
+from layerbits.scoring.state import Decision, SearchState, decisions, search_state
 from layerbits.scoring.steplog import Calibrated, Step, StepLog
 from layerbits.scoring.taps import Taps
 
@@ -32,7 +32,7 @@ class Search:
     """What is searched over.
 
     Attributes:
-        found: All decisions of the model. searched: Those with a group each, in the order of ``groups`` (``G``).
+        decisions: All decisions of the model. searched: Those with a group each, in the order of ``groups`` (``G``).
         unscored: Name patterns that stay unquantized.
         names: Linears of the groups (``M``). group_of: Their groups, ``[M]``.
         settings: Distinct quantizer settings of the candidates.
@@ -41,12 +41,12 @@ class Search:
         notes: What the user should know.
     """
 
-    found: tuple[Decision, ...]
+    decisions: tuple[Decision, ...]
     searched: tuple[Decision, ...]
     unscored: tuple[str, ...]
     groups: tuple[Group, ...]
     names: tuple[str, ...]
-    group_of: npt.NDArray[np.int64]
+    group_of: IntArray
     settings: quantizers.Settings
     experts: Mapping[str, int]
     need_logits: bool
@@ -61,15 +61,15 @@ class Search:
         """
         model = job.loaded.model
         unscored = unscored_patterns(model, set(job.scored))
-        found = decisions(model, unscored)
-        searched = [d for d in found if d.searched]
+        every = decisions(model, unscored)
+        searched = [d for d in every if d.searched]
         head = output_head(model)
         names = tuple(n for d in searched for n in d.modules)
-        named = named_groups(model, [(d.modules, d.weights) for d in found], head)
-        groups = [g for g, d in zip(named, found, strict=True) if d.searched]
+        named = named_groups(model, [(d.modules, d.weights) for d in every], head)
+        groups = [g for g, d in zip(named, every, strict=True) if d.searched]
         experts = named_experts(model)
         return cls(
-            found=tuple(found),
+            decisions=tuple(every),
             searched=tuple(searched),
             unscored=tuple(unscored),
             groups=with_active(groups, job.active_ratio),
@@ -88,17 +88,17 @@ def calibrate(taps: Taps, job: ScoringJob, log: StepLog, need_logits: bool) -> C
     Returns:
         What was found; tokens per expert are all zero where no range had to be.
     """
-    known = next((found for found in distributed.gather(log.read_calibration()) if found is not None), None)
+    known = next((known for known in distributed.gather(log.read_calibration()) if known is not None), None)
     if known is None:
         mine = job.calibration.calib[distributed.rank() :: distributed.world()]
         pictured = any(s.pictures for batch in job.calibration.calib for s in batch.segments)
         taps.calibrate(mine, need_logits, pictured)
         parts = distributed.gather((taps.ranges(), taps.take_routed(), taps.images.take()))
-        ranges, routed, images = ([part[i] for part in parts] for i in range(3))
+        ranges, routed = [part[0] for part in parts], [part[1] for part in parts]
         known = Calibrated(
             {n: np.maximum.reduce([r[n] for r in ranges if n in r]) for n in {n for r in ranges for n in r}},
             {n: np.sum([r[n] for r in routed if n in r], axis=0) for n in {n for r in routed for n in r}},
-            clipped(images),
+            clipped([part[2] for part in parts]),
         )
     log.write_calibration(known)
     known = log.read_calibration() or known  # that of another process that was faster
@@ -111,10 +111,10 @@ def step_of(
     by_token: torch.Tensor,
     owner: torch.Tensor,
     batch: Batch,
-    group_of: Any,
+    group_of: IntArray,
     groups: int,
     loss: float,
-    routed: Mapping[str, Any] | None = None,
+    routed: Mapping[str, IntArray] | None = None,
     every_token: bool = False,
 ) -> Step:
     """Sums per-token scores to groups, in total and per sample.
@@ -162,8 +162,8 @@ def _bad(by_token: torch.Tensor, owner: torch.Tensor) -> npt.NDArray[np.int64]:
     samples, slots = torch.unique(owner, return_inverse=True)
     flags = torch.zeros((*by_token.shape[:2], len(samples)), device=by_token.device)
     flags.index_add_(2, slots.to(by_token.device), (~torch.isfinite(by_token)).float())
-    found = torch.nonzero(flags)[:_NAMED].cpu()
-    return np.stack([found[:, 0].numpy(), found[:, 1].numpy(), samples[found[:, 2]].numpy()], axis=1)
+    where = torch.nonzero(flags)[:_NAMED].cpu()
+    return np.stack([where[:, 0].numpy(), where[:, 1].numpy(), samples[where[:, 2]].numpy()], axis=1)
 
 
 def assemble(
@@ -208,7 +208,7 @@ def assemble(
         predicted_kl=np.tensordot(weights, raw_by_batch, axes=1),
         chosen=chosen,
         states=states,
-        other_weights=sum(d.weights for d in search.found if not d.searched),
+        other_weights=sum(d.weights for d in search.decisions if not d.searched),
         sample_kl=sample_kl,
         sample_tokens=sample_tokens,
         loss_per_token=sum(s.loss for s in steps) / sum(b.loss_tokens for b in job.calibration.score),
@@ -228,7 +228,9 @@ def assemble(
     )
 
 
-def solved(job: ScoringJob, search: Search, raw: FloatArray) -> tuple[dict[str, Any], dict[str, tuple[bool, ...]]]:
+def solved(
+    job: ScoringJob, search: Search, raw: FloatArray
+) -> tuple[dict[str, SearchState], dict[str, tuple[bool, ...]]]:
     """Solves the budget of each candidate.
 
     Args:
@@ -242,7 +244,7 @@ def solved(job: ScoringJob, search: Search, raw: FloatArray) -> tuple[dict[str, 
     states = {
         name: search_state(
             job.method,
-            search.found,
+            search.decisions,
             search.unscored,
             name,
             config=config,
@@ -259,17 +261,17 @@ def solved(job: ScoringJob, search: Search, raw: FloatArray) -> tuple[dict[str, 
     return states, flags
 
 
-def _routing(search: Search, steps: Sequence[Step], calibrated: Mapping[str, Any]) -> tuple[Routing, ...]:
+def _routing(search: Search, steps: Sequence[Step], calibrated: Mapping[str, IntArray]) -> tuple[Routing, ...]:
     """Tokens per expert of each expert module."""
-    found, at = [], 0
+    routings, at = [], 0
     scored = np.sum([s.routed for s in steps], axis=0) if all(len(s.routed) for s in steps) else np.zeros(0, int)
     for name, count in search.experts.items():
         group = search.groups[int(search.group_of[search.names.index(name)])]
         seen = calibrated.get(name, np.zeros(0, int))
         calibration = tuple(int(n) for n in seen) if np.any(seen) else ()
-        found.append(Routing(group.key, group.block, calibration, tuple(int(n) for n in scored[at : at + count])))
+        routings.append(Routing(group.key, group.block, calibration, tuple(int(n) for n in scored[at : at + count])))
         at += count
-    return tuple(found)
+    return tuple(routings)
 
 
 def _solvable(raw: FloatArray) -> FloatArray:

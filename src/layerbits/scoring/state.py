@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 from layerbits.inputs.experts import fused_experts, is_routed
 from layerbits.inputs.linears import is_quantizable
@@ -13,6 +13,7 @@ from layerbits.results.result import FloatArray
 
 if TYPE_CHECKING:
     from modelopt.torch.quantization.algorithms import QuantRecipe
+    from torch import nn
 
 _ATTRS: tuple[str, ...] = ("input_quantizer", "weight_quantizer", "output_quantizer")
 
@@ -36,7 +37,45 @@ class Decision:
     attrs: tuple[str, ...] = _ATTRS
 
 
-def decisions(model: Any, unscored: Sequence[str]) -> list[Decision]:
+class Statistics(TypedDict):
+    """What ModelOpt's search knows of a decision: an entry of its ``candidate_stats``."""
+
+    formats: list[QuantRecipe]
+    scores: list[float]
+    costs: list[float]
+    module_names: list[str]
+    quantizer_attrs: dict[str, Sequence[str]]
+    cost_weight: float
+    allow_no_quant: bool
+    is_fixed: bool
+    uncompressed_cost: float
+
+
+class Best(TypedDict):
+    """What ModelOpt's solver chose."""
+
+    recipe: dict[str, QuantRecipe]
+    constraints: dict[str, float]
+    score: float
+    is_satisfied: bool
+
+
+class SearchState(TypedDict):
+    """ModelOpt's search state, as ``mtq.auto_quantize`` returns it."""
+
+    method: str
+    cost_model: str
+    cost: Mapping[str, object]
+    active_moe_expert_ratio: float | None
+    cost_denominator: float
+    fixed_quantization_config: Mapping[str, object] | None
+    disabled_layers: list[str]
+    candidate_stats: dict[str, Statistics]
+    quantizer_states: NotRequired[dict[str, object]]
+    best: NotRequired[Best]
+
+
+def decisions(model: nn.Module, unscored: Sequence[str]) -> list[Decision]:
     """Groups a model's linears and expert modules by ModelOpt's own fusion rules.
 
     Args:
@@ -74,20 +113,20 @@ def decisions(model: Any, unscored: Sequence[str]) -> list[Decision]:
 
 def search_state(
     method: str,
-    found: Sequence[Decision],
+    every: Sequence[Decision],
     unscored: Sequence[str],
     name: str,
     *,
-    config: Mapping[str, Any],
+    config: Mapping[str, object],
     raw: FloatArray,
     target_bits: float,
     active_ratio: float | None = None,
-) -> dict[str, Any]:
+) -> SearchState:
     """The state that ``mtq.auto_quantize`` would have returned for one candidate.
 
     Args:
         method: ``gradient``, ``fisher`` or ``kl_div``; decides the solver (the first two share ModelOpt's for sums).
-        found: All decisions of the model, in model order.
+        every: All decisions of the model, in model order.
         unscored: As in :func:`decisions`.
         name: The candidate's name.
         config: Its search config, with our effective bits.
@@ -103,7 +142,7 @@ def search_state(
     quantized, unquantized = QuantRecipe(dict(config), name=name), QuantRecipe(None)
     scores = iter(raw.tolist())
     stats = {}
-    for decision in found:
+    for decision in every:
         routed = active_ratio is not None and any(is_routed(n) for n in decision.modules)
         stats[decision.name] = stats_entry(
             decision.modules,
@@ -112,7 +151,7 @@ def search_state(
             {quantized: next(scores), unquantized: 0.0} if decision.searched else {unquantized: 0.0},
             cost_weight=float(decision.searched) * (active_ratio if active_ratio is not None and routed else 1.0),
         )
-    cost: dict[str, Any] = {"excluded_module_name_patterns": list(unscored)}
+    cost: dict[str, object] = {"excluded_module_name_patterns": list(unscored)}
     return solved_state(
         stats,
         target_bits,
@@ -124,6 +163,13 @@ def search_state(
     )
 
 
+def without_quantizers(state: SearchState) -> SearchState:
+    """A search state without the states of the quantizers, which are as large as the model's ranges."""
+    small = state.copy()
+    small.pop("quantizer_states", None)
+    return small
+
+
 def stats_entry(
     modules: Sequence[str],
     attrs: Sequence[str],
@@ -133,7 +179,7 @@ def stats_entry(
     cost_weight: float,
     allow_no_quant: bool = True,
     is_fixed: bool = False,
-) -> dict[str, Any]:
+) -> Statistics:
     """One entry of ModelOpt's ``candidate_stats``.
 
     Args:
@@ -160,16 +206,16 @@ def stats_entry(
 
 
 def solved_state(
-    stats: dict[str, dict[str, Any]],
+    stats: dict[str, Statistics],
     target_bits: float,
     *,
     method: str,
     cost_model: str,
-    cost: Mapping[str, Any],
+    cost: Mapping[str, object],
     active_ratio: float | None,
     disabled: Sequence[str],
-    fixed: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+    fixed: Mapping[str, object] | None = None,
+) -> SearchState:
     """A search state of ModelOpt with what its own solver makes of the scores, under ``best``.
 
     Args:
@@ -185,7 +231,7 @@ def solved_state(
     from modelopt.torch.quantization.algorithms import _resolve_best_recipe
 
     total = sum(s["uncompressed_cost"] for s in stats.values())
-    state: dict[str, Any] = {
+    state: SearchState = {
         "method": method,
         "cost_model": cost_model,
         "cost": cost,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,9 @@ import numpy.typing as npt
 from layerbits.atomic import atomic, why_unwritable, write_json
 from layerbits.errors import UserError
 from layerbits.results.result import FloatArray
+
+Arrays = dict[str, npt.NDArray[Any]]
+"""What a file holds, by name."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ class Calibrated:
         images: Of inputs with a static range, by module: :class:`layerbits.scoring.modality.ImageInputs` as an array.
     """
 
-    ranges: dict[str, Any]
-    routed: dict[str, Any]
-    images: dict[str, Any] = field(default_factory=dict)
+    ranges: dict[str, npt.NDArray[np.float32]]
+    routed: dict[str, npt.NDArray[np.int64]]
+    images: dict[str, FloatArray] = field(default_factory=dict)
 
 
 _PARTS = ("ranges/", "routed/", "images/")
@@ -92,13 +95,13 @@ class StepLog:
     def read(self, index: int) -> Step | None:
         """A finished step, ``None`` where it is not finished."""
         name = f"step-{index:05d}.npz"
-        found = self._read(name)
-        if found is None:
+        arrays = self._read(name)
+        if arrays is None:
             return None
-        if "loss" not in found:  # of an earlier version
+        if "loss" not in arrays:  # of an earlier version
             (self._folder / name).unlink(missing_ok=True)
             return None
-        return Step(**{**found, "loss": float(found["loss"])})
+        return Step(loss=float(arrays.pop("loss")), **arrays)
 
     def write(self, index: int, step: Step) -> None:
         """Keeps a finished step; one that another process has kept in the meantime stays."""
@@ -113,18 +116,19 @@ class StepLog:
         arrays = self._read("calibrated.npz")
         if arrays is None:
             return None
-        parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+        parts: dict[str, Arrays] = {part: {} for part in _PARTS}
         for name, values in arrays.items():
             part, slash, own = name.partition("/")
             parts[part + slash][own] = values
         return Calibrated(*parts.values())
 
-    def write_calibration(self, found: Calibrated) -> None:
+    def write_calibration(self, calibrated: Calibrated) -> None:
         """Keeps what calibration found; what another process has kept in the meantime stays."""
-        parts = zip(_PARTS, (found.ranges, found.routed, found.images), strict=True)
+        kinds: tuple[Mapping[str, npt.ArrayLike], ...] = (calibrated.ranges, calibrated.routed, calibrated.images)
+        parts = zip(_PARTS, kinds, strict=True)
         self._write("calibrated.npz", {f"{part}{name}": value for part, own in parts for name, value in own.items()})
 
-    def _read(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> Arrays | None:
         path = self._folder / name
         try:
             with np.load(path, allow_pickle=False) as data:
@@ -135,7 +139,7 @@ class StepLog:
             path.unlink(missing_ok=True)
             return None
 
-    def _write(self, name: str, arrays: dict[str, Any]) -> None:
+    def _write(self, name: str, arrays: Mapping[str, Any]) -> None:
         # The first stays: of two processes with the same parameters, both go on with the same numbers.
         with writable(self._folder), suppress(FileExistsError), atomic(self._folder / name, replace=False) as file:
             np.savez(file, **arrays)

@@ -11,14 +11,15 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 
 from layerbits.atomic import why_unwritable, write_json
 from layerbits.candidates.algorithms import ranges_of
@@ -30,12 +31,13 @@ from layerbits.inputs.models import output_head, unscored_patterns
 from layerbits.results.result import FloatArray, NonFinite
 from layerbits.scoring.groups import named_groups, recipe_hparams, weights_of, with_active
 from layerbits.scoring.job import Scores, ScoringJob, kl_weights
+from layerbits.scoring.state import SearchState, without_quantizers
 from layerbits.scoring.steplog import writable
 from layerbits.scoring.steps import calibration_forward, loss_backward, loss_logits, summed_loss
 from layerbits.scoring.stock_limits import stock_warnings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def score(job: ScoringJob) -> Scores:
@@ -52,84 +54,29 @@ def score(job: ScoringJob) -> Scores:
 
 
 def _score(job: ScoringJob) -> Scores:
-    import modelopt.torch.quantization as mtq
-
     ((name, config),) = job.configs.items()
     model = job.loaded.model
-    steps = _StepLog(job.workdir / "steps.json", job.fingerprint)
+    log = _StepLog(job.workdir / "steps.json", job.fingerprint)
     checkpoint = _checkpoint(job)
     if _discard_damaged(checkpoint):
         warnings.warn(f"{checkpoint} is damaged (a run ended while writing it); scoring again", stacklevel=2)
     resumed = checkpoint.exists()
     head = output_head(model)
-    unscored = unscored_patterns(model, set(job.scored))
-    batches = list(zip_longest(job.calibration.calib, job.calibration.score))
-    doubts = stock_warnings(model, job.scored, batches[0][1]) if job.method == "gradient" else ()
-    clock = _Clock()
-    seen: list[Any] = [None]
-
-    def watched(loss: float, batch: Batch) -> float:
-        if batch is batches[0][1]:
-            job.watch(loss / batch.loss_tokens, batch.loss_tokens)
-        return loss
-
-    def forward_step(_model: Any, pair: tuple[Any, Any]) -> Any:
-        # ModelOpt calls one function in both phases; it scores kl_div in inference mode and calibrates outside.
-        if torch.is_inference_mode_enabled():
-            clock.enter("score")
-            logits = loss_logits(_model, pair[1])
-            if pair is not seen[-1]:  # of each batch the unquantized model comes first
-                seen.append(pair)
-                steps.append(None, watched(summed_loss(logits, pair[1]), pair[1]))
-            return logits
-        clock.enter("calibrate")
-        return calibration_forward(_model, pair[0], need_logits=head in job.scored)
-
-    def forward_backward_step(_model: Any, pair: tuple[Any, Any]) -> None:
-        clock.enter("score")
-        loss = watched(float(loss_backward(_model, pair[1])), pair[1])
-        steps.append(_importances(_model), loss)
-
+    doubts = stock_warnings(model, job.scored, job.calibration.score[0]) if job.method == "gradient" else ()
+    callbacks = _Callbacks(job, log, need_logits=head in job.scored)
     with _quiet(), _restored_after(model), _weights_kept(model, config["algorithm"], job.scored):
-        clock.enter("calibrate")
-        try:
-            model, state = mtq.auto_quantize(
-                model,
-                constraints={
-                    "effective_bits": job.target_bits,
-                    "cost_model": job.cost_model,
-                    "cost": {"excluded_module_name_patterns": unscored}
-                    | ({"active_moe_expert_ratio": job.active_ratio} if job.cost_model == "active_moe" else {}),
-                },
-                quantization_formats=[config],
-                data_loader=batches,
-                forward_step=forward_step,
-                forward_backward_step=forward_backward_step if job.method == "gradient" else None,
-                num_calib_steps=len(job.calibration.calib),
-                num_score_steps=len(job.calibration.score),
-                disabled_layers=unscored,
-                method=job.method,
-                checkpoint=str(checkpoint),
-            )
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever its conversion and its hooks make of an architecture
-            if why_unwritable(error):
-                raise
-            if _discard_damaged(checkpoint):  # PyTorch's writer has many words for a full disk, and no cause
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            raise stock_fails(model, error) from error
-        clock.stop()
-        found = recipe_hparams(model)
-        decisions = [(n, h) for n, h in found if h.is_configurable]
-        other = sum(weights_of(h) for _, h in found if not h.is_configurable)
-        named = named_groups(model, [(tuple(h.quant_module_names), weights_of(h)) for _, h in found], head)
-    searched = tuple(g for g, (_, h) in zip(named, found, strict=True) if h.is_configurable)
-    groups = with_active(searched, job.active_ratio)
-    raw = np.array([_stat(state, n, "scores") for n, _ in decisions], dtype=np.float64)[:, None]
+        state = _search(job, config, callbacks)
+        hparams = recipe_hparams(model)
+        named = named_groups(model, [(tuple(h.quant_module_names), weights_of(h)) for _, h in hparams], head)
+        searched = [bool(h.is_configurable) for _, h in hparams]
+    names = [n for (n, _), wanted in zip(hparams, searched, strict=True) if wanted]
+    groups = with_active([g for g, wanted in zip(named, searched, strict=True) if wanted], job.active_ratio)
+    # One candidate and "unquantized" (score 0) per group: ModelOpt's clamping to the previous format has nothing
+    # to bite on, so the first entry is the raw score.
+    raw = np.array([state["candidate_stats"][n]["scores"][0] for n in names], dtype=np.float64)[:, None]
     tokens = np.array([b.loss_tokens for b in job.calibration.score], dtype=np.float64)
     if job.method == "gradient":
-        kl = np.tensordot(kl_weights(tokens), steps.per_batch(len(tokens), len(groups)), axes=1)[:, None]
+        kl = np.tensordot(kl_weights(tokens), log.per_batch(len(tokens), len(groups)), axes=1)[:, None]
     else:
         kl = raw / tokens.sum()
     bad = ~np.isfinite(raw) | ~np.isfinite(kl)
@@ -138,15 +85,106 @@ def _score(job: ScoringJob) -> Scores:
         groups=groups,
         raw=raw,
         predicted_kl=kl,
-        chosen={name: tuple(state["best"]["recipe"][n].num_bits < 16 for n, _ in decisions)},
-        states={name: {k: v for k, v in state.items() if k != "quantizer_states"}},
-        other_weights=other,
-        loss_per_token=steps.loss(len(tokens)) / float(tokens.sum()),
+        chosen={name: tuple(state["best"]["recipe"][n].num_bits < 16 for n in names)},
+        states={name: without_quantizers(state)},
+        other_weights=sum(g.weights for g, wanted in zip(named, searched, strict=True) if not wanted),
+        loss_per_token=log.loss(len(tokens)) / float(tokens.sum()),
         nonfinite=tuple(NonFinite(groups[g].key, name, detail="raw score") for g in np.flatnonzero(bad[:, 0])),
-        seconds=clock.seconds,
+        seconds=callbacks.clock.seconds,
         resumed=resumed,
         notes=doubts,
     )
+
+
+def _search(job: ScoringJob, config: Mapping[str, object], callbacks: _Callbacks) -> SearchState:
+    """Runs ModelOpt's search.
+
+    Raises:
+        OSError: The checkpoint cannot be written.
+        UserError: ModelOpt fails on the architecture.
+    """
+    import modelopt.torch.quantization as mtq
+
+    model, checkpoint = job.loaded.model, _checkpoint(job)
+    unscored = unscored_patterns(model, set(job.scored))
+    cost: dict[str, object] = {"excluded_module_name_patterns": unscored}
+    if job.cost_model == "active_moe":
+        cost["active_moe_expert_ratio"] = job.active_ratio
+    callbacks.clock.enter("calibrate")
+    try:
+        _, state = mtq.auto_quantize(
+            model,
+            constraints={"effective_bits": job.target_bits, "cost_model": job.cost_model, "cost": cost},
+            quantization_formats=[config],
+            data_loader=list(zip_longest(job.calibration.calib, job.calibration.score)),
+            forward_step=callbacks.forward,
+            forward_backward_step=callbacks.forward_backward if job.method == "gradient" else None,
+            num_calib_steps=len(job.calibration.calib),
+            num_score_steps=len(job.calibration.score),
+            disabled_layers=unscored,
+            method=job.method,
+            checkpoint=str(checkpoint),
+        )
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever its conversion and its hooks make of an architecture
+        if why_unwritable(error):
+            raise
+        if _discard_damaged(checkpoint):  # PyTorch's writer has many words for a full disk, and no cause
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise stock_fails(model, error) from error
+    callbacks.clock.stop()
+    return state
+
+
+class _Callbacks:
+    """What ModelOpt's search calls for a batch to calibrate with and one to score, side by side.
+
+    Args:
+        job: The job.
+        log: Takes the loss of each scored batch and the scores so far.
+        need_logits: Whether the output head is scored and must see every token in calibration.
+
+    Attributes:
+        clock: Seconds per phase.
+    """
+
+    def __init__(self, job: ScoringJob, log: _StepLog, need_logits: bool) -> None:
+        self.clock = _Clock()
+        self._job = job
+        self._log = log
+        self._need_logits = need_logits
+        self._last: Batch | None = None
+
+    def forward(self, model: PreTrainedModel, pair: tuple[Batch, Batch]) -> torch.Tensor | None:
+        """A forward of either phase: ModelOpt scores ``kl_div`` in inference mode and calibrates outside of it."""
+        calibration, scored = pair
+        if torch.is_inference_mode_enabled():
+            return self._logits(model, scored)
+        self.clock.enter("calibrate")
+        calibration_forward(model, calibration, self._need_logits)
+        return None
+
+    def forward_backward(self, model: PreTrainedModel, pair: tuple[Batch, Batch]) -> None:
+        """A forward and its backward, for the scores of ``gradient``."""
+        self.clock.enter("score")
+        loss = float(loss_backward(model, pair[1]))
+        self._watch(loss, pair[1])
+        self._log.append(_importances(model), loss)
+
+    def _logits(self, model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+        self.clock.enter("score")
+        logits = loss_logits(model, batch)
+        if batch is not self._last:  # of each batch the unquantized model comes first
+            self._last = batch
+            loss = summed_loss(logits, batch)
+            self._watch(loss, batch)
+            self._log.append(None, loss)
+        return logits
+
+    def _watch(self, loss: float, batch: Batch) -> None:
+        if batch is self._job.calibration.score[0]:
+            self._job.watch(loss / batch.loss_tokens, batch.loss_tokens)
 
 
 def _checkpoint(job: ScoringJob) -> Path:
@@ -165,12 +203,6 @@ def _alone(folder: Path) -> Iterator[None]:
             print("another process scores the same; waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _stat(state: dict[str, Any], name: str, what: str) -> float:
-    # One candidate and "unquantized" (score 0) per group: ModelOpt's clamping to the previous format has nothing
-    # to bite on, so the first entry is the raw score.
-    return float(state["candidate_stats"][name][what][0])
 
 
 def _importances(model: PreTrainedModel) -> list[float]:
@@ -234,8 +266,8 @@ class _StepLog:
 
     def _write(self) -> None:
         finite = [[v if np.isfinite(v) else None for v in step] for step in [*self._running, self._losses]]
-        told = {"fingerprint": self._fingerprint, "running": finite[:-1], "losses": finite[-1]}
-        write_json(self._path, told)
+        content = {"fingerprint": self._fingerprint, "running": finite[:-1], "losses": finite[-1]}
+        write_json(self._path, content)
 
 
 class _Clock:
@@ -274,7 +306,7 @@ def _discard_damaged(checkpoint: Path) -> bool:
 def _restored_after(model: PreTrainedModel) -> Iterator[None]:
     """Undoes what ModelOpt's search leaves behind: gradient checkpointing, train mode, converted linears."""
     use_cache = model.config.use_cache
-    implementations = [(m.config, m.config._experts_implementation) for m in _with_experts(model)]
+    implementations = [(config, config._experts_implementation) for config in _experts_configs(model)]
     requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     patched = {m for m in model.modules() if "forward" in vars(m)}
     transposed = {m: m.weight for m in model.modules() if is_transposed(m)}
@@ -297,13 +329,14 @@ def _restored_after(model: PreTrainedModel) -> Iterator[None]:
                 vars(module).pop(name, None)
 
 
-def _with_experts(model: PreTrainedModel) -> list[Any]:
-    """Modules that look up in their configuration how experts run; ModelOpt sets it to its own way for good."""
-    return [m for m in model.modules() if hasattr(getattr(m, "config", None), "_experts_implementation")]
+def _experts_configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """Configurations that say how experts run; ModelOpt sets them to its own way for good."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return [config for config in configs if hasattr(config, "_experts_implementation")]
 
 
 @contextmanager
-def _weights_kept(model: PreTrainedModel, algorithm: Any, names: Sequence[str]) -> Iterator[None]:
+def _weights_kept(model: PreTrainedModel, algorithm: object, names: Sequence[str]) -> Iterator[None]:
     """Puts weights back that ModelOpt changes: AWQ and SmoothQuant fold their scales into those that were chosen.
 
     Args:
@@ -322,7 +355,7 @@ def _weights_kept(model: PreTrainedModel, algorithm: Any, names: Sequence[str]) 
                     parameter.copy_(kept)
 
 
-def _plain_again(model: PreTrainedModel, patched: set[Any]) -> None:
+def _plain_again(model: PreTrainedModel, patched: set[nn.Module]) -> None:
     """Turns ModelOpt's dynamic modules back into what they were."""
     from modelopt.torch.opt.conversion import ModeloptStateManager
     from modelopt.torch.opt.dynamic import DynamicModule
@@ -330,7 +363,7 @@ def _plain_again(model: PreTrainedModel, patched: set[Any]) -> None:
 
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            lists = isinstance(child, torch.nn.ModuleList) and name.endswith("_weight_quantizers")
+            lists = isinstance(child, nn.ModuleList) and name.endswith("_weight_quantizers")
             if isinstance(child, TensorQuantizer) or lists:
                 delattr(module, name)
         module.__dict__.pop("_hparams_for_scoring", None)

@@ -8,13 +8,15 @@ batch, and until a tile reaches its first replaced linear it shares the linears 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from layerbits.errors import Unsupported
 from layerbits.inputs.calibration import Batch, Segment
@@ -23,8 +25,8 @@ from layerbits.inputs.models import output_head
 from layerbits.progress import part_done
 from layerbits.scoring.divergence import Reference
 from layerbits.scoring.patches import Forward, Span, by_tile, forwards
-from layerbits.scoring.steps import LOGITS_AT_ONCE, _inputs, _loss_positions, has_plain_head, predictions
-from layerbits.scoring.tap import first_input
+from layerbits.scoring.steps import LOGITS_AT_ONCE, has_plain_head, last_hidden_states, predictions
+from layerbits.scoring.tap import first_input, hooked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
 _TOKENS_AT_ONCE = {"cuda": 1 << 14, "cpu": 1 << 11}
 """Tokens of all tiles together: enough to fill the matrix units, few enough to keep the activations small."""
 _PROBE = 8  # tokens that starting at a block is tried with
-_MEND = "kl_div from block to block cannot score it, use autoquant.engine=stock"
+_USE_STOCK = "kl_div from block to block cannot score it, use autoquant.engine=stock"
 
+Arguments = tuple[torch.Tensor, ...]
+"""What a module is called with by position."""
 Perturbation = Mapping[str, Forward]
 """Name of a module → what computes its output from its input instead, several rows together."""
 
@@ -49,7 +53,7 @@ class Blocks:
         plain_head: Whether the logits are nothing but the head on the last hidden state.
     """
 
-    modules: tuple[Any, ...]
+    modules: tuple[nn.Module, ...]
     of: Mapping[str, int]
     head: str | None
     plain_head: bool
@@ -74,13 +78,13 @@ def find_blocks(model: PreTrainedModel, names: Sequence[str], batch: Batch) -> B
             continue
         parts = name.split(".")
         prefixes = (".".join(parts[:i]) for i in range(1, len(parts)))
-        found = next((p for p in prefixes if isinstance(model.get_submodule(p), torch.nn.ModuleList)), None)
-        if found is None:
-            raise Unsupported(f"{name} is in no list of decoder blocks; {_MEND}")
-        lists.add(found)
-        of[name] = int(parts[found.count(".") + 1])
+        prefix = next((p for p in prefixes if isinstance(model.get_submodule(p), nn.ModuleList)), None)
+        if prefix is None:
+            raise Unsupported(f"{name} is in no list of decoder blocks; {_USE_STOCK}")
+        lists.add(prefix)
+        of[name] = int(parts[prefix.count(".") + 1])
     if len(lists) > 1:
-        raise Unsupported(f"there are blocks in {' and '.join(sorted(lists))}; {_MEND}")
+        raise Unsupported(f"there are blocks in {' and '.join(sorted(lists))}; {_USE_STOCK}")
     modules = tuple(model.get_submodule(lists.pop())) if lists else ()
     blocks = Blocks(modules, {n: of.get(n, len(modules)) for n in names}, head, has_plain_head(model, batch))
     _check(model, blocks, batch.segments[0])
@@ -101,7 +105,7 @@ class _Kept:
     """
 
     segment: Segment
-    feeds: tuple[Any, ...]
+    feeds: tuple[torch.Tensor, ...]
     pack: int
     order: Mapping[str, int]
     values: torch.Tensor
@@ -155,7 +159,7 @@ class SuffixRunner:
         """Loss of the model without a background on the batch, nats, summed over its loss tokens."""
         return sum(r.loss for r in self._references)
 
-    def measure(self, perturbations: Sequence[Perturbation]) -> tuple[Any, Any]:
+    def measure(self, perturbations: Sequence[Perturbation]) -> tuple[torch.Tensor, torch.Tensor]:
         """Measures each perturbation alone.
 
         Args:
@@ -165,7 +169,7 @@ class SuffixRunner:
             Per loss token, in the order of ``steps.loss_logits``: float32 ``[P, n]`` KL divergence of the perturbed
             from the unquantized prediction, nats, and float32 ``[P, n]`` change of the loss.
         """
-        parts: list[list[Any]] = []
+        parts: list[list[torch.Tensor]] = []
         with torch.inference_mode():
             for kept, reference in zip(self._kept, self._references, strict=True):
                 most = max(1, self._tokens // kept.segment.input_ids.numel())
@@ -190,7 +194,9 @@ class SuffixRunner:
     def _start(self, perturbation: Perturbation) -> int:
         return min(self._blocks.of[name] for name in perturbation)
 
-    def _compare(self, kept: _Kept, reference: Reference, tiles: list[Perturbation]) -> tuple[Any, Any]:
+    def _compare(
+        self, kept: _Kept, reference: Reference, tiles: list[Perturbation]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """KL divergence and loss change, ``[K, n]``."""
         values, whole = self._run(kept, tiles)
         size = max(1, LOGITS_AT_ONCE // (len(tiles) * reference.vocabulary))
@@ -204,7 +210,7 @@ class SuffixRunner:
         kl, change = (torch.cat(p, dim=1) for p in zip(*parts, strict=True))
         return kl, change
 
-    def _run(self, kept: _Kept, tiles: list[Perturbation]) -> tuple[Any, bool]:
+    def _run(self, kept: _Kept, tiles: list[Perturbation]) -> tuple[torch.Tensor, bool]:
         """Runs the suffix: ``[K, n, ...]`` hidden states or logits at the loss positions, and whether it is logits."""
         start = self._start(tiles[0])
         whole = self._whole or self._blocks.head in tiles[0]
@@ -212,72 +218,30 @@ class SuffixRunner:
             values, _ = self._predict(kept.segment.tiled(len(tiles)), whole)
         return values.unflatten(0, (len(tiles), -1)), whole
 
-    def _logits(self, values: torch.Tensor) -> Any:
+    def _logits(self, values: torch.Tensor) -> torch.Tensor:
         return self._model.get_output_embeddings()(values) if self._blocks.plain_head else values
 
-    def _predict(self, segment: Segment, whole: bool) -> tuple[Any, Any]:
+    def _predict(self, segment: Segment, whole: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (``whole``) or last hidden states at the loss positions, and the tokens that came true."""
         if whole:
             return predictions(self._model, segment)
-        inputs = _inputs(self._model, segment)
-        return _loss_positions(self._model.base_model(**inputs).last_hidden_state, inputs["input_ids"], segment)
+        return last_hidden_states(self._model, segment)
 
     def _run_and_keep(self, segment: Segment, background: Perturbation) -> _Kept:
         """Runs the model as it is but for a background, and looks on."""
         blocks = self._blocks
-        seen: list[int] = []
-        feeds: list[Any] = []
-        outputs: list[Any] = []
-        called: list[tuple[str, int]] = []
-
-        def before_block(index: int) -> Any:
-            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen.append(index)
-                feeds.append(_hidden(args, kwargs))
-
-            return hook
-
-        def before_linear(name: str) -> Any:
-            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = first_input(args, kwargs)
-                called.append((name, tokens_of(_module, x)))
-
-            return hook
-
-        def after_last(_module: Any, _args: Any, output: torch.Tensor) -> None:
-            outputs.append(output)
-
-        handles = [m.register_forward_pre_hook(before_block(i), with_kwargs=True) for i, m in enumerate(blocks.modules)]
-        handles += [
-            self._linear(n).register_forward_pre_hook(before_linear(n), with_kwargs=True)
-            for n in blocks.of
-            if n != blocks.head
-        ]
-        if blocks.modules:
-            handles.append(blocks.modules[-1].register_forward_hook(after_last))
-        try:
-            with forwards({self._linear(n): f for n, f in background.items()}):
-                values, targets = self._predict(segment, not blocks.plain_head or blocks.head in background)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if seen != list(range(len(blocks.modules))):
-            raise Unsupported(f"the blocks of the model do not run one after the other; {_MEND}")
-        calls = dict(called)
-        tokens = segment.input_ids.numel()
-        for name in blocks.of:
-            times = sum(n == name for n, _ in called)
-            if name != blocks.head and (times != 1 or calls[name] != tokens):
-                why = f"called {times} times" if times != 1 else f"called with {calls[name]} of {tokens} tokens"
-                raise Unsupported(f"{name} is {why} in a forward pass; leave it out with model.exclude=[{name}]")
-        order = {name: at for at, (name, _) in enumerate(called)}
+        observer = _Observer()
+        linears = {name: self._linear(name) for name in blocks.of if name != blocks.head}
+        whole = not blocks.plain_head or blocks.head in background
+        with observer.observing(blocks.modules, linears), forwards({self._linear(n): f for n, f in background.items()}):
+            values, targets = self._predict(segment, whole)
+        observer.check(len(blocks.modules), linears, segment.input_ids.numel())
+        order = observer.order
         if blocks.head is not None:
             order[blocks.head] = len(order)
-        pack = len(outputs[0]) if outputs and isinstance(outputs[0], tuple) else 0
-        last = [o[0] if pack else o for o in outputs]
-        return _Kept(segment, (*feeds, *last), pack, order, values, targets)
+        return _Kept(segment, tuple(observer.feeds), observer.pack, order, values, targets)
 
-    def _linear(self, name: str) -> Any:
+    def _linear(self, name: str) -> nn.Module:
         return self._model.get_submodule(name)
 
     @contextmanager
@@ -285,18 +249,21 @@ class SuffixRunner:
         """Blocks before ``start`` do nothing, and ``start`` gets what was kept for it, once per tile."""
         modules = self._blocks.modules
 
-        def feed() -> Any:
+        def feed() -> torch.Tensor:
             fed = kept.feeds[start]
             return fed.repeat(tiles, *[1] * (fed.dim() - 1))
 
-        def packed(hidden: torch.Tensor) -> Any:
+        def packed(hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor | None, ...]:
             return (hidden, *[None] * (kept.pack - 1)) if kept.pack else hidden
 
-        patched: dict[Any, Any] = {m: lambda *args, **kwargs: packed(_hidden(args, kwargs)) for m in modules[:start]}
+        def skipped(*args: torch.Tensor, **kwargs: torch.Tensor) -> object:
+            return packed(_hidden(args, kwargs))
+
+        patched: dict[nn.Module, Callable[..., object]] = dict.fromkeys(modules[:start], skipped)
         if start < len(modules):
             original = modules[start].forward
 
-            def from_here(*args: Any, **kwargs: Any) -> Any:
+            def from_here(*args: object, **kwargs: object) -> object:
                 if args:
                     return original(feed(), *args[1:], **kwargs)
                 return original(**{**kwargs, "hidden_states": feed()})
@@ -315,21 +282,91 @@ class SuffixRunner:
         if len(tiles) > 1:
             wanted |= {n for n in of if of[n] == start}  # here some tiles still share their input
         first = [min(kept.order[n] for n in tile) for tile in tiles]
-        patched = {}
-        for name in wanted:
-            module = self._linear(name)
-            own = self._background.get(name, module.forward)
-            plan: list[Span] = []
-            for k, tile in enumerate(tiles):
-                shared = kept.order[name] < first[k]  # nothing before it was replaced in this tile
-                function = tile.get(name, own)
-                if plan and plan[-1].function is own and function is own and plan[-1].shared == shared:
-                    plan[-1] = replace(plan[-1], stop=k + 1)
-                else:
-                    plan.append(Span(k, k + 1, function, shared))
-            patched[module] = by_tile(plan, len(tiles))
-        with forwards(patched):
+        plans = {name: self._plan(name, kept.order[name], first, tiles) for name in wanted}
+        with forwards({self._linear(name): by_tile(plan, len(tiles)) for name, plan in plans.items()}):
             yield
+
+    def _plan(self, name: str, at: int, first: Sequence[int], tiles: Sequence[Perturbation]) -> list[Span]:
+        """What computes a linear, tile by tile.
+
+        Args:
+            name: The linear.
+            at: When it is called.
+            first: When the first replaced linear of each tile is called: nothing before it differs between tiles.
+            tiles: What each tile replaces.
+        """
+        own = self._background.get(name, self._linear(name).forward)
+        plan: list[Span] = []
+        for k, tile in enumerate(tiles):
+            span = Span(k, k + 1, tile.get(name, own), shared=at < first[k])
+            if plan and plan[-1].function is own and span.function is own and plan[-1].shared == span.shared:
+                plan[-1] = replace(plan[-1], stop=span.stop)
+            else:
+                plan.append(span)
+        return plan
+
+
+class _Observer:
+    """Sees what runs while the model runs once.
+
+    Attributes:
+        entered: Positions of the blocks, in the order in which they ran.
+        feeds: The input of each block, and the output of the last.
+        calls: Name of each linear that was called, in order, and its tokens.
+        pack: Items of the tuple that a block returns, 0 where it returns its hidden states bare.
+    """
+
+    def __init__(self) -> None:
+        self.entered: list[int] = []
+        self.feeds: list[torch.Tensor] = []
+        self.calls: list[tuple[str, int]] = []
+        self.pack = 0
+
+    @property
+    def order(self) -> dict[str, int]:
+        """Name of a linear → when it was called."""
+        return {name: at for at, (name, _) in enumerate(self.calls)}
+
+    @contextmanager
+    def observing(self, blocks: Sequence[nn.Module], linears: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Looks on until the end of a ``with`` block."""
+        with ExitStack() as stack:
+            for index, block in enumerate(blocks):
+                hook: Callable[..., None] = partial(self._enter, index)
+                stack.enter_context(hooked(block.register_forward_pre_hook(hook, with_kwargs=True)))
+            for name, linear in linears.items():
+                hook = partial(self._call, name)
+                stack.enter_context(hooked(linear.register_forward_pre_hook(hook, with_kwargs=True)))
+            if blocks:
+                stack.enter_context(hooked(blocks[-1].register_forward_hook(self._leave)))
+            yield
+
+    def check(self, blocks: int, linears: Iterable[str], tokens: int) -> None:
+        """Makes sure that every block ran once, in order, and every linear once on all tokens.
+
+        Raises:
+            Unsupported: One did not.
+        """
+        if self.entered != list(range(blocks)):
+            raise Unsupported(f"the blocks of the model do not run one after the other; {_USE_STOCK}")
+        calls = dict(self.calls)
+        for name in linears:
+            times = sum(n == name for n, _ in self.calls)
+            if times != 1 or calls[name] != tokens:
+                why = f"called {times} times" if times != 1 else f"called with {calls[name]} of {tokens} tokens"
+                raise Unsupported(f"{name} is {why} in a forward pass; leave it out with model.exclude=[{name}]")
+
+    def _enter(self, index: int, _module: nn.Module, args: Arguments, kwargs: Mapping[str, torch.Tensor]) -> None:
+        self.entered.append(index)
+        self.feeds.append(_hidden(args, kwargs))
+
+    def _call(self, name: str, module: nn.Module, args: Arguments, kwargs: Mapping[str, torch.Tensor]) -> None:
+        self.calls.append((name, tokens_of(module, first_input(args, kwargs))))
+
+    def _leave(self, _module: nn.Module, _args: object, output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        """The last block returns."""
+        self.pack = len(output) if isinstance(output, tuple) else 0
+        self.feeds.append(output[0] if isinstance(output, tuple) else output)
 
 
 def _check(model: PreTrainedModel, blocks: Blocks, segment: Segment) -> None:
@@ -350,12 +387,16 @@ def _check(model: PreTrainedModel, blocks: Blocks, segment: Segment) -> None:
                 try:
                     values, whole = runner._run(kept, tiles)
                 except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as cause:
-                    raise Unsupported(f"the model does not run from block {index} on ({cause}); {_MEND}") from cause
+                    raise Unsupported(
+                        f"the model does not run from block {index} on ({cause}); {_USE_STOCK}"
+                    ) from cause
                 logits = (values if whole else runner._logits(values)).double()
                 error = (logits - expected).norm(dim=(1, 2)).max()
                 if not bool(error <= tolerance * expected.norm()):
-                    raise Unsupported(f"a run from block {index} on does not predict what a whole run does; {_MEND}")
+                    raise Unsupported(
+                        f"a run from block {index} on does not predict what a whole run does; {_USE_STOCK}"
+                    )
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _hidden(args: Arguments, kwargs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return args[0] if args else kwargs["hidden_states"]

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.linears import (
+    QuantizableModule,
     by_token,
     features_last,
     is_convolution,
@@ -26,7 +29,10 @@ from layerbits.scoring.memory import ModuleFootprint
 from layerbits.scoring.patches import Forward
 from layerbits.scoring.reduction import token_scores
 
-See = Callable[[str, Any], None]
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+See = Callable[[str, torch.Tensor], None]
 """Takes the name of an input (``""`` where a module has one) and the tensor that came in."""
 
 
@@ -42,7 +48,12 @@ class Tap(ABC):
     """
 
     def __init__(
-        self, name: str, module: Any, settings: quantizers.Settings, inputs: Sequence[str], device: Any
+        self,
+        name: str,
+        module: nn.Module,
+        settings: quantizers.Settings,
+        inputs: Sequence[str],
+        device: torch.device,
     ) -> None:
         self.name = name
         self.module = module
@@ -60,7 +71,7 @@ class Tap(ABC):
         """While it lasts, a forward shows what is quantized to ``see``."""
 
     @abstractmethod
-    def calibrate_weights(self, shared: Any = None) -> None:
+    def calibrate_weights(self, shared: torch.Tensor | None = None) -> None:
         """Finds the ranges of the weights.
 
         Args:
@@ -70,7 +81,7 @@ class Tap(ABC):
             UserError: A weight is not finite.
         """
 
-    def weight_quantizers(self) -> list[Any]:
+    def weight_quantizers(self) -> list[TensorQuantizer | None]:
         """Quantizers of the weight by setting, ``None`` = disabled; none where there are several weights."""
         return []
 
@@ -83,7 +94,7 @@ class Tap(ABC):
         """Quantizes the weights on the fly from now on."""
 
     @abstractmethod
-    def inputs_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    def inputs_of(self, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What the scores need of the arguments of a forward."""
 
     @abstractmethod
@@ -99,7 +110,7 @@ class Tap(ABC):
             signed: Whether sums over output features stay signed and unsquared.
         """
 
-    def fix_dtype(self, dtype: Any) -> None:
+    def fix_dtype(self, dtype: torch.dtype) -> None:
         """Has every quantizer compute in a dtype, whatever the module computes in from now on."""
         for row in (*self.inputs.values(), self.weight_quantizers()):
             for quantizer in row:
@@ -114,21 +125,21 @@ class Tap(ABC):
         """The forward unquantized, summed in another order: what differs is rounding alone."""
 
     @abstractmethod
-    def weights(self, setting: int | None) -> Iterator[Any]:
+    def weights(self, setting: int | None) -> Iterator[torch.Tensor]:
         """The weight tensors, quantized by a setting or, with ``None``, as they are."""
 
     def lighter(self) -> AbstractContextManager[None]:
         """While it lasts, the module keeps less for its backward pass and computes the same."""
         return nullcontext()
 
-    def range_names(self) -> Iterator[tuple[str, str, int, Any]]:
+    def range_names(self) -> Iterator[tuple[str, str, int, TensorQuantizer]]:
         """Name of a static range, input, setting and quantizer."""
         for site, row in self.inputs.items():
             for i, quantizer in enumerate(row):
                 if quantizers.needs_range(quantizer):
                     yield f"{self.name}.{site}.{i}" if site else f"{self.name}.{i}", site, i, quantizer
 
-    def range_kind(self, setting: int, quantizer: Any) -> RangeKind:
+    def range_kind(self, setting: int, quantizer: TensorQuantizer) -> RangeKind:
         """What the range of an input setting is."""
         return RangeKind.of(quantizer, self._headrooms[setting])
 
@@ -157,7 +168,9 @@ class LinearTap(Tap):
         Unsupported: A candidate has no meaning for a convolution.
     """
 
-    def __init__(self, name: str, module: Any, settings: quantizers.Settings) -> None:
+    module: QuantizableModule
+
+    def __init__(self, name: str, module: QuantizableModule, settings: quantizers.Settings) -> None:
         super().__init__(name, module, settings, [""], device_of(module))
         if is_convolution(module) and any(quantizer.axis is not None for _, _, _, quantizer in self.range_names()):
             raise Unsupported(
@@ -167,7 +180,7 @@ class LinearTap(Tap):
         self._runs = _runs(settings)
         self._weights = [quantizers.make_quantizer(s, self.device) for s in settings.weights]
         self._searches = settings.searches
-        self._kept: Any = None
+        self._kept: torch.Tensor | None = None
 
     def footprint(self, tokens: int) -> ModuleFootprint:
         """Input and output stay, and the weights and outputs of all settings are made side by side."""
@@ -181,7 +194,7 @@ class LinearTap(Tap):
         """While it lasts, a forward shows the input to ``see``."""
         return hooked(self.module.register_forward_pre_hook(lambda _module, args: see("", args[0])))
 
-    def calibrate_weights(self, shared: Any = None) -> None:
+    def calibrate_weights(self, shared: torch.Tensor | None = None) -> None:
         """Finds the ranges of the weight."""
         weight = weight_of(self.module)
         if not bool(torch.isfinite(weight).all()):
@@ -189,7 +202,7 @@ class LinearTap(Tap):
         for quantizer, search in zip(self._weights, self._searches, strict=True):
             quantizers.calibrate_weight(quantizer, weight, search, shared)
 
-    def weight_quantizers(self) -> list[Any]:
+    def weight_quantizers(self) -> list[TensorQuantizer | None]:
         """Quantizers of the weight by setting."""
         return self._weights
 
@@ -201,7 +214,7 @@ class LinearTap(Tap):
         """Quantizes the weight on the fly from now on."""
         self._kept = None
 
-    def inputs_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[torch.Tensor, ...]:
+    def inputs_of(self, args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The input."""
         return (first_input(args, kwargs),)
 
@@ -224,7 +237,7 @@ class LinearTap(Tap):
         """The linear with quantized weight and input; the weight is quantized on the fly."""
         module, quantize_weight, quantize_input = self.module, self._weights[pair[0]], self.inputs[""][pair[1]]
 
-        def forward(x: torch.Tensor) -> Any:
+        def forward(x: torch.Tensor) -> torch.Tensor:
             weight = weight_of(module)
             weight = weight if quantize_weight is None else quantize_weight(weight)
             return run(module, x if quantize_input is None else quantize_input(x), weight)
@@ -236,35 +249,38 @@ class LinearTap(Tap):
         module = self.module
         half = shape_of(module)[1] // 2
 
-        def convolution(x: torch.Tensor) -> Any:
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            weight = weight_of(module)
+            low = nn.functional.linear(x[..., :half], weight[:, :half], module.bias)
+            return low + nn.functional.linear(x[..., half:], weight[:, half:])
+
+        if not is_convolution(module):
+            return linear
+
+        def convolution(x: torch.Tensor) -> torch.Tensor:
             low = module.weight.clone()
             low[..., half:] = 0
             return run(module, x, low) + module._conv_forward(x, module.weight - low, None)
 
-        def forward(x: torch.Tensor) -> Any:
-            weight = weight_of(module)
-            low = torch.nn.functional.linear(x[..., :half], weight[:, :half], module.bias)
-            return low + torch.nn.functional.linear(x[..., half:], weight[:, half:])
+        return convolution
 
-        return convolution if is_convolution(module) else forward
-
-    def weights(self, setting: int | None) -> Iterator[Any]:
+    def weights(self, setting: int | None) -> Iterator[torch.Tensor]:
         """The weight."""
         quantizer = None if setting is None else self._weights[setting]
         weight = weight_of(self.module).detach()
         yield weight if quantizer is None else quantizer(weight)
 
-    def _all_weights(self) -> Any:
+    def _all_weights(self) -> torch.Tensor:
         """The weights of all settings under each other, ``[W * out_features, in_features]``."""
         return torch.cat(list(self._under_all()))
 
-    def _under_all(self) -> Iterator[Any]:
+    def _under_all(self) -> Iterator[torch.Tensor]:
         """The weight under every setting."""
         return (weight for setting in range(len(self._weights)) for weight in self.weights(setting))
 
 
 @contextmanager
-def hooked(handle: Any) -> Iterator[None]:
+def hooked(handle: RemovableHandle) -> Iterator[None]:
     """Keeps a hook until the end of a ``with`` block."""
     try:
         yield
@@ -272,7 +288,7 @@ def hooked(handle: Any) -> Iterator[None]:
         handle.remove()
 
 
-def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def first_input(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The first argument of a forward, however it is given."""
     return args[0] if args else next(iter(kwargs.values()))
 

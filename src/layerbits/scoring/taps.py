@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -16,6 +18,7 @@ from layerbits.inputs.calibration import Batch
 from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.linears import is_quantizable, tokens_of
 from layerbits.progress import progress
+from layerbits.results.assignment import IntArray
 from layerbits.scoring import quantizers
 from layerbits.scoring.batch_scores import BatchScores, Recorder, check_called
 from layerbits.scoring.experts import ExpertsTap, Routed
@@ -31,11 +34,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], torch.Tensor], None]
+Arguments = tuple[torch.Tensor, ...]
+"""What a module is called with by position."""
+Hook = Callable[[nn.Module, Arguments, dict[str, torch.Tensor], torch.Tensor], None]
 """Runs behind a forward: the module, its arguments and its output."""
 
 
-def make_tap(name: str, module: Any, settings: quantizers.Settings) -> Tap:
+def make_tap(name: str, module: nn.Module, settings: quantizers.Settings) -> Tap:
     """A tap of the kind that a module needs.
 
     Args:
@@ -101,31 +106,29 @@ class Taps:
         if not kinds or not batches:  # a process of a torchrun may have none
             return
         running: list[dict[str, dict[RangeKind, InputRange]]] = [{} for _ in self.taps]
-        last: list[Any] = [None, {}]  # fused linears share one input tensor; its ranges are found once
-        self.images = seen = ImageInputs(pictured)
+        latest = _LatestRanges(kinds)
+        self.images = images = ImageInputs(pictured)
 
         def see(index: int, site: str, x: torch.Tensor) -> None:
-            if last[0] is not x:
-                last[:] = [x, {kind: InputRange(kind, x) for kind in kinds}]
-            seen.see(self.taps[index], site, x)
+            ranges = latest.of(x)
+            images.see(self.taps[index], site, x)
             known = running[index].setdefault(site, {})
-            for kind, found in last[1].items():
-                known[kind] = known[kind].join(found) if kind in known else found
+            for kind, new in ranges.items():
+                known[kind] = known[kind].join(new) if kind in known else new
 
         with ExitStack() as stack, torch.no_grad():
             for index, tap in enumerate(self.taps):
                 stack.enter_context(tap.watched(partial(see, index)))
             for batch in progress(batches, "calibrating"):
                 for segment in batch.segments:
-                    seen.enter(segment)
+                    images.enter(segment)
                     calibration_forward(self.model, Batch((segment,)), need_logits)
-        last.clear()
         unseen = [tap.name for tap, known in zip(self.taps, running, strict=True) if not known]
         check_called([tap.name for tap in self.taps if tap.name in unseen and any(True for _ in tap.range_names())])
         for tap, known in zip(self.taps, running, strict=True):
             tap.set_ranges(known)
 
-    def take_routed(self) -> dict[str, Any]:
+    def take_routed(self) -> dict[str, IntArray]:
         """Tokens per expert that were counted since the last call, by name of the expert module."""
         return {tap.name: tap.take_routed() for tap in self.taps if isinstance(tap, ExpertsTap)}
 
@@ -133,8 +136,8 @@ class Taps:
     def counted(self) -> Iterator[None]:
         """While it lasts, forwards of the model count the tokens of each expert."""
 
-        def see(tap: ExpertsTap) -> Any:
-            def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def see(tap: ExpertsTap) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: Arguments, kwargs: dict[str, torch.Tensor]) -> None:
                 tap.count(Routed.of(args, kwargs).index)
 
             return hook
@@ -145,7 +148,7 @@ class Taps:
                     stack.enter_context(hooked(tap.module.register_forward_pre_hook(see(tap), with_kwargs=True)))
             yield
 
-    def ranges(self) -> dict[str, Any]:
+    def ranges(self) -> dict[str, npt.NDArray[np.float32]]:
         """Static input ranges as float32 arrays by name."""
         return {
             name: quantizer.amax.float().cpu().numpy()
@@ -154,7 +157,7 @@ class Taps:
             if quantizer.amax is not None
         }
 
-    def load_ranges(self, ranges: dict[str, Any]) -> None:
+    def load_ranges(self, ranges: Mapping[str, npt.NDArray[np.float32]]) -> None:
         """Takes the ranges of :meth:`ranges` and finds those of the weights.
 
         Raises:
@@ -223,7 +226,7 @@ class Taps:
         """Saves what a call of a module is scored by, until its gradient comes."""
         tap, copied = self.taps[index], index in self._copied
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+        def hook(_module: nn.Module, args: Arguments, kwargs: dict[str, torch.Tensor], output: torch.Tensor) -> None:
             tokens = tokens_of(tap.module, first_input(args, kwargs))
             # else an expert of its own, say: which tokens these are cannot be known here
             if tokens != recorder.tokens and tap.name not in self._tower:
@@ -255,7 +258,9 @@ class Taps:
         def see(index: int) -> Hook:
             tap = self.taps[index]
 
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+            def hook(
+                _module: nn.Module, args: Arguments, kwargs: dict[str, torch.Tensor], output: torch.Tensor
+            ) -> None:
                 tensors = (*tap.inputs_of(args, kwargs), output)
                 seen.setdefault(index, []).extend((t.detach(), t._version) for t in tensors)
 
@@ -266,6 +271,25 @@ class Taps:
                 stack.enter_context(hooked(tap.module.register_forward_hook(see(index), with_kwargs=True)))
             calibration_forward(self.model, first_tokens(batch), need_logits=True)
         self._copied = {i for i, tensors in seen.items() if any(t._version != version for t, version in tensors)}
+
+
+class _LatestRanges:
+    """Ranges of the tensor that came last: fused linears share one input, whose ranges are found once.
+
+    Args:
+        kinds: The ranges that are wanted.
+    """
+
+    def __init__(self, kinds: Iterable[RangeKind]) -> None:
+        self._kinds = tuple(kinds)
+        self._tensor: torch.Tensor | None = None
+        self._ranges: dict[RangeKind, InputRange] = {}
+
+    def of(self, x: torch.Tensor) -> Mapping[RangeKind, InputRange]:
+        """By kind."""
+        if self._tensor is not x:
+            self._tensor, self._ranges = x, {kind: InputRange(kind, x) for kind in self._kinds}
+        return self._ranges
 
 
 @contextmanager
