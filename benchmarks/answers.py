@@ -1,7 +1,7 @@
 """How far the verdicts on answers can be trusted (docs/answers.md).
 
 python benchmarks/answers.py planted                              # regressions of 2 %: found as often as stated?
-python benchmarks/answers.py alarms run_id=FOLDER --tasks cloze,sums --limit 300   # the same model, other batch sizes
+python benchmarks/answers.py alarms FOLDER --tasks cloze,sums --limit 300   # the same model, other batch sizes
 python benchmarks/answers.py table EVALUATION.json ...            # KL against accuracy, widths, predicted changes
 """
 

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from mlflow import MlflowClient
@@ -13,7 +17,7 @@ from layerbits.inputs import smollm2
 from layerbits.results.manifest import load_manifest
 
 from .completions import completions
-from .entries import start
+from .entries import ROOT, environment, start
 from .scoring_support import everyday_tokens, knowing, tiny_model
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
@@ -210,6 +214,42 @@ def test_an_endpoint_of_something_else_is_refused(run, tmp_path, change, words):
 
 def test_an_endpoint_that_is_not_there_is_refused(run):
     check_refused(run, evaluate(run, "tasks=cloze", "endpoint=http://127.0.0.1:9"), "does not answer as an OpenAI-comp")
+
+
+def test_a_killed_evaluation_goes_on_with_what_it_lacks(run, tmp_path):
+    cache, asked = tmp_path / "cache" / "answers", ("effective_bits=5,8", "tasks=cloze,colours", "limit=16")
+    command = [
+        sys.executable, "experiments/evaluate.py", f"run_id={run['source'].info.run_id}", "schemes=none", *asked,
+        f"task_path={run['folder']}/tasks", "rows=0", *run["store"], f"output_root={tmp_path}",
+    ]  # fmt: skip
+    variables = environment(HF_HOME=run["folder"] / "hf", LAYERBITS_CACHE=tmp_path / "cache")
+    job = subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while job.poll() is None and len(finished := list(cache.glob("*/[!.]*.json"))) < 3:
+        time.sleep(0.002)
+    job.kill()  # SIGKILL, after one of two tasks of the first scheme
+    assert job.wait() == -signal.SIGKILL
+    assert 3 <= len(finished) < 6
+    for file in finished:  # so that they are told from answers that are asked anew
+        data = json.loads(file.read_text())
+        for answer in data["answers"]["answers"]:
+            answer["said"] = "kept"
+        file.write_text(json.dumps(data))
+    done = start("evaluate", *command[2:], **variables)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("tmp/evaluation_*")
+    plain = json.loads((folder / "evaluation.json").read_text())
+    models = [plain["unquantized"], *(scheme["tasks"] for scheme in plain["schemes"])]
+    told = [task["answers"] for model in models for task in model.values()]
+    assert sum(all(a["said"] == "kept" for a in answers) for answers in told) == len(finished)
+    uncut = json.loads(min(run["folder"].glob("out/tmp/evaluation_*/evaluation.json")).read_text())
+    for ours, theirs in zip(plain["schemes"], uncut["schemes"], strict=True):
+        for task, answers in ours["tasks"].items():
+            assert [a["log_odds"] for a in answers["answers"]] == [
+                a["log_odds"] for a in theirs["tasks"][task]["answers"]
+            ]
+    assert not list(cache.glob("*"))
+    (left,) = run["client"].search_runs(["1"], "attributes.status = 'RUNNING'")  # which `layerbits reap` ends
+    run["client"].set_terminated(left.info.run_id, "KILLED")
 
 
 def check_refused(run, done, words):

@@ -118,25 +118,34 @@ class Harness:
                 )
 
     def answers(self, lm: LM) -> dict[str, TaskAnswers]:
-        """Puts all tasks to a model.
+        """Puts all tasks to a model, as :meth:`each` does."""
+        return {found.task: found for found in self.each(lm, list(self.tasks))}
+
+    def each(self, lm: LM, names: Sequence[str]) -> Iterator[TaskAnswers]:
+        """Puts tasks to a model, one after the other.
+
+        Args:
+            lm: The model.
+            names: Some of :attr:`tasks`.
 
         Raises:
             UserError: A task does not say right or wrong.
         """
         from lm_eval.evaluator import evaluate
 
-        for task in self.tasks.values():
+        for name in names:
+            task = self.tasks[name]
             task.set_fewshot_seed(seed=_SEED)  # the same examples every time
-        with _quiet():
-            found = evaluate(
-                lm=lm,
-                task_dict={"tasks": self.tasks, "groups": {}, "group_map": {}},
-                limit=self._settings.limit,
-                bootstrap_iters=0,
-                apply_chat_template=self._settings.chat_template,
-                fewshot_as_multiturn=self._settings.chat_template,
-            )
-        return {name: _read(name, task, found["samples"][name], lm) for name, task in self.tasks.items()}
+            with _quiet():
+                found = evaluate(
+                    lm=lm,
+                    task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
+                    limit=self._settings.limit,
+                    bootstrap_iters=0,
+                    apply_chat_template=self._settings.chat_template,
+                    fewshot_as_multiturn=self._settings.chat_template,
+                )
+            yield _read(name, task, found["samples"][name], lm)
 
     def build(self, task: Task, lm: LM | None = None) -> None:
         """Builds a task's requests.

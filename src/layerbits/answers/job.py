@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -81,7 +81,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     kept = _Kept(_key(loaded.info, precision.dtype, harness, settings.tasks))
     with computing(loaded.model, precision):
         start = clock()
-        unquantized, _ = kept.answers("unquantized", lambda: harness.answers(lm))
+        unquantized, _ = kept.answers("unquantized", harness.tasks, lambda tasks: harness.each(lm, tasks))
         seconds["reference"] = clock() - start
         start = clock()
         predicted = predict(harness, lm, schemes, ranges) if settings.predict else {}
@@ -92,11 +92,11 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
         found = []
         for scheme in progress(schemes, "evaluating"):
 
-            def ask(scheme: Scheme = scheme) -> dict[str, TaskAnswers]:
+            def ask(tasks: Sequence[str], scheme: Scheme = scheme) -> Iterator[TaskAnswers]:
                 with apply_scheme(loaded.model, scheme, ranges, made=made):
-                    return harness.answers(lm)
+                    yield from harness.each(lm, tasks)
 
-            answers, spent = kept.answers(scheme.digest, ask)
+            answers, spent = kept.answers(scheme.digest, harness.tasks, ask)
             check_same_prompts(unquantized, answers, scheme.name)
             difference = measured.get(scheme.name)
             found.append(
@@ -213,23 +213,32 @@ def _probe(
 
 
 class _Kept:
-    """Answers of finished schemes on disk, so that a killed job goes on where it was."""
+    """Answers that are finished on disk, a file per model and task, so that a killed job goes on where it was."""
 
     def __init__(self, key: str) -> None:
         self._folder = cache_dir() / "answers" / key
 
-    def answers(self, name: str, ask: Callable[[], dict[str, TaskAnswers]]) -> tuple[dict[str, TaskAnswers], float]:
-        """Those of a scheme, asked unless they are here, and the seconds that they took."""
-        path = self._folder / f"{name}.json"
-        if path.exists():
-            data = json.loads(path.read_text())
-            return {task: TaskAnswers.from_json(found) for task, found in data["tasks"].items()}, data["seconds"]
+    def answers(
+        self, name: str, tasks: Iterable[str], ask: Callable[[Sequence[str]], Iterator[TaskAnswers]]
+    ) -> tuple[dict[str, TaskAnswers], float]:
+        """Those of a model to each task, and the seconds that they took.
+
+        Args:
+            name: What tells the model from the others of the evaluation.
+            tasks: Names.
+            ask: Puts the tasks that are not here, one after the other; not called where there is none.
+        """
+        files = {task: self._folder / f"{name}-{hashlib.sha256(task.encode()).hexdigest()[:16]}.json" for task in tasks}
+        found = {task: json.loads(path.read_text()) for task, path in files.items() if path.exists()}
+        missing = [task for task in files if task not in found]
         start = time.perf_counter()
-        found = ask()
-        spent = time.perf_counter() - start
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"seconds": spent, "tasks": {task: asdict(answers) for task, answers in found.items()}})
-        return found, spent
+        for answers in ask(missing) if missing else ():
+            spent, start = time.perf_counter() - start, time.perf_counter()
+            found[answers.task] = {"seconds": spent, "answers": asdict(answers)}
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json(files[answers.task], found[answers.task])
+        told = {task: TaskAnswers.from_json(found[task]["answers"]) for task in files}
+        return told, sum(float(one["seconds"]) for one in found.values())
 
     def forget(self) -> None:
         """Removes them."""

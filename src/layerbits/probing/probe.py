@@ -18,6 +18,8 @@ from layerbits.probing.measured import Difference, ProbeResult, Rows, SchemeProb
 from layerbits.results.result import ModelInfo
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from layerbits.inputs.calibration import Batch
     from layerbits.inputs.picture_rows import Reader
     from layerbits.inputs.pictures import Pictured
@@ -76,7 +78,7 @@ def probe_schemes(
     return probe(loaded.model, loaded.info, schemes, prepared.calibration, batches, what, provenance(root), dtype)
 
 
-def _checked_length(seq_len: int, config: Any) -> int:
+def _checked_length(seq_len: int, config: PreTrainedConfig) -> int:
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if seq_len < 2:
         raise UserError(f"seq_len={seq_len} leaves no token to predict; use 2 or more")

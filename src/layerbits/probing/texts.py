@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.inputs.captions import CaptionSet, normalised, read_captions
@@ -28,7 +27,7 @@ class ProbeTexts:
     """
 
     name: str
-    texts: tuple[Any, ...]
+    texts: tuple[Pictured | str, ...]
     sources: tuple[str, ...]
     own: bool = False
 
