@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--python", help="a Python that has vLLM; else that of .venv-vllm, which `make vllm` makes")
     serve.add_argument("--plugin", type=Path, help="folder with a plugin of vLLM for its path")
     serve.add_argument("--arguments", default="", help="further arguments of the server, in one text")
+    serve.add_argument("--measure", action="store_true", help="time it and print speed and memory, instead of serving")
 
     view = command("view", _view, "print the link of each experiment's comparison view in the UI")
     view.add_argument("--port", type=int, default=5000, help="of the UI on a database; a server has its own (5000)")
@@ -220,9 +221,12 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from layerbits.serving.foreground import serve
+    from layerbits.serving.foreground import measure, serve
 
     arguments = shlex.split(options.arguments)
+    if options.measure:
+        measure(options.checkpoint, options.python, options.plugin, arguments, options.tracking_uri)
+        return 0
     serve(options.checkpoint, options.port, options.python, options.plugin, arguments, options.tracking_uri)
     return 0
 

@@ -37,6 +37,7 @@ LISTS = frozenset(
     {
         *("run_id", "scheme_files", "measured", "schemes", "controls", "effective_bits", "candidates", "rankers"),
         *("quant_pairs", "quant_granularities", "dataset_sizes", "recipe_overrides", "tasks", "texts"),
+        "speed.batches",
     }
 )
 """Keys whose value is a list in one text, where Hydra alone would read a sweep."""

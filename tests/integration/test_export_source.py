@@ -14,6 +14,7 @@ from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.restore import restore
 from layerbits.errors import Unsupported, UserError
 from layerbits.export import job as export_job
+from layerbits.export import scheme as export
 from layerbits.export.job import ExportSettings, run_exports
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
@@ -30,7 +31,7 @@ from layerbits.scoring.state import decisions
 from tests.families import build
 
 from .checkpoint_support import config, save_tokenizer, sharded, tensors
-from .export_support import prepared, saved, spoil_files
+from .export_support import prepared, saved
 from .schemes_support import CALIBRATION, DATA, INFO
 from .scoring_support import candidate, loaded, tiny_model
 
@@ -124,13 +125,16 @@ def test_another_dtype_is_said_in_every_key(source, format):
 )
 def test_a_changed_configuration_is_not_proven(source, monkeypatch, change, says):
     older(source)
+    write = export._write
 
-    def spoiled(folder):
+    def spoiled(plan, folder, *rest):
+        scored = write(plan, folder, *rest)
         said = read(folder)
         change(said)
         (folder / "config.json").write_text(json.dumps(said))
+        return scored
 
-    spoil_files(monkeypatch, spoiled)
+    monkeypatch.setattr(export, "_write", spoiled)
     with pytest.raises(NotProven, match=f"config.json is not the source's: {says}"):
         exported(source, "compressed-tensors")
 

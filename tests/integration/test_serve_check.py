@@ -19,8 +19,9 @@ from layerbits.inputs.captions import load_captions
 from layerbits.results.experiment import made_by
 from layerbits.serving import environment
 from layerbits.serving.environment import find_environment
-from layerbits.serving.job import Checker, ServeSettings, Target
+from layerbits.serving.job import Checker, Target
 from layerbits.serving.server import Launch, serving
+from layerbits.serving.settings import ServeSettings
 from tests.unit.test_serving import processes
 
 from .entries import start
@@ -109,6 +110,25 @@ def test_a_runtime_that_computes_something_else_diverges(exported, python):
     assert processes(str(exported[0] / "exports")) == []
 
 
+def test_speed_and_memory_are_logged_of_both_models(exported, python):
+    asked = ("speed.measure=true", "speed.batches=1,4", "speed.prompt_tokens=20", "speed.new_tokens=5")
+    ended, client, run = checked(exported, python, *asked)
+    metrics = run.data.metrics
+    for which in ("speed", "speed_unquantized"):
+        assert metrics[f"{which}/kv_cache_tokens"] == 160
+        assert metrics[f"{which}/batch_4/prefill_tokens_per_second"] > 0
+        assert metrics[f"{which}/batch_1/decode_ms"] > 0
+    assert "| decode step at batch 4, ms |" in ended.stdout
+    logs = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"speed_int8.json", "speed_the_unquantized_model.log"} <= logs
+
+
+def test_the_speed_of_a_running_server_is_not_asked(exported):
+    ended, _, _ = checked(exported, None, "vllm.url=http://127.0.0.1:9", "speed.measure=true")
+    assert "speed.measure starts vLLM itself; set vllm.python instead of vllm.url" in ended.stderr
+    assert ended.returncode == 2
+
+
 def test_a_running_server_is_asked_and_left_running(exported, python, tmp_path):
     folder, _ = exported
     launch = Launch(find_environment(str(python), Path()), 64, 8)
@@ -171,6 +191,7 @@ def checker(exported, tmp_path):
     vllm = dict.fromkeys(("python", "url", "unquantized_url", "model", "port", "plugin", "arguments"), "none")
     settings = {"run_id": "none", "checkpoint": str(folder), "device": "cpu", "tokens": 40, "top_k": "all"}
     settings |= {"new_tokens": 1, "output_root": tmp_path, "vllm": {**vllm, "dtype": "auto", "seconds": 1}}
+    settings |= {"speed": {"measure": False}}
     return Checker(ServeSettings.from_config(settings), tmp_path), folder
 
 
@@ -214,10 +235,13 @@ def test_history_has_the_latest_kl_that_was_served_of_the_same_scheme(made_store
 
     digests = {"mlflow.layerbits.scheme.a": "d1", "mlflow.layerbits.scheme.b": "d2"}
     run("schemes", tags=digests, scheme__a__bits=8.0, scheme__b__bits=9.0)
+    speeds = {"speed__weights_gib": 1.5, "speed__batch_8__decode_ms": 4.0, "speed__batch_1__decode_ms": 3.0}
+    run("serve_check", params={"eff.scheme_digest": "d1"}, serve__kl=1.0, **speeds)
     for kl, outcome in ((0.5, "ok"), (0.25, "ok"), (9.0, "failed")):
         run("serve_check", outcome, params={"eff.scheme_digest": "d1"}, serve__kl=kl)
     found = history.schemes("mine", tracking_uri=store).set_index("scheme")
     assert found.loc["a", "served_kl"] == 0.25
+    assert found.loc["a", ["served_gib", "decode_ms"]].tolist() == [1.5, 3.0]  # of an earlier one; the smallest batch
     assert math.isnan(found.loc["b", "served_kl"])
 
 

@@ -82,7 +82,7 @@ def test_a_derived_run_has_a_row_per_scheme():
     metrics = {"probe/top25/kl": 0.1, "probe/top25/bits": 9.0, "probe/a.random0/kl": 0.2, "seconds/probe": 3.0}
     params = {"eff.model": "tiny", "eff.kv_cache": "fp8"}
     run = RawRun({"run_id": "r", "start_time": 1}, params, metrics, {"source_run_id": "s"})
-    found = scheme_rows(run, "probe/")
+    found = [row for _, row in scheme_rows(run, "probe/")]
     assert [(r["scheme"], r["kl"], r.get("bits")) for r in found] == [("a.random0", 0.2, None), ("top25", 0.1, 9.0)]
     assert {(r["run_id"], r["source_run_id"], r["model"], r["kv_cache"]) for r in found} == {("r", "s", "tiny", "fp8")}
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from layerbits.errors import Skipped, UserError
 from layerbits.jobs import Tracker, note, refusal
 from layerbits.plain import Composed
-from layerbits.serving.job import Checker, ServeSettings, Target, find_targets
+from layerbits.serving.job import Checker, Target, find_targets
+from layerbits.serving.settings import ServeSettings
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 

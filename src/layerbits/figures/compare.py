@@ -89,24 +89,27 @@ _SERVED: dict[str, Any] = {
 
 
 @with_own_settings
-def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = None, title: str = "") -> Figure:
-    """Effective bits against damage, with the front that nothing beats in both.
+def pareto(
+    frame: pd.DataFrame, value: str = "score", cost: str = "bits", *, label: str | None = None, title: str = ""
+) -> Figure:
+    """What a scheme costs against its damage, with the front that nothing beats in both.
 
     Args:
-        frame: Columns ``bits``, ``label`` and ``value``. Rows that share a label are joined by a line (one pair at
-            several budgets), unless some have the same bits (repeats). Where there is a column ``served_kl`` and the
+        frame: Columns ``cost``, ``label`` and ``value``. Rows that share a label are joined by a line (one pair at
+            several budgets), unless some cost the same (repeats). Where there is a column ``served_kl`` and the
             damage is a KL too, diamonds show what a runtime was measured to serve.
         value: Column of the damage.
+        cost: Column of the cost: ``bits``, or ``served_gib`` and ``decode_ms`` of :func:`layerbits.history.schemes`.
         label: Words for the damage with its unit; by default from the column name.
         title: Above the figure.
 
     Raises:
-        ValueError: No row has finite bits and a finite damage.
+        ValueError: No row has a finite cost and a finite damage.
     """
-    bits, damage = numeric(frame["bits"]), numeric(frame[value])
-    usable = np.isfinite(bits) & np.isfinite(damage)
+    costs, damage = numeric(frame[cost]), numeric(frame[value])
+    usable = np.isfinite(costs) & np.isfinite(damage)
     if not usable.any():
-        raise ValueError(f"no row has both bits and {value}; check the filter that made the frame")
+        raise ValueError(f"no row has both {cost} and {value}; check the filter that made the frame")
     logarithmic = spans(damage[usable])
     shown = usable & (damage > 0) if logarithmic else usable
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -115,27 +118,28 @@ def pareto(frame: pd.DataFrame, value: str = "score", *, label: str | None = Non
     styles: dict[str, LineStyle] = {}
     for i, name in enumerate(dict.fromkeys(names[shown])):
         at = np.flatnonzero(shown & (names == name))
-        at = at[np.argsort(bits[at])]
-        joined = len(at) > 1 and len(np.unique(bits[at].round(3))) == len(at)
+        at = at[np.argsort(costs[at])]
+        joined = len(at) > 1 and len(np.unique(costs[at].round(3))) == len(at)
         styles[name] = line_style(i) | ({} if joined else {"linestyle": ""})
-        ax.plot(bits[at], damage[at], **styles[name], linewidth=1.2, markersize=6)
-    front = _front(bits[shown], damage[shown])
+        ax.plot(costs[at], damage[at], **styles[name], linewidth=1.2, markersize=6)
+    front = _front(costs[shown], damage[shown])
     ax.step(*front, where="post", color=GREY, linewidth=4, alpha=0.3, zorder=1)
     served = (
-        numeric(frame["served_kl"]) if "served_kl" in frame and value.endswith("kl") else np.full(len(bits), np.nan)
+        numeric(frame["served_kl"]) if "served_kl" in frame and value.endswith("kl") else np.full(len(costs), np.nan)
     )
-    told = np.isfinite(bits) & (served > 0)
+    told = np.isfinite(costs) & (served > 0)
     if told.any():
-        ax.plot(bits[told], served[told], **_SERVED)
+        ax.plot(costs[told], served[told], **_SERVED)
     if logarithmic:
         log_scale(ax, "y", np.concatenate([damage[shown], served[told]]))
     else:
         ax.set_ylim(bottom=min(0.0, float(damage[shown].min())))
-    ax.set_xlabel(label_of("bits"), fontsize=FONT)
+    ax.set_xlabel(label_of(cost), fontsize=FONT)
     ax.set_ylabel(label_of(value, label), fontsize=FONT)
     plain_axes(ax, "both")
     handles = [key(name, **style) for name, style in styles.items()]
-    handles.append(key("no fewer bits\nwith less damage", color=GREY, linewidth=4, alpha=0.3))
+    cheaper = "no fewer bits" if cost == "bits" else "nothing cheaper"
+    handles.append(key(f"{cheaper}\nwith less damage", color=GREY, linewidth=4, alpha=0.3))
     if told.any():
         handles.append(key("as served, measured\nin a runtime", **_SERVED))
     if left_out := int((~shown).sum()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,8 +13,10 @@ from layerbits.history.source import RawRun, connect, experiment_id, fetch, get_
 from layerbits.plain import JsonObject
 from layerbits.tracking.contract import DIGEST_TAG
 
+_STEP = re.compile(r"speed/batch_\d+/decode_ms")
 _PREFIXES = {"schemes": "scheme/", "probe": "probe/"}
-_FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "kv_cache", "scheme", "served_kl", "answers")
+_SERVED = ("served_kl", "served_gib", "decode_ms")
+_FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "kv_cache", "scheme", *_SERVED, "answers")
 
 
 def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -22,7 +25,8 @@ def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -
     Returns:
         A row per run and scheme: ``run_id``, ``run_name``, ``source_run_id`` (several separated by commas), ``model``,
         ``start_time`` in UTC, ``kv_cache`` of the run's schemes, ``scheme``, ``served_kl`` (nats per token, as the
-        latest serve check of the same scheme in the experiment measured it in a runtime; NaN without one), ``answers``
+        latest serve check of the same scheme in the experiment measured it in a runtime; NaN without one),
+        ``served_gib`` (weights in vLLM) and ``decode_ms`` (a decode step at the smallest batch) likewise, ``answers``
         (the verdict of the latest evaluation of the same scheme, in words; missing without one), and the
         numbers that were logged of it (``bits``, ``score``, ``predicted_kl``, ``kv_predicted_kl``, …), missing where a
         run has none. Without rows where no such run exists.
@@ -67,18 +71,23 @@ def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFra
         found = search(uri, where, condition, lambda run: scheme_rows(run, _PREFIXES[kind]))
         served, said = (_served(uri, where), verdicts(uri, where)) if found else ({}, {})
     rows = [
-        {**row, "served_kl": served.get(row["served_kl"]), "answers": said.get(row["served_kl"])}
+        {
+            **dict.fromkeys(_SERVED),
+            **row,
+            **served.get(digest or "", {}),
+            "answers": said.get(digest or ""),
+        }
         for part in reversed(found)
-        for row in part
+        for digest, row in part
     ]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*_FACTS, *(name for row in rows for name in row)])))
-    frame["served_kl"] = frame["served_kl"].astype(float)
+    frame[list(_SERVED)] = frame[list(_SERVED)].astype(float)
     frame["start_time"] = pd.to_datetime(frame["start_time"], unit="ms", utc=True)
     return frame
 
 
-def scheme_rows(run: RawRun, prefix: str) -> list[JsonObject]:
-    """A row per scheme of a run; ``served_kl`` holds the scheme's digest as yet."""
+def scheme_rows(run: RawRun, prefix: str) -> list[tuple[str | None, JsonObject]]:
+    """The digest of each scheme of a run, and its row."""
     rows: dict[str, JsonObject] = {}
     for key, value in run.metrics.items():
         scheme, _, number = key.removeprefix(prefix).rpartition("/")
@@ -93,15 +102,24 @@ def scheme_rows(run: RawRun, prefix: str) -> list[JsonObject]:
         "kv_cache": run.params.get("eff.kv_cache"),
     }
     return [
-        {**facts, "scheme": scheme, "served_kl": run.tags.get(f"{DIGEST_TAG}{scheme}"), **numbers}
+        (run.tags.get(f"{DIGEST_TAG}{scheme}"), {**facts, "scheme": scheme, **numbers})
         for scheme, numbers in sorted(rows.items())
     ]
 
 
-def _served(uri: str, experiment: str) -> dict[str | None, float]:
-    """Digest of a scheme → KL as the latest serve check that ended well measured it in a runtime, nats per token."""
+def _served(uri: str, experiment: str) -> dict[str, dict[str, float]]:
+    """Digest of a scheme → what the latest serve checks that ended well measured of it in a runtime."""
     condition = "tags.`layerbits.kind` = 'serve_check' AND tags.outcome = 'ok'"
-    found = search(
-        uri, experiment, condition, lambda run: (run.params.get("eff.scheme_digest"), run.metrics.get("serve/kl"))
-    )
-    return {digest: kl for digest, kl in found if digest is not None and kl is not None}
+    served: dict[str, dict[str, float]] = {}
+    for digest, measured in search(uri, experiment, condition, _measured):
+        if digest is not None:
+            served.setdefault(digest, {}).update(measured)
+    return served
+
+
+def _measured(run: RawRun) -> tuple[str | None, dict[str, float]]:
+    steps = {key: value for key, value in run.metrics.items() if _STEP.fullmatch(key)}
+    smallest = min(steps, key=lambda key: int(key.split("/")[1].removeprefix("batch_")), default="")
+    keys = {"served_kl": "serve/kl", "served_gib": "speed/weights_gib", "decode_ms": smallest}
+    measured = {name: run.metrics[key] for name, key in keys.items() if key in run.metrics}
+    return run.params.get("eff.scheme_digest"), measured

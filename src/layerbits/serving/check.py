@@ -37,6 +37,7 @@ from layerbits.serving.verdict import (
 if TYPE_CHECKING:
     from layerbits.results.result import FloatArray
     from layerbits.serving.reference import Reference
+    from layerbits.serving.speed import Speeds
     from layerbits.serving.texts import Texts
 
 MANIFEST = "layerbits.json"
@@ -68,6 +69,7 @@ class ServeCheck:
         measured: ``None`` where it was not served.
         texts: Continuations.
         runtime: What served it.
+        speeds: How fast, where that was asked.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class ServeCheck:
     measured: Measured | None = None
     texts: tuple[str, ...] = ()
     runtime: Mapping[str, str] = field(default_factory=dict)
+    speeds: Speeds | None = None
 
     def require(self) -> None:
         """Raises unless everything was checked and is well.
@@ -97,7 +100,8 @@ class ServeCheck:
     def metrics(self) -> dict[str, float]:
         """Numbers for the tracking server."""
         values = {"serve/structure_failed": float(sum(not c.passed for c in self.structure))}
-        return values | (self.measured.metrics() if self.measured else {})
+        values |= self.measured.metrics() if self.measured else {}
+        return values | (self.speeds.metrics() if self.speeds else {})
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON data; what is not a number becomes null."""
@@ -113,6 +117,8 @@ class ServeCheck:
         lines = [f"# Serve check of {self.folder.name}", "", f"**{self.outcome}**{by}: {self.detail}"]
         if self.measured is not None:
             lines += ["", *_table(self.measured)]
+        if self.speeds is not None:
+            lines += ["", *self.speeds.markdown()]
         if self.texts:
             lines += ["", *(f"- `{text!r}`" for text in self.texts)]
         lines += ["", "## Files", ""]

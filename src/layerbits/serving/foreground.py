@@ -1,4 +1,4 @@
-"""A checkpoint served until somebody stops it: this process becomes the server."""
+"""A checkpoint in vLLM at the command line: served until somebody stops it, or timed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from layerbits.cache import writable_cache
 from layerbits.checkpoint.labels import read_quantization
@@ -16,7 +17,12 @@ from layerbits.errors import UserError
 from layerbits.paths import user_path
 from layerbits.serving.environment import Environment, find_environment
 from layerbits.serving.processor import ask, in_words, otherwise
-from layerbits.serving.server import Launch, free_port
+from layerbits.serving.server import Launch, Refused, free_port
+from layerbits.serving.settings import SpeedRequest
+from layerbits.serving.speed import measure_speed
+
+USUAL = SpeedRequest(batches=(1, 8, 32), prompt_tokens=512, new_tokens=64, repeats=5)
+"""What ``--measure`` times: the defaults of ``configs/serve_check.yaml``."""
 
 
 def serve(
@@ -35,11 +41,8 @@ def serve(
     Raises:
         UserError: There is no such checkpoint, or no vLLM, or the port is in use, or this CPU cannot serve it.
     """
-    folder = _checkpoint(reference, uri)
     free_port(port, "--port")
-    environment = find_environment(python, Path.cwd())
-    _check_processor(folder, environment, plugin)
-    launch = Launch(environment, plugin=plugin, arguments=tuple(arguments))
+    folder, launch = _prepare(reference, python, plugin, arguments, uri)
     name = folder.name
     command = launch.command(folder, port, name)
     request = f'{{"model": "{name}", "prompt": "A man rides", "max_tokens": 16, "temperature": 0}}'
@@ -47,6 +50,37 @@ def serve(
     print(f"when it says that it is up:\n  curl http://127.0.0.1:{port}/v1/completions \\")
     print(f"    -H 'Content-Type: application/json' -d '{request}'", flush=True)
     os.execve(command[0], command, dict(launch.variables()))
+
+
+def measure(reference: str, python: str | None, plugin: Path | None, arguments: Sequence[str], uri: str | None) -> None:
+    """Prints how fast vLLM runs a checkpoint here, and what it takes of the memory; arguments as of :func:`serve`.
+
+    Raises:
+        UserError: As of :func:`serve`, or vLLM does not load it.
+    """
+    folder, launch = _prepare(reference, python, plugin, arguments, uri)
+    with TemporaryDirectory() as work:
+        try:
+            speed = measure_speed(launch, folder, folder.name, USUAL, Path(work))
+        except Refused as words:
+            raise UserError(f"vLLM does not load {folder}: {words}") from None
+    print(f"{folder.name} in {launch.environment.package} {launch.environment.version}, {speed.device}. {speed.how}")
+    for what, value in speed.rows():
+        print(f"{what + ':':<34}{value}")
+
+
+def _prepare(
+    reference: str, python: str | None, plugin: Path | None, arguments: Sequence[str], uri: str | None
+) -> tuple[Path, Launch]:
+    """The checkpoint's folder, and how vLLM is started on it.
+
+    Raises:
+        UserError: There is no such checkpoint, or no vLLM, or this CPU cannot serve it.
+    """
+    folder = _checkpoint(reference, uri)
+    environment = find_environment(python, Path.cwd())
+    _check_processor(folder, environment, plugin)
+    return folder, Launch(environment, plugin=plugin, arguments=tuple(arguments))
 
 
 def _check_processor(folder: Path, environment: Environment, plugin: Path | None) -> None:

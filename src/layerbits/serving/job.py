@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
@@ -14,15 +13,15 @@ from layerbits.cache import writable_cache
 from layerbits.checkpoint.labels import read_quantization
 from layerbits.checkpoint.processors import MISSING, Processor
 from layerbits.errors import Skipped, UserError
-from layerbits.paths import user_path
-from layerbits.plain import Composed
+from layerbits.export.plan import source_folder
 from layerbits.results.experiment import made_by
-from layerbits.schemes.settings import listed_paths
 from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
 from layerbits.serving.environment import Environment, find_environment
 from layerbits.serving.processor import ask, in_words, otherwise, why_refused
 from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
 from layerbits.serving.server import Launch, Refused
+from layerbits.serving.settings import ServeSettings
+from layerbits.serving.speed import Speed, Speeds, measure_speed
 from layerbits.serving.verdict import REFUSED, SKIPPED
 
 if TYPE_CHECKING:
@@ -32,115 +31,8 @@ if TYPE_CHECKING:
     from layerbits.schemes import Scheme
     from layerbits.serving.check import Told
     from layerbits.serving.reference import Plain
+    from layerbits.serving.settings import SpeedRequest
     from layerbits.serving.verdict import Measured
-
-_NONE = (None, "", "none", "null")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class VllmSettings:
-    """The ``vllm`` part of ``configs/serve_check.yaml``.
-
-    Attributes:
-        python: A Python with vLLM; ``None`` = that of ``.venv-vllm``.
-        url: A running server of the checkpoint, instead of one that is started.
-        unquantized_url: A running server of its unquantized model, where ``url`` is given.
-        model: Name of the checkpoint at ``url``.
-        dtype: What the runtime computes in; ``auto`` = the model's, bfloat16 for float32.
-        port, plugin, arguments, seconds: As :class:`layerbits.serving.server.Launch` takes them.
-    """
-
-    python: str | None
-    url: str | None
-    unquantized_url: str | None
-    model: str | None
-    dtype: str
-    port: int | None
-    plugin: Path | None
-    arguments: tuple[str, ...]
-    seconds: float
-
-    @classmethod
-    def from_config(cls, config: Composed) -> VllmSettings:
-        """Reads it.
-
-        Raises:
-            UserError: A value is not one of its choices.
-        """
-        texts = {key: None if value in _NONE else str(value) for key, value in config.items()}
-        if texts["url"] and texts["python"]:
-            raise UserError("vllm.url talks to a running server, vllm.python starts one: set one of them")
-        if texts["unquantized_url"] and not texts["url"]:
-            raise UserError("vllm.unquantized_url goes with vllm.url; set both, or neither")
-        if config["dtype"] not in DTYPES:
-            raise UserError(f"vllm.dtype={config['dtype']} is not known; use one of {', '.join(DTYPES)}")
-        plugin = None if texts["plugin"] is None else user_path(texts["plugin"])
-        if plugin is not None and not plugin.is_dir():
-            raise UserError(f"vllm.plugin={plugin} is no folder; name the one that holds the plugin and its dist-info")
-        return cls(
-            python=texts["python"],
-            url=texts["url"],
-            unquantized_url=texts["unquantized_url"],
-            model=texts["model"],
-            dtype=config["dtype"],
-            port=None if texts["port"] is None else _positive("vllm.port", config["port"]),
-            plugin=plugin,
-            arguments=tuple(shlex.split(texts["arguments"] or "")),
-            seconds=_positive("vllm.seconds", config["seconds"]),
-        )
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """What ``configs/serve_check.yaml`` composes to; of ``run_ids`` and ``checkpoint`` one is given.
-
-    Attributes:
-        run_ids: Runs of exports.
-        checkpoint: A checkpoint's folder.
-        tokens: Held-out tokens to compare on, at least.
-        top_k: Tokens that the runtime is to tell per position; -1 = all.
-        new_tokens: Tokens to generate.
-        device: Where PyTorch computes.
-    """
-
-    run_ids: tuple[str, ...]
-    checkpoint: Path | None
-    tokens: int
-    top_k: int
-    new_tokens: int
-    device: str
-    output_root: Path
-    vllm: VllmSettings
-
-    @property
-    def source(self) -> str:
-        """The checkpoints in a few words."""
-        return ", ".join(self.run_ids) or str(self.checkpoint and self.checkpoint.name)
-
-    @classmethod
-    def from_config(cls, config: Composed) -> ServeSettings:
-        """Reads a resolved configuration.
-
-        Raises:
-            UserError: No checkpoint or two, or a value that is not one of its choices.
-        """
-        run_ids = tuple(listed_paths(config["run_id"]))
-        folder = None if config["checkpoint"] in _NONE else user_path(config["checkpoint"])
-        if bool(run_ids) == (folder is not None):
-            raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
-        if config["device"] not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device={config['device']} is not known; use auto, cpu or cuda")
-        return cls(
-            run_ids=run_ids,
-            checkpoint=folder,
-            tokens=_positive("tokens", config["tokens"]),
-            top_k=-1 if config["top_k"] == "all" else _positive("top_k", config["top_k"]),
-            new_tokens=_positive("new_tokens", config["new_tokens"]),
-            device=config["device"],
-            output_root=user_path(config["output_root"]),
-            vllm=VllmSettings.from_config(config["vllm"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -202,6 +94,7 @@ class Checker:
     root: Path
     _unquantized: dict[tuple[str, str], Remembered] = field(default_factory=dict)
     _plain_in_pytorch: dict[tuple[str, str], Plain] = field(default_factory=dict)
+    _unquantized_speed: dict[Path, Speed] = field(default_factory=dict)
 
     def check(self, target: Target) -> Checked:
         """Checks a checkpoint and writes ``serve_check.md`` and ``.json``, and the runtime's log.
@@ -259,9 +152,28 @@ class Checker:
             detail = why_refused(str(words), labels, processor)
             return ServeCheck(folder, digest, structure, REFUSED, detail, runtime=_about(runtime))
         unquantized = None if plain is None else self._plain(plain, subject, out)
-        return judge(
+        done = judge(
             folder, digest, structure, served, lambda: self._measured(subject, checkpoint, unquantized, served), known
         )
+        if self.settings.speed is None or not isinstance(runtime, Started):
+            return done
+        source = source_folder(subject.prepared.resolved)
+        return replace(done, speeds=self._speeds(runtime.launch, folder, source, self.settings.speed, out))
+
+    def _speeds(self, launch: Launch, folder: Path, source: Path, asked: SpeedRequest, out: Path) -> Speeds:
+        """Times both models, the unquantized one once for all checkpoints.
+
+        Raises:
+            UserError: vLLM cannot be timed.
+        """
+        plain = self._unquantized_speed.get(source)
+        try:
+            quantized = measure_speed(launch, folder, folder.name, asked, out)
+            plain = plain or measure_speed(launch, source, "the unquantized model", asked, out)
+        except Refused as words:
+            raise UserError(f"vLLM cannot be timed: {words}; its log is in {out}") from None
+        self._unquantized_speed[source] = plain
+        return Speeds(quantized, plain)
 
     @cached_property
     def _installed(self) -> tuple[Environment, Processor | None] | None:
@@ -294,8 +206,6 @@ class Checker:
         return Started(launch, processor), Started(launch, processor)
 
     def _plain(self, runtime: Runtime, subject: Subject, out: Path) -> Told:
-        from layerbits.export.plan import source_folder
-
         source = source_folder(subject.prepared.resolved)
         key = (str(source), subject.texts_key)
         remembered = self._unquantized.setdefault(key, Remembered(runtime))
@@ -361,13 +271,3 @@ class Subject:
 
 def _about(runtime: Runtime) -> Mapping[str, str]:
     return runtime.about if isinstance(runtime, Started) else {}
-
-
-def _positive(key: str, value: object) -> int:
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise UserError(f"{key}={value} is not a positive whole number")
-    return number

@@ -111,18 +111,39 @@ def serving(launch: Launch, folder: Path, what: str, log: Path) -> Iterator[Clie
         UserError: The port is in use, or it did not get ready in time.
     """
     port = free_port(launch.port, "vllm.port, or none for any free one")
+    with started(launch.command(folder, port), launch.variables(), log) as process:
+        client = Client(f"http://127.0.0.1:{port}")
+        _wait(client, process, what, log, launch.seconds)
+        yield client
+
+
+@contextmanager
+def started(command: Sequence[str], variables: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own until the end of the block; none of the group is left then, as in `serving`.
+
+    Args:
+        command: Its command line.
+        variables: Its environment.
+        log: File for what it says.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, keeper.__file__, *launch.command(folder, port)]
+    kept = [sys.executable, keeper.__file__, *command]
     with _stop_signals(), log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=out, stderr=out, env=dict(launch.variables()), start_new_session=True
+            kept, stdin=subprocess.PIPE, stdout=out, stderr=out, env=dict(variables), start_new_session=True
         )
         try:
-            client = Client(f"http://127.0.0.1:{port}")
-            _wait(client, process, what, log, launch.seconds)
-            yield client
+            yield process
         finally:
             _end(process)
+
+
+def refusal(process: subprocess.Popen[bytes], log: Path) -> Refused:
+    """Why a process of vLLM ended, in its own words."""
+    words, status = last_error(log), process.wait()
+    if status > 128:
+        return Refused(f"it {died(status - 128)}" + (f"; its last words: {words}" if words else ""))
+    return Refused(words or f"it ended with status {status} and said nothing")
 
 
 def died(number: int) -> str:
@@ -183,11 +204,8 @@ def _wait(client: Client, process: subprocess.Popen[bytes], what: str, log: Path
     print(f"vLLM loads {what}; its log is {log}", file=sys.stderr, flush=True)
     while not client.healthy():
         waited = time.monotonic() - start
-        if (status := process.poll()) is not None:
-            words = last_error(log)
-            if status > 128:
-                raise Refused(f"it {died(status - 128)}" + (f"; its last words: {words}" if words else ""))
-            raise Refused(words or f"it ended with status {status} and said nothing")
+        if process.poll() is not None:
+            raise refusal(process, log)
         if waited > seconds:
             raise UserError(
                 f"vLLM is not ready after {seconds:.0f} s of loading {what} (its log is {log}); raise vllm.seconds"

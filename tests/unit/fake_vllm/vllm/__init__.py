@@ -1,0 +1,39 @@
+"""An engine whose requests take a known time, without a model."""
+
+import time
+from types import SimpleNamespace
+
+import torch
+
+PREFILL, STEP = 2e-4, 4e-3
+"""Seconds of a prompt's token, and of a decode step."""
+
+
+class SamplingParams:
+    def __init__(self, max_tokens, **_):
+        self.max_tokens = max_tokens
+
+
+class LLM:
+    def __init__(self, model, max_model_len, enforce_eager=False, mode="well", **_):
+        if mode == "dies":
+            raise ValueError("no such kernel")
+        if mode == "never":
+            time.sleep(300)
+        self.longest = max_model_len
+        config = SimpleNamespace(
+            cache_config=SimpleNamespace(num_gpu_blocks=10, block_size=16),
+            model_config=SimpleNamespace(enforce_eager=enforce_eager, get_vocab_size=lambda: 100),
+        )
+        self.llm_engine = SimpleNamespace(vllm_config=config, model_config=config.model_config)
+
+    def apply_model(self, function):
+        """Of a linear that shares its weight with another."""
+        first, second = torch.nn.Linear(16, 32, bias=False), torch.nn.Linear(16, 32, bias=False)
+        second.weight = torch.nn.Parameter(first.weight.data)
+        return [function(torch.nn.ModuleList([first, second]))]
+
+    def generate(self, prompts, sampling, use_tqdm):
+        assert all(len(p["prompt_token_ids"]) + sampling.max_tokens <= self.longest for p in prompts)
+        tokens = sum(len(p["prompt_token_ids"]) for p in prompts)
+        time.sleep(PREFILL * tokens + STEP * (sampling.max_tokens - 1))

@@ -1,0 +1,176 @@
+"""What is asked of serve checks: ``configs/serve_check.yaml``, read and checked."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerbits.errors import UserError
+from layerbits.paths import user_path
+from layerbits.plain import Composed
+from layerbits.schemes.settings import listed, listed_paths
+
+_NONE = (None, "", "none", "null")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """The ``vllm`` part of ``configs/serve_check.yaml``.
+
+    Attributes:
+        python: A Python with vLLM; ``None`` = that of ``.venv-vllm``.
+        url: A running server of the checkpoint, instead of one that is started.
+        unquantized_url: A running server of its unquantized model, where ``url`` is given.
+        model: Name of the checkpoint at ``url``.
+        dtype: What the runtime computes in; ``auto`` = the model's, bfloat16 for float32.
+        port, plugin, arguments, seconds: As :class:`layerbits.serving.server.Launch` takes them.
+    """
+
+    python: str | None
+    url: str | None
+    unquantized_url: str | None
+    model: str | None
+    dtype: str
+    port: int | None
+    plugin: Path | None
+    arguments: tuple[str, ...]
+    seconds: float
+
+    @classmethod
+    def from_config(cls, config: Composed) -> VllmSettings:
+        """Reads it.
+
+        Raises:
+            UserError: A value is not one of its choices.
+        """
+        texts = {key: None if value in _NONE else str(value) for key, value in config.items()}
+        if texts["url"] and texts["python"]:
+            raise UserError("vllm.url talks to a running server, vllm.python starts one: set one of them")
+        if texts["unquantized_url"] and not texts["url"]:
+            raise UserError("vllm.unquantized_url goes with vllm.url; set both, or neither")
+        if config["dtype"] not in DTYPES:
+            raise UserError(f"vllm.dtype={config['dtype']} is not known; use one of {', '.join(DTYPES)}")
+        plugin = None if texts["plugin"] is None else user_path(texts["plugin"])
+        if plugin is not None and not plugin.is_dir():
+            raise UserError(f"vllm.plugin={plugin} is no folder; name the one that holds the plugin and its dist-info")
+        return cls(
+            python=texts["python"],
+            url=texts["url"],
+            unquantized_url=texts["unquantized_url"],
+            model=texts["model"],
+            dtype=config["dtype"],
+            port=None if texts["port"] is None else positive("vllm.port", config["port"]),
+            plugin=plugin,
+            arguments=tuple(shlex.split(texts["arguments"] or "")),
+            seconds=positive("vllm.seconds", config["seconds"]),
+        )
+
+
+@dataclass(frozen=True)
+class SpeedRequest:
+    """What to time.
+
+    Attributes:
+        batches: Requests at once.
+        prompt_tokens: Of each request.
+        new_tokens: Decode steps that are timed together.
+        repeats: Rounds that are counted.
+    """
+
+    batches: tuple[int, ...]
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.prompt_tokens + self.new_tokens + 1
+
+    @classmethod
+    def from_config(cls, config: Composed) -> SpeedRequest | None:
+        """Reads the ``speed`` part of ``configs/serve_check.yaml``; ``None`` where nothing is to be timed.
+
+        Raises:
+            UserError: A value is no positive whole number.
+        """
+        if not config["measure"]:
+            return None
+        batches = tuple(positive("speed.batches", batch) for batch in listed(config["batches"]))
+        numbers = (positive(f"speed.{key}", config[key]) for key in ("prompt_tokens", "new_tokens", "repeats"))
+        return cls(batches, *numbers)
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """What ``configs/serve_check.yaml`` composes to; of ``run_ids`` and ``checkpoint`` one is given.
+
+    Attributes:
+        run_ids: Runs of exports.
+        checkpoint: A checkpoint's folder.
+        tokens: Held-out tokens to compare on, at least.
+        top_k: Tokens that the runtime is to tell per position; -1 = all.
+        new_tokens: Tokens to generate.
+        device: Where PyTorch computes.
+        speed: What to time; ``None`` = nothing.
+    """
+
+    run_ids: tuple[str, ...]
+    checkpoint: Path | None
+    tokens: int
+    top_k: int
+    new_tokens: int
+    device: str
+    output_root: Path
+    vllm: VllmSettings
+    speed: SpeedRequest | None
+
+    @property
+    def source(self) -> str:
+        """The checkpoints in a few words."""
+        return ", ".join(self.run_ids) or str(self.checkpoint and self.checkpoint.name)
+
+    @classmethod
+    def from_config(cls, config: Composed) -> ServeSettings:
+        """Reads a resolved configuration.
+
+        Raises:
+            UserError: No checkpoint or two, or a value that is not one of its choices.
+        """
+        run_ids = tuple(listed_paths(config["run_id"]))
+        folder = None if config["checkpoint"] in _NONE else user_path(config["checkpoint"])
+        if bool(run_ids) == (folder is not None):
+            raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
+        if config["device"] not in ("auto", "cpu", "cuda"):
+            raise UserError(f"device={config['device']} is not known; use auto, cpu or cuda")
+        vllm, speed = VllmSettings.from_config(config["vllm"]), SpeedRequest.from_config(config["speed"])
+        if speed is not None and vllm.url is not None:
+            raise UserError("speed.measure starts vLLM itself; set vllm.python instead of vllm.url")
+        return cls(
+            run_ids=run_ids,
+            checkpoint=folder,
+            tokens=positive("tokens", config["tokens"]),
+            top_k=-1 if config["top_k"] == "all" else positive("top_k", config["top_k"]),
+            new_tokens=positive("new_tokens", config["new_tokens"]),
+            device=config["device"],
+            output_root=user_path(config["output_root"]),
+            vllm=vllm,
+            speed=speed,
+        )
+
+
+def positive(key: str, value: object) -> int:
+    """A number of a configuration.
+
+    Raises:
+        UserError: It is not a positive whole number; ``key`` names it.
+    """
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"{key}={value} is not a positive whole number")
+    return number

@@ -1,0 +1,197 @@
+"""How fast vLLM runs a checkpoint on the card at hand, and what it takes of its memory."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerbits.errors import UserError
+from layerbits.plain import JsonObject
+from layerbits.serving import speed_worker
+from layerbits.serving.server import Launch, refusal, started
+from layerbits.serving.settings import SpeedRequest
+
+GIB = 1 << 30
+_WARMUP = 2
+"""Rounds that are not counted: CUDA graphs, kernels and caches of the first requests."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One batch size, once a round.
+
+    Attributes:
+        batch: Requests at once.
+        prefill: Seconds to the first new token of all of them.
+        decode: Seconds of one decode step of all of them.
+    """
+
+    batch: int
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+
+    def prefill_tokens_per_second(self, prompt_tokens: int) -> float:
+        """Prompt tokens of the batch / the median time of its prefill."""
+        return self.batch * prompt_tokens / statistics.median(self.prefill)
+
+    @property
+    def decode_ms(self) -> float:
+        """Median time of a decode step, milliseconds."""
+        return 1000 * statistics.median(self.decode)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A checkpoint in vLLM.
+
+    Attributes:
+        device: Name of the card, or ``cpu``.
+        weights_gib: Parameters and buffers as vLLM stores them, GiB.
+        kv_cache_tokens: Tokens that fit beside them in vLLM's share of the memory.
+        graphs: Whether decode steps run as CUDA graphs.
+        prompt_tokens: Of each request.
+    """
+
+    device: str
+    weights_gib: float
+    kv_cache_tokens: int
+    graphs: bool
+    prompt_tokens: int
+    timings: tuple[Timing, ...]
+
+    @classmethod
+    def from_json(cls, data: JsonObject, prompt_tokens: int) -> Speed:
+        """Reads what :mod:`layerbits.serving.speed_worker` wrote."""
+        timings = (Timing(t["batch"], tuple(t["prefill"]), tuple(t["decode"])) for t in data["points"])
+        return cls(
+            str(data["device"]),
+            int(data["weights_bytes"]) / GIB,
+            int(data["kv_cache_tokens"]),
+            bool(data["graphs"]),
+            prompt_tokens,
+            tuple(timings),
+        )
+
+    @property
+    def how(self) -> str:
+        """What was timed, in words."""
+        graphs = "with CUDA graphs" if self.graphs else "without CUDA graphs"
+        return f"Prompts of {self.prompt_tokens} random tokens, {graphs}; medians, and the range of a decode step."
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What was measured and its value, in words."""
+        rows = [("weights, GiB", f"{self.weights_gib:.3f}"), ("KV cache, tokens", f"{self.kv_cache_tokens:,}")]
+        for timing in self.timings:
+            tokens = timing.prefill_tokens_per_second(self.prompt_tokens)
+            rows.append((f"prefill at batch {timing.batch}, tokens/s", f"{tokens:,.0f}"))
+            rows.append((f"decode step at batch {timing.batch}, ms", _spread(timing)))
+        return rows
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Numbers by the names of ``docs/tracking.md``."""
+        values = {"weights_gib": self.weights_gib, "kv_cache_tokens": float(self.kv_cache_tokens)}
+        for timing in self.timings:
+            tokens = timing.prefill_tokens_per_second(self.prompt_tokens)
+            values |= {f"batch_{timing.batch}/prefill_tokens_per_second": tokens}
+            values |= {f"batch_{timing.batch}/decode_ms": timing.decode_ms}
+        return {f"{prefix}/{key}": value for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """A checkpoint and the unquantized model of its source, on the same card."""
+
+    quantized: Speed
+    unquantized: Speed
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers by the names of ``docs/tracking.md``."""
+        return self.quantized.metrics("speed") | self.unquantized.metrics("speed_unquantized")
+
+    def markdown(self) -> list[str]:
+        """A table: quantized, unquantized, and how many times better the first is."""
+        ours, theirs = self.quantized, self.unquantized
+        better = [theirs.weights_gib / ours.weights_gib, ours.kv_cache_tokens / theirs.kv_cache_tokens]
+        for a, b in zip(ours.timings, theirs.timings, strict=True):
+            fast, slow = (t.prefill_tokens_per_second(ours.prompt_tokens) for t in (a, b))
+            better += [fast / slow, b.decode_ms / a.decode_ms]
+        columns = zip(ours.rows(), theirs.rows(), better, strict=True)
+        return [
+            f"## Speed and memory: {ours.device}",
+            "",
+            ours.how,
+            "",
+            "| | this checkpoint | unquantized | times better |",
+            "|---|---:|---:|---:|",
+            *(f"| {what} | {a} | {b} | {ratio:.2f} |" for (what, a), (_, b), ratio in columns),
+        ]
+
+
+def _spread(timing: Timing) -> str:
+    low, high = (1000 * end(timing.decode) for end in (min, max))
+    return f"{timing.decode_ms:.2f} ({low:.2f} to {high:.2f})"
+
+
+def measure_speed(launch: Launch, folder: Path, what: str, asked: SpeedRequest, work: Path) -> Speed:
+    """Loads a checkpoint in vLLM and times it.
+
+    Args:
+        launch: The environment, dtype, plugin and further arguments.
+        folder: The checkpoint.
+        what: It in a word, for the progress line.
+        asked: What to time.
+        work: Folder for the request, the answer and vLLM's log, named after ``what``.
+
+    Raises:
+        Refused: vLLM ended; in its own words.
+        UserError: It was not done in ``launch.seconds``, or the model has fewer positions.
+    """
+    _check_positions(folder, asked)
+    name = what.replace(" ", "_")
+    request, answer, log = (work / f"speed_{name}.{end}" for end in ("request.json", "json", "log"))
+    data: Mapping[str, object] = {
+        "arguments": _arguments(launch, folder, asked),
+        "batches": asked.batches,
+        "prompt_tokens": asked.prompt_tokens,
+        "new_tokens": asked.new_tokens,
+        "warmup": _WARMUP,
+        "repeats": asked.repeats,
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    request.write_text(json.dumps(data), "utf-8")
+    print(f"vLLM is timed on {what}; its log is {log}", flush=True)
+    command = [str(launch.environment.python), speed_worker.__file__, str(request), str(answer)]
+    with started(command, launch.variables(), log) as process:
+        try:
+            process.wait(launch.seconds)
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"vLLM was not timed within {launch.seconds:.0f} s (its log is {log}); raise vllm.seconds, or ask for "
+                "fewer or smaller speed.batches"
+            ) from None
+        if not answer.is_file():
+            raise refusal(process, log)
+    return Speed.from_json(json.loads(answer.read_text("utf-8")), asked.prompt_tokens)
+
+
+def _arguments(launch: Launch, folder: Path, asked: SpeedRequest) -> Sequence[str]:
+    """Command line of the engine; CPUs do not repay compilation."""
+    eager = ["--enforce-eager"] if launch.environment.on_cpu else []
+    return [
+        *("--model", str(folder), "--dtype", launch.dtype, "--max-model-len", str(asked.length)),
+        *("--max-num-seqs", str(max(asked.batches)), "--no-enable-prefix-caching", *eager, *launch.arguments),
+    ]
+
+
+def _check_positions(folder: Path, asked: SpeedRequest) -> None:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    positions = (config.get("text_config") or config).get("max_position_embeddings")
+    if positions is not None and asked.length > positions:
+        raise UserError(
+            f"speed.prompt_tokens={asked.prompt_tokens} and speed.new_tokens={asked.new_tokens} need {asked.length} "
+            f"positions, and {folder.name} has {positions}; lower one of them"
+        )

@@ -1,0 +1,74 @@
+"""Speed of a checkpoint in vLLM: what is asked, and what the numbers are made of."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from layerbits import figures
+from layerbits.errors import UserError
+from layerbits.serving.foreground import USUAL
+from layerbits.serving.server import Launch
+from layerbits.serving.settings import SpeedRequest
+from layerbits.serving.speed import Speed, Speeds, Timing, measure_speed
+
+ROOT = Path(__file__).parents[2]
+
+
+def speed(gib=1.0, tokens=1000, prefill=(0.1, 0.2, 0.4), decode=(0.002, 0.001, 0.003)):
+    return Speed("card", gib, tokens, True, 100, (Timing(8, prefill, decode),))
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 64}))
+    return folder
+
+
+def test_prefill_counts_the_tokens_of_the_whole_batch_and_its_median_time():
+    assert speed().metrics("speed")["speed/batch_8/prefill_tokens_per_second"] == pytest.approx(8 * 100 / 0.2)
+
+
+def test_a_decode_step_is_the_median_in_milliseconds():
+    assert speed().metrics("speed")["speed/batch_8/decode_ms"] == pytest.approx(2.0)
+
+
+def test_the_report_says_how_many_times_better_the_checkpoint_is():
+    lines = Speeds(speed(gib=0.5, tokens=3000), speed(decode=(0.004,))).markdown()
+    assert "| weights, GiB | 0.500 | 1.000 | 2.00 |" in lines
+    assert "| KV cache, tokens | 3,000 | 1,000 | 3.00 |" in lines
+    assert "| decode step at batch 8, ms | 2.00 (1.00 to 3.00) | 4.00 (4.00 to 4.00) | 2.00 |" in lines
+
+
+def test_the_command_line_times_what_the_configuration_has_as_defaults():
+    config = yaml.safe_load((ROOT / "configs" / "serve_check.yaml").read_text())["speed"]
+    assert SpeedRequest.from_config(config) is None
+    assert SpeedRequest.from_config({**config, "measure": True}) == USUAL
+
+
+def test_a_batch_that_is_no_number_is_named():
+    config = {"measure": True, "batches": "1,two", "prompt_tokens": 8, "new_tokens": 8, "repeats": 1}
+    with pytest.raises(UserError, match=r"speed\.batches=two is not a positive whole number"):
+        SpeedRequest.from_config(config)
+
+
+def test_prompts_beyond_the_positions_are_refused_before_vllm_is_started(checkpoint, tmp_path):
+    asked = SpeedRequest((1,), 60, 10, 1)
+    with pytest.raises(UserError, match="need 71 positions, and checkpoint has 64"):
+        measure_speed(Launch(None), checkpoint, "it", asked, tmp_path / "work")
+
+
+def test_a_pareto_figure_has_the_cost_that_is_asked_for(frame):
+    drawn = figures.pareto(frame, "kl", "decode_ms")
+    assert drawn.axes[0].get_xlabel() == "Decode step in vLLM, ms"
+    assert drawn.axes[0].lines[0].get_xdata().tolist() == [2.0, 3.0]
+
+
+@pytest.fixture
+def frame():
+    import pandas as pd
+
+    return pd.DataFrame({"bits": [4, 8, 16], "kl": [0.3, 0.1, 0.0], "decode_ms": [2.0, 3.0, None], "label": "a"})
