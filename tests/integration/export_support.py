@@ -46,16 +46,25 @@ def planned(kind, folder, target=None, kv_cache="none", format="auto", dtype=tor
 
 def spoil(monkeypatch, change):
     """Lets ``change`` alter the files between writing and proof: it gets the tensors and the quantization's config."""
-    write = export._write
 
-    def spoiled(plan, folder, *rest):
-        scored = write(plan, folder, *rest)
-        own = "hf_quant_config.json" if plan.format == "modelopt" else "config.json"
-        file, config = folder / "model.safetensors", folder / own
+    def spoiled(folder):
+        own = folder / "hf_quant_config.json"
+        file, config = folder / "model.safetensors", own if own.is_file() else folder / "config.json"
         tensors, labels = load_file(file), json.loads(config.read_text())
         change(tensors, labels)
         save_file(tensors, file, metadata={"format": "pt"})
         config.write_text(json.dumps(labels))
-        return scored
 
-    monkeypatch.setattr(export, "_write", spoiled)
+    spoil_files(monkeypatch, spoiled)
+
+
+def spoil_files(monkeypatch, change):
+    """As :func:`spoil`; ``change`` gets the folder that was written."""
+    opened = export.open_checkpoint
+
+    def spoiled(folder):
+        monkeypatch.setattr(export, "open_checkpoint", opened)
+        change(folder)
+        return opened(folder)
+
+    monkeypatch.setattr(export, "open_checkpoint", spoiled)

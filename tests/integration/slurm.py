@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -87,16 +88,18 @@ class Slurm:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def slurm():
     missing = [name for name in _NEEDED if not shutil.which(name)]
     if missing or os.geteuid():
         pytest.skip(f"needs root and Debian's slurm-wlm and munge ({', '.join(missing)})")
-    made = Slurm(tmp_path_factory.mktemp("slurm"))
-    try:
-        made.start()
-        yield made
-    finally:
-        made.stop()
+    # In a folder of pytest the path of a socket may have more than the 107 characters that there is room for.
+    with tempfile.TemporaryDirectory(prefix="layerbits-slurm-", ignore_cleanup_errors=True) as folder:
+        made = Slurm(Path(folder))
+        try:
+            made.start()
+            yield made
+        finally:
+            made.stop()
 
 
 def _free_ports() -> list[int]:

@@ -155,7 +155,7 @@ from layerbits import tracking
 tracking.open_store(None, Path.cwd())
 with tracking.start_run(sys.argv[1], system_metrics=False) as session:
     print(session.run_id, flush=True)
-    time.sleep(60)
+    time.sleep(300)
 """
 
 
@@ -252,7 +252,7 @@ def test_doctor_finds_a_server_well_and_leaves_nothing_there(server, layerbits):
 def test_doctor_says_what_is_wrong_with_a_server_that_is_not_there(layerbits):
     begin = time.monotonic()
     status, out, _ = layerbits("doctor", "--tracking-uri", "http://127.0.0.1:9")
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 60
     assert status == 1
     assert checks(out)["store"] == "fail"
     assert "does not answer within 4 s; start it" in out[0]

@@ -14,7 +14,7 @@ from layerbits.results.result import Group
 from layerbits.schemes import Scheme
 from layerbits.scoring import kl, memory, onepass, stock
 from layerbits.scoring.expert_weights import ExpertWeights
-from layerbits.scoring.experts import ExpertsTap, Routed
+from layerbits.scoring.experts import ExpertsTap
 from layerbits.scoring.quantizers import distinct_settings
 from layerbits.scoring.search import Search
 from layerbits.scoring.steplog import StepLog
@@ -282,17 +282,22 @@ def _settings(pair):
 
 def test_candidates_side_by_side_compute_what_each_does_alone(mixture):
     wanted = {**configs("wint8_aint8", "wint8_afp16"), **configs("wint8_aint8", overlay="a_per_token_dynamic")}
-    taps = Taps(mixture.model, ["model.layers.0.mlp.experts"], distinct_settings(list(wanted.values())))
-    taps.calibrate(usual_rows().calib, need_logits=False)
-    taps.load_ranges(taps.ranges())
-    (tap,) = taps.taps
     index = torch.stack([torch.randperm(5)[:2] for _ in range(9)])  # number 4 stands for none of the four
-    routed = Routed(torch.randn(9, 128), index, torch.rand(9, 2))
-    found = dict(tap._outputs(routed, tuple(tap.weights(0)), [0, 1, 2], {}))
-    assert len(found) == 3
-    for setting, output in found.items():
-        alone = tap._run(routed, tuple(tap.weights(0)), *tap._changes(setting))
-        torch.testing.assert_close(output, alone, rtol=1e-6, atol=1e-6)
+    inputs = (torch.randn(9, 128), index, torch.rand(9, 2))
+    output, gradient = torch.randn(9, 128), torch.randn(9, 128)
+
+    def scored(configs):
+        taps = Taps(mixture.model, ["model.layers.0.mlp.experts"], distinct_settings(configs))
+        taps.calibrate(usual_rows().calib, need_logits=False)
+        taps.load_ranges(taps.ranges())
+        (tap,) = taps.taps
+        found = tap.scores(inputs, output, gradient, False)
+        return {number: scores for numbers, scores in found for number in numbers}
+
+    together = scored(list(wanted.values()))
+    assert len(together) == 3
+    for number, config in enumerate(wanted.values()):
+        torch.testing.assert_close(together[number], scored([config])[0], rtol=1e-6, atol=1e-6)
 
 
 def test_the_loop_over_experts_computes_what_the_grouped_product_does(mixture, monkeypatch):

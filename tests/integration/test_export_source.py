@@ -14,7 +14,6 @@ from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.restore import restore
 from layerbits.errors import Unsupported, UserError
 from layerbits.export import job as export_job
-from layerbits.export import scheme as export
 from layerbits.export.job import ExportSettings, run_exports
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
@@ -31,7 +30,7 @@ from layerbits.scoring.state import decisions
 from tests.families import build
 
 from .checkpoint_support import config, save_tokenizer, sharded, tensors
-from .export_support import prepared, saved
+from .export_support import prepared, saved, spoil_files
 from .schemes_support import CALIBRATION, DATA, INFO
 from .scoring_support import candidate, loaded, tiny_model
 
@@ -125,16 +124,13 @@ def test_another_dtype_is_said_in_every_key(source, format):
 )
 def test_a_changed_configuration_is_not_proven(source, monkeypatch, change, says):
     older(source)
-    write = export._write
 
-    def spoiled(plan, folder, *rest):
-        scored = write(plan, folder, *rest)
+    def spoiled(folder):
         said = read(folder)
         change(said)
         (folder / "config.json").write_text(json.dumps(said))
-        return scored
 
-    monkeypatch.setattr(export, "_write", spoiled)
+    spoil_files(monkeypatch, spoiled)
     with pytest.raises(NotProven, match=f"config.json is not the source's: {says}"):
         exported(source, "compressed-tensors")
 

@@ -4,6 +4,8 @@ import http.server
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,11 @@ from mlflow.entities import Metric, Param, RunTag
 
 from layerbits import history, tracking
 from layerbits.errors import UserError
-from layerbits.history import query, source
+from layerbits.history import query
+from layerbits.history.cache import Cache
 from layerbits.results.manifest import sample_frame, to_manifest
 from layerbits.tracking import contract
-from tests.integration.tracking_support import Server, small_result, write_folder
+from tests.integration.tracking_support import Server, environment, small_result, write_folder
 
 START = 1_772_600_000_000
 
@@ -81,14 +84,14 @@ def without_layers(result):
 def asked(monkeypatch):
     """How many runs each request to the store brought."""
     sizes = []
-    page = source._page
+    search = mlflow.MlflowClient.search_runs
 
-    def counted(*arguments):
-        found, more = page(*arguments)
+    def counted(*arguments, **options):
+        found = search(*arguments, **options)
         sizes.append(len(found))
-        return found, more
+        return found
 
-    monkeypatch.setattr(source, "_page", counted)
+    monkeypatch.setattr(mlflow.MlflowClient, "search_runs", counted)
     return sizes
 
 
@@ -264,7 +267,6 @@ def test_scores_that_are_cached_ask_for_nothing(client, store, monkeypatch):
     frame = history.runs(tracking_uri=store)
     first = history.scores(frame)
     monkeypatch.setattr(mlflow, "MlflowClient", None)
-    monkeypatch.setattr(source, "_page", None)
     pd.testing.assert_frame_equal(history.scores(frame), first)
     part = frame[frame["quant_pair"] == "wfp8_afp8"]
     assert set(history.scores(part)["run_id"]) == set(part["run_id"])
@@ -523,3 +525,34 @@ def test_a_server_that_refuses_the_runs_says_so(status, body, words):
     web.shutdown()
     web.server_close()
     assert "\n" not in str(failure.value)
+
+
+# A cache that several processes write
+
+WRITER = """
+import sys
+from layerbits.history.cache import Cache
+from tests.integration.tracking_support import small_result
+from tests.unit.test_history import raw_run
+from layerbits.history.rows import row_of
+cache, number = Cache("http://server"), int(sys.argv[1])
+row = row_of(raw_run(small_result(blocks=1)))
+for i in range(10):
+    cache.add([{**row, "run_id": f"{number}-{i}"}])
+    assert cache.with_groups([f"{number}-{i}"]).num_rows <= 1
+    if i % 5 == 4:
+        cache.forget([f"{number}-{i}"])
+"""
+
+
+def test_processes_share_the_cache(tmp_path):
+    command = [sys.executable, "-c", WRITER]
+    env = environment(LAYERBITS_CACHE=str(tmp_path / "cache"))
+    processes = [subprocess.Popen([*command, str(n)], env=env) for n in range(3)]
+    assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
+    found = Cache("http://server").runs("7")["run_id"].to_pylist()
+    assert len(found) == len(set(found))
+    # A rewrite by one may take up what another forgets at that moment; nothing that was added may be lost but by
+    # being asked for again.
+    assert {f"{n}-{i}" for n in range(3) for i in range(10)} >= set(found)
+    assert len(found) >= 20

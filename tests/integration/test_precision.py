@@ -112,17 +112,23 @@ def test_a_probe_says_what_it_was_measured_in(how):
 
 def test_what_does_not_fit_is_widened_block_by_block_or_refused_with_the_number(monkeypatch):
     model = tiny_model("llama", num_hidden_layers=4).bfloat16()
-    held, whole, by_block = precision._weights(model)
-    work = precision._work(model, 64, 4)
-    assert held < by_block < whole
-    monkeypatch.setattr(precision, "free_bytes", lambda _device: (whole + by_block) / 2 / 0.92 + work / 0.92 - held)
-    assert plan_precision(model, 64, "auto").by_block
+    own = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def planned(free, wanted):
+        monkeypatch.setattr(precision, "free_bytes", lambda _device: free - own)
+        return plan_precision(model, 64, wanted)
+
+    whole = planned(1e12, "auto")
+    assert whole.widened
+    assert not whole.by_block
+    by_block = planned(whole.estimate_gb * 1e9, "auto")  # all of it, and nothing kept free
+    assert by_block.by_block
+    assert own / 1e9 < by_block.estimate_gb < whole.estimate_gb
     with pytest.raises(UserError, match=r"measuring in float32 takes .* GB.*offload"):
-        plan_precision(model, 64, "float32")
-    monkeypatch.setattr(precision, "free_bytes", lambda _device: -held)
+        planned(whole.estimate_gb * 1e9, "float32")
     with pytest.raises(UserError, match="GB are free"):
-        plan_precision(model, 64, "auto")
-    assert not plan_precision(model, 64, "model").widened
+        planned(by_block.estimate_gb * 1e9, "auto")
+    assert not planned(0, "model").widened
 
 
 def test_a_float32_model_is_measured_as_it_is():

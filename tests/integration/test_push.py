@@ -1,6 +1,8 @@
 """What a job made and the store did not take: locked stores, and ``push`` of every kind of result."""
 
+import runpy
 import sqlite3
+import sys
 import threading
 import time
 
@@ -154,7 +156,9 @@ def test_a_store_that_stays_locked_leaves_a_command_and_no_running_run(uri, clie
     assert (status, tags["outcome"]) == ("FAILED", "failed")
     assert f"layerbits push {tmp_path}/result --tracking-uri {uri} --run-id {run_id}" in str(failed.value)
 
-    process_watchdog._close(where, run_id, status, '{"outcome": "failed", "reason": "locked"}')
+    arguments = ["close", where, run_id, status, '{"outcome": "failed", "reason": "locked"}']
+    monkeypatch.setattr(sys, "argv", [process_watchdog.__file__, *arguments])
+    runpy.run_path(process_watchdog.__file__, run_name="__main__")
     assert client.get_run(run_id).info.status == "FAILED"
     assert tracking.push(tmp_path / "result", uri, run_id=run_id) == run_id
     run = client.get_run(run_id)

@@ -28,7 +28,7 @@ def suite(tmp_path):
         running.append(
             subprocess.Popen(command, cwd=ROOT, env=variables, stdout=log, stderr=log, start_new_session=True)
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not started.exists():
             assert running[0].poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline
@@ -63,19 +63,19 @@ def test_servers_end_with_a_suite_whose_process_group_is_stopped(suite, tmp_path
     for server in ("mlflow", "postgres", "slurmctld", "munged", "keeper.py"):
         assert server in there
     os.killpg(running.pid, signal.SIGTERM)
-    assert running.wait(60) != 0
+    assert running.wait(180) != 0
     ends(tmp_path)
 
 
 def test_servers_end_with_a_suite_whose_first_process_is_stopped_in_a_job(suite, tmp_path):
     running = suite("test_of_a_job", "-n", "1")
     running.send_signal(signal.SIGTERM)
-    assert running.wait(60) != 0
+    assert running.wait(180) != 0
     ends(tmp_path)
 
 
 def ends(folder):
-    deadline = time.monotonic() + 15  # the daemons of Slurm end by themselves
+    deadline = time.monotonic() + 60  # the daemons of Slurm end by themselves
     while of(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert names(folder) == []

@@ -55,6 +55,14 @@ def published() -> Callable[[str], SensitivityResult]:
 
 
 @pytest.fixture(scope="session")
+def exportable_rows() -> tuple[object, ...]:
+    """The table of what is exported, made once."""
+    from tools.docs.exportable import exportable
+
+    return tuple(exportable())
+
+
+@pytest.fixture(scope="session")
 def python() -> Callable[..., list[str]]:
     """Runs code in a fresh interpreter that finds the library; returns the lines that it prints."""
 

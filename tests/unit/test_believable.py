@@ -11,6 +11,7 @@ import pytest
 
 from layerbits import figures
 from layerbits.history import query
+from layerbits.history.rows import SCHEMA
 from layerbits.report import json_report, markdown_report, note
 from layerbits.results.baseline import BaselineLoss
 from layerbits.results.frames import drawable, grid, tidy
@@ -109,10 +110,15 @@ def test_a_loss_that_is_no_number_is_kept_as_such(result):
 
 
 def test_history_tells_it_from_the_vocabulary():
-    sizes = pa.array([384, 384, None, 384], pa.int64())
-    runs = pa.table({"vocabulary": sizes, "method": ["gradient", "fisher", "gradient", "kl_div"]})
-    told = query._believable(runs, pd.Series([18_600.0, 0.1, 18_600.0, 18_600.0]))
-    assert told.tolist() == [False, True, pd.NA, True]
+    layer = {field.name: [None] for field in SCHEMA if pa.types.is_list(field.type)}  # one, of which little is known
+    runs = [
+        {**layer, "run_id": name, "vocabulary": vocabulary, "method": name, "layer": ["B00.o"], "predicted_kl": [kl]}
+        for name, vocabulary, kl in [
+            ("gradient", 384, 18_600.0), ("fisher", 384, 0.1), ("of before", None, 18_600.0), ("kl_div", 384, 18_600.0)
+        ]
+    ]  # fmt: skip
+    frame = query.long_frame(pa.Table.from_pylist(runs, schema=SCHEMA)).set_index("run_id")
+    assert frame["believable"].tolist() == [False, True, pd.NA, True]
 
 
 def test_a_frame_that_does_not_say_is_drawn_as_it_is(result):

@@ -44,22 +44,6 @@ def test_settings_that_are_left_to_modelopt(attributes):
     assert not fake_quant.has_kernel(setting(**attributes))
 
 
-@pytest.mark.parametrize(
-    ("shape", "amax", "rows"),
-    [
-        ((6, 64), (), 1),
-        ((6, 64), (6, 1), 6),
-        ((2, 3, 64), (2, 1, 1), 2),
-        ((2, 3, 64), (1, 3, 1), 6),
-        ((6, 64), (1, 64), None),  # a range for each feature: no neighbours share one
-        ((6, 64), (6, 64), None),
-        ((6, 8), (6, 1), None),  # too few of them
-    ],
-)
-def test_rows_are_runs_of_numbers_with_one_range(shape, amax, rows):
-    assert fake_quant._rows(torch.zeros(shape), torch.zeros(amax)) == rows
-
-
 def test_on_a_cpu_it_is_modelopts_quantizer():
     x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     made = [kind(setting(num_bits=8, axis=0)) for kind in (TensorQuantizer, fake_quant.quantizer_class())]

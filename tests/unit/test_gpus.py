@@ -7,7 +7,6 @@ from layerbits.checkpoint.label import COMPRESSED, MODELOPT
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
 from layerbits.errors import UserError
 from layerbits.export.target import find_target
-from tools.docs.exportable import exportable
 
 
 @pytest.mark.parametrize("algo", ["NVFP4-NVFP4", "MXFP4-MXFP4", "MXFP4-FP8_TOKEN", "MXFP8-MXFP8"])
@@ -35,13 +34,13 @@ def test_another_version_of_vllm_is_not_known():
     assert kernel(MODELOPT, "NVFP4", HOPPER, "0.27.0").computed.state == UNKNOWN
 
 
-def test_every_label_was_asked_on_hopper():
-    labels = {(label.format, label.algo) for row in exportable() for label in row.known}
+def test_every_label_was_asked_on_hopper(exportable_rows):
+    labels = {(label.format, label.algo) for row in exportable_rows for label in row.known}
     assert [key for key in sorted(labels) if kernel(*key, HOPPER).computed.state == UNKNOWN] == []
 
 
-def test_every_answer_has_its_source():
-    labels = {(label.format, label.algo) for row in exportable() for label in row.known}
+def test_every_answer_has_its_source(exportable_rows):
+    labels = {(label.format, label.algo) for row in exportable_rows for label in row.known}
     answers = [kernel(*key, where) for key in labels for where in GENERATIONS]
     assert all(answer.source for answer in answers if answer.computed.state != UNKNOWN)
 

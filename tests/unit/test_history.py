@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +17,7 @@ from layerbits.history.comparison import difference
 from layerbits.history.rows import SCHEMA, is_later, row_of
 from layerbits.history.source import RawRun
 from layerbits.tracking import contract
-from tests.integration.tracking_support import environment, small_result
+from tests.integration.tracking_support import small_result
 
 
 def raw_run(result, run_id="a" * 32, **tags):
@@ -177,35 +175,6 @@ def test_many_files_become_one(tmp_path):
     assert cache.runs("7").num_rows == 42
 
 
-WRITER = """
-import sys
-from layerbits.history.cache import Cache
-from tests.integration.tracking_support import small_result
-from tests.unit.test_history import raw_run
-from layerbits.history.rows import row_of
-cache, number = Cache("http://server"), int(sys.argv[1])
-row = row_of(raw_run(small_result(blocks=1)))
-for i in range(30):
-    cache.add([{**row, "run_id": f"{number}-{i}"}])
-    assert cache.with_groups([f"{number}-{i}"]).num_rows <= 1
-    if i % 10 == 9:
-        cache.forget([f"{number}-{i}"])
-"""
-
-
-def test_processes_share_the_cache(tmp_path):
-    command = [sys.executable, "-c", WRITER]
-    env = environment(LAYERBITS_CACHE=str(tmp_path / "cache"))
-    processes = [subprocess.Popen([*command, str(n)], env=env) for n in range(3)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0, 0]
-    found = Cache("http://server").runs("7")["run_id"].to_pylist()
-    assert len(found) == len(set(found))
-    # A rewrite by one may take up what another forgets at that moment; nothing that was added may be lost but by
-    # being asked for again.
-    assert {f"{n}-{i}" for n in range(3) for i in range(30)} >= set(found)
-    assert len(found) >= 60
-
-
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LAYERBITS_CACHE", str(tmp_path / "file"))
@@ -218,20 +187,34 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
 # Filters
 
 
-@pytest.mark.parametrize("value", ["o'brien", 'the "big" one', "100% a_b", "x' OR tags.outcome = 'failed"])
-def test_values_reach_the_filter_as_they_are(value):
+@pytest.fixture
+def asked(monkeypatch):
+    """The filters that an empty store is asked with, as MLflow reads them: a value by key."""
     from mlflow.utils.search_utils import SearchUtils
 
-    wanted = query._Wanted("0", {"model": value}, None, None, "ok", None)
-    parsed = {clause["key"]: clause["value"] for clause in SearchUtils.parse_search_filter(wanted.condition())}
-    assert parsed["eff.model"] == value
-    assert parsed["outcome"] == "ok"
+    filters = []
+
+    def search(_uri, _experiment, condition, *_, **__):
+        filters.append({clause["key"]: clause["value"] for clause in SearchUtils.parse_search_filter(condition)})
+        return []
+
+    monkeypatch.setattr(query, "connect", lambda _: "http://server")
+    monkeypatch.setattr(query, "experiment_id", lambda *_: "0")
+    monkeypatch.setattr(query, "search", search)
+    return filters
+
+
+@pytest.mark.parametrize("value", ["o'brien", 'the "big" one', "100% a_b", "x' OR tags.outcome = 'failed"])
+def test_values_reach_the_filter_as_they_are(value, asked):
+    assert history.runs(model=value).empty
+    assert (asked[0]["eff.model"], asked[0]["outcome"]) == (value, "ok")
 
 
 @pytest.mark.parametrize("value", ["both ' and \"", "back\\"])
-def test_a_value_that_mlflow_cannot_search_for_says_so(value):
+def test_a_value_that_mlflow_cannot_search_for_says_so(value, asked):
     with pytest.raises(UserError, match="filter the frame instead"):
-        query._quoted(value)
+        history.runs(model=value)
+    assert asked == []
 
 
 @pytest.mark.parametrize(
@@ -242,14 +225,16 @@ def test_a_value_that_mlflow_cannot_search_for_says_so(value):
         (pd.Timestamp("2026-05-01"), 1_777_593_600_000),
     ],
 )
-def test_since_is_utc_unless_it_says_otherwise(since, milliseconds):
-    assert query._milliseconds(since) == milliseconds
+def test_since_is_utc_unless_it_says_otherwise(since, milliseconds, asked):
+    history.runs(since=since)
+    assert asked[0]["start_time"] == milliseconds
 
 
 @pytest.mark.parametrize("since", ["May the first", "", "2026-13-01"])
-def test_since_that_is_no_date_says_so(since):
+def test_since_that_is_no_date_says_so(since, asked):
     with pytest.raises(UserError, match="is no date"):
-        query._milliseconds(since)
+        history.runs(since=since)
+    assert asked == []
 
 
 # Which runs compare
@@ -345,9 +330,3 @@ def test_recipes_on_different_scales_are_refused(columns, by):
 def test_recipes_without_damage_are_refused():
     with pytest.raises(UserError, match="none of 1 runs"):
         history.pareto(recipe_runs([(8, math.nan)]))
-
-
-def test_importing_history_imports_neither_torch_nor_mlflow():
-    code = "import sys, layerbits.history; print({'torch', 'mlflow', 'modelopt'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
-    assert run.stdout.strip() == "set()"

@@ -219,8 +219,3 @@ def test_rows_have_the_columns_where_intervals_are_known(make_result):
 
 def test_an_engine_that_keeps_no_samples_has_no_intervals(make_result):
     assert with_intervals(make_result(samples=0)).intervals is None
-
-
-def test_intervals_import_nothing_heavy(python):
-    code = "import layerbits.results.bootstrap, sys; print({'torch', 'pandas', 'mlflow', 'scipy'} & set(sys.modules))"
-    assert python(code) == ["set()"]

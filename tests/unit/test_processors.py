@@ -31,7 +31,6 @@ from layerbits.serving.environment import Environment
 from layerbits.serving.processor import ask, in_words, otherwise, summary, why_refused
 from layerbits.serving.verdict import DIVERGES, LOADS, Divergence
 from tests.unit.test_serving import FAKE, measured
-from tools.docs.exportable import exportable
 
 RECORDS = records()
 INT8, INT4, FP8 = (algo for algo, _ in OFFERS[:1] + OFFERS[2:] + OFFERS[1:2])
@@ -39,8 +38,8 @@ AVX2, AVX512, VNNI, AMX = "AVX2", "AVX-512", "AVX-512 with VNNI", "AMX"
 
 
 @pytest.fixture(scope="module")
-def labels():
-    return {x.algo: x for row in exportable() for x in row.labels.values() if x is not None}
+def labels(exportable_rows):
+    return {x.algo: x for row in exportable_rows for x in row.labels.values() if x is not None}
 
 
 def cpu(name):

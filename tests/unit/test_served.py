@@ -6,13 +6,12 @@ import pytest
 
 from layerbits.checkpoint.runtimes import reads
 from tools.docs import served
-from tools.docs.exportable import exportable
 from tools.docs.served import Answer, read_served
 
 
 @pytest.fixture(scope="module")
-def labels():
-    return {(x.format, x.algo): x for row in exportable() for x in row.labels.values() if x is not None}
+def labels(exportable_rows):
+    return {(x.format, x.algo): x for row in exportable_rows for x in row.labels.values() if x is not None}
 
 
 def test_every_label_was_asked(labels):
@@ -24,9 +23,9 @@ def test_nothing_loads_that_the_runtimes_source_refuses(labels):
     assert [x.algo for x in labels.values() if told.answer(x).loads and not reads(x)] == []
 
 
-def test_what_was_measured_loads_and_is_of_a_candidate_of_the_table():
+def test_what_was_measured_loads_and_is_of_a_candidate_of_the_table(exportable_rows):
     told = read_served()
-    shown = {(x.format, x.algo) for row in exportable() for x in row.labels.values() if x and _shown(told, x, row)}
+    shown = {(x.format, x.algo) for row in exportable_rows for x in row.labels.values() if x and _shown(told, x, row)}
     assert shown == set(told.damage)
     for key, damage in told.damage.items():
         assert told.asked[key].loads

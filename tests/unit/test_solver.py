@@ -1,6 +1,4 @@
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -116,13 +114,3 @@ def test_nothing_is_printed(capfd):
     scores = rng.lognormal(-9, 1.5, (144, 1)) * [1, 1.2, 20, 22] * rng.lognormal(0, 0.3, (144, 4))
     solver.pareto(scores, {"a": 8.0, "b": 8.0, "c": 4.25, "d": 4.5}, weights, np.linspace(4.3, 12, 6))
     assert capfd.readouterr().out == ""
-
-
-def test_solving_needs_neither_torch_nor_mlflow():
-    code = (
-        "import sys, numpy; from layerbits.schemes import solver, make, source, settings\n"
-        "solver.pareto(numpy.array([[1.0, 2.0]]), {'a': 4.25, 'b': 8.0}, [10], [8.0])\n"
-        "print([m for m in ('torch', 'mlflow', 'modelopt') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"

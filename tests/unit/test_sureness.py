@@ -30,6 +30,13 @@ def noisy(make_result, noise, samples=64, blocks=8, pairs=("wint8_afp16",)):
     return combine(runs)
 
 
+@pytest.fixture(scope="module")
+def doubtful(make_result):
+    """A source with much scatter, and how sure a scheme of it is."""
+    source = noisy(make_result, 1.0)
+    return source, sureness([spec()], source)
+
+
 def test_captions_that_agree_leave_no_doubt(make_result):
     (found,) = sureness([spec()], noisy(make_result, 0.0))
     assert found.stable == len(found.chosen)
@@ -38,8 +45,8 @@ def test_captions_that_agree_leave_no_doubt(make_result):
     assert found.unsure == []
 
 
-def test_shares_are_of_all_draws_and_the_scheme_is_what_most_of_them_choose(make_result):
-    (found,) = sureness([spec()], noisy(make_result, 1.0))
+def test_shares_are_of_all_draws_and_the_scheme_is_what_most_of_them_choose(doubtful):
+    _, (found,) = doubtful
     np.testing.assert_allclose(found.shares.sum(axis=1), 1)
     assert (found.agreement > 0.5).mean() > 0.8
     assert 0 < found.stable < len(found.chosen)
@@ -64,7 +71,7 @@ def test_the_captions_that_are_needed_are_a_number_of_their_own(make_result):
 
 def test_coverage_and_several_formats_are_drawn_too(make_result):
     source = noisy(make_result, 1.0, pairs=("wint8_afp16", "wfp4_afp16"))
-    half, whole = sureness([spec("half", 6.0, coverage=0.5), spec("whole", 6.0)], source)
+    half, whole = sureness([spec("half", 6.0, coverage=0.5), spec("whole", 6.0)], source, draws=25)
     assert half.choices == ("wint8_afp16", "wfp4_afp16", None)
     assert half.shares[:, -1].mean() > whole.shares[:, -1].mean()  # half of the blocks stay unquantized
     schemes = make_schemes([spec("half", 6.0, coverage=0.5)], source)
@@ -78,14 +85,14 @@ def test_a_run_without_shares_of_captions_says_nothing(make_result):
     assert "How sure" not in markdown(make_schemes([spec()], source), [])
 
 
-def test_a_control_has_nothing_to_be_sure_of(make_result):
+def test_a_control_has_nothing_to_be_sure_of(doubtful):
     control = SchemeSpec("random", control="random")
-    assert len(sureness([spec(), control], noisy(make_result, 1.0))) == 1
+    assert len(sureness([spec(), control], doubtful[0], draws=5)) == 1
 
 
-def test_report_metrics_and_figure(make_result, tmp_path):
-    source = noisy(make_result, 1.0)
-    made, sure = make_schemes([spec()], source), sureness([spec()], source)
+def test_report_metrics_and_figure(doubtful, tmp_path):
+    source, sure = doubtful
+    made = make_schemes([spec()], source)
     folder = write_schemes(tmp_path, source, made, sure=sure)
     assert "## How sure" in (folder / "schemes.md").read_text()
     assert (folder / "figures" / "stability_mine.png").stat().st_size > 1000
@@ -110,8 +117,8 @@ def test_the_relaxed_choice_is_near_the_optimum_and_within_the_budget():
         assert total < 1.15 * best.score
 
 
-def test_frames_for_the_command_line(make_result):
-    found = sureness([spec("bits", [9.0, 11.0])], noisy(make_result, 1.0))
+def test_frames_for_the_command_line(doubtful):
+    found = sureness([spec("bits", [9.0, 11.0])], doubtful[0], draws=10)
     assert list(in_words(found)["scheme"]) == ["bits_9", "bits_11"]
     groups = by_group(found)
     assert len(groups) == 2 * len(found[0].layers)

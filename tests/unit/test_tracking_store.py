@@ -1,8 +1,6 @@
 """URIs, links and endings: the parts of tracking that need no store."""
 
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -10,7 +8,6 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.tracking.session import Ending, Terminated, ending_of
 from layerbits.tracking.store import one_line
 from layerbits.tracking.uris import redact, run_link, ui_command
-from tests.integration.tracking_support import environment
 
 
 @pytest.mark.parametrize(
@@ -64,12 +61,6 @@ def test_a_server_needs_no_command():
 )
 def test_ending_follows_the_exception(error, ending):
     assert ending_of(error) == ending
-
-
-def test_importing_tracking_does_not_import_mlflow():
-    code = "import sys, layerbits.tracking; print('mlflow' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
-    assert run.stdout.strip() == "False"
 
 
 def test_a_reason_keeps_the_cause_behind_its_figures():
