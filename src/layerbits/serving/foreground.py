@@ -24,6 +24,9 @@ from layerbits.serving.speed import measure_speed
 USUAL = SpeedRequest(batches=(1, 8, 32), prompt_tokens=512, new_tokens=64, repeats=5)
 """What ``--measure`` times: the defaults of ``configs/serve_check.yaml``."""
 
+ON_CPU = SpeedRequest(batches=(1,), prompt_tokens=64, new_tokens=8, repeats=3)
+"""The same where there is no GPU; the usual would take an hour."""
+
 
 def serve(
     reference: str, port: int, python: str | None, plugin: Path | None, arguments: Sequence[str], uri: str | None
@@ -61,7 +64,8 @@ def measure(reference: str, python: str | None, plugin: Path | None, arguments: 
     folder, launch = _prepare(reference, python, plugin, arguments, uri)
     with TemporaryDirectory() as work:
         try:
-            speed = measure_speed(launch, folder, folder.name, USUAL, Path(work))
+            asked = ON_CPU if launch.environment.on_cpu else USUAL
+            speed = measure_speed(launch, folder, folder.name, asked, Path(work))
         except Refused as words:
             raise UserError(f"vLLM does not load {folder}: {words}") from None
     print(f"{folder.name} in {launch.environment.package} {launch.environment.version}, {speed.device}. {speed.how}")
