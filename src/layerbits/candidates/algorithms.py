@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from layerbits.plain import JsonObject
 
 _MSE_DEFAULTS = {"step_size": 0.1, "start_multiplier": 0.25, "stop_multiplier": 4.0, "fp8_scale_sweep": False}
 _HEADROOM_DEFAULTS = {"anchor_percentile": 1.0, "upper_percentile": 99.99, "rho": 16384.0}
@@ -24,11 +25,11 @@ class Ranges:
         inputs: Percentiles and factor of ``nvfp4_act_headroom``, ``None`` = largest magnitudes.
     """
 
-    weights: Mapping[str, Any] | None = None
+    weights: Mapping[str, float] | None = None
     inputs: Mapping[str, float] | None = None
 
 
-def ranges_of(algorithm: Any) -> Ranges | None:
+def ranges_of(algorithm: object) -> Ranges | None:
     """How an algorithm finds ranges; ``None`` where one pass cannot.
 
     Args:
@@ -36,22 +37,22 @@ def ranges_of(algorithm: Any) -> Ranges | None:
     """
     if isinstance(algorithm, list | tuple):
         return ranges_of(algorithm[0]) if len(algorithm) == 1 else None
-    settings = dict(algorithm) if isinstance(algorithm, Mapping) else {"method": algorithm}
+    settings: JsonObject = dict(algorithm) if isinstance(algorithm, Mapping) else {"method": algorithm}
     method = settings.get("method")
     if _layerwise(settings.pop("layerwise", None)) or settings.pop("shared_states", None):
         return None
-    told = {k: v for k, v in settings.items() if k not in _NO_MATTER and v is not None}
+    given = {k: v for k, v in settings.items() if k not in _NO_MATTER and v is not None}
     if method in (None, "max"):
-        return None if told else Ranges()
+        return None if given else Ranges()
     if method == "mse":
-        return Ranges(weights={**_MSE_DEFAULTS, **told}) if told.keys() <= _MSE_DEFAULTS.keys() else None
+        return Ranges(weights={**_MSE_DEFAULTS, **given}) if given.keys() <= _MSE_DEFAULTS.keys() else None
     if method == "nvfp4_act_headroom":
-        inner = ranges_of(told.pop("weight_scale_algorithm", "max"))
-        if inner is None or inner.inputs is not None or not told.keys() <= _HEADROOM_DEFAULTS.keys():
+        inner = ranges_of(given.pop("weight_scale_algorithm", "max"))
+        if inner is None or inner.inputs is not None or not given.keys() <= _HEADROOM_DEFAULTS.keys():
             return None
-        return Ranges(inner.weights, {**_HEADROOM_DEFAULTS, **told})
+        return Ranges(inner.weights, {**_HEADROOM_DEFAULTS, **given})
     return None
 
 
-def _layerwise(value: Any) -> bool:
+def _layerwise(value: object) -> bool:
     return bool(value.get("enable")) if isinstance(value, Mapping) else bool(value)

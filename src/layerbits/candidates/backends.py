@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from layerbits.candidates import fp4, mxfp8, nvfp4_static
-from layerbits.candidates.linear import E4M3, E8M0, FP4, FP8
+from layerbits.candidates.linear import E4M3, E8M0, FP4, FP8, Cfg, Config
 
 _BACKENDS: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {
     (FP4, E8M0): fp4.MXFP4_BACKEND,
@@ -35,7 +34,7 @@ def register_backends() -> None:
     nvfp4_static.install()
 
 
-def with_reference_backend(config: dict[str, Any]) -> dict[str, Any]:
+def with_reference_backend(config: Config) -> Config:
     """Copies a ModelOpt quantization config with its FP4 and MXFP8 quantizers set to our backends.
 
     NVFP4 with stored block ranges names no backend: :func:`register_backends` sees to it.
@@ -58,7 +57,7 @@ def with_reference_backend(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _backend_of(attributes: dict[str, Any]) -> str | None:
+def _backend_of(attributes: Cfg) -> str | None:
     """Backend for one quantizer's attributes, ``None`` if it is no enabled block quantizer of ours."""
     blocks = attributes.get("block_sizes")
     if not attributes.get("enable", True) or not blocks or blocks.get("type") != "dynamic":
@@ -66,5 +65,5 @@ def _backend_of(attributes: dict[str, Any]) -> str | None:
     return _BACKENDS.get((_bits(attributes.get("num_bits")), _bits(blocks.get("scale_bits"))))
 
 
-def _bits(value: Any) -> tuple[Any, ...]:
+def _bits(value: object) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list | tuple) else ()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from layerbits.candidates.linear import E8M0, WEIGHT, Cfg, LinearConfig, block_lengths
+from layerbits.candidates.linear import E8M0, WEIGHT, Cfg, LinearConfig, Setting, block_lengths
 from layerbits.errors import UserError
 
 SCALE_BITS = 16
@@ -34,7 +33,7 @@ def modelopt_bits(linear: LinearConfig) -> float:
     return 16 * float(estimate_quant_compression(QuantizeConfig(quant_cfg=entries)))
 
 
-def precision(cfg: Any) -> str:
+def precision(cfg: Setting) -> str:
     """Precision word of a quantizer: ``fp4``, ``fp8``, ``int8``, …, or ``fp16`` where it is disabled."""
     if cfg is None:
         return "fp16"
@@ -54,7 +53,7 @@ def _storage_bits(cfg: Cfg) -> float:
     lengths = block_lengths(cfg).values()
     if not lengths or None in lengths:
         return float(value)
-    scale = cfg["block_sizes"].get("scale_bits") or SCALE_BITS
+    scale = (cfg.get("block_sizes") or {}).get("scale_bits") or SCALE_BITS
     if isinstance(scale, tuple):
         scale = 8 if scale == E8M0 else sum(scale) + 1  # E8M0 has no sign bit
-    return float(value + scale / math.prod(n for n in lengths if n))
+    return float(value + int(scale) / math.prod(n for n in lengths if n))

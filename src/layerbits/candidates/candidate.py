@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from layerbits.candidates.bits import modelopt_bits, precision, weight_bits
 from layerbits.candidates.formats import (
@@ -27,6 +26,7 @@ from layerbits.candidates.granularity import (
 )
 from layerbits.candidates.linear import INPUT, WEIGHT, Config
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.result import CandidateInfo
 
 UNQUANTIZED_BITS = 16.0
@@ -74,13 +74,13 @@ def resolve_candidate(pair: QuantPair, overlay: Overlay, fp4: str = "mxfp4", exp
     base = resolve_format(pair.format, fp4)
     format = with_algorithm(replace(base, config=normalise(with_token_groups(apply_overlay(base, overlay)))))
     linear = format.linear
-    for what, said, found in (
+    for what, said, actual in (
         ("weight", pair.weight, precision(linear.cfgs[WEIGHT])),
         ("activation", pair.activation, precision(linear.cfgs[INPUT])),
     ):
-        if said != found:
+        if said != actual:
             raise UserError(
-                f"quant pair {pair.name} says {what}: {said}, but format {base.name} is {found}; correct one"
+                f"quant pair {pair.name} says {what}: {said}, but format {base.name} is {actual}; correct one"
             )
     info = CandidateInfo(
         name=pair.name if overlay.name == "default" else f"{pair.name}/{overlay.name}",
@@ -98,7 +98,7 @@ def resolve_candidate(pair: QuantPair, overlay: Overlay, fp4: str = "mxfp4", exp
     return Candidate(info, format)
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
+def config_hash(config: JsonMapping) -> str:
     """Content hash of a configuration: 16 hex digits of SHA-256, the same on every machine.
 
     The order of keys, the spelling (list or legacy dict, tuple or list, ``-1`` or ``"-1"``, ModelOpt's default or
@@ -117,7 +117,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def live_entries(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def live_entries(entries: Sequence[JsonObject]) -> list[JsonObject]:
     """The entries of a ``quant_cfg`` list without those of which a later one leaves nothing."""
     return [e for i, e in enumerate(entries) if not any(_overrides(later, e) for later in entries[i + 1 :])]
 
@@ -148,7 +148,7 @@ def check_target(candidates: Candidate | Sequence[Candidate], target: float) -> 
         )
 
 
-def _canonical_entry(entry: dict[str, Any]) -> dict[str, Any]:
+def _canonical_entry(entry: JsonObject) -> JsonObject:
     cfg = entry.get("cfg")
     if cfg is None:
         return entry
@@ -156,7 +156,7 @@ def _canonical_entry(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "cfg": stages if isinstance(cfg, list) else stages[0]}
 
 
-def _canonical_cfg(cfg: dict[str, Any]) -> dict[str, Any]:
+def _canonical_cfg(cfg: JsonObject) -> JsonObject:
     kept = {k: v for k, v in cfg.items() if k != "effective_bits"}
     if kept.get("block_sizes"):
         kept["block_sizes"] = {
@@ -167,7 +167,7 @@ def _canonical_cfg(cfg: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _overrides(later: dict[str, Any], earlier: dict[str, Any]) -> bool:
+def _overrides(later: JsonObject, earlier: JsonObject) -> bool:
     """Whether nothing of an entry is left after a later one.
 
     An entry with ``cfg`` replaces everything (but the range that ``constant_amax`` has stored); one without only

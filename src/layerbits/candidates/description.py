@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from layerbits.candidates.bits import precision
 from layerbits.candidates.fused import shares_range
-from layerbits.candidates.linear import E8M0, FP4, block_lengths
+from layerbits.candidates.linear import E8M0, FP4, Setting, block_lengths
 
 SHARED = ", shared by fused linears"
 
 
-def describe(cfg: Any) -> str:
+def describe(cfg: Setting) -> str:
     """One quantizer's setting in words, ``-`` where it is disabled."""
     if cfg is None:
         return "-"
@@ -29,14 +27,15 @@ def describe(cfg: Any) -> str:
     return f"{word} {_grain(cfg.get('axis'), lengths)}{dynamic}{shared}"
 
 
-def _grain(axis: Any, lengths: dict[int, int | None]) -> str:
+def _grain(axis: int | tuple[int, ...] | None, lengths: dict[int, int | None]) -> str:
     if lengths == {-1: None}:
         return "per token"
     if lengths:
         return "per group of " + " x ".join(str(n) for _, n in sorted(lengths.items()))
-    return {
+    named: dict[object, str] = {
         None: "per tensor",
         0: "per output channel",
         1: "per input channel",
         -1: "per channel of the hidden state",
-    }.get(axis, f"along axis {axis}")
+    }
+    return named.get(axis, f"along axis {axis}")

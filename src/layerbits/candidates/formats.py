@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import cast, overload
 
 from layerbits.candidates.linear import (
     E4M3,
@@ -24,6 +24,7 @@ from layerbits.candidates.linear import (
     read_config,
 )
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping, JsonObject
 
 FP4_VARIANTS = ("mxfp4", "nvfp4")
 NVFP4_BLOCK = 16
@@ -88,12 +89,12 @@ class QuantPair:
     name: str
     weight: str
     activation: str
-    format: str | Mapping[str, Any]
+    format: str | JsonMapping
     experimental: bool = False
     note: str = ""
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> QuantPair:
+    def from_mapping(cls, mapping: JsonMapping) -> QuantPair:
         """Reads the YAML of a quant pair.
 
         Raises:
@@ -139,14 +140,14 @@ class Format:
         ``mtq.auto_quantize`` matches entries against ``weight_quantizer`` and ``input_quantizer`` of one module at a
         time, so that ``*mlp*weight_quantizer`` or ``*lm_head*`` would silently match nothing there.
         """
-        entries: list[Config] = [{"quantizer_name": "*", "enable": False}]
+        entries: list[JsonObject] = [{"quantizer_name": "*", "enable": False}]
         for quantizer, cfg in self.linear.cfgs.items():
             if cfg is not None:
                 entries.append({"quantizer_name": f"*{quantizer}", "cfg": cfg})
         return {"quant_cfg": entries, "algorithm": self.config["algorithm"]}
 
 
-def resolve_format(spec: str | Mapping[str, Any], fp4: str = "mxfp4") -> Format:
+def resolve_format(spec: str | JsonMapping, fp4: str = "mxfp4") -> Format:
     """Finds and checks a format.
 
     Args:
@@ -187,7 +188,7 @@ def resolve_format(spec: str | Mapping[str, Any], fp4: str = "mxfp4") -> Format:
     )
 
 
-def normalise(config: Mapping[str, Any]) -> Config:
+def normalise(config: JsonMapping) -> Config:
     """Any spelling that ModelOpt 0.47 accepts as its ordered list of entries, freshly copied.
 
     Accepts what JSON and YAML make of a configuration as well: string keys in ``block_sizes``, lists for tuples and
@@ -201,7 +202,8 @@ def normalise(config: Mapping[str, Any]) -> Config:
     if unknown := sorted(set(config) - set(_CONFIG_KEYS)):
         raise UserError(f"quantization config has unknown keys {', '.join(unknown)}; it has {', '.join(_CONFIG_KEYS)}")
     try:
-        dumped = QuantizeConfig(**_typed(config)).model_dump(exclude_unset=True)
+        typed = {key: _typed(value, key) for key, value in config.items()}
+        dumped = QuantizeConfig(**typed).model_dump(exclude_unset=True)
         algorithm_settings(dumped.get("algorithm", "max"))
     except (ValueError, AssertionError, TypeError, KeyError) as error:
         raise UserError(f"ModelOpt refuses the quantization config ({_reason(error)}); correct that field") from None
@@ -215,8 +217,8 @@ def normalise(config: Mapping[str, Any]) -> Config:
     return {"quant_cfg": entries, "algorithm": dumped.get("algorithm", "max")}
 
 
-def algorithm_settings(algorithm: Any) -> list[list[Any]]:
-    """Calibration steps as ``[mode name, settings that differ from ModelOpt's defaults]``.
+def algorithm_settings(algorithm: object) -> list[tuple[str, JsonObject]]:
+    """Calibration steps as (mode name, settings that differ from ModelOpt's defaults).
 
     Raises:
         ValueError, AssertionError, KeyError: No such algorithm or setting.
@@ -224,12 +226,20 @@ def algorithm_settings(algorithm: Any) -> list[list[Any]]:
     from modelopt.torch.quantization.mode import CalibrateModeRegistry, get_modelike_from_algo_cfg
 
     return [
-        [name, CalibrateModeRegistry[name].config_class(**settings).model_dump(exclude_defaults=True)]
+        (name, CalibrateModeRegistry[name].config_class(**settings).model_dump(exclude_defaults=True))
         for name, settings in get_modelike_from_algo_cfg(algorithm)
     ]
 
 
-def plain(value: Any) -> Any:
+@overload
+def plain(value: Mapping[str, object]) -> JsonObject: ...
+
+
+@overload
+def plain(value: object) -> object: ...
+
+
+def plain(value: object) -> object:
     """The value in JSON's types: string keys, lists for tuples.
 
     Raises:
@@ -257,12 +267,12 @@ def with_algorithm(format: Format) -> Format:
     return replace(format, config={**format.config, "algorithm": "max"}, adjustments=(*format.adjustments, why))
 
 
-def _checked(name: str, config: Mapping[str, Any], adjustments: tuple[str, ...] = ()) -> Format:
+def _checked(name: str, config: JsonMapping, adjustments: tuple[str, ...] = ()) -> Format:
     try:
         format = Format(name, normalise(config))
         for quantizer, cfg in format.linear.stages():
-            if cfg.get("axis") is not None:
-                check_dimensions(quantizer, cfg["axis"], "axis")
+            if (axis := cfg.get("axis")) is not None:
+                check_dimensions(quantizer, axis, "axis")
             check_dimensions(quantizer, block_lengths(cfg), "block_sizes dimension")
     except UserError as error:
         raise UserError(f"format {name}: {error}") from None
@@ -277,7 +287,7 @@ def _checked(name: str, config: Mapping[str, Any], adjustments: tuple[str, ...] 
     return with_algorithm(replace(format, adjustments=adjustments))
 
 
-def _preset(name: str, config: Mapping[str, Any]) -> Format:
+def _preset(name: str, config: JsonMapping) -> Format:
     normal = normalise(config)
     adjustments: tuple[str, ...] = ()
     for entry in normal["quant_cfg"]:
@@ -298,7 +308,8 @@ def _build(recipe: _Recipe) -> Config:
     import modelopt.torch.quantization as mtq
 
     def numerics(preset: str, quantizer: str) -> Cfg:
-        return dict(mtq.config.find_quant_cfg_entry_by_path(getattr(mtq, preset)["quant_cfg"], quantizer)["cfg"])
+        entry = mtq.config.find_quant_cfg_entry_by_path(getattr(mtq, preset)["quant_cfg"], quantizer)
+        return cast("Cfg", dict(entry["cfg"]))
 
     cfgs = {WEIGHT: numerics(_WEIGHT_NUMERICS[recipe.weight], "*weight_quantizer")}
     if recipe.activation is not None:
@@ -321,7 +332,7 @@ def _build(recipe: _Recipe) -> Config:
     return {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *own, *excluded], "algorithm": algorithm}
 
 
-def _import(spec: str) -> Mapping[str, Any]:
+def _import(spec: str) -> JsonMapping:
     module, _, attribute = spec.partition(":")
     try:
         config = getattr(importlib.import_module(module), attribute)
@@ -334,7 +345,7 @@ def _import(spec: str) -> Mapping[str, Any]:
     return config
 
 
-def _typed(value: Any, key: str = "") -> Any:
+def _typed(value: object, key: str = "") -> object:
     """The types that ModelOpt's schema wants, from what JSON or YAML made of them."""
     if isinstance(value, Mapping):
         return {

@@ -16,13 +16,16 @@ import shutil
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from layerbits.errors import UserError
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.nn import TensorQuantizer
 
 MXFP4_BACKEND = "layerbits_mxfp4"
 NVFP4_BACKEND = "layerbits_nvfp4"
@@ -158,12 +161,21 @@ def block_magnitudes(x: Tensor, block_size: int) -> Tensor:
     return x.detach().float().reshape(len(x), -1, block_size).abs().amax(-1)
 
 
+class _Context(Protocol):
+    """What autograd hands to a function and back."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        """Keeps tensors."""
+
+
 class _FakeQuant(torch.autograd.Function):
     """Straight-through estimator, with ModelOpt's clipping of the gradient if ``clip_amax`` is given."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, quantize: Callable[[Tensor], Tensor], block_size: int, clip_amax: Tensor | None
+        ctx: _Context, x: Tensor, quantize: Callable[[Tensor], Tensor], block_size: int, clip_amax: Tensor | None
     ) -> Tensor:
         if clip_amax is not None:
             ctx.save_for_backward(x, clip_amax)
@@ -175,7 +187,7 @@ class _FakeQuant(torch.autograd.Function):
         return out[:, : x.shape[-1]].reshape(x.shape).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         if ctx.saved_tensors:
             x, clip_amax = ctx.saved_tensors
             grad = torch.where(x.abs() <= clip_amax, grad, 0)
@@ -311,7 +323,7 @@ def _check(x: Tensor) -> None:
         raise UserError("FP4 fake quantization needs a tensor with at least one dimension: reshape the scalar")
 
 
-def block_size_of(inputs: Tensor, quantizer: Any) -> int:
+def block_size_of(inputs: Tensor, quantizer: TensorQuantizer) -> int:
     """Values in a block of the last dimension, by a quantizer's settings.
 
     Raises:
@@ -323,12 +335,12 @@ def block_size_of(inputs: Tensor, quantizer: Any) -> int:
     return int(size)
 
 
-def mxfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
+def mxfp4_entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
     """What ModelOpt calls for :data:`MXFP4_BACKEND`."""
     return mxfp4(inputs, block_size_of(inputs, quantizer))
 
 
-def nvfp4_entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
+def nvfp4_entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
     """What ModelOpt calls for :data:`NVFP4_BACKEND`."""
     # The calibrated amax, a pinned one, or this tensor's: ModelOpt's own choice has no public name.
     amax = quantizer._get_amax(inputs)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    from layerbits.candidates.linear import Cfg
 
 FUSED = (
     ("q_proj", "k_proj", "v_proj"),
@@ -30,7 +36,7 @@ def fused(modules: Iterable[str]) -> list[list[str]]:
     return list(families.values())
 
 
-def shares_range(cfg: Any) -> bool:
+def shares_range(cfg: Cfg | TensorQuantizer | QuantizerAttributeConfig) -> bool:
     """Whether a quantizer's settings say that its range is shared, as a mapping or as ModelOpt's own object."""
     extra = cfg.get("backend_extra_args") if isinstance(cfg, Mapping) else getattr(cfg, "backend_extra_args", None)
     return bool((extra or {}).get(SHARED_RANGE))

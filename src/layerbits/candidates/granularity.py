@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, TypeGuard, cast
 
 from layerbits.candidates.formats import Format
 from layerbits.candidates.fused import SHARED_RANGE
@@ -14,18 +14,33 @@ from layerbits.candidates.linear import (
     FP8,
     INPUT,
     WEIGHT,
+    BlockSizes,
     Cfg,
     Config,
     block_lengths,
     check_dimensions,
 )
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping, JsonObject
+
+if TYPE_CHECKING:
+    import torch
+    from modelopt.torch.quantization.nn import TensorQuantizer
 
 PATTERNS = {f"*{WEIGHT}": WEIGHT, f"*{INPUT}": INPUT}
 KNOBS = ("axis", "block_sizes", "type", "shared")
 TYPES = ("static", "dynamic")
 BLOCK_WORDS = ("type", "scale_bits", "scale_block_sizes")
 TOKEN_GROUP_BACKEND = "layerbits_token_group"
+
+
+class Knobs(TypedDict, total=False):
+    """What an overlay may set of a quantizer."""
+
+    axis: int | tuple[int, ...] | None
+    block_sizes: BlockSizes | None
+    type: str
+    shared: bool
 
 
 @dataclass(frozen=True)
@@ -39,10 +54,10 @@ class Overlay:
     """
 
     name: str
-    quant_cfg_overrides: Mapping[str, Mapping[str, Any]]
+    quant_cfg_overrides: Mapping[str, Knobs]
 
     @classmethod
-    def from_mapping(cls, mapping: Mapping[str, Any]) -> Overlay:
+    def from_mapping(cls, mapping: JsonMapping) -> Overlay:
         """Reads the YAML of an overlay.
 
         Raises:
@@ -117,7 +132,7 @@ def with_token_groups(config: Config) -> Config:
     return result
 
 
-def is_token_group(cfg: Mapping[str, Any]) -> bool:
+def is_token_group(cfg: Cfg) -> bool:
     """Whether it is integer or FP8 quantization with dynamic, unquantized scales per block of the last dimension."""
     blocks, bits = cfg.get("block_sizes") or {}, cfg.get("num_bits", 8)
     dynamic = blocks.get("type") == "dynamic" and blocks.get("scale_bits") is None
@@ -132,7 +147,7 @@ def register_backend() -> None:
         tensor_quantizer.register_quant_backend(TOKEN_GROUP_BACKEND, _token_group)
 
 
-def _token_group(inputs: Any, quantizer: Any) -> Any:
+def _token_group(inputs: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
     """ModelOpt's own integer and FP8 rounding, each group of the last dimension by its own largest magnitude.
 
     Args:
@@ -153,8 +168,8 @@ def _token_group(inputs: Any, quantizer: Any) -> Any:
     return rounded.reshape(*inputs.shape[:-1], -1)[..., :width]
 
 
-def _edited(cfg: Cfg, knobs: Mapping[str, Any], name: str) -> Cfg:
-    edited = dict(cfg)
+def _edited(cfg: Cfg, knobs: Knobs, name: str) -> Cfg:
+    edited = cfg.copy()
     if "type" in knobs:
         edited["type"] = knobs["type"]
     if "block_sizes" in knobs:
@@ -183,10 +198,10 @@ def _has_tensor_range(cfg: Cfg) -> bool:
     return not blocks or (blocks.get("scale_bits") == E4M3 and blocks.get("type") == "dynamic")
 
 
-def _blocks(before: Mapping[Any, Any], sizes: Mapping[Any, Any], name: str) -> dict[Any, Any]:
+def _blocks(before: BlockSizes, sizes: BlockSizes, name: str) -> BlockSizes:
     if all(v is None for v in block_lengths({"block_sizes": sizes}).values()):
         return dict(sizes)  # whole dimensions: per channel or token, there are no blocks to describe
-    kept = {k: v for k, v in before.items() if isinstance(k, str)}
+    kept: BlockSizes = {k: v for k, v in before.items() if isinstance(k, str)}
     for word in ("scale_bits", "scale_block_sizes"):
         if word in sizes and sizes[word] != kept.get(word):
             raise UserError(
@@ -196,14 +211,14 @@ def _blocks(before: Mapping[Any, Any], sizes: Mapping[Any, Any], name: str) -> d
     return {**kept, **sizes}
 
 
-def _knobs(where: str, quantizer: str, knobs: Mapping[str, Any]) -> dict[str, Any]:
+def _knobs(where: str, quantizer: str, knobs: JsonMapping) -> Knobs:
     """Checks one quantizer's overrides and gives them ModelOpt's types."""
     for key in knobs:
         if key not in KNOBS:
             raise UserError(
                 f"{where}: {key} is not granularity ({', '.join(KNOBS)}); to change the dtype choose another quant pair"
             )
-    clean = dict(knobs)
+    clean: JsonObject = dict(knobs)
     if clean.get("axis") is not None and clean.get("block_sizes") is not None:
         raise UserError(f"{where}: axis and block_sizes exclude each other; set one of them to null")
     if "type" in clean and clean["type"] not in TYPES:
@@ -221,13 +236,13 @@ def _knobs(where: str, quantizer: str, knobs: Mapping[str, Any]) -> dict[str, An
         clean["axis"] = axes[0] if len(axes) == 1 else tuple(axes)
     if (sizes := clean.get("block_sizes")) is not None:
         clean["block_sizes"] = _block_sizes(where, quantizer, sizes)
-    return clean
+    return cast("Knobs", clean)
 
 
-def _block_sizes(where: str, quantizer: str, sizes: Any) -> dict[Any, Any]:
+def _block_sizes(where: str, quantizer: str, sizes: object) -> BlockSizes:
     if not isinstance(sizes, Mapping):
         raise UserError(f"{where}: block_sizes {sizes!r} must be null or a mapping such as {{-1: 128}}")
-    clean: dict[Any, Any] = {}
+    clean: BlockSizes = {}
     for key, value in sizes.items():
         if key in BLOCK_WORDS:
             clean[key] = tuple(value) if isinstance(value, list) else value
@@ -252,5 +267,5 @@ def _block_sizes(where: str, quantizer: str, sizes: Any) -> dict[Any, Any]:
     return clean
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.candidates.bits import modelopt_bits, precision, weight_bits
 from layerbits.candidates.candidate import Candidate, config_hash, resolve_candidate
@@ -14,7 +14,11 @@ from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.linear import INPUT, WEIGHT, Config
 from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.errors import UserError
+from layerbits.plain import JsonObject
 from layerbits.results.result import CandidateInfo
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.config import QuantizeConfig
 
 
 def candidates_of(configs: Sequence[Config], origin: str) -> tuple[Candidate, ...]:
@@ -30,9 +34,9 @@ def candidates_of(configs: Sequence[Config], origin: str) -> tuple[Candidate, ..
     made: list[Candidate] = []
     for number, config in enumerate(configs):
         base = resolve_format({k: v for k, v in config.items() if k != "effective_bits"})
-        found = _known(base) or _new(base, f"{origin}#{number}")
-        same = [c for c in made if c.info.name == found.info.name]
-        made.append(_renamed(found, len(same)) if same else found)
+        candidate = _known(base) or _new(base, f"{origin}#{number}")
+        same = [c for c in made if c.info.name == candidate.info.name]
+        made.append(_renamed(candidate, len(same)) if same else candidate)
     return tuple(made)
 
 
@@ -110,7 +114,7 @@ def _renamed(candidate: Candidate, number: int) -> Candidate:
     return replace(candidate, info=replace(candidate.info, name=name, quant_pair=name))
 
 
-def modelopt_cost(config: Mapping[str, Any]) -> float:
+def modelopt_cost(config: Config) -> float:
     """Bits per weight of a candidate format as ModelOpt's search counts them."""
     from modelopt.torch.quantization.algorithms import estimate_quant_compression
     from modelopt.torch.quantization.config import QuantizeConfig
@@ -118,10 +122,10 @@ def modelopt_cost(config: Mapping[str, Any]) -> float:
     return 16 * float(estimate_quant_compression(QuantizeConfig(**config)))
 
 
-def config_of(found: Any) -> Config:
+def config_of(given: QuantizeConfig) -> Config:
     """A ``QuantizeConfig`` as the dict that ``mtq`` takes."""
-    dumped = found.model_dump(exclude_unset=True)
-    entries = []
+    dumped = given.model_dump(exclude_unset=True)
+    entries: list[JsonObject] = []
     for entry in dumped["quant_cfg"]:
         cfg, on = entry.get("cfg"), entry.get("enable", True)
         kept = {k: entry[k] for k in ("quantizer_name", "parent_class") if entry.get(k) is not None}
@@ -134,21 +138,23 @@ def config_of(found: Any) -> Config:
     return config
 
 
-def _algorithm(found: Any) -> Any:
+def _algorithm(given: object) -> object:
     """The calibration algorithm; one without settings as its bare name."""
-    if isinstance(found, list):
-        return [_algorithm(step) for step in found]
-    if not isinstance(found, Mapping):
-        return found
-    ((_, settings),) = algorithm_settings(found)
-    return {"method": found["method"], **settings} if settings else found["method"]
+    if isinstance(given, list):
+        return [_algorithm(step) for step in given]
+    if not isinstance(given, Mapping):
+        return given
+    ((_, settings),) = algorithm_settings(given)
+    return {"method": given["method"], **settings} if settings else str(given["method"])
 
 
-def _trimmed(cfg: Any) -> Any:
+def _trimmed(cfg: JsonObject | list[JsonObject]) -> JsonObject | list[JsonObject]:
     """Quantizer attributes without those that are ModelOpt's defaults (overrides spell out all of them)."""
+    return [_without_defaults(stage) for stage in cfg] if isinstance(cfg, list) else _without_defaults(cfg)
+
+
+def _without_defaults(cfg: JsonObject) -> JsonObject:
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
 
-    if isinstance(cfg, list):
-        return [_trimmed(stage) for stage in cfg]
-    told = QuantizerAttributeConfig.model_validate(cfg).model_dump(exclude_defaults=True)
-    return {"num_bits": cfg["num_bits"], **told} if "num_bits" in cfg else told
+    given: JsonObject = QuantizerAttributeConfig.model_validate(cfg).model_dump(exclude_defaults=True)
+    return {"num_bits": cfg["num_bits"], **given} if "num_bits" in cfg else given

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
-from layerbits.candidates.linear import E4M3, FP4, FP8
+from layerbits.candidates.linear import E4M3, FP4, FP8, Cfg
 from layerbits.errors import UserError
 
 NO_CACHE = "none"
 """What stands for keys and values as they are."""
 
-_FP8 = {"num_bits": FP8}
-_NVFP4 = {
+_FP8: Cfg = {"num_bits": FP8}
+_NVFP4: Cfg = {
     "num_bits": FP4,
     "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": E4M3},
     "effective_bits": 4.5,
 }
-_CAST = {"use_constant_amax": True}
+_CAST: Cfg = {"use_constant_amax": True}
 
-KV_FORMATS: Mapping[str, Mapping[str, Any]] = {
+KV_FORMATS: Mapping[str, Cfg] = {
     "fp8": _FP8,
     "nvfp4": _NVFP4,
     "fp8_cast": {**_FP8, **_CAST},
@@ -46,7 +45,7 @@ def kv_formats(given: object, key: str = "kv_cache") -> tuple[str, ...]:
     return names
 
 
-def kv_name(settings: Mapping[str, Any] | None) -> str | None:
+def kv_name(settings: Mapping[str, object] | None) -> str | None:
     """The name of some quantizer settings, ``None`` where they are none of :data:`KV_FORMATS`."""
     if settings is None:
         return NO_CACHE
@@ -54,6 +53,6 @@ def kv_name(settings: Mapping[str, Any] | None) -> str | None:
     return next((name for name, known in KV_FORMATS.items() if _computed(known) == said), None)
 
 
-def _computed(settings: Mapping[str, Any]) -> Any:
+def _computed(settings: Mapping[str, object]) -> object:
     """The settings that change a value, in JSON's types."""
     return json.loads(json.dumps({key: value for key, value in settings.items() if key != "effective_bits"}))

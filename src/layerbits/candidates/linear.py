@@ -9,11 +9,12 @@ import fnmatch
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias, TypedDict, cast
 
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.result import VISION_KINDS
 
 WEIGHT, INPUT = "weight_quantizer", "input_quantizer"
@@ -27,8 +28,32 @@ RANK = {WEIGHT: 2, INPUT: 3}
 FP8, FP4 = (4, 3), (2, 1)
 E8M0, E4M3 = (8, 0), (4, 3)
 
-Config = dict[str, Any]
-Cfg = dict[str, Any]
+Config: TypeAlias = JsonObject
+"""A ModelOpt quantization configuration: ``quant_cfg``, an ordered list in which the last match wins, ``algorithm``."""
+
+Bits: TypeAlias = int | str | tuple[int, ...]
+"""Of an integer, exponent and mantissa of a float, or a word of a custom backend."""
+
+BlockSizes: TypeAlias = dict[int | str, int | str | bool | tuple[int, ...] | None]
+"""Dimension → block length (``None`` = the whole dimension), and words: ``type``, ``scale_bits``, …"""
+
+
+class Cfg(TypedDict, total=False):
+    """Attributes of a quantizer, those that are said; ModelOpt's ``QuantizerAttributeConfig`` has all of them."""
+
+    num_bits: Bits
+    axis: int | tuple[int, ...] | None
+    block_sizes: BlockSizes | None
+    type: str
+    enable: bool
+    backend: str
+    backend_extra_args: dict[str, object] | None
+    effective_bits: float
+    use_constant_amax: bool
+
+
+Setting: TypeAlias = Cfg | list[Cfg] | None
+"""What a quantizer gets: its attributes, a list where it has stages, ``None`` = disabled."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +86,7 @@ class LinearConfig:
     """
 
     entries: tuple[Entry, ...]
-    cfgs: Mapping[str, Any]
+    cfgs: Mapping[str, Setting]
 
     def stages(self) -> Iterator[tuple[str, Cfg]]:
         """Every enabled quantizer with its settings, the stages of a sequential one by one."""
@@ -98,7 +123,7 @@ class LinearConfig:
         return enabled
 
 
-def read_config(config: Mapping[str, Any]) -> LinearConfig:
+def read_config(config: JsonMapping) -> LinearConfig:
     """Reads a configuration in the form of :func:`layerbits.candidates.formats.normalise`, or in JSON's types.
 
     A linear is described by which of the module patterns it matches; every combination that leaves its weight
@@ -121,7 +146,7 @@ def read_config(config: Mapping[str, Any]) -> LinearConfig:
     return LinearConfig(entries, _settled(entries))
 
 
-def _settled(entries: tuple[Entry, ...]) -> dict[str, Any]:
+def _settled(entries: tuple[Entry, ...]) -> dict[str, Setting]:
     last_on = max((i for i, e in enumerate(entries) if e.enable and WEIGHT in e.scopes), default=-1)
     scopes: dict[str, None] = {}
     for i, entry in enumerate(entries):
@@ -131,33 +156,34 @@ def _settled(entries: tuple[Entry, ...]) -> dict[str, Any]:
         raise UserError(
             f"it tells {len(scopes)} module patterns apart, 10 at most can be checked; make several formats of it"
         )
-    found: list[dict[str, Any]] = []
+    outcomes: list[dict[str, Setting]] = []
     for choice in itertools.product((False, True), repeat=len(scopes)):
         matched = {s for s, on in zip(scopes, choice, strict=True) if on}
         outcome = {q: _outcome(entries, q, matched) for q in QUANTIZERS}
-        if outcome[WEIGHT] is not None and outcome not in found:
-            found.append(outcome)
-    if not found:
+        if outcome[WEIGHT] is not None and outcome not in outcomes:
+            outcomes.append(outcome)
+    if not outcomes:
         raise UserError("it quantizes no weights; enable *weight_quantizer")
-    if len(found) > 1:
+    if len(outcomes) > 1:
         raise UserError(
             f"it sets linears differently by {', '.join(scopes)}, a candidate has one setting; make a format of each"
         )
-    return found[0]
+    return outcomes[0]
 
 
-def block_lengths(cfg: Mapping[str, Any]) -> dict[int, int | None]:
+def block_lengths(cfg: Cfg) -> dict[int, int | None]:
     """Dimension → block length; ``None`` = the whole dimension (per channel or token, spelled as blocks)."""
-    return {k: v for k, v in (cfg.get("block_sizes") or {}).items() if isinstance(k, int)}
+    sizes = cfg.get("block_sizes") or {}
+    return cast("dict[int, int | None]", {k: v for k, v in sizes.items() if isinstance(k, int)})
 
 
-def is_mx(cfg: Mapping[str, Any]) -> bool:
+def is_mx(cfg: Cfg) -> bool:
     """Whether it is a microscaling format: E8M0 block scales computed on the fly, nothing to calibrate."""
     blocks = cfg.get("block_sizes") or {}
     return blocks.get("type") == "dynamic" and blocks.get("scale_bits") == E8M0
 
 
-def check_dimensions(quantizer: str, axes: Any, what: str) -> None:
+def check_dimensions(quantizer: str, axes: int | Iterable[int], what: str) -> None:
     """Checks axes against the rank of what the quantizer sees; ModelOpt takes others for "per tensor" silently.
 
     Raises:
@@ -185,9 +211,10 @@ def _scope(pattern: str, quantizer: str) -> str | None:
     return module.rstrip(".*") if module else None
 
 
-def _outcome(entries: tuple[Entry, ...], quantizer: str, matched: set[str]) -> Any:
+def _outcome(entries: tuple[Entry, ...], quantizer: str, matched: set[str]) -> Setting:
     """The cfg that a linear which matches those module patterns ends with; ``None`` = disabled."""
-    enabled, cfg = True, None
+    enabled = True
+    cfg: Setting = None
     for entry in entries:
         scope = entry.scopes.get(quantizer)
         if scope == "" or scope in matched:

@@ -9,13 +9,16 @@ seen.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from layerbits.candidates import fp4
 from layerbits.errors import UserError
+
+if TYPE_CHECKING:
+    from modelopt.torch.quantization.nn import TensorQuantizer
 
 MXFP8_BACKEND = "layerbits_mxfp8"
 BLOCK_SIZES = (8, 16, 32)
@@ -80,6 +83,6 @@ def _exponent(ratio: Tensor) -> Tensor:
     return ((bits >> 23) + ((bits & 0x7FFFFF) != 0).int()).clamp_(1, 2 * _EXPONENT_OF_ONE - 1)
 
 
-def entrypoint(inputs: Tensor, quantizer: Any) -> Tensor:
+def entrypoint(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
     """What ModelOpt calls for :data:`MXFP8_BACKEND`."""
     return mxfp8(inputs, fp4.block_size_of(inputs, quantizer))

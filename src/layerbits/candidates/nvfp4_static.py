@@ -9,8 +9,6 @@ its scales are those ranges over 6, rounded to E4M3 under one scale per group of
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -121,10 +119,17 @@ def install() -> None:
     if getattr(stock, "layerbits", False):
         return
 
-    def fake_quant(x: Tensor, amax: Tensor, global_amax: Tensor | None, *rest: Any) -> Any:
+    def fake_quant(
+        x: Tensor,
+        amax: Tensor,
+        global_amax: Tensor | None,
+        quantize_scales: bool,
+        fp8_max: float,
+        dtype: torch.dtype | None,
+        pass_through: bool,
+    ) -> Tensor:
         if x.is_cuda:
-            return stock(x, amax, global_amax, *rest)
-        quantize_scales, fp8_max, dtype, pass_through = rest
+            return stock(x, amax, global_amax, quantize_scales, fp8_max, dtype, pass_through)
         assert quantize_scales
         whole = amax.amax() if global_amax is None else global_amax
         out = nvfp4_static(x.detach(), amax, whole, fp8_max).to(dtype or x.dtype)

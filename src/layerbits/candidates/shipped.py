@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -39,7 +38,7 @@ def load_overlays() -> list[Overlay]:
     files = (shipped_configs() / "quant_granularity").glob("*.yaml")
     overlays = [Overlay.from_mapping(yaml.safe_load(p.read_text("utf-8"))) for p in files]
 
-    def key(overlay: Overlay) -> tuple[Any, ...]:
+    def key(overlay: Overlay) -> tuple[int, bool, list[int | str]]:
         words = [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", overlay.name)]
         return len(overlay.quant_cfg_overrides), list(overlay.quant_cfg_overrides) != [f"*{WEIGHT}"], words
 

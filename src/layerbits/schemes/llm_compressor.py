@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
-from layerbits.candidates.linear import E4M3, E8M0, FP4, FP8, INPUT, WEIGHT, block_lengths, read_config
+from layerbits.candidates.linear import E4M3, E8M0, FP4, FP8, INPUT, WEIGHT, BlockSizes, block_lengths, read_config
 from layerbits.errors import Unsupported
 from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.result import CandidateInfo
@@ -124,7 +124,7 @@ def _one(cfg: JsonMapping, quantizer: str) -> JsonObject | None:
     return made | {"strategy": "channel", "dynamic": False} if quantizer == WEIGHT and axis == 0 else None
 
 
-def _integers(blocks: JsonMapping) -> dict[object, object]:
+def _integers(blocks: JsonMapping) -> BlockSizes:
     return {int(k) if str(k).lstrip("-").isdigit() else k: v for k, v in blocks.items()}
 
 

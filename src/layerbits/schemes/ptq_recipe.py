@@ -96,7 +96,7 @@ def _sweeps(algorithm: object) -> bool:
 
 def _cfgs(info: CandidateInfo, name: str) -> dict[str, object]:
     linear = read_config(info.config)
-    cfgs = {q: linear.cfgs[q] for q in QUANTIZERS if linear.cfgs[q] is not None}
+    cfgs = {q: cfg for q in QUANTIZERS if (cfg := linear.cfgs[q]) is not None}
     for quantizer in (WEIGHT, INPUT):
         for stage in linear.stages_of(quantizer):
             if str(stage.get("backend") or "").startswith(_OWN_BACKENDS):
@@ -111,7 +111,7 @@ def _spelled(cfg: Cfg | list[Cfg]) -> object:
     """Settings as ModelOpt's YAML spells them: dimensions as integers."""
     if isinstance(cfg, list):
         return [_spelled(stage) for stage in cfg]
-    spelled = dict(cfg)
+    spelled = cfg.copy()
     if blocks := spelled.get("block_sizes"):
         spelled["block_sizes"] = {int(k) if str(k).lstrip("-").isdigit() else k: v for k, v in blocks.items()}
     return spelled
