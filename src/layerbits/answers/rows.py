@@ -62,8 +62,9 @@ def write_rows(name: str, path: Path, first: int, task_path: Path | None, datase
     check_installed()
     from layerbits.answers.harness import Harness
     from layerbits.inputs.captions import load_captions
+    from layerbits.inputs.datasets import held_out_captions
 
-    held_out = load_captions(dataset, "small", captions).held_out
+    held_out = held_out_captions(load_captions(dataset, "small", captions).held_out)
     harness = Harness(TaskSettings((name,), task_path), held_out)
     rows = []
     for task in harness.tasks.values():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError, first_line
 from layerbits.inputs.files import read_json
+from layerbits.plain import JsonMapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 _AUTO = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModel")
 
 
-def check_code(config: Mapping[str, Any], source: str, trusted: bool) -> None:
+def check_code(config: JsonMapping, source: str, trusted: bool) -> None:
     """Refuses an architecture that transformers does not have, unless it comes as code that is trusted.
 
     Args:
@@ -159,7 +160,7 @@ def is_remote(config: PreTrainedConfig) -> bool:
 _TRUST = "read it, then set model.trust_remote_code=true to run it"
 
 
-def _modules(code: Mapping[str, Any]) -> str:
+def _modules(code: JsonMapping) -> str:
     """Files of an ``auto_map``: ``modeling_x.py``."""
     values = [v for value in code.values() for v in (value if isinstance(value, list | tuple) else [value]) if v]
     files = dict.fromkeys(f"{str(v).rpartition('--')[2].rpartition('.')[0]}.py" for v in values)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from layerbits.inputs.models import language_model_linears
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def block_lists(model: Any) -> dict[str, nn.ModuleList]:
+
+def block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     """The outermost lists of modules with linears inside, by name, in model order.
 
     A list of bare linears is none of blocks (Gemma 3n).
@@ -28,6 +31,6 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
     return found
 
 
-def decoder_blocks(model: Any) -> list[nn.Module]:
+def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """All blocks, in model order."""
     return [block for blocks in block_lists(model).values() for block in blocks]

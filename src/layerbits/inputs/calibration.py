@@ -19,13 +19,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerbits.errors import UserError
 from layerbits.inputs.captions import Question
 from layerbits.inputs.files import few
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PACKINGS = ("packed", "padded")
 
@@ -162,7 +165,7 @@ class Calibration:
 
 def build_calibration(
     captions: Sequence[str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     packing: str,
     seq_len: int,
     batch_size: int,
@@ -230,7 +233,7 @@ def few_tokens_warning(score: Sequence[Batch], every: bool) -> tuple[str, ...]:
 
 
 def build_rows(
-    captions: Sequence[str], tokenizer: Any, packing: str, seq_len: int, batch_size: int
+    captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, packing: str, seq_len: int, batch_size: int
 ) -> tuple[Batch, ...]:
     """Tokenises captions and cuts them into batches; the arguments are those of :func:`build_calibration`.
 
@@ -274,7 +277,7 @@ class _Tokens:
     pad: int
 
 
-def _tokenise(captions: Sequence[str], tokenizer: Any, seq_len: int) -> _Tokens:
+def _tokenise(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> _Tokens:
     if not captions:
         raise UserError("there are no captions to tokenise; give a longer caption list")
     eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
@@ -306,7 +309,7 @@ def _tokenise(captions: Sequence[str], tokenizer: Any, seq_len: int) -> _Tokens:
     )
 
 
-def opening_tokens(tokenizer: Any) -> list[int]:
+def opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What a tokenizer opens a text with: one token, several, or none."""
     text = "a"
     whole, bare = (tokenizer(text, add_special_tokens=special)["input_ids"] for special in (True, False))
@@ -314,37 +317,34 @@ def opening_tokens(tokenizer: Any) -> list[int]:
     return list(whole[: next(starts, 0)])
 
 
-def control_tokens(tokenizer: Any) -> set[str]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """How a tokenizer's control tokens are spelled."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {*getattr(tokenizer, "all_special_tokens", ()), *(str(token) for token in added if token.special)}
 
 
-def _token_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def _token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokens of each text; prompt and answer of a question apart, so that no token is of both."""
     parts = [[t[: t.answer], t[t.answer :]] if isinstance(t, Question) else [t] for t in texts]
-    found = iter(_text_tokens([part for those in parts for part in those], tokenizer))
-    return [[token for _ in those for token in next(found)] for those in parts]
+    tokens = iter(_text_tokens([part for those in parts for part in those], tokenizer))
+    return [[token for _ in those for token in next(tokens)] for those in parts]
 
 
-def _text_tokens(captions: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def _text_tokens(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokens of captions, control tokens that they spell out taken for text where the tokenizer can do so."""
-    found: list[list[int]]
     if _spelling(captions, tokenizer):
         with suppress(TypeError, ValueError):  # a tokenizer with code of its own may not know this setting
-            found = tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            return found
-    found = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
-    return found
+            return tokenizer(list(captions), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokenizer(list(captions), add_special_tokens=False)["input_ids"]
 
 
-def _spelling(captions: Sequence[str], tokenizer: Any) -> list[int]:
+def _spelling(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Positions of captions that spell out a control token."""
     control = control_tokens(tokenizer)
     return [at for at, caption in enumerate(captions) if any(token in caption for token in control)]
 
 
-def _spelled_out(captions: Sequence[str], tokens: _Tokens, tokenizer: Any) -> list[str]:
+def _spelled_out(captions: Sequence[str], tokens: _Tokens, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What is said of captions that spell out control tokens."""
     spelling = _spelling(captions, tokenizer)
     if not spelling:

@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.cache import cache_dir
 from layerbits.errors import UserError
 from layerbits.paths import home_path
+
+if TYPE_CHECKING:
+    from layerbits.inputs.pictures import Pictured
 
 SIZES = {"small": 16, "medium": 128, "large": 512}
 """Number of calibration captions by name."""
@@ -67,8 +70,8 @@ class CaptionSet:
 
     name: str
     size: str
-    captions: tuple[Any, ...]
-    held_out: tuple[Any, ...]
+    captions: tuple[Pictured | str, ...]
+    held_out: tuple[Pictured | str, ...]
     digest: str
 
 

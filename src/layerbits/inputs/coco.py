@@ -21,9 +21,8 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -141,7 +140,7 @@ def _download(url: str, target: Path) -> None:
     return None
 
 
-def _receive(response: Any, part: Path, start: int, total: int | None) -> int:
+def _receive(response: HTTPResponse, part: Path, start: int, total: int | None) -> int:
     """Appends a response to the part file; returns the size that it has then, also when the connection breaks."""
     from tqdm import tqdm
 

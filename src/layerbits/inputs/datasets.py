@@ -57,8 +57,12 @@ def has_pictures(captions: Sequence[Pictured | str]) -> bool:
 
 def held_out_captions(captions: Sequence[Pictured | str]) -> tuple[str, ...]:
     """The captions among what is held out; of a dataset of pictures alone, those of the everyday list."""
-    texts = tuple(caption for caption in captions if isinstance(caption, str))
-    return texts or (load_captions("everyday", "large").held_out if captions else ())
+    texts = _texts(captions)
+    return _texts(load_captions("everyday", "large").held_out) if captions and not texts else texts
+
+
+def _texts(captions: Sequence[Pictured | str]) -> tuple[str, ...]:
+    return tuple(caption for caption in captions if isinstance(caption, str))
 
 
 def _pictures(count: int, size: str, path: str | Path | None) -> tuple[tuple[Pictured, ...], tuple[Pictured, ...]]:

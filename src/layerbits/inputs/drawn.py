@@ -11,13 +11,13 @@ import random
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
 from layerbits.inputs.pictures import Picture, Pictured
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 224
 """Pixels of a drawn picture's shorter side."""
@@ -161,8 +161,8 @@ def _chart(chance: random.Random) -> tuple[str, Callable[[], Image.Image]]:
     count = chance.randint(3, 5)
     names, values = chance.sample(_ITEMS, count), chance.sample(range(5, 95), count)
     colour = chance.choice(list(_COLOURS))
-    told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-    caption = f"A bar chart in {colour}: {told}. The highest bar is {names[values.index(max(values))]}."
+    words = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    caption = f"A bar chart in {colour}: {words}. The highest bar is {names[values.index(max(values))]}."
 
     def make() -> Image.Image:
         image, draw = _canvas("#ffffff", wide=True)
@@ -203,8 +203,8 @@ def _table(chance: random.Random) -> tuple[str, Callable[[], Image.Image]]:
     """A price list."""
     names = chance.sample(_ITEMS, 4)
     prices = [f"{chance.randint(1, 19)}.{chance.choice(('00', '20', '50', '80', '95'))}" for _ in names]
-    told = ", ".join(f"{name} at {price}" for name, price in zip(names, prices, strict=True))
-    caption = f"A printed price list: {told}."
+    words = ", ".join(f"{name} at {price}" for name, price in zip(names, prices, strict=True))
+    caption = f"A printed price list: {words}."
 
     def make() -> Image.Image:
         image, draw = _canvas("#fffdf4")
@@ -222,7 +222,7 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _font(size: int) -> Any:
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)

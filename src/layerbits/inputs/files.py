@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.plain import JsonObject
 
 _POINTER = b"version https://git-lfs.github.com/spec"
 _PAGES = (b"<!doctype html", b"<html")
@@ -37,7 +37,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot read {error.filename or path} ({error.strerror}); make it readable for this user")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> JsonObject:
     """A JSON file that holds an object.
 
     Raises:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.inputs.files import check_file, few, read_json, unreadable
 from layerbits.inputs.weights import INDEXES, WEIGHTS, check_weights, weight_files
+from layerbits.plain import JsonObject
 
 _READ = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
 """Kinds of files that a checkpoint is loaded from."""
@@ -33,7 +33,7 @@ _FILES = {
 }
 
 
-def check_folder(folder: Path, random_weights: bool = False) -> dict[str, Any]:
+def check_folder(folder: Path, random_weights: bool = False) -> JsonObject:
     """Checks everything but the weights themselves.
 
     Args:
@@ -58,7 +58,7 @@ def check_folder(folder: Path, random_weights: bool = False) -> dict[str, Any]:
         raise unreadable(folder, error) from None
 
 
-def _check_inside(folder: Path, random_weights: bool) -> dict[str, Any]:
+def _check_inside(folder: Path, random_weights: bool) -> JsonObject:
     files = sorted(file for file in folder.iterdir() if file.suffix in _READ and not file.is_dir())
     for file in files:
         if not (random_weights and file.suffix in (".safetensors", ".bin")):

@@ -10,12 +10,13 @@ looks into a model imports it there.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 _QKV = frozenset(
@@ -60,7 +61,7 @@ _SIDES = {
 }
 """Leaves on either side of an MLP."""
 
-_OUTSIDE: WeakKeyDictionary[Any, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
+_OUTSIDE: WeakKeyDictionary[nn.Module, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
 """Model → name of its language model and of foreign parts within: looking for them takes milliseconds."""
 _MERGERS = ("merger", "projector", "connector")
 _MAMBA = frozenset(("x_proj", "dt_proj", "conv1d"))
@@ -122,7 +123,7 @@ def kind_of(model: PreTrainedModel, modules: Sequence[str], head: str | None) ->
     )  # fmt: skip
 
 
-def outside_of_language_model(model: Any, names: Sequence[str], head: str | None) -> list[str]:
+def outside_of_language_model(model: nn.Module, names: Sequence[str], head: str | None) -> list[str]:
     """Those of some modules that lie in a vision tower or lead out of it."""
     from layerbits.inputs.language_model import find_language_model, foreign_parts
 
@@ -161,16 +162,16 @@ def kind_by_name(modules: Sequence[str], head: str | None, known: Collection[str
 
 
 def _common(kinds: Iterator[str]) -> str:
-    found = set(kinds)
-    return found.pop() if len(found) == 1 else "other"
+    distinct = set(kinds)
+    return distinct.pop() if len(distinct) == 1 else "other"
 
 
-def _kind(name: str, head: str | None, facts_of: Any) -> str:
+def _kind(name: str, head: str | None, facts_of: Callable[[str], _Facts]) -> str:
     if name == head:
         return "lm_head"
     if place_of(name).block is None:
         return "other"
-    facts: _Facts = facts_of(name)
+    facts = facts_of(name)
     leaf = name.rpartition(".")[2]
     if facts.what:
         return facts.what
@@ -241,7 +242,7 @@ def _named_facts(name: str, known: Collection[str]) -> _Facts:
     return _Facts(shared=any("shared" in part for part in parts[:-1]))
 
 
-def _experts_in(module: Any) -> int:
+def _experts_in(module: nn.Module) -> int:
     """Experts that a module holds, as slices of one tensor or as a list of modules alike; 0 for any other module."""
     import torch
 
@@ -257,7 +258,7 @@ def _experts_in(module: Any) -> int:
     return len(module) if any(isinstance(m, torch.nn.Linear) for m in first.modules() if m is not first) else 0
 
 
-def _mixer(model: PreTrainedModel, place: Place, above: Sequence[tuple[str, Any]]) -> str:
+def _mixer(model: PreTrainedModel, place: Place, above: Sequence[tuple[str, nn.Module]]) -> str:
     """``ssm`` or ``linear_attn`` where a module lies in such a mixer.
 
     Both have a decay per head (``A_log``); a state space has the skip ``D`` besides, or a short convolution alone.

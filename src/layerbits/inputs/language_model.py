@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
+from torch import nn
 
 from layerbits.errors import UserError
 from layerbits.inputs.files import few
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OTHER_SENSES = ("vision_config", "audio_config", "speech_config", "video_config")
 
 
-def find_language_model(model: PreTrainedModel) -> tuple[str, Any]:
+def find_language_model(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """The decoder that the output head follows.
 
     By ModelOpt's lineage of a vision-language model where it knows one. Else, in a model that also sees or hears, by
@@ -55,12 +55,12 @@ def foreign_parts(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def _image_parts(part: Any, embedding: Any) -> list[str]:
+def _image_parts(part: nn.Module, embedding: nn.Module) -> list[str]:
     """The largest parts with a convolution over two or three dimensions and without the token embedding."""
-    kinds = (torch.nn.Conv2d, torch.nn.Conv3d)
-    found: list[str] = []
+    kinds = (nn.Conv2d, nn.Conv3d)
+    names: list[str] = []
 
-    def visit(name: str, module: Any) -> None:
+    def visit(name: str, module: nn.Module) -> None:
         for child_name, child in module.named_children():
             full = f"{name}.{child_name}" if name else child_name
             if not any(isinstance(m, kinds) for m in child.modules()):
@@ -68,10 +68,10 @@ def _image_parts(part: Any, embedding: Any) -> list[str]:
             if any(m is embedding for m in child.modules()):
                 visit(full, child)
             else:
-                found.append(full)
+                names.append(full)
 
     visit("", part)
-    return found
+    return names
 
 
 def without_excluded(linears: Sequence[str], patterns: Sequence[str], name: str) -> list[str]:
@@ -107,6 +107,6 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
-def _has_blocks(part: Any) -> bool:
-    lists = (m for m in part.modules() if isinstance(m, torch.nn.ModuleList))
+def _has_blocks(part: nn.Module) -> bool:
+    lists = (m for m in part.modules() if isinstance(m, nn.ModuleList))
     return any(any(p.dim() > 1 for p in blocks.parameters()) for blocks in lists)

@@ -6,22 +6,23 @@ import contextlib
 import io
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from layerbits.errors import Unsupported, UserError
-from layerbits.inputs.calibration import Calibration
+from layerbits.inputs.calibration import Calibration, Segment
 from layerbits.inputs.language_model import find_language_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 MOST_UNKNOWN = 0.5
 """Share of unknown tokens in the captions from which on they are not text to the model."""
 
 MANY_UNKNOWN = 0.05
-"""Share of unknown tokens from which on a reader is told."""
+"""Share of unknown tokens from which on a reader is said."""
 
 SMALL_TOKENIZER = 0.9
 """A tokenizer that knows a smaller share of a model's tokens is worth a warning.
@@ -53,7 +54,7 @@ class Limits:
     table: bool
     dropout: float
 
-    def check(self, calibration: Calibration, tokenizer: Any) -> tuple[str, ...]:
+    def check(self, calibration: Calibration, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
         """Checks rows of tokens against the model.
 
         Returns:
@@ -71,27 +72,27 @@ class Limits:
             )
         return (*self._unknown(segments, tokenizer), *self._length(segments), *self._size(tokenizer))
 
-    def _unknown(self, segments: list[Any], tokenizer: Any) -> list[str]:
+    def _unknown(self, segments: list[Segment], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         unknown = tokenizer.unk_token_id
         if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
             return []
         texts = [s.input_ids[s.sample >= 0] for s in segments]
         share = sum(int((t == unknown).sum()) for t in texts) / sum(t.numel() for t in texts)
-        told = f"{share:.0%} of the tokens are {tokenizer.unk_token}, words that the tokenizer does not know"
+        said = f"{share:.0%} of the tokens are {tokenizer.unk_token}, words that the tokenizer does not know"
         if share > MOST_UNKNOWN:
-            raise UserError(f"{told}: it is not for this text; put the model's own tokenizer files into the checkpoint")
-        return [f"{told}; scores are of a text with holes"] if share > MANY_UNKNOWN else []
+            raise UserError(f"{said}: it is not for this text; put the model's own tokenizer files into the checkpoint")
+        return [f"{said}; scores are of a text with holes"] if share > MANY_UNKNOWN else []
 
-    def _length(self, segments: list[Any]) -> list[str]:
+    def _length(self, segments: list[Segment]) -> list[str]:
         longest = max(int(s.input_ids.shape[1]) for s in segments)
         if self.positions is None or longest <= self.positions:
             return []
-        told = f"rows of {longest:,} tokens are longer than the {self.positions:,} positions of {self.name}"
+        said = f"rows of {longest:,} tokens are longer than the {self.positions:,} positions of {self.name}"
         if self.table:
-            raise UserError(f"{told}, which has no others; set autoquant.seq_len={self.positions} or less")
-        return [f"{told}: it was not trained so far out; set autoquant.seq_len={self.positions} or less"]
+            raise UserError(f"{said}, which has no others; set autoquant.seq_len={self.positions} or less")
+        return [f"{said}: it was not trained so far out; set autoquant.seq_len={self.positions} or less"]
 
-    def _size(self, tokenizer: Any) -> list[str]:
+    def _size(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         known = len(tokenizer)
         if known >= SMALL_TOKENIZER * self.vocabulary:
             return []
@@ -100,7 +101,7 @@ class Limits:
         ]
 
 
-def limits_of(model: PreTrainedModel, config: Any, name: str) -> Limits:
+def limits_of(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> Limits:
     """Reads the limits of a model, which may be on the meta device.
 
     Args:
@@ -121,9 +122,9 @@ def limits_of(model: PreTrainedModel, config: Any, name: str) -> Limits:
     )
 
 
-def dropout_of(model: PreTrainedModel, config: Any) -> float:
+def dropout_of(model: PreTrainedModel, config: PreTrainedConfig) -> float:
     """The largest probability of a model's dropout in training, of its modules and of attention."""
-    modules = [float(m.p) for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+    modules = [float(m.p) for m in model.modules() if isinstance(m, nn.Dropout)]
     named = [getattr(config, key, None) for key in ("dropout", "attention_dropout", "hidden_dropout", "attn_pdrop")]
     return max([0.0, *modules, *(float(p) for p in named if isinstance(p, int | float))])
 
@@ -188,7 +189,7 @@ def stock_fails(model: PreTrainedModel, error: Exception) -> Unsupported:
 
 def _run_hooked(model: PreTrainedModel) -> None:
     """A forward pass without numbers under hooks for gradients, as ModelOpt sets them."""
-    linears = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     handles = [m.register_full_backward_hook(lambda *_: None) for m in linears]
     try:
         model(input_ids=torch.zeros((1, 4), dtype=torch.int64, device="meta"), use_cache=False)
@@ -200,9 +201,9 @@ def _run_hooked(model: PreTrainedModel) -> None:
             handle.remove()
 
 
-def _has_table(model: PreTrainedModel, embedding: Any, positions: int) -> bool:
+def _has_table(model: PreTrainedModel, embedding: nn.Module, positions: int) -> bool:
     """Whether the language model holds a table with a row per position: an embedding, or a buffer of sines."""
     _, part = find_language_model(model)
-    embeddings = [m.weight for m in part.modules() if isinstance(m, torch.nn.Embedding) and m is not embedding]
+    embeddings = [m.weight for m in part.modules() if isinstance(m, nn.Embedding) and m is not embedding]
     tables = [*embeddings, *(b for b in part.buffers() if b is not None and b.dim() == 2)]
     return any(positions <= len(table) <= positions + _TABLE_EXTRA for table in tables)

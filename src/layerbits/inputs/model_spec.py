@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerbits.errors import UserError
+from layerbits.plain import JsonMapping
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -43,7 +42,7 @@ class ModelSpec:
     exclude: tuple[str, ...] = ()
 
     @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> ModelSpec:
+    def from_mapping(cls, values: JsonMapping) -> ModelSpec:
         """Reads the ``model`` group of the configuration.
 
         Raises:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +30,7 @@ from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.quantized import Quantization, check_quantization
 from layerbits.inputs.weights import weight_files
 from layerbits.paths import home_path
+from layerbits.plain import JsonObject
 from layerbits.results.result import ModelInfo
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class LoadedModel:
     """
 
     model: PreTrainedModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     info: ModelInfo
     linears: dict[str, Shapes]
 
@@ -138,10 +139,10 @@ def scored_linears(model: PreTrainedModel, spec: ModelSpec) -> dict[str, Shapes]
     """
     linears = language_model_linears(model)
     if spec.vision:
-        found = vision_linears(model)
-        if not found:
+        vision = vision_linears(model)
+        if not vision:
             raise UserError(f"{spec.name} has no vision tower with linears to score; use model.vision=false")
-        linears = {**linears, **found}
+        linears = {**linears, **vision}
     kept = without_excluded(list(linears), spec.exclude, spec.name)
     return {name: linears[name] for name in kept}
 
@@ -276,7 +277,7 @@ def build(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrai
         raise not_built(config, str(getattr(config, "_name_or_path", "") or "the model"), error) from None
 
 
-def _hub_config(spec: ModelSpec) -> dict[str, Any]:
+def _hub_config(spec: ModelSpec) -> JsonObject:
     """``config.json`` of a model on the hub."""
     from transformers import PreTrainedConfig
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from layerbits.errors import Unsupported, UserError
 from layerbits.inputs.blocks import block_lists
@@ -42,8 +43,8 @@ class Parts:
         streamed: Per block its parameters that are streamed.
     """
 
-    blocks: tuple[Any, ...]
-    streamed: tuple[tuple[Any, ...], ...]
+    blocks: tuple[nn.Module, ...]
+    streamed: tuple[tuple[nn.Parameter, ...], ...]
 
     @property
     def block_bytes(self) -> int:
@@ -70,7 +71,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
         raise Unsupported(
             f"there are decoder blocks in {where}; memory=offload streams one list of them, use memory=lean"
         )
-    (blocks,) = (tuple(found) for found in lists.values())
+    (blocks,) = (tuple(block_list) for block_list in lists.values())
     inside = {module for block in blocks for module in block.modules()}
     outside = {id(p) for m in model.modules() if m not in inside for p in m.parameters(recurse=False)}
     owners = Counter([*outside, *(id(p) for block in blocks for p in block.parameters())])
@@ -80,7 +81,7 @@ def parts_of(model: PreTrainedModel) -> Parts:
     return Parts(blocks, streamed)
 
 
-def offload(model: PreTrainedModel, device: Any) -> Offloaded:
+def offload(model: PreTrainedModel, device: torch.device | str) -> Offloaded:
     """Moves the weights of a model's blocks to host memory, wherever they are, and the rest onto the device.
 
     Args:
@@ -106,14 +107,13 @@ def offload(model: PreTrainedModel, device: Any) -> Offloaded:
 
 def offloaded(model: PreTrainedModel) -> Offloaded | None:
     """The streaming of a model, ``None`` where its weights are where it computes."""
-    found: Offloaded | None = vars(model).get(MARK)
-    return found
+    return vars(model).get(MARK)
 
 
 class _Block:
     """One block: its weights in host memory, and as what they are seen."""
 
-    def __init__(self, module: Any, parameters: tuple[Any, ...]) -> None:
+    def __init__(self, module: nn.Module, parameters: tuple[nn.Parameter, ...]) -> None:
         self.module = module
         self.parameters = parameters
         self.host = torch.empty(sum(_room(p) for p in parameters), dtype=torch.uint8)
@@ -128,7 +128,7 @@ class _Block:
                 home.copy_(parameter)
                 parameter.data = home
 
-    def enter(self, slot: Any, dtype: Any) -> None:
+    def enter(self, slot: torch.Tensor, dtype: torch.dtype | None) -> None:
         """Points the parameters at their copy on the device."""
         for parameter, view in zip(self.parameters, self._views(slot), strict=True):
             parameter.data = view if dtype is None else view.to(dtype)
@@ -138,7 +138,7 @@ class _Block:
         for parameter, home in zip(self.parameters, self._home, strict=True):
             parameter.data = home
 
-    def _views(self, flat: Any) -> list[Any]:
+    def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         return [flat[at : at + size].view(dtype).view(shape) for at, size, dtype, shape in self._layout]
 
 
@@ -152,12 +152,12 @@ class Offloaded:
         copied_bytes: What was copied to the device so far.
     """
 
-    def __init__(self, model: PreTrainedModel, parts: Parts, device: Any) -> None:
+    def __init__(self, model: PreTrainedModel, parts: Parts, device: torch.device) -> None:
         self.device, self.parts = device, parts
         self.copied_bytes = 0
         self._model = model
         self._cuda = device.type == "cuda"
-        self._dtype: Any = None
+        self._dtype: torch.dtype | None = None
         self._order = _Order(len(parts.blocks))
         self._blocks = [_Block(m, p) for m, p in zip(parts.blocks, parts.streamed, strict=True)]
         streamed = {id(p) for block in self._blocks for p in block.parameters}
@@ -175,9 +175,9 @@ class Offloaded:
         self._holds: list[int | None] = [None] * len(self._slots)
         self._entered: set[int] = set()
         self._stream = torch.cuda.Stream(device) if self._cuda else None
-        self._arrived: list[Any] = [torch.cuda.Event() if self._cuda else None for _ in self._slots]
-        self._forwards: list[Any] = []
-        locked: list[Any] = []
+        self._arrived = [torch.cuda.Event() for _ in self._slots] if self._cuda else []
+        self._forwards: list[Callable[..., object] | None] = []
+        locked: list[torch.Tensor] = []
         self._unlock = weakref.finalize(self, _unlock, locked)
         self.pinned = self._cuda and all(_lock(block.host, locked) for block in self._blocks)
         for index, block in enumerate(self._blocks):
@@ -201,7 +201,7 @@ class Offloaded:
         self._bring(wanted)
 
     @contextmanager
-    def widened(self, dtype: Any) -> Iterator[None]:
+    def widened(self, dtype: torch.dtype) -> Iterator[None]:
         """Blocks are converted when they arrive."""
         self._evict()
         self._dtype = dtype
@@ -231,7 +231,7 @@ class Offloaded:
         with torch.inference_mode(False), torch.no_grad():  # weights stay ordinary tensors, whoever asks for them
             for block in wanted:
                 if block not in self._holds:
-                    free = next(s for s, held in enumerate(self._holds) if held not in wanted)
+                    free = next(s for s, present in enumerate(self._holds) if present not in wanted)
                     self._copy(block, free)
             slot = self._holds.index(wanted[0])
             if self._cuda:
@@ -240,8 +240,8 @@ class Offloaded:
                 self._blocks[wanted[0]].enter(self._slots[slot], self._dtype)
                 self._entered.add(wanted[0])
 
-    def _streamed(self, index: int, forward: Any) -> Any:
-        def fetched(*args: Any, **kwargs: Any) -> Any:
+    def _streamed(self, index: int, forward: Callable[..., object]) -> Callable[..., object]:
+        def fetched(*args: object, **kwargs: object) -> object:
             self.fetch(index, visit=True)
             return forward(*args, **kwargs)
 
@@ -291,13 +291,13 @@ class _Order:
 
     def upcoming(self, count: int) -> list[int]:
         """The next blocks other than the current one, each once."""
-        found: dict[int, None] = {}
+        following: dict[int, None] = {}
         for block in islice(self._expected(), 2 * self._last + 4):
-            if len(found) == count:
+            if len(following) == count:
                 break
             if block != self.current:
-                found[block] = None
-        return list(found)[:count]
+                following[block] = None
+        return list(following)[:count]
 
     def _expected(self) -> Iterator[int]:
         before, current = self._before, self.current
@@ -311,12 +311,12 @@ class _Order:
             yield current
 
 
-def _room(parameter: Any) -> int:
+def _room(parameter: nn.Parameter) -> int:
     size = parameter.numel() * parameter.element_size()
     return int(-(-size // _ALIGN) * _ALIGN)
 
 
-def _lock(host: Any, locked: list[Any]) -> bool:
+def _lock(host: torch.Tensor, locked: list[torch.Tensor]) -> bool:
     """Page-locks memory where it is: PyTorch's own pinned allocator would round a block up to a power of two."""
     done = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)) == 0
     if done:
@@ -324,6 +324,6 @@ def _lock(host: Any, locked: list[Any]) -> bool:
     return done
 
 
-def _unlock(locked: list[Any]) -> None:
+def _unlock(locked: list[torch.Tensor]) -> None:
     while locked:
         torch.cuda.cudart().cudaHostUnregister(locked.pop().data_ptr())

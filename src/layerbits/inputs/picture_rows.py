@@ -6,19 +6,21 @@ nobody answers, the words after it. Rows of one length share a segment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerbits.errors import UserError, first_line
 from layerbits.inputs.calibration import Batch, PictureRow, Segment
-from layerbits.inputs.pictures import Pictured
+from layerbits.inputs.pictures import Message, Pictured
+from layerbits.plain import JsonObject
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers import PreTrainedConfig, ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Reader:
         known: Rows that were made, so that a chat is one row wherever it is used.
     """
 
-    processor: Any
+    processor: ProcessorMixin
     image_token: int
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -56,8 +58,8 @@ class Reader:
     @classmethod
     def of(
         cls,
-        processor: Any,
-        config: Any,
+        processor: ProcessorMixin,
+        config: PreTrainedConfig,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         apart: bool = False,
@@ -170,7 +172,7 @@ def read_row(chat: Pictured, reader: Reader) -> Row:
     return Row(ids, mask, image_mask, PictureRow(inputs, chat.where))
 
 
-def _rendered(chat: Pictured, processor: Any) -> tuple[str, Any]:
+def _rendered(chat: Pictured, processor: ProcessorMixin) -> tuple[str, Callable[[bool], Iterator[tuple[int, int]]]]:
     """The text of a chat, and a function that gives the tokens of its answers, counted from the end."""
     token = placeholder(processor)
     tokenizer = processor.tokenizer
@@ -187,7 +189,7 @@ def _rendered(chat: Pictured, processor: Any) -> tuple[str, Any]:
         if isinstance(template, dict):
             template = template.get("default") or next(iter(template.values()))
 
-        def render(messages: Sequence[Any], ask: bool) -> str:
+        def render(messages: Sequence[Message], ask: bool) -> str:
             try:
                 return str(
                     tokenizer.apply_chat_template(
@@ -203,10 +205,10 @@ def _rendered(chat: Pictured, processor: Any) -> tuple[str, Any]:
             if turn["role"] == "assistant" and i:
                 end = None if i + 1 == len(chat.messages) else render(chat.messages[: i + 1], False)
                 starts.append((render(chat.messages[:i], True), end))
-    found = text.count(token)
-    if found != len(chat.pictures):
+    places = text.count(token)
+    if places != len(chat.pictures):
         raise UserError(
-            f"{chat.where}: the chat template has {found} places ({token}) for {len(chat.pictures)} pictures; use the "
+            f"{chat.where}: the chat template has {places} places ({token}) for {len(chat.pictures)} pictures; use the "
             "chat template that came with the model's processor"
         )
 
@@ -223,12 +225,12 @@ def _rendered(chat: Pictured, processor: Any) -> tuple[str, Any]:
     return text, answers
 
 
-def placeholder(processor: Any) -> str:
+def placeholder(processor: ProcessorMixin) -> str:
     """What stands for a picture in a text before the processor sees it: Gemma 3 has a token of its own for that."""
     return str(getattr(processor, "boi_token", None) or processor.image_token)
 
 
-def _text(turn: Any) -> list[Any]:
+def _text(turn: Message) -> list[JsonObject]:
     return [part for part in turn["content"] if part["type"] == "text"]
 
 
@@ -239,7 +241,7 @@ def _common(whole: Sequence[int], part: Sequence[int]) -> int:
 
 def _segments(rows: Sequence[tuple[Row, int]], apart: bool) -> Iterator[Segment]:
     """Rows as segments: those whose tensors can be joined together, or each alone."""
-    alike: dict[Any, list[tuple[Row, int]]] = {}
+    alike: dict[tuple[object, ...], list[tuple[Row, int]]] = {}
     for row, sample in rows:
         shapes = tuple((name, tuple(v.shape[1:])) for name, v in sorted(row.picture.inputs.items()))
         own = len(alike) if apart else 0

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError, first_line
 from layerbits.paths import home_path
+from layerbits.plain import JsonMapping, JsonObject
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -27,7 +28,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LEAST_SIDE = 4
 """Pixels of the shorter side; below that a picture shows nothing."""
 
-Message = Mapping[str, Any]
+Message = JsonMapping
 """``role`` and ``content``, a list of parts: ``{"type": "image"}`` or ``{"type": "text", "text": …}``."""
 
 
@@ -141,7 +142,7 @@ def read_pictures(path: Path) -> tuple[Pictured, ...]:
     return tuple(_of_line(_parsed(line, f"{path} row {n}"), path, n) for n, line in enumerate(lines, start=1))
 
 
-def _of_line(value: Any, path: Path, number: int) -> Pictured:
+def _of_line(value: object, path: Path, number: int) -> Pictured:
     where = f"{path} row {number}"
     if not isinstance(value, dict):
         raise UserError(f'{where} is no object; give {{"image": PATH, "text": CAPTION}}')
@@ -153,7 +154,7 @@ def _of_line(value: Any, path: Path, number: int) -> Pictured:
     return Pictured.of_caption(_file(path.parent, image, where), text.strip())
 
 
-def _of_messages(value: dict[str, Any], path: Path, where: str) -> Pictured:
+def _of_messages(value: JsonObject, path: Path, where: str) -> Pictured:
     named = [str(n) for n in value.get("images", ())]
     pictures: list[Picture] = []
     turns: list[Message] = []
@@ -184,7 +185,7 @@ def _of_messages(value: dict[str, Any], path: Path, where: str) -> Pictured:
 
 
 def _of_folder(folder: Path) -> tuple[Pictured, ...]:
-    found: list[Pictured] = []
+    rows: list[Pictured] = []
     for file in sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES):
         words = file.with_suffix(".txt")
         if not words.is_file():
@@ -192,13 +193,13 @@ def _of_folder(folder: Path) -> tuple[Pictured, ...]:
         text = words.read_text("utf-8-sig", errors="replace").strip()
         if not text:
             raise UserError(f"{words} is empty; write the caption of {file.name} there")
-        found.append(Pictured.of_caption(_file(folder, file.name, f"{folder} row {len(found) + 1}"), text))
-    if not found:
+        rows.append(Pictured.of_caption(_file(folder, file.name, f"{folder} row {len(rows) + 1}"), text))
+    if not rows:
         raise UserError(f"{folder} has no pictures ({', '.join(SUFFIXES[:4])}, …); give a folder of pairs x.jpg, x.txt")
-    return tuple(found)
+    return tuple(rows)
 
 
-def _of_coco(whole: dict[str, Any], path: Path) -> tuple[Pictured, ...]:
+def _of_coco(whole: JsonObject, path: Path) -> tuple[Pictured, ...]:
     """One caption per image, the first in the file's order, as in :mod:`layerbits.inputs.coco`."""
     try:
         files = {image["id"]: str(image["file_name"]) for image in whole["images"]}
@@ -232,7 +233,7 @@ def _open(path: Path) -> Image.Image:
     return Image.open(path)
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, where: str) -> object:
     try:
         return json.loads(text)
     except ValueError as error:

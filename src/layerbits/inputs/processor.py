@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError, first_line
 from layerbits.inputs.architecture import check_tokenizer_code, is_remote
@@ -18,12 +18,19 @@ from layerbits.inputs.datasets import has_pictures
 from layerbits.inputs.models import ResolvedModel
 from layerbits.inputs.picture_rows import Reader
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _PARTS = ("image_processor", "tokenizer")
 
 
 def reader_for(
-    captions: CaptionSet, resolved: ResolvedModel, tokenizer: Any, min_pixels: int | None, max_pixels: int | None
+    captions: CaptionSet,
+    resolved: ResolvedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    min_pixels: int | None,
+    max_pixels: int | None,
 ) -> Reader | None:
     """How the pictures of a dataset become tokens of a model; ``None`` where it has none.
 
@@ -36,7 +43,7 @@ def reader_for(
     return Reader.of(processor, resolved.config, min_pixels, max_pixels, resolved.spec.vision)
 
 
-def load_processor(resolved: ResolvedModel, tokenizer: Any) -> Any:
+def load_processor(resolved: ResolvedModel, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     """The processor of a vision-language model.
 
     Args:
@@ -71,7 +78,7 @@ def load_processor(resolved: ResolvedModel, tokenizer: Any) -> Any:
         ) from None
 
 
-def _processor(resolved: ResolvedModel, tokenizer: Any) -> Any:
+def _processor(resolved: ResolvedModel, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
     from transformers import AutoProcessor
     from transformers.models.auto.image_processing_auto import (
         AutoImageProcessor,  # the public name asks for torchvision
@@ -80,24 +87,24 @@ def _processor(resolved: ResolvedModel, tokenizer: Any) -> Any:
     options = {"revision": resolved.spec.revision, "trust_remote_code": resolved.spec.trust_remote_code}
     if is_remote(resolved.config):
         return AutoProcessor.from_pretrained(resolved.source, **options)
-    found = _class(resolved, tokenizer)
-    said, _ = found.get_processor_dict(resolved.source, revision=resolved.spec.revision)
+    kind = _class(resolved, tokenizer)
+    said, _ = kind.get_processor_dict(resolved.source, revision=resolved.spec.revision)
     images = AutoImageProcessor.from_pretrained(resolved.source, backend="pil", **options)
-    made: dict[str, Any] = {"image_processor": images, "tokenizer": tokenizer}
-    names = [n for n in list(inspect.signature(found.__init__).parameters)[1:] if n in found.get_attributes()]
+    made: dict[str, object] = {"image_processor": images, "tokenizer": tokenizer}
+    names = [n for n in list(inspect.signature(kind.__init__).parameters)[1:] if n in kind.get_attributes()]
     if "image_processor" not in names:
-        raise UserError(f"the processor of {resolved.source} ({found.__name__}) takes no pictures; give another model")
+        raise UserError(f"the processor of {resolved.source} ({kind.__name__}) takes no pictures; give another model")
 
-    return still_class(found).from_args_and_dict([made.get(name) for name in names], said)
+    return still_class(kind).from_args_and_dict([made.get(name) for name in names], said)
 
 
-def still_class(found: Any) -> Any:
+def still_class(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """A processor's class whose other parts (videos, sounds) may be missing, under its own name."""
-    parts = [name for name in found.get_attributes() if name in _PARTS]
-    return type(found.__name__, (found,), {"get_attributes": classmethod(lambda _class: list(parts))})
+    parts = [name for name in kind.get_attributes() if name in _PARTS]
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda _class: list(parts))})
 
 
-def _class(resolved: ResolvedModel, tokenizer: Any) -> Any:
+def _class(resolved: ResolvedModel, tokenizer: PreTrainedTokenizerBase) -> type[ProcessorMixin]:
     """The processor's class: as its files say, else that of the model's type."""
     import transformers
     from transformers import ProcessorMixin
@@ -110,21 +117,21 @@ def _class(resolved: ResolvedModel, tokenizer: Any) -> Any:
         PROCESSOR_MAPPING_NAMES.get(resolved.config.model_type),
     )
     for name in filter(None, names):
-        found = getattr(transformers, str(name), None)
-        if found is not None and getattr(found, "is_dummy", False):
-            found = _without_backends(str(name)) or found
-        if found is not None:
-            return found
+        kind = getattr(transformers, str(name), None)
+        if kind is not None and getattr(kind, "is_dummy", False):
+            kind = _without_backends(str(name)) or kind
+        if kind is not None:
+            return kind
     raise UserError(
         f"transformers has no processor for {resolved.config.model_type}; choose another vision-language model"
     )
 
 
-def _without_backends(name: str) -> Any:
+def _without_backends(name: str) -> type[ProcessorMixin] | None:
     """A processor's class where transformers withholds it for a package that pictures do not need."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    kind = next((kind for kind, found in PROCESSOR_MAPPING_NAMES.items() if found == name), None)
+    kind = next((kind for kind, processor in PROCESSOR_MAPPING_NAMES.items() if processor == name), None)
     try:
         module = importlib.import_module(f"transformers.models.{kind}.processing_{kind}")
     except ImportError:

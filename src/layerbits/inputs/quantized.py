@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerbits.errors import UserError
 from layerbits.inputs.files import few, read_json
 from layerbits.inputs.weights import read_header, weight_files
+from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.experiment import made_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
 EXPORT = "layerbits.json"
 """What an export of LayerBits leaves beside its weights."""
@@ -47,7 +49,7 @@ class Quantization:
     said: str
 
 
-def find_quantization(config: Mapping[str, Any], folder: Path | None) -> Quantization | None:
+def find_quantization(config: JsonMapping, folder: Path | None) -> Quantization | None:
     """Looks for quantization in what a checkpoint says of itself.
 
     Args:
@@ -73,9 +75,7 @@ def find_quantization(config: Mapping[str, Any], folder: Path | None) -> Quantiz
     return None
 
 
-def check_quantization(
-    config: Mapping[str, Any], source: str, folder: Path | None, dequantize: bool
-) -> Quantization | None:
+def check_quantization(config: JsonMapping, source: str, folder: Path | None, dequantize: bool) -> Quantization | None:
     """Refuses what is quantized, unless it is to be dequantized and can be.
 
     Args:
@@ -90,17 +90,18 @@ def check_quantization(
     Raises:
         UserError: It is quantized and must not be, or the other way round; or transformers cannot dequantize it.
     """
-    found = find_quantization(config, folder)
-    if found is None:
+    quantization = find_quantization(config, folder)
+    if quantization is None:
         if dequantize:
             raise UserError(f"model.dequantize=true, but {source} is not quantized; leave model.dequantize out")
         return None
     made = None if folder is None else made_by(folder)
-    quantized = f"{source} is already quantized: {found.words} ({found.said}{f'; made by {made}' if made else ''})"
+    by = f"; made by {made}" if made else ""
+    quantized = f"{source} is already quantized: {quantization.words} ({quantization.said}{by})"
     if folder is not None and (origin := _origin(folder)):
         raise UserError(f"{quantized}; {origin}")
     original = "give the checkpoint that it was made from"
-    if found.method not in DEQUANTIZED:
+    if quantization.method not in DEQUANTIZED:
         if dequantize:
             raise UserError(
                 f"{quantized}; model.dequantize=true works for {', '.join(DEQUANTIZED)} alone, as transformers leaves "
@@ -109,14 +110,14 @@ def check_quantization(
         raise UserError(f"{quantized}; {original}")
     if not dequantize:
         raise UserError(f"{quantized}; {original}, or set model.dequantize=true to score its numbers in 16 bits")
-    return found
+    return quantization
 
 
-def dequantizing(found: Quantization) -> Any:
+def dequantizing(quantization: Quantization) -> QuantizationConfigMixin:
     """What ``from_pretrained`` gets as ``quantization_config`` to dequantize on load."""
     import transformers
 
-    return getattr(transformers, DEQUANTIZED[found.method])(dequantize=True)
+    return getattr(transformers, DEQUANTIZED[quantization.method])(dequantize=True)
 
 
 def check_dequantized(model: PreTrainedModel, source: str) -> None:
@@ -137,9 +138,9 @@ def check_dequantized(model: PreTrainedModel, source: str) -> None:
         )
 
 
-def _described(said: Mapping[str, Any], where: str) -> Quantization:
+def _described(said: JsonMapping, where: str) -> Quantization:
     inner = said.get("quantization")  # hf_quant_config.json
-    details: dict[str, Any] = {**said, **inner} if isinstance(inner, Mapping) else dict(said)
+    details: JsonObject = {**said, **inner} if isinstance(inner, Mapping) else dict(said)
     method = str(details.get("quant_method") or "")
     if details.get("load_in_4bit") or details.get("load_in_8bit"):
         method = method or "bitsandbytes"

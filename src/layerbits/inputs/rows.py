@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,10 +20,13 @@ from layerbits.inputs.datasets import has_pictures
 from layerbits.inputs.picture_rows import Reader, picture_batches
 from layerbits.inputs.pictures import Pictured
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def calibration_of(
     captions: Sequence[Pictured | str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     reader: Reader | None,
     packing: str,
     seq_len: int,
@@ -62,7 +65,7 @@ def calibration_of(
 
 def rows_of(
     captions: Sequence[Pictured | str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     reader: Reader | None,
     packing: str,
     seq_len: int,
@@ -76,13 +79,13 @@ def rows_of(
         UserError: As :func:`calibration_of`.
     """
     shown = [(i, caption) for i, caption in enumerate(captions) if isinstance(caption, Pictured)]
-    told = [(i, caption) for i, caption in enumerate(captions) if isinstance(caption, str)]
+    texts = [(i, caption) for i, caption in enumerate(captions) if isinstance(caption, str)]
     batches: list[list[Batch]] = []
     if shown and reader is not None:
         batches.append(list(picture_batches([row for _, row in shown], reader, batch_size, [i for i, _ in shown])))
-    if told:
-        made = build_rows([text for _, text in told], tokenizer, packing, seq_len, batch_size)
-        batches.append([_renumbered(batch, [i for i, _ in told]) for batch in made])
+    if texts:
+        made = build_rows([text for _, text in texts], tokenizer, packing, seq_len, batch_size)
+        batches.append([_renumbered(batch, [i for i, _ in texts]) for batch in made])
     places = [((n + 0.5) / len(part), which, n) for which, part in enumerate(batches) for n in range(len(part))]
     return tuple(batches[which][n] for _, which, n in sorted(places))
 

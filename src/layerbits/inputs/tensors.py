@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
 from layerbits.inputs.files import few
 from layerbits.inputs.prediction_layers import prediction_module
+from layerbits.plain import JsonMapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def check_tensors(info: Mapping[str, Any], source: str, config: PreTrainedConfig) -> None:
+def check_tensors(info: JsonMapping, source: str, config: PreTrainedConfig) -> None:
     """Checks what ``from_pretrained`` reports with ``output_loading_info``; tied tensors are not missing there.
 
     Layers for multi-token prediction are not part of the model, whether ``transformers`` knows their names or not.
