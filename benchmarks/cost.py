@@ -82,7 +82,7 @@ class Bench:
         needs = needs_of(resolved, scored, rows * length, distinct_settings(list(found.values())))
         memory = choose(needs, free_bytes(torch.device(self.arguments.device)), mode)
         row = {"mode": mode, "blocks": blocks, "candidates": candidates, "tokens": rows * length}
-        row |= {"weights": needs.weights, "formula_gb": memory.estimate_gb, "keep_weights": memory.keep_weights}
+        row |= {"weights": needs.weights.count, "formula_gb": memory.estimate_gb, "keep_weights": memory.keep_weights}
         if memory.estimate_gb * 1e9 > free_bytes(torch.device(self.arguments.device)):
             print("left out, does not fit:", row, flush=True)
             return

@@ -56,7 +56,7 @@ class Bench(Passes):
     def floor(self) -> None:
         """What the model alone takes: forward, forward + backward, the products of one candidate."""
         tokens = self.rows.score[0].segments[0].input_ids.numel()
-        unquantized = quantizers.Settings((None,), (None,), ((0, 0),))
+        unquantized = quantizers.UNQUANTIZED
         taps = [make_tap(name, self.model.get_submodule(name), unquantized) for name in self.scored]
 
         def lighter_backward() -> None:

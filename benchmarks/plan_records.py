@@ -26,7 +26,7 @@ from layerbits.inputs.loading import empty_model
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.models import ResolvedModel, scored_linears
 from layerbits.planning.table import Card, calibration_work, step_work
-from layerbits.scoring.memory import LOGIT, MemoryPlan, Needs, choose
+from layerbits.scoring.memory import LOGIT, LossBytes, MemoryPlan, Needs, choose
 from layerbits.scoring.placement import needs_of
 from layerbits.scoring.quantizers import distinct_settings
 
@@ -162,7 +162,9 @@ class Measured:
     def memory(self) -> MemoryPlan:
         """How it was run: copies of linears as they fit, of experts none, logits in pieces where its record says so."""
         mode, share = self.point.mode, self.point.logit / LOGIT
-        needs = replace(self.needs, logits=int(self.needs.logits * share), piece=int(self.needs.piece * share))
+        whole = self.needs.loss
+        loss = self.needs.loss
+        needs = replace(self.needs, loss=LossBytes(int(loss.whole * share), int(loss.piece * share)))
         made = choose(needs, self.row["free_gb"] * 1e9, mode)
         least = self.row.get(f"{mode}_estimate_gb")
         pieces = self.row.get("estimate_gb") == least
@@ -273,12 +275,12 @@ def fitted(points: tuple[Point, ...] = POINTS, points_of_grid: Sequence[GridPoin
     points_of_grid = grid() if points_of_grid is None else points_of_grid
     for g in (g for g in points_of_grid if g.card_bound):
         step.append((*g.step_work, g.row["seconds"]))
-        once = g.needs.weights / SAMPLE_STEPS
+        once = g.needs.weights.count / SAMPLE_STEPS
         calibrate.append((*calibration_work(g.needs, g.row["tokens"]), once, g.row["calibrate_seconds"]))
     for m in used:
         work = step_work(m.needs, m.memory, m.tokens, len(m.point.pairs), m.settings)
         step.append((*(kind * m.steps for kind in work), m.row["seconds_score"]))
-        ranges = (*(kind * m.steps for kind in calibration_work(m.needs, m.tokens)), m.needs.weights)
+        ranges = (*(kind * m.steps for kind in calibration_work(m.needs, m.tokens)), m.needs.weights.count)
         calibrate.append((*ranges, m.row["seconds_calibrate"]))
     records = [m.record for m in map(Measured.of, points)]
     copies = [r["into_host_memory"]["copy_gb_s"] for r in records if "into_host_memory" in r]

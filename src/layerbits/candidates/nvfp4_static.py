@@ -92,12 +92,12 @@ def _best_of(magnitude: Tensor, scales: Tensor, reciprocals: Tensor) -> Tensor:
     losses = torch.full((len(magnitude),), torch.inf, device=magnitude.device, dtype=torch.float64)
     chosen = torch.zeros(len(magnitude), dtype=torch.long, device=magnitude.device)
     smallest = float(scales[7]) * 6.0  # below it, neighbouring E4M3 scales are further apart than an eighth
-    told = scales.tolist()
-    for k, (scale, reciprocal) in enumerate(zip(told, reciprocals.tolist(), strict=True)):
+    values = scales.tolist()
+    for k, (scale, reciprocal) in enumerate(zip(values, reciprocals.tolist(), strict=True)):
         # Six times the scale is less than a quarter of the largest number: clipping it costs more than rounding does.
         if low > smallest and 24.0 * scale < low:
             continue
-        if k and told[k - 1] > 4.0 * high:
+        if k and values[k - 1] > 4.0 * high:
             break  # every number rounds to zero from here on
         rounded = fp4.round_e2m1_(magnitude * reciprocal)
         error = (magnitude.double() - rounded.double() * scale).float().double()

@@ -20,15 +20,15 @@ def block_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
     Args:
         model: A causal language model, which may be on the meta device.
     """
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for name in language_model_linears(model):
         parts = name.split(".")
         for end in range(1, len(parts) - 1):
             module = model.get_submodule(prefix := ".".join(parts[:end]))
             if isinstance(module, nn.ModuleList):
-                found[prefix] = module
+                lists[prefix] = module
                 break
-    return found
+    return lists
 
 
 def decoder_blocks(model: PreTrainedModel) -> list[nn.Module]:

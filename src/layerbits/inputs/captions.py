@@ -141,7 +141,7 @@ def read_questions(data: bytes, source: str) -> tuple[Question, ...]:
     Raises:
         UserError: A line is none, or says neither; or there is none at all.
     """
-    found: dict[str, Question] = {}
+    questions: dict[str, Question] = {}
     for number, line in enumerate(data.decode("utf-8-sig", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
@@ -155,10 +155,10 @@ def read_questions(data: bytes, source: str) -> tuple[Question, ...]:
             ) from None
         if not one["prompt"] or not one["answer"]:
             raise UserError(f"{source} line {number} has an empty prompt or answer; leave it out")
-        found.setdefault(question, question)
-    if not found:
+        questions.setdefault(question, question)
+    if not questions:
         raise UserError(f"{source} has no questions; make the file with `python -m layerbits.answers.rows`")
-    return tuple(found.values())
+    return tuple(questions.values())
 
 
 def _other_kind(text: str) -> str:

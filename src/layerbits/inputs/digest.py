@@ -65,16 +65,16 @@ def _beside(folder: Path) -> Iterator[Path]:
 
 def _digests(files: Sequence[Path]) -> list[str]:
     """The SHA-256 of each file."""
-    found = {file: known for file in files if (known := _known(file)) is not None}
-    if left := [file for file in files if file not in found]:
+    digests = {file: known for file in files if (known := _known(file)) is not None}
+    if left := [file for file in files if file not in digests]:
         with _alone():  # of several processes on a machine one reads, the others find what it kept
             left = [file for file in left if file.stat().st_size < _LARGE or _known(file) is None]
             size = sum(file.stat().st_size for file in left)
             if size >= _LONG:
                 print(f"reading {size / 1e9:.1f} GB for their digest, which is kept", file=sys.stderr, flush=True)
             with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-                found |= zip(left, pool.map(_read, left), strict=True)
-    return [found.get(file) or _known(file) or _read(file) for file in files]
+                digests |= zip(left, pool.map(_read, left), strict=True)
+    return [digests.get(file) or _known(file) or _read(file) for file in files]
 
 
 def _read(file: Path) -> str:

@@ -89,7 +89,7 @@ def _scene(chance: random.Random) -> tuple[str, Callable[[], Image.Image]]:
     """Shapes in the corners."""
     ground = chance.choice(list(_GROUNDS))
     count = chance.randint(2, 4)
-    found = list(
+    shapes = list(
         zip(
             chance.sample(list(_COLOURS), count),
             [chance.choice(_SHAPES) for _ in range(count)],
@@ -97,12 +97,12 @@ def _scene(chance: random.Random) -> tuple[str, Callable[[], Image.Image]]:
             strict=True,
         )
     )
-    parts = [f"{_article(colour)} {colour} {shape} at the {_PLACES[at]}" for colour, shape, at in found]
+    parts = [f"{_article(colour)} {colour} {shape} at the {_PLACES[at]}" for colour, shape, at in shapes]
     caption = f"A drawing on a {ground} ground with {', '.join(parts[:-1])} and {parts[-1]}."
 
     def make() -> Image.Image:
         image, draw = _canvas(_GROUNDS[ground])
-        for colour, shape, at in found:
+        for colour, shape, at in shapes:
             x, y = (SIDE // 4 + (at % 2) * SIDE // 2, SIDE // 4 + (at // 2) * SIDE // 2)
             _shape(draw, shape, x, y, SIDE // 6, _COLOURS[colour])
         return image

@@ -25,8 +25,8 @@ def dtype_of(name: str, config: PreTrainedConfig) -> torch.dtype | None:
     if name != "auto":
         return _named(name)
     for part in (config, config.get_text_config()):
-        if (found := getattr(part, "dtype", None)) is not None:
-            return found if isinstance(found, torch.dtype) else _named(str(found))
+        if (named := getattr(part, "dtype", None)) is not None:
+            return named if isinstance(named, torch.dtype) else _named(str(named))
     return None
 
 
@@ -48,8 +48,8 @@ def hub_dtype(source: str, revision: str | None) -> torch.dtype | None:
         counts = get_safetensors_metadata(source, revision=revision).parameter_count
     except Exception:  # no network, no safetensors: the hub's client has many words for both
         return None
-    found = {_FLOATS[name]: count for name, count in counts.items() if name in _FLOATS}
-    return max(found, key=lambda dtype: found[dtype]) if found else None
+    counted = {_FLOATS[name]: count for name, count in counts.items() if name in _FLOATS}
+    return max(counted, key=lambda dtype: counted[dtype]) if counted else None
 
 
 def _stored(file: Path) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
@@ -69,6 +69,6 @@ def _stored(file: Path) -> Iterator[tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def _named(name: str) -> torch.dtype:
-    found = getattr(torch, name.removeprefix("torch."))
-    assert isinstance(found, torch.dtype)
-    return found
+    dtype = getattr(torch, name.removeprefix("torch."))
+    assert isinstance(dtype, torch.dtype)
+    return dtype

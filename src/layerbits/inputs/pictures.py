@@ -108,11 +108,11 @@ class Pictured:
         Raises:
             UserError: As :meth:`Picture.pixels`.
         """
-        found = hashlib.sha256(json.dumps([dict(turn) for turn in self.messages], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([dict(turn) for turn in self.messages], sort_keys=True).encode())
         for picture in self.pictures:
             image = picture.pixels()
-            found.update(f"{image.width}x{image.height}".encode() + image.tobytes())
-        return found.hexdigest()
+            digest.update(f"{image.width}x{image.height}".encode() + image.tobytes())
+        return digest.hexdigest()
 
 
 def read_pictures(path: Path) -> tuple[Pictured, ...]:

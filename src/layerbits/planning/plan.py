@@ -16,7 +16,7 @@ from layerbits.planning.table import Card, Seconds
 if TYPE_CHECKING:
     from layerbits.planning.sample import Work
     from layerbits.scoring.memory import Needs
-    from layerbits.scoring.quantizers import Settings
+    from layerbits.scoring.quantizers import QuantizerSettings
     from layerbits.stages.plan import Plan
 
 MODES = ("fast", "lean", "offload")
@@ -97,7 +97,7 @@ def forecast(overrides: Sequence[str], configs: Path) -> Forecast:
     best = next((r.mode for r in rows if r.fits == "yes"), "")
     return Forecast(
         model=planned.settings.model.name,
-        model_gb=needs.own / 1e9,
+        model_gb=needs.model.whole / 1e9,
         candidates=len(planned.candidates),
         steps=len(calibration.score),
         tokens=sum(rows * length for rows, length in work.shapes),
@@ -190,7 +190,7 @@ def _composed(overrides: Sequence[str], configs: Path) -> JsonObject:
 _SINGLE = {"quant_pair": "quant_pairs", "quant_granularity": "quant_granularities", "dataset.size": "dataset_sizes"}
 
 
-def _work(planned: Plan) -> tuple[Work, Needs, Settings]:
+def _work(planned: Plan) -> tuple[Work, Needs, QuantizerSettings]:
     from layerbits.planning.sample import Work
     from layerbits.scoring.placement import needs_of
     from layerbits.scoring.quantizers import distinct_settings
@@ -219,12 +219,14 @@ def _free(planned: Plan) -> tuple[float, float]:
     return max((float(free_bytes(card)) for card in cards), default=math.nan), host
 
 
-def _costs(work: Work, needs: Needs, settings: Settings, free: float) -> tuple[dict[str, tuple[Seconds, float]], str]:
+def _costs(
+    work: Work, needs: Needs, settings: QuantizerSettings, free: float
+) -> tuple[dict[str, tuple[Seconds, float]], str]:
     """Mode → seconds and GB of the device; and how they were found."""
     from layerbits.planning.sample import estimate
     from layerbits.scoring.memory import choose
 
-    modes = [m for m in MODES if m != "offload" or needs.block]
+    modes = [m for m in MODES if m != "offload" or needs.model.block]
     if math.isnan(free):
         card = Card.read()
         how = f"from a table, for {card.name} (no GPU here; device=cpu measures this CPU)"
@@ -242,7 +244,7 @@ def _costs(work: Work, needs: Needs, settings: Settings, free: float) -> tuple[d
     return found, f"measured on this {where} with a few blocks of the same shape and random weights"
 
 
-def _from_table(mode: str, work: Work, needs: Needs, settings: Settings, card: Card) -> tuple[Seconds, float]:
+def _from_table(mode: str, work: Work, needs: Needs, settings: QuantizerSettings, card: Card) -> tuple[Seconds, float]:
     from layerbits.scoring.memory import choose
 
     memory = choose(needs, card.memory_gb * 1e9, mode)

@@ -67,11 +67,11 @@ class Card:
             settings: Their distinct weight quantizers.
         """
         step = _dot(self.step, step_work(needs, memory, tokens, candidates, settings))
-        step = max(step, needs.blocks * self.launch[memory.mode != "fast"])
+        step = max(step, needs.kept.blocks * self.launch[memory.mode != "fast"])
         calibrate = _dot(self.calibrate, calibration_work(needs, tokens))
-        once = self.once * needs.weights
+        once = self.once * needs.weights.count
         if memory.mode == "offload":  # every block is copied once a forward, a backward, and for its weights' ranges
-            copy = (needs.own - needs.resident) / 1e9 / self.copy_gb_per_second
+            copy = (needs.model.whole - needs.model.resident) / 1e9 / self.copy_gb_per_second
             step, calibrate, once = max(step, 2 * copy), max(calibrate, copy), max(once, copy)
         return Seconds(step, calibrate, once)
 
@@ -102,17 +102,17 @@ def step_work(needs: Needs, memory: MemoryPlan, tokens: int, candidates: int, se
     from layerbits.scoring.memory import LOGIT
 
     again = memory.mode != "fast"
-    linears = 0 if memory.keep_weights else needs.weights - needs.experts
-    made = linears + (0 if memory.keep_experts else needs.experts)
+    linears = 0 if memory.keep_weights else needs.weights.count - needs.weights.experts
+    made = linears + (0 if memory.keep_experts else needs.weights.experts)
     return (
-        float(tokens * needs.active * (2 + again + candidates)),
-        tokens * needs.features * (1 + _AGAIN * again),
-        float(tokens * needs.features * candidates),
+        float(tokens * needs.weights.active * (2 + again + candidates)),
+        tokens * needs.weights.features * (1 + _AGAIN * again),
+        float(tokens * needs.weights.features * candidates),
         float(settings * made),
-        needs.logits / LOGIT,
+        needs.loss.whole / LOGIT,
     )
 
 
 def calibration_work(needs: Needs, tokens: int) -> tuple[float, ...]:
     """The work of a calibration batch, by kind."""
-    return float(tokens * needs.active), float(tokens * needs.features)
+    return float(tokens * needs.weights.active), float(tokens * needs.weights.features)

@@ -294,7 +294,7 @@ def _linear(model: PreTrainedModel, name: str) -> Any:
     return module
 
 
-def _key(settings: quantizers.Settings, at: int, site: str = "") -> str:
+def _key(settings: quantizers.QuantizerSettings, at: int, site: str = "") -> str:
     attributes, headroom = settings.inputs[at], settings.headrooms[at]
     told = "none" if attributes is None else attributes.model_dump_json()
     return f"{site}{told}{json.dumps(headroom) if headroom else ''}"

@@ -71,7 +71,7 @@ class ExpertsTap(Tap):
         experts: What it consists of.
     """
 
-    def __init__(self, name: str, module: nn.Module, settings: quantizers.Settings, experts: Experts) -> None:
+    def __init__(self, name: str, module: nn.Module, settings: quantizers.QuantizerSettings, experts: Experts) -> None:
         tensors = [getattr(resident(module), projection) for projection in experts.projections]
         super().__init__(name, module, settings, experts.projections, tensors[0].device)
         self.experts = experts
@@ -120,7 +120,7 @@ class ExpertsTap(Tap):
         kept = width + features
         return ModuleFootprint(width, kept, kept + met * of_routed, count, active, True, passing, outputs)
 
-    def watched(self, see: See) -> AbstractContextManager[None]:
+    def observed(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows what enters the two projections to ``see``."""
         first, second = self.experts.projections
 
@@ -317,7 +317,7 @@ def with_inputs(module: nn.Module, name: str, changes: Mapping[str, Change | Non
     """
     experts = fused_experts(module)
     assert experts is not None
-    tap = ExpertsTap(name, module, quantizers.Settings((None,), (None,), ((0, 0),)), experts)
+    tap = ExpertsTap(name, module, quantizers.UNQUANTIZED, experts)
     first, second = (changes.get(projection) for projection in experts.projections)
     module.forward = lambda *args, **kwargs: tap._run(Routed.of(args, kwargs), tap._tensors(), first, second)
 

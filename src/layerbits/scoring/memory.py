@@ -61,37 +61,130 @@ class ModuleFootprint:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a pass takes, bytes but for the first four; known from the shapes alone.
+class ScoredWeights:
+    """How many weights a pass scores.
 
     Attributes:
-        weights: Scored weights. active: Of these, what a token meets. experts: Of these, those of experts.
-        features: What the scored modules read and write for a token. own: The model.
-        resident: What of it is not streamed. block: Its largest block, 0 where it has none to stream.
-        kept: What autograd and the taps keep of all blocks. blocks: How many there are. boundary: Their inputs.
-        copies: Quantized weights of linears that may be kept. expert_copies: Of experts.
-        largest: What passes while a module is scored, weights included. transient: The same where copies of linears
-            are kept. outputs: Where all are.
-        logits: The loss with whole logits. piece: The loss with logits in pieces.
+        count: All of them. active: Of these, what a token meets. experts: Of these, those of experts.
+        features: What the scored modules read and write for a token.
     """
 
-    weights: int
+    count: int
     active: int
     experts: int
     features: int
-    own: int
+
+    @classmethod
+    def of(cls, footprints: Sequence[ModuleFootprint]) -> ScoredWeights:
+        """Of the scored modules."""
+        return cls(
+            count=sum(footprint.scored for footprint in footprints),
+            active=sum(footprint.active for footprint in footprints),
+            experts=sum(footprint.scored for footprint in footprints if footprint.experts),
+            features=sum(footprint.moved for footprint in footprints),
+        )
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes of a model's own weights.
+
+    Attributes:
+        whole: All of them. resident: What of them is not streamed.
+        block: The largest decoder block, 0 where there is none to stream.
+    """
+
+    whole: int
     resident: int
     block: int
-    kept: float
-    blocks: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> ModelBytes:
+        """Of a model, which may be on the meta device."""
+        whole = sum(p.numel() * p.element_size() for p in model.parameters())
+        try:
+            parts = parts_of(model)
+        except Unsupported:  # nothing to stream
+            return cls(whole, whole, 0)
+        return cls(whole, whole - parts.total_bytes, parts.block_bytes)
+
+    @property
+    def offloaded(self) -> int:
+        """What ``offload`` has of the model on the device."""
+        return self.resident + SLOTS * self.block
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that wait for the backward pass.
+
+    Attributes:
+        activations: What autograd and the taps keep of all blocks. boundary: The inputs of the blocks.
+        blocks: How many there are.
+    """
+
+    activations: float
     boundary: int
-    copies: int
-    expert_copies: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Bytes of the quantized weights that may be kept.
+
+    Attributes:
+        linears: Of linears. experts: Of experts.
+    """
+
+    linears: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class Passing:
+    """Bytes that come and go while the module is scored that takes most.
+
+    Attributes:
+        largest: Weights included. transient: The same where copies of linears are kept. outputs: Where all are.
+    """
+
     largest: float
     transient: float
     outputs: float
-    logits: int
+
+    @classmethod
+    def of(cls, footprints: Sequence[ModuleFootprint], settings: int) -> Passing:
+        """Of the scored modules under some weight settings."""
+        together = [(footprint.experts, *footprint.together(settings)) for footprint in footprints]
+        return cls(
+            largest=max(weights + outputs for _, weights, outputs in together),
+            transient=max(weights + outputs if experts else outputs for experts, weights, outputs in together),
+            outputs=max(outputs for _, _, outputs in together),
+        )
+
+
+@dataclass(frozen=True)
+class LossBytes:
+    """Bytes of the loss.
+
+    Attributes:
+        whole: With whole logits. piece: With logits in pieces.
+    """
+
+    whole: int
     piece: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a pass takes; known from the shapes alone."""
+
+    weights: ScoredWeights
+    model: ModelBytes
+    kept: Kept
+    copies: Copies
+    passing: Passing
+    loss: LossBytes
 
     @classmethod
     def of(
@@ -105,41 +198,27 @@ class Needs:
             tokens: Tokens of the largest segment.
             weight_settings: Distinct weight quantizers.
         """
-        own = sum(p.numel() * p.element_size() for p in model.parameters())
-        try:
-            parts = parts_of(model)
-            block, resident = parts.block_bytes, own - parts.total_bytes
-        except Unsupported:  # nothing to stream
-            block, resident = 0, own
+        embedding = model.get_input_embeddings().weight
+        size = embedding.element_size()
+        weights = ScoredWeights.of(footprints)
         blocks = max(1, getattr(getattr(model.config, "text_config", model.config), "num_hidden_layers", 1))
-        size, settings = model.get_input_embeddings().weight.element_size(), max(1, weight_settings)
-        experts = sum(footprint.scored for footprint in footprints if footprint.experts)
-        weights = sum(footprint.scored for footprint in footprints)
-        autograd = _AUTOGRAD_EXPERTS if experts else _AUTOGRAD
+        autograd = _AUTOGRAD_EXPERTS if weights.experts else _AUTOGRAD
+        width = max(footprints[0].width, embedding.shape[-1])  # a tower's linears come first
         logits = tokens * model.get_output_embeddings().weight.shape[0] * LOGIT
-        passing = [footprint.together(settings) for footprint in footprints]
-        width = max(footprints[0].width, model.get_input_embeddings().weight.shape[-1])  # a tower's linears come first
         return cls(
             weights=weights,
-            active=sum(footprint.active for footprint in footprints),
-            experts=experts,
-            features=sum(footprint.moved for footprint in footprints),
-            own=own,
-            resident=resident,
-            block=block,
-            kept=sum(footprint.kept for footprint in footprints) * tokens * size * (1 + autograd),
-            blocks=blocks,
-            boundary=blocks * tokens * width * size,
-            copies=weight_settings * (weights - experts) * size,
-            expert_copies=weight_settings * experts * size,
-            largest=max(made + outputs for made, outputs in passing),
-            transient=max(
-                made + outputs if footprint.experts else outputs
-                for footprint, (made, outputs) in zip(footprints, passing, strict=True)
+            model=ModelBytes.of(model),
+            kept=Kept(
+                activations=sum(footprint.kept for footprint in footprints) * tokens * size * (1 + autograd),
+                boundary=blocks * tokens * width * size,
+                blocks=blocks,
             ),
-            outputs=max(outputs for _, outputs in passing),
-            logits=logits,
-            piece=min(logits, LOGITS_AT_ONCE * LOGIT),
+            copies=Copies(
+                linears=weight_settings * (weights.count - weights.experts) * size,
+                experts=weight_settings * weights.experts * size,
+            ),
+            passing=Passing.of(footprints, max(1, weight_settings)),
+            loss=LossBytes(whole=logits, piece=min(logits, LOGITS_AT_ONCE * LOGIT)),
         )
 
     def device_bytes(self, mode: str, copies: bool = False, experts: bool = False, whole: bool = False) -> float:
@@ -152,23 +231,19 @@ class Needs:
             whole: Whether logits are made whole, not in pieces.
         """
         # The logits are gone before the first block's gradient comes, so that they never meet what passes there.
-        loss = self.logits if whole else self.piece
+        loss = self.loss.whole if whole else self.loss.piece
         if mode == "fast":
-            kept = (self.copies if copies else 0) + (self.expert_copies if experts else 0)
-            passing = self.outputs if experts else self.transient if copies else self.largest
-            return self.own + self.kept + kept + max(loss, passing)
-        weights = self.own if mode == "lean" else self.on_device
-        return weights + self.boundary + max(loss, self.kept / self.blocks + self.largest)
-
-    @property
-    def on_device(self) -> int:
-        """What ``offload`` holds of the model there."""
-        return self.resident + SLOTS * self.block
+            kept = (self.copies.linears if copies else 0) + (self.copies.experts if experts else 0)
+            passing = self.passing.outputs if experts else self.passing.transient if copies else self.passing.largest
+            return self.model.whole + self.kept.activations + kept + max(loss, passing)
+        weights = self.model.whole if mode == "lean" else self.model.offloaded
+        one_block = self.kept.activations / self.kept.blocks + self.passing.largest
+        return weights + self.kept.boundary + max(loss, one_block)
 
     @property
     def host_bytes(self) -> int:
         """What ``offload`` takes of host memory while it loads."""
-        return self.own + self.block
+        return self.model.whole + self.model.block
 
 
 @dataclass(frozen=True)
@@ -219,7 +294,9 @@ def plan_memory(
     streamed = offloaded(model) is not None
     if wanted == "offload" and not streamed:
         raise UserError("memory=offload needs a model that was loaded for it: its weights are on the device already")
-    free = (needs.on_device if streamed else needs.own) + free_bytes(model.get_input_embeddings().weight.device)
+    free = (needs.model.offloaded if streamed else needs.model.whole) + free_bytes(
+        model.get_input_embeddings().weight.device
+    )
     return choose(needs, free, "offload" if streamed else wanted)
 
 
@@ -233,7 +310,7 @@ def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
     """
     room = HEADROOM * free
     keep = needs.device_bytes("fast", copies=True) <= _KEEP * free
-    both = bool(needs.experts) and needs.device_bytes("fast", copies=True, experts=True) <= _KEEP * free
+    both = bool(needs.weights.experts) and needs.device_bytes("fast", copies=True, experts=True) <= _KEEP * free
     fast, lean = needs.device_bytes("fast", keep, both), needs.device_bytes("lean")
     offload = needs.device_bytes("offload")
     mode = wanted if wanted != "auto" else ("fast" if fast <= room else "lean")
@@ -241,7 +318,7 @@ def choose(needs: Needs, free: float, wanted: str) -> MemoryPlan:
     least, whole = (needs.device_bytes(mode, keep, both, whole) for whole in (False, True))
     crowded = mode == "offload" and least > room
     if crowded:
-        least, whole = least - needs.boundary, whole - needs.boundary
+        least, whole = least - needs.kept.boundary, whole - needs.kept.boundary
     pieces = whole > room
     return MemoryPlan(
         mode=mode,

@@ -147,10 +147,10 @@ class BatchScorer:
 
     def _gradient(self, batch: Batch) -> Step:
         taps, search = self._taps, self._search
-        found = self._scores(batch)
+        scores = self._scores(batch)
         groups, counts = len(search.groups), taps.take_routed()
         return step_of(
-            found.by_token, found.owner, batch, search.group_of, groups, found.loss, counts, every_token=True
+            scores.by_token, scores.owner, batch, search.group_of, groups, scores.loss, counts, every_token=True
         )
 
     def _fisher(self, batch: Batch, index: int) -> Step:

@@ -12,13 +12,11 @@ from layerbits.errors import UserError
 from layerbits.inputs.loading import empty_model
 from layerbits.inputs.offload import parts_of
 from layerbits.scoring.memory import HEADROOM, Needs, free_bytes, free_host_bytes
-from layerbits.scoring.quantizers import Settings
+from layerbits.scoring.quantizers import UNQUANTIZED, QuantizerSettings
 from layerbits.scoring.taps import Taps
 
 if TYPE_CHECKING:
     from layerbits.inputs.models import ResolvedModel
-
-_NO_SETTINGS = Settings((None,), (None,), ((0, 0),))
 
 
 def in_host_memory(
@@ -27,7 +25,7 @@ def in_host_memory(
     tokens: int,
     device: str,
     wanted: str,
-    settings: Settings = _NO_SETTINGS,
+    settings: QuantizerSettings = UNQUANTIZED,
 ) -> bool:
     """Whether a model must be loaded with its weights in host memory.
 
@@ -47,7 +45,7 @@ def in_host_memory(
         return False
     needs = needs_of(resolved, scored, tokens, settings)
     if wanted == "auto":
-        if needs.device_bytes("lean") <= HEADROOM * free_bytes(torch.device(device)) or not needs.block:
+        if needs.device_bytes("lean") <= HEADROOM * free_bytes(torch.device(device)) or not needs.model.block:
             return False
     else:
         parts_of(empty_model(resolved))  # says why it cannot be streamed
@@ -64,9 +62,11 @@ def in_host_memory(
     )
 
 
-def needs_of(resolved: ResolvedModel, scored: Sequence[str], tokens: int, settings: Settings = _NO_SETTINGS) -> Needs:
+def needs_of(
+    resolved: ResolvedModel, scored: Sequence[str], tokens: int, settings: QuantizerSettings = UNQUANTIZED
+) -> Needs:
     """What a pass will take, from the shapes of the model alone; arguments as of :func:`in_host_memory`."""
     model = empty_model(resolved)
     # quantizers say nothing of memory, and some cannot be made where there are no weights
-    footprints = Taps(model, scored, _NO_SETTINGS).footprints(tokens)
+    footprints = Taps(model, scored, UNQUANTIZED).footprints(tokens)
     return Needs.of(model, footprints, tokens, len(settings.weights))

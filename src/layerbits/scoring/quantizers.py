@@ -27,7 +27,7 @@ Options = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuantizerSettings:
     """Distinct quantizer settings of a set of candidates.
 
     Attributes:
@@ -55,7 +55,11 @@ class Settings:
         return any(needs_range(make_quantizer(s, "cpu")) for s in self.inputs)
 
 
-def distinct_settings(configs: Sequence[Mapping[str, object]]) -> Settings:
+UNQUANTIZED = QuantizerSettings((None,), (None,), ((0, 0),))
+"""Of one candidate that leaves weights and inputs as they are."""
+
+
+def distinct_settings(configs: Sequence[Mapping[str, object]]) -> QuantizerSettings:
     """Finds what a set of search configs has in common.
 
     Args:
@@ -74,15 +78,15 @@ def distinct_settings(configs: Sequence[Mapping[str, object]]) -> Settings:
     pairs = []
     for config in configs:
         checked = QuantizeConfig(**config)
-        found = ranges_of(checked.algorithm)
-        if found is None:
+        ranges = ranges_of(checked.algorithm)
+        if ranges is None:
             raise Unsupported(
                 f"algorithm {checked.algorithm!r} is calibrated by ModelOpt alone; use autoquant.engine=stock"
             )
         pair = []
         for known, hows, how, name in (
-            (weights, searches, found.weights, "weight_quantizer"),
-            (inputs, headrooms, found.inputs, "input_quantizer"),
+            (weights, searches, ranges.weights, "weight_quantizer"),
+            (inputs, headrooms, ranges.inputs, "input_quantizer"),
         ):
             attributes, enabled = _match_quantizer_cfg(checked.quant_cfg, name)
             if isinstance(attributes, list):
@@ -97,7 +101,7 @@ def distinct_settings(configs: Sequence[Mapping[str, object]]) -> Settings:
             hows.setdefault(key, how)
             pair.append(list(known).index(key))
         pairs.append((pair[0], pair[1]))
-    return Settings(
+    return QuantizerSettings(
         tuple(weights.values()),
         tuple(inputs.values()),
         tuple(pairs),

@@ -47,7 +47,7 @@ class Search:
     groups: tuple[Group, ...]
     names: tuple[str, ...]
     group_of: IntArray
-    settings: quantizers.Settings
+    settings: quantizers.QuantizerSettings
     experts: Mapping[str, int]
     need_logits: bool
     notes: tuple[str, ...]

@@ -44,32 +44,32 @@ def stock_warnings(model: PreTrainedModel, names: Sequence[str], batch: Batch) -
         for name, gradient in plain.items()
         if _apart(reentrant.get(name), gradient) > _LOST
     }
-    found = []
+    warnings = []
     if lost:
-        found.append(
+        warnings.append(
             f"engine=stock is wrong for {len(lost)} of {len(names)} linears of this model: ModelOpt's search "
             "recomputes blocks in a way that loses the gradients which later blocks send to the keys and values of an "
             f"earlier one (up to {max(lost.values()):.0%} of a gradient, on 8 tokens); use autoquant.engine=onepass"
         )
     if several := [name for name, count in calls.items() if count > 1]:
-        found.append(
+        warnings.append(
             f"engine=stock is wrong for {several[0]}"
             + (f" and {len(several) - 1} more" if several[1:] else "")
             + ": they are called several times in a forward pass, and ModelOpt's search knows the last call alone; use "
             "autoquant.engine=onepass"
         )
-    return tuple(found)
+    return tuple(warnings)
 
 
 def _gradients(
     model: PreTrainedModel, names: Sequence[str], batch: Batch, called: Callable[[str], None], reentrant: bool = False
 ) -> dict[str, torch.Tensor]:
     """Gradients of the outputs of some modules, summed over their calls."""
-    found: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
 
     def observe(name: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
         def add(gradient: torch.Tensor) -> None:
-            found[name] = found[name] + gradient if name in found else gradient.clone()
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient.clone()
 
         def hook(_module: nn.Module, _args: object, output: torch.Tensor) -> None:
             called(name)
@@ -84,12 +84,12 @@ def _gradients(
         stack.enter_context(activation_gradients(model))
         stack.enter_context(checkpointed(model, reentrant=True) if reentrant else nullcontext())
         loss_backward(model, first_tokens(batch))
-    return found
+    return gradients
 
 
-def _apart(found: torch.Tensor | None, expected: torch.Tensor) -> float:
+def _apart(gradient: torch.Tensor | None, expected: torch.Tensor) -> float:
     """Relative difference of two gradients."""
-    if found is None:
+    if gradient is None:
         return 1.0
     norm = expected.double().norm()
-    return float((found.double() - expected.double()).norm() / norm) if norm > 0 else 0.0
+    return float((gradient.double() - expected.double()).norm() / norm) if norm > 0 else 0.0

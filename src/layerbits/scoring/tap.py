@@ -51,7 +51,7 @@ class Tap(ABC):
         self,
         name: str,
         module: nn.Module,
-        settings: quantizers.Settings,
+        settings: quantizers.QuantizerSettings,
         inputs: Sequence[str],
         device: torch.device,
     ) -> None:
@@ -67,7 +67,7 @@ class Tap(ABC):
         """What the module takes for a segment of some tokens."""
 
     @abstractmethod
-    def watched(self, see: See) -> AbstractContextManager[None]:
+    def observed(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows what is quantized to ``see``."""
 
     @abstractmethod
@@ -150,12 +150,12 @@ class Tap(ABC):
             UserError: The module was never called, or an input is not finite.
         """
         for _, site, i, quantizer in self.range_names():
-            found = running.get(site, {}).get(self.range_kind(i, quantizer))
-            if found is None:
+            grown = running.get(site, {}).get(self.range_kind(i, quantizer))
+            if grown is None:
                 raise UserError(
                     f"{self.name} is never called in a forward pass; leave it out with model.exclude=[{self.name}]"
                 )
-            amax = found.amax
+            amax = grown.amax
             if not bool(torch.isfinite(amax).all()):
                 raise UserError(f"the input of {self.name} is not finite; try model.dtype=float32 or bfloat16")
             quantizer.amax = amax
@@ -170,7 +170,7 @@ class LinearTap(Tap):
 
     module: QuantizableModule
 
-    def __init__(self, name: str, module: QuantizableModule, settings: quantizers.Settings) -> None:
+    def __init__(self, name: str, module: QuantizableModule, settings: quantizers.QuantizerSettings) -> None:
         super().__init__(name, module, settings, [""], device_of(module))
         if is_convolution(module) and any(quantizer.axis is not None for _, _, _, quantizer in self.range_names()):
             raise Unsupported(
@@ -190,7 +190,7 @@ class LinearTap(Tap):
         kept = rows + width
         return ModuleFootprint(width, kept, kept, count, count, False, passing, outputs)
 
-    def watched(self, see: See) -> AbstractContextManager[None]:
+    def observed(self, see: See) -> AbstractContextManager[None]:
         """While it lasts, a forward shows the input to ``see``."""
         return hooked(self.module.register_forward_pre_hook(lambda _module, args: see("", args[0])))
 
@@ -293,7 +293,7 @@ def first_input(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tenso
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _runs(settings: quantizers.Settings) -> list[list[tuple[int, int, list[int]]]]:
+def _runs(settings: quantizers.QuantizerSettings) -> list[list[tuple[int, int, list[int]]]]:
     """Per input setting, runs of neighbouring weight settings: one matrix product serves all candidates of a run.
 
     Returns:
@@ -302,11 +302,11 @@ def _runs(settings: quantizers.Settings) -> list[list[tuple[int, int, list[int]]
     runs: list[list[tuple[int, int, list[int]]]] = []
     for setting in range(len(settings.inputs)):
         mine = sorted((w, c) for c, (w, i) in enumerate(settings.pairs) if i == setting)
-        found: list[tuple[int, int, list[int]]] = []
+        own: list[tuple[int, int, list[int]]] = []
         for w, c in mine:
-            if found and found[-1][1] == w:
-                found[-1] = (found[-1][0], w + 1, [*found[-1][2], c])
+            if own and own[-1][1] == w:
+                own[-1] = (own[-1][0], w + 1, [*own[-1][2], c])
             else:
-                found.append((w, w + 1, [c]))
-        runs.append(found)
+                own.append((w, w + 1, [c]))
+        runs.append(own)
     return runs

@@ -40,7 +40,7 @@ Hook = Callable[[nn.Module, Arguments, dict[str, torch.Tensor], torch.Tensor], N
 """Runs behind a forward: the module, its arguments and its output."""
 
 
-def make_tap(name: str, module: nn.Module, settings: quantizers.Settings) -> Tap:
+def make_tap(name: str, module: nn.Module, settings: quantizers.QuantizerSettings) -> Tap:
     """A tap of the kind that a module needs.
 
     Args:
@@ -77,7 +77,7 @@ class Taps:
         Unsupported: A scored module is neither a linear nor an expert module.
     """
 
-    def __init__(self, model: PreTrainedModel, names: Sequence[str], settings: quantizers.Settings) -> None:
+    def __init__(self, model: PreTrainedModel, names: Sequence[str], settings: quantizers.QuantizerSettings) -> None:
         self.model = model
         self.taps = [make_tap(name, model.get_submodule(name), settings) for name in names]
         self._pairs = settings.pairs
@@ -118,7 +118,7 @@ class Taps:
 
         with ExitStack() as stack, torch.no_grad():
             for index, tap in enumerate(self.taps):
-                stack.enter_context(tap.watched(partial(see, index)))
+                stack.enter_context(tap.observed(partial(see, index)))
             for batch in progress(batches, "calibrating"):
                 for segment in batch.segments:
                     images.enter(segment)
