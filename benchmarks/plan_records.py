@@ -162,7 +162,6 @@ class Measured:
     def memory(self) -> MemoryPlan:
         """How it was run: copies of linears as they fit, of experts none, logits in pieces where its record says so."""
         mode, share = self.point.mode, self.point.logit / LOGIT
-        whole = self.needs.loss
         loss = self.needs.loss
         needs = replace(self.needs, loss=LossBytes(int(loss.whole * share), int(loss.piece * share)))
         made = choose(needs, self.row["free_gb"] * 1e9, mode)

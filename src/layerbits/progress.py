@@ -34,17 +34,36 @@ class Report:
 
 Item = TypeVar("Item")
 Listener = Callable[[Report], None]
-_listeners: list[Listener] = []
+
+
+class _Current:
+    """What is in force: the ``with`` blocks of this module change one thing each, and put back what was before.
+
+    Attributes:
+        listener: Who hears reports.
+        work: The phases of the run, where they were planned.
+        part: Takes the share of the current step that is done.
+        hidden: Whether bars are not shown.
+    """
+
+    def __init__(self) -> None:
+        self.listener: Listener | None = None
+        self.work: _Work | None = None
+        self.part: Callable[[float], None] | None = None
+        self.hidden = False
+
+
+_current = _Current()
 
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Reports go to this listener meanwhile, and not to those outside."""
-    _listeners.append(listener)
+    before, _current.listener = _current.listener, listener
     try:
         yield
     finally:
-        _listeners.remove(listener)
+        _current.listener = before
 
 
 @dataclass
@@ -92,15 +111,10 @@ class _Work:
             100 * (1 - left / whole) if whole else 100.0,
             left * self._pace,
         )
-        if _listeners and now - self._reported >= REPORT_SECONDS:
+        if _current.listener is not None and now - self._reported >= REPORT_SECONDS:
             self._reported = now
-            _listeners[-1](report)
+            _current.listener(report)
         return report
-
-
-_works: list[_Work] = []
-_hidden: list[bool] = []
-_bars: list[Callable[[float], None]] = []
 
 
 @contextmanager
@@ -110,21 +124,22 @@ def planned(**phases: tuple[int, float]) -> Iterator[None]:
     Args:
         phases: Name → steps, and what a step costs relative to one of another phase.
     """
-    _works.append(_Work({name: _Phase(steps, cost) for name, (steps, cost) in phases.items()}))
+    work = _Work({name: _Phase(steps, cost) for name, (steps, cost) in phases.items()})
+    before, _current.work = _current.work, work
     try:
         yield
     finally:
-        _works.pop()
+        _current.work = before
 
 
 @contextmanager
 def hidden() -> Iterator[None]:
     """Shows no bars meanwhile: what runs is no run of the user's."""
-    _hidden.append(True)
+    before, _current.hidden = _current.hidden, True
     try:
         yield
     finally:
-        _hidden.pop()
+        _current.hidden = before
 
 
 def progress(items: Sequence[Item], what: str, done: int = 0) -> Iterator[Item]:
@@ -137,12 +152,13 @@ def progress(items: Sequence[Item], what: str, done: int = 0) -> Iterator[Item]:
     """
     from tqdm import tqdm
 
-    work = _works[-1] if _works and _works[-1].holds(what) else _Work({what: _Phase(len(items), 1.0)})
+    whole = _current.work
+    work = whole if whole is not None and whole.holds(what) else _Work({what: _Phase(len(items), 1.0)})
     total = done + len(items)
     work.start(what, total, done)
     # a log file need not have a line for each step
     seconds = 0.1 if sys.stderr.isatty() else REPORT_SECONDS
-    quiet = bool(_hidden) or int(os.environ.get("RANK", "0")) > 0
+    quiet = _current.hidden or int(os.environ.get("RANK", "0")) > 0
     with tqdm(
         total=total, initial=done, desc=what, unit="batch", mininterval=seconds, miniters=0, disable=quiet
     ) as bar:
@@ -154,14 +170,15 @@ def progress(items: Sequence[Item], what: str, done: int = 0) -> Iterator[Item]:
             bar.set_postfix_str(f"{report.percent:.0f}% of all, ends {end.strftime(form)}", refresh=False)
             bar.update(round(count, 2) - bar.n)
 
-        _bars.append(lambda share: reached(count + min(share, 1.0)))
+        count = done
+        before, _current.part = _current.part, lambda share: reached(count + min(share, 1.0))
         try:
             for index, item in enumerate(items):
                 count = done + index
                 yield item
                 reached(count + 1)
         finally:
-            _bars.pop()
+            _current.part = before
 
 
 def part_done(share: float) -> None:
@@ -170,5 +187,5 @@ def part_done(share: float) -> None:
     Args:
         share: From 0 to 1.
     """
-    if _bars:
-        _bars[-1](share)
+    if _current.part is not None:
+        _current.part(share)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,14 @@ from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import BaselineLoss, check_first_batch
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.modality import Modality, modality_of
-from layerbits.results.result import Allocation, CalibrationInfo, CandidateInfo, SensitivityResult, effective_bits
+from layerbits.results.result import (
+    Allocation,
+    CalibrationInfo,
+    CandidateInfo,
+    ModelInfo,
+    SensitivityResult,
+    effective_bits,
+)
 from layerbits.results.routing import coverage_warnings
 from layerbits.stages.plan import Plan
 from layerbits.stages.workbench import scored_together
@@ -35,6 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from layerbits.scoring.job import Scores, ScoringJob
+    from layerbits.scoring.state import SearchState
 
 _STOCK_OFFLOAD = (
     "ModelOpt's own search needs all weights on the device, which memory=offload keeps in host memory; use "
@@ -53,7 +62,7 @@ class Outcome:
     """One candidate's result, and ModelOpt's search state for it."""
 
     result: SensitivityResult
-    state: JsonObject
+    state: SearchState
 
 
 def load_model(plan: Plan) -> LoadedModel:
@@ -99,81 +108,154 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     """
     import torch
 
-    from layerbits.scoring import distributed, kl, onepass, refine, stock
-
-    settings, spec = plan.settings, plan.settings.autoquant
-    distributed.agree(
-        {
-            "model files": plan.resolved.revision,
-            "captions": plan.captions.digest,
-            "memory mode": spec.memory,
-            "configuration": plan.fingerprint,
-        }
-    )
+    _agree(plan)
     seconds: dict[str, float] = {}
     if loaded is None:
         start = time.perf_counter()
         loaded = load_model(plan)
         seconds["load"] = time.perf_counter() - start
-    check_causality(loaded.model, plan.calibration, settings.model.name)
-    torch.manual_seed(settings.seed)
-    workdir = Path(spec.checkpoint) if spec.checkpoint else writable_cache() / "searches" / plan.fingerprint
-    job = scoring_job(plan, loaded, workdir)
-    alone = [c.info.name for c, _ in plan.candidates if not scored_together(c)]
-    fell_back = spec.engine != "stock" and bool(alone)
-    engine_name = "stock" if fell_back else spec.engine
-    if engine_name == "stock" and offloaded(loaded.model) is not None:
+    check_causality(loaded.model, plan.calibration, plan.settings.model.name)
+    torch.manual_seed(plan.settings.seed)
+    alone = tuple(c.info.name for c, _ in plan.candidates if not scored_together(c))
+    engine = "stock" if alone else plan.settings.autoquant.engine
+    if engine == "stock" and offloaded(loaded.model) is not None:
         raise Unsupported(_STOCK_OFFLOAD)
-    engine = stock if engine_name == "stock" else kl if spec.method == "kl_div" else onepass
-    scores = engine.score(job)
-    if spec.refine:
-        scores = refine.refine(job, scores, spec.refine)
-    baseline = BaselineLoss(scores.loss_per_token, _vocabulary(loaded.model))
-    doubts = () if settings.model.random_weights else baseline.check(_opening(plan))
-    noisy = dropout_of(loaded.model, loaded.model.config.get_text_config())
-    on = noisy > 0 and engine is stock and spec.method == "gradient"
-    notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
-    captions = spec.num_score_samples or len(plan.captions.captions)
-    starved = coverage_warnings(scores.routing, captions)
-    dropout = (_DROPOUT_ON.format(noisy),) if on else ()
-    switched = {"dropout": f"{noisy:g}, {'on' if on else 'off'} while scoring"} if noisy > 0 else {}
+    scores = _scores(plan, loaded, engine)
+    scored = _Scored.of(plan, loaded, engine, alone, scores)
     facts = provenance(root)
     return [
         Outcome(
-            with_intervals(
-                SensitivityResult(
-                    model=loaded.info,
-                    calibration=_calibration_info(plan),
-                    method=spec.method,
-                    engine=engine_name,
-                    seed=settings.seed,
-                    device=plan.device,
-                    groups=scores.groups,
-                    candidate=candidate.info,
-                    scores=scores.raw[:, c],
-                    predicted_kl=scores.predicted_kl[:, c],
-                    allocation=_allocation(scores, c, candidate.info, spec),
-                    sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, c],
-                    sample_tokens=scores.sample_tokens,
-                    baseline=baseline,
-                    nonfinite=tuple(n for n in scores.nonfinite if n.candidate == candidate.info.name),
-                    settings=_shown(settings.composed),
-                    provenance=facts,
-                    seconds={**seconds, **scores.seconds},
-                    memory={**peak_memory(), **scores.memory},
-                    routing=scores.routing,
-                    kv_cache=scores.kv_cache,
-                    measured_se=None if scores.measured_se is None else scores.measured_se[:, c],
-                    modality=_modality(plan, scores, c),
-                    tags={**_tags(plan, capability, scores), **switched, "cell": plan.cells[candidate.info.name]},
-                    warnings=(*doubts, *dropout, *plan.warnings(capability), *scores.notes, *notes, *starved),
-                    created=datetime.now(UTC).isoformat(timespec="seconds"),
-                )
-            ),
-            scores.states[candidate.info.name],
+            with_intervals(scored.result(c, candidate, capability, seconds, facts)), scores.states[candidate.info.name]
         )
         for c, (candidate, capability) in enumerate(plan.candidates)
     ]
+
+
+def _agree(plan: Plan) -> None:
+    """Makes sure that all processes run the same plan."""
+    from layerbits.scoring import distributed
+
+    distributed.agree(
+        {
+            "model files": plan.resolved.revision,
+            "captions": plan.captions.digest,
+            "memory mode": plan.settings.autoquant.memory,
+            "configuration": plan.fingerprint,
+        }
+    )
+
+
+def _scores(plan: Plan, loaded: LoadedModel, engine: str) -> Scores:
+    """Scores of an engine, those groups measured that the settings ask for."""
+    from layerbits.scoring import kl, onepass, refine, stock
+
+    spec = plan.settings.autoquant
+    workdir = Path(spec.checkpoint) if spec.checkpoint else writable_cache() / "searches" / plan.fingerprint
+    job = scoring_job(plan, loaded, workdir)
+    by_name = stock if engine == "stock" else kl if spec.method == "kl_div" else onepass
+    scores = by_name.score(job)
+    return refine.refine(job, scores, spec.refine) if spec.refine else scores
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A plan whose candidates are scored.
+
+    Attributes:
+        model: The model as it was loaded. engine: The engine that ran.
+        baseline: Loss of the unquantized model.
+        doubts: What a reader should know, before what is said of a candidate and after it.
+        dropout: The model's dropout, for the tags; empty where it has none.
+    """
+
+    plan: Plan
+    model: ModelInfo
+    engine: str
+    scores: Scores
+    baseline: BaselineLoss
+    doubts: tuple[tuple[str, ...], tuple[str, ...]]
+    dropout: Mapping[str, str]
+
+    @classmethod
+    def of(cls, plan: Plan, loaded: LoadedModel, engine: str, alone: Sequence[str], scores: Scores) -> _Scored:
+        """Looks at the loss, at dropout and at experts that saw few tokens.
+
+        Args:
+            plan: The plan.
+            loaded: Its model.
+            engine: The engine that ran.
+            alone: Candidates that ModelOpt alone can score.
+            scores: Its scores.
+
+        Raises:
+            UserError: The unquantized model predicts the captions no better than guessing.
+        """
+        settings, spec = plan.settings, plan.settings.autoquant
+        baseline = BaselineLoss(scores.loss_per_token, _vocabulary(loaded.model))
+        doubts = () if settings.model.random_weights else baseline.check(_opening(plan))
+        noisy = dropout_of(loaded.model, loaded.model.config.get_text_config())
+        on = noisy > 0 and engine == "stock" and spec.method == "gradient"
+        fell_back = bool(alone) and spec.engine != "stock"
+        notes = (f"{alone[0]} needs ModelOpt's own calibration: scored by engine=stock",) if fell_back else ()
+        starved = coverage_warnings(scores.routing, spec.num_score_samples or len(plan.captions.captions))
+        return cls(
+            plan=plan,
+            model=loaded.info,
+            engine=engine,
+            scores=scores,
+            baseline=baseline,
+            doubts=((*doubts, *((_DROPOUT_ON.format(noisy),) if on else ())), (*notes, *starved)),
+            dropout={"dropout": f"{noisy:g}, {'on' if on else 'off'} while scoring"} if noisy > 0 else {},
+        )
+
+    def result(
+        self,
+        column: int,
+        candidate: Candidate,
+        capability: Capability,
+        seconds: Mapping[str, float],
+        facts: dict[str, str],
+    ) -> SensitivityResult:
+        """The result of one candidate.
+
+        Args:
+            column: Of the candidate in the scores.
+            candidate: The candidate.
+            capability: What this machine and model can run of it.
+            seconds: Time by phase before the scoring.
+            facts: Where the result comes from.
+        """
+        plan, scores, info = self.plan, self.scores, candidate.info
+        spec = plan.settings.autoquant
+        before, after = self.doubts
+        return SensitivityResult(
+            model=self.model,
+            calibration=_calibration_info(plan),
+            method=spec.method,
+            engine=self.engine,
+            seed=plan.settings.seed,
+            device=plan.device,
+            groups=scores.groups,
+            candidate=info,
+            scores=scores.raw[:, column],
+            predicted_kl=scores.predicted_kl[:, column],
+            allocation=_allocation(scores, column, info, spec),
+            sample_kl=None if scores.sample_kl is None else scores.sample_kl[:, :, column],
+            sample_tokens=scores.sample_tokens,
+            baseline=self.baseline,
+            nonfinite=tuple(n for n in scores.nonfinite if n.candidate == info.name),
+            settings=_shown(plan.settings.composed),
+            provenance=facts,
+            seconds={**seconds, **scores.seconds},
+            memory={**peak_memory(), **scores.memory},
+            routing=scores.routing,
+            kv_cache=scores.kv_cache,
+            measured_se=None if scores.measured_se is None else scores.measured_se[:, column],
+            modality=_modality(plan, scores, column),
+            tags={**_tags(plan, capability, scores), **self.dropout, "cell": plan.cells[info.name]},
+            warnings=(*before, *plan.warnings(capability), *scores.notes, *after),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
 
 def _modality(plan: Plan, scores: Scores, column: int) -> Modality | None:
