@@ -49,11 +49,11 @@ def alarms(reference: str, tasks: str, limit: int, sizes: int, device: str, out:
     """Asks one unquantized model with many batch sizes, and compares each pair of them."""
     from layerbits.answers.harness import Harness
     from layerbits.answers.settings import TaskSettings
+    from layerbits.history.scheme_inputs import load_scores
     from layerbits.probing.loading import prepare
     from layerbits.schemes.catalog import SchemeSpec
     from layerbits.schemes.make import make_schemes
     from layerbits.schemes.settings import listed
-    from layerbits.schemes.source import load_scores
 
     spec = SchemeSpec.from_mapping({"name": "none", "effective_bits": [16], "candidates": [], "objective": "score"})
     (scheme,) = make_schemes([spec], load_scores([reference]))

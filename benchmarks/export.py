@@ -33,6 +33,7 @@ from shapes import SHAPES
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.export import scheme as export
 from layerbits.export.plan import plan_exports
+from layerbits.history.scheme_inputs import load_scores
 from layerbits.inputs.models import build
 from layerbits.probing.probe import probe_schemes
 from layerbits.probing.report import markdown
@@ -40,7 +41,6 @@ from layerbits.provenance import provenance
 from layerbits.schemes.catalog import load_specs
 from layerbits.schemes.kv_cache import with_cache
 from layerbits.schemes.make import make_schemes
-from layerbits.schemes.source import load_scores
 
 SCHEMES = ("fp8_autoquant_top25", "fp8_autoquant_top50", "fp8_autoquant_full")
 _EVERY = 0.005

@@ -190,8 +190,8 @@ def _stability(options: argparse.Namespace) -> int:
 
 
 def _scheme_stability(runs: Sequence[str], bits: str, form: str, uri: str | None) -> int:
+    from layerbits.history.scheme_inputs import load_scores
     from layerbits.schemes.catalog import SchemeSpec
-    from layerbits.schemes.source import load_scores
     from layerbits.schemes.sureness import by_group, in_words, sureness
 
     spec = SchemeSpec.from_mapping({"name": "bits", "effective_bits": [b for b in bits.split(",") if b.strip()]})

@@ -10,11 +10,11 @@ import yaml
 from mlflow import MlflowClient
 
 from layerbits.errors import UserError
+from layerbits.history.scheme_inputs import load_scores
 from layerbits.probing.apply import apply_scheme
 from layerbits.probing.loading import prepare
 from layerbits.recipes.recipe import load_recipe
 from layerbits.schemes import load_scheme
-from layerbits.schemes.source import load_scores
 from layerbits.scoring.steps import calibration_forward
 
 from .entries import start

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.history.probed import probed_kl
+from layerbits.history.scheme_inputs import load_scores
 from layerbits.inputs import smollm2
 from layerbits.inputs.calibration import Batch, Segment
 from layerbits.inputs.captions import load_captions
@@ -22,7 +23,6 @@ from layerbits.probing.loading import prepare
 from layerbits.probing.probe import held_out_rows
 from layerbits.schemes import load_scheme
 from layerbits.schemes.kv_cache import toggles
-from layerbits.schemes.source import load_scores
 from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.steps import calibration_forward
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from layerbits.errors import UserError
-from layerbits.schemes.additivity import Point, expected, factors, load_factors, points_of
+from layerbits.history.scheme_inputs import load_factors
+from layerbits.schemes.additivity import Point, expected, factors, points_of
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.report import markdown, metrics

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from layerbits.errors import UserError
+from layerbits.history.scheme_inputs import load_scores
 from layerbits.schemes import load_scheme
 from layerbits.schemes.catalog import SchemeSpec, load_specs
 from layerbits.schemes.coverage import block_scores, covered_blocks
@@ -17,7 +18,7 @@ from layerbits.schemes.folder import write_schemes
 from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import exclude_patterns, exclude_yaml, excludes, markdown, metrics, parameters
 from layerbits.schemes.settings import SchemeSettings
-from layerbits.schemes.source import combine, load_scores
+from layerbits.schemes.source import combine
 
 CATALOG = Path(__file__).parents[2] / "configs" / "scheme"
 RANDOM = SchemeSpec("random", control="random", seeds=(0, 1))

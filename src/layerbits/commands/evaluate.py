@@ -6,11 +6,12 @@ from pathlib import Path
 
 from layerbits.answers.report import data, markdown, measured, parameters, remarks, tags, write_evaluation
 from layerbits.answers.settings import evaluate_settings
+from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
 from layerbits.plain import Composed
-from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
+from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
@@ -24,7 +25,7 @@ def evaluate(config: Composed, root: Path) -> None:
     def make(uri: str | None) -> Made:
         from layerbits.answers.job import evaluate_schemes
 
-        schemes = wanted.schemes(uri)
+        schemes = requested_schemes(wanted, uri)
         result = evaluate_schemes(schemes, settings, config["device"], root)
         folder = write_evaluation(result, output)
         text = markdown(result)

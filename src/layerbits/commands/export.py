@@ -6,6 +6,7 @@ from pathlib import Path
 
 from layerbits.export.job import ExportSettings, run_exports
 from layerbits.export.log import ExportLog, check_registered_name
+from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import Tracker
 from layerbits.plain import Composed
 from layerbits.schemes.request import SchemeRequest
@@ -18,6 +19,6 @@ def export(config: Composed, root: Path) -> None:
     settings = ExportSettings.from_config(config)
     tracker = Tracker(TrackingSpec.from_config(config), root)
     with tracker.parent(f"export of {wanted.source_name}", "exports"):
-        schemes = wanted.schemes(tracker.uri)
+        schemes = requested_schemes(wanted, tracker.uri)
         check_registered_name(settings, schemes[0].model.name if schemes else "")
         run_exports(schemes, settings, ExportLog(settings, tracker, root))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
 from layerbits.plain import Composed
 from layerbits.probing.report import markdown, parameters, write_probe
-from layerbits.schemes.report import digests
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.settings import listed_paths, whole
 from layerbits.scoring.precision import check_dtype
+from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
@@ -28,7 +29,7 @@ def probe(config: Composed, root: Path) -> None:
     def make(uri: str | None) -> Made:
         from layerbits.probing.probe import probe_schemes
 
-        schemes = wanted.schemes(uri)
+        schemes = requested_schemes(wanted, uri)
         result = probe_schemes(schemes, rows, batch_size, config["device"], root, dtype, seq_len, texts)
         folder = write_probe(result, output)
         text = markdown(result)

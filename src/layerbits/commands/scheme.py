@@ -7,14 +7,15 @@ from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.history.evaluated import verdicts
+from layerbits.history.scheme_inputs import load_factors, load_scores
 from layerbits.jobs import Tracker, note
 from layerbits.plain import Composed
-from layerbits.schemes.additivity import load_factors
 from layerbits.schemes.folder import write_schemes
 from layerbits.schemes.make import curve, make_schemes
-from layerbits.schemes.report import digests, excludes, markdown, metrics, parameters
+from layerbits.schemes.report import excludes, markdown, metrics, parameters
 from layerbits.schemes.settings import SchemeSettings, listed_paths
 from layerbits.schemes.sureness import sureness
+from layerbits.tracking.contract import digests
 from layerbits.tracking.links import with_remarks
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
@@ -29,7 +30,7 @@ def scheme(config: Composed, root: Path) -> None:
     measured = probes[0] if probes else None
 
     def make(uri: str | None, said: Mapping[str, str]) -> Made:
-        source = settings.source(uri)
+        source = settings.applied(load_scores(settings.references, uri))
         made = make_schemes(settings.specs, source)
         points = curve(settings.base, source, settings.pareto) if settings.pareto else []
         sure = sureness(settings.specs, source)

@@ -14,10 +14,11 @@ from layerbits.recipes.recipe import LoadedRecipe, load_recipe
 from layerbits.recipes.report import markdown, record
 from layerbits.recipes.schemes import recipe_schemes
 from layerbits.schemes.folder import write_schemes
-from layerbits.schemes.report import digests, metrics
+from layerbits.schemes.report import metrics
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import combine
 from layerbits.stages.write import write
+from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
 
 KIND = "recipe"

@@ -8,11 +8,9 @@ schemes or more say how far that is off: by how much each scheme lies beside the
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -155,42 +153,27 @@ def _known(scheme: JsonMapping) -> bool:
     return scheme["predicted_kl"] is not None and scheme["difference"]["kl"] is not None
 
 
-def load_factors(reference: str, tracking_uri: str | None, revision: str) -> list[Factor]:
-    """The factors of a probe.
+def factors_of(probe: JsonMapping, name: str, revision: str) -> list[Factor]:
+    """The factors that a probe measured.
 
     Args:
-        reference: Run id, folder or ``probe.json`` of a probe.
-        tracking_uri: The store of the run.
+        probe: Its ``probe.json``.
+        name: What messages call it.
         revision: Of the model that schemes are made for.
 
     Raises:
-        UserError: There is no such probe, it is of another revision, or it measured too few schemes of any candidates.
+        UserError: It is no record of a probe, of another revision, or it measured too few schemes of any candidates.
     """
-    path = Path(reference)
-    if path.exists() or "/" in reference:
-        path = path / "probe.json" if path.is_dir() else path
-        try:
-            data = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"no probe at {path}; give the folder of a probe, or its run id") from None
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); give the folder of a probe, or its run id") from None
-    else:
-        from layerbits.history.derived import artifact
-
-        data = json.loads(artifact(reference, "probe.json", tracking_uri))
-    points = points_of(data)
-    if (of := data["model"]["revision"]) != revision:
+    points = points_of(probe)
+    if (of := probe["model"]["revision"]) != revision:
+        raise UserError(f"{name} probed revision {of}, the schemes are for {revision}; probe schemes of these runs")
+    made = factors(points)
+    if not made:
         raise UserError(
-            f"{reference} probed revision {of}, the schemes are for {revision}; probe schemes of these runs"
-        )
-    found = factors(points)
-    if not found:
-        raise UserError(
-            f"{reference} measured {len(points)} schemes, and fewer than {FEWEST} of the same candidates; probe three "
+            f"{name} measured {len(points)} schemes, and fewer than {FEWEST} of the same candidates; probe three "
             "budgets or more (effective_bits=…)"
         )
-    return found
+    return made
 
 
 def to_json(known: Sequence[Factor]) -> list[dict[str, object]]:

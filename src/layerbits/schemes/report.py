@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.plain import JsonObject
@@ -14,7 +14,6 @@ from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
 from layerbits.schemes.sureness import Sureness
 from layerbits.schemes.sureness import markdown as sure_words
-from layerbits.tracking.contract import DIGEST_TAG
 
 
 def rows(schemes: Sequence[Scheme]) -> list[JsonObject]:
@@ -103,15 +102,6 @@ def metrics(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Seq
             values[f"scheme/{scheme.name}/expected_kl"], values[f"scheme/{scheme.name}/expected_kl_se"] = found
     values |= {f"scheme/{one.scheme}/{name}": value for one in sure for name, value in one.metrics().items()}
     return {key: float(value) for key, value in values.items() if value is not None}
-
-
-def digests(schemes: Mapping[str, str]) -> dict[str, str]:
-    """Tags that say what each scheme of a run is: its name may mean another one in another run.
-
-    Args:
-        schemes: Name → digest.
-    """
-    return {f"{DIGEST_TAG}{name}": digest for name, digest in schemes.items()}
 
 
 def parameters(specs: Sequence[SchemeSpec], source: Source) -> dict[str, str]:

@@ -10,6 +10,7 @@ from layerbits.schemes.kv_cache import AUTO, kv_choice, with_cache
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.scheme import Scheme, load_scheme
 from layerbits.schemes.settings import SchemeSettings, listed_paths, source_name
+from layerbits.schemes.source import Source
 
 
 @dataclass(frozen=True)
@@ -42,15 +43,15 @@ class SchemeRequest:
         """The files or runs in a few words."""
         return source_name(self.files) if self.settings is None else self.settings.source_name
 
-    def schemes(self, tracking_uri: str | None) -> list[Scheme]:
-        """Reads or makes them.
+    def schemes(self, source: Source | None = None) -> list[Scheme]:
+        """Reads them from the files, or makes them.
 
         Args:
-            tracking_uri: The store of the runs.
+            source: The scores of the settings' runs; ``None`` where there are files.
 
         Raises:
-            UserError: No such file or run, or schemes that cannot be made of it.
+            UserError: No such file, or schemes that cannot be made of the scores.
         """
-        if self.settings is not None:
-            return make_schemes(self.settings.specs, self.settings.source(tracking_uri))
-        return [with_cache(load_scheme(path), self.kv_cache) for path in self.files]
+        if self.settings is None or source is None:
+            return [with_cache(load_scheme(path), self.kv_cache) for path in self.files]
+        return make_schemes(self.settings.specs, self.settings.applied(source))

@@ -12,7 +12,7 @@ from layerbits.plain import Composed
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.catalog import SchemeSpec, load_specs
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
-from layerbits.schemes.source import Source, load_scores
+from layerbits.schemes.source import Source
 
 _NONE = (None, "", "none", "null")
 
@@ -43,20 +43,16 @@ class SchemeSettings:
         """The sources in a few words."""
         return source_name(self.references)
 
-    def source(self, tracking_uri: str | None) -> Source:
-        """Reads the scores, to be made into schemes as asked for.
+    def applied(self, source: Source) -> Source:
+        """Recorded scores, to be made into schemes as asked for.
 
         Args:
-            tracking_uri: The store of the runs.
-
-        Raises:
-            UserError: As :func:`~layerbits.schemes.source.load_scores`.
+            source: Of :attr:`references`.
         """
-        found = load_scores(self.references, tracking_uri)
         return replace(
-            found,
-            cost_model=self.cost_model or found.cost_model,
-            kv_cache=chosen_cache(self.kv_cache, found.kv_prices),
+            source,
+            cost_model=self.cost_model or source.cost_model,
+            kv_cache=chosen_cache(self.kv_cache, source.kv_prices),
         )
 
     @classmethod

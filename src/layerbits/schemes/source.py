@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +14,6 @@ from layerbits.plain import Composed
 from layerbits.results.assignment import UNQUANTIZED, Assignment, IntArray
 from layerbits.results.comparable import ONE_SCHEME, facts, reasons
 from layerbits.results.kv_cache import kv_sums
-from layerbits.results.manifest import load_manifest
 from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
 from layerbits.schemes.kv_cache import AUTO, chosen_cache
 
@@ -82,27 +80,6 @@ class Source:
         at = assignment.positions([c.name for c in self.candidates])
         rows = np.flatnonzero(at != UNQUANTIZED)
         return rows, at[rows]
-
-
-def load_scores(references: Sequence[str], tracking_uri: str | None = None) -> Source:
-    """Reads the scores of finished runs.
-
-    Args:
-        references: Ids of sensitivity runs or of grids (all their finished cells), result folders, or manifests.
-        tracking_uri: The store of the runs; as :func:`layerbits.history.result` takes it.
-
-    Raises:
-        UserError: An unknown or failed run, or runs whose scores do not compare.
-    """
-    if not references:
-        raise UserError("no source is given; set run_id to the id of a sensitivity run, or to its folder")
-    results: dict[str, SensitivityResult] = {}
-    for reference in references:
-        if Path(reference).exists() or "/" in reference or reference.endswith(".json"):
-            results[reference] = load_manifest(reference)
-        else:
-            results |= _from_store(reference, tracking_uri)
-    return combine(results)
 
 
 def combine(results: Mapping[str, SensitivityResult]) -> Source:
@@ -173,28 +150,6 @@ def _samples(results: Sequence[SensitivityResult], row: Mapping[str, int]) -> tu
         assert result.sample_kl is not None
         found[:, [row[g.key] for g in result.groups], c] = result.sample_kl
     return found, tokens[0].astype(np.int64)
-
-
-def _from_store(run_id: str, tracking_uri: str | None) -> dict[str, SensitivityResult]:
-    from layerbits import history
-    from layerbits.history.source import connect, get_run, search
-
-    uri = connect(tracking_uri)
-    run = get_run(uri, run_id)
-    outcome = run.tags.get("outcome", "unfinished")
-    cells = search(
-        uri,
-        str(run.info["experiment_id"]),
-        f"tags.mlflow.parentRunId = '{run_id}' and tags.outcome = 'ok'",
-        lambda child: child.run_id,
-    )
-    kind = run.tags.get("layerbits.kind")
-    if kind is not None and not cells:
-        raise UserError(f"run {run_id} is a {kind} run and holds no scores; give the sensitivity run that it came from")
-    if outcome not in ("ok", "partial") or (outcome == "partial" and not cells):
-        why = f" ({run.tags['reason']})" if "reason" in run.tags else ""
-        raise UserError(f"run {run_id} ended as {outcome}{why} and holds no scores; give a run whose outcome is ok")
-    return {cell: history.result(cell, tracking_uri=uri) for cell in cells or [run_id]}
 
 
 def _all_weights(result: SensitivityResult) -> int | None:

@@ -241,6 +241,15 @@ def dataset(result: SensitivityResult) -> dict[str, str] | None:
     }
 
 
+def digests(schemes: Mapping[str, str]) -> dict[str, str]:
+    """Tags that say what each scheme of a run is: its name may mean another one in another run.
+
+    Args:
+        schemes: Name → digest.
+    """
+    return {f"{DIGEST_TAG}{name}": digest for name, digest in schemes.items()}
+
+
 def result_id(directory: Path) -> str:
     """What tells a result from every other: the digest of its manifest."""
     return hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()[:32]
