@@ -9,7 +9,8 @@ from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 
 from layerbits import jobs
 from layerbits.errors import Skipped, UserError
-from layerbits.tracking.links import linked, models_of, with_remarks
+from layerbits.report.remarks import with_remarks
+from layerbits.tracking.links import linked, models_of
 from layerbits.tracking.made import Data, Made, Measured, Registration, read_record
 from layerbits.tracking.settings import TrackingSpec
 

@@ -10,13 +10,13 @@ from layerbits.history.evaluated import verdicts
 from layerbits.history.scheme_inputs import load_factors, load_scores
 from layerbits.jobs import Tracker, note
 from layerbits.plain import Composed
+from layerbits.report.remarks import with_remarks
 from layerbits.schemes.folder import write_schemes
 from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import excludes, markdown, metrics, parameters
 from layerbits.schemes.settings import SchemeSettings, listed_paths
 from layerbits.schemes.sureness import sureness
 from layerbits.tracking.contract import digests
-from layerbits.tracking.links import with_remarks
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.errors import Unsupported
+from layerbits.report.remarks import with_remarks
 from layerbits.schemes.additivity import Factor
 from layerbits.schemes.llm_compressor import compressor_recipe_yaml
 from layerbits.schemes.ptq_recipe import ptq_recipe_yaml
@@ -17,7 +18,6 @@ from layerbits.schemes.report import exclude_yaml, excludes, markdown, rows
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
 from layerbits.schemes.sureness import Sureness
-from layerbits.tracking.links import with_remarks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from layerbits.report.remarks import with_remarks
 from layerbits.tracking.contract import DIGEST_TAG, IDENTITY_TAG
 from layerbits.tracking.made import Data, Measured
 
@@ -12,13 +13,9 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-REMARK = "\nAnswers"
-"""Where the description of a run begins that an evaluation wrote into it; all behind it is replaced."""
-
 _MODEL_TYPE = "scheme"
 _FORBIDDEN = str.maketrans(dict.fromkeys("/:.%\"'", "-"))
 _NOTE = "mlflow.note.content"
-_NOTE_SIZE = 8000  # MLflow's limit of a tag, in characters
 
 
 def log_data(client: MlflowClient, run_id: str, data: Sequence[Data]) -> None:
@@ -129,23 +126,3 @@ def remark(client: MlflowClient, experiment: str, remarks: Mapping[str, str]) ->
             note = str(tags.get(_NOTE, ""))
             if said and (new := with_remarks(note, said)) != note:
                 client.set_tag(run.info.run_id, _NOTE, new)
-
-
-def with_remarks(note: str, said: Mapping[str, str]) -> str:
-    """A description with what was found of its schemes at its end; what it had there for others of them stays.
-
-    Args:
-        note: The description.
-        said: Name of a scheme → a line; nothing changes without any.
-    """
-    if not said:
-        return note
-    body, _, old = note.partition(REMARK)
-    kept = dict(line.removeprefix("- ").split(": ", 1) for line in old.splitlines() if line.startswith("- "))
-    lines = "".join(f"- {name}: {words}\n" for name, words in {**kept, **said}.items())
-    added = f"{REMARK} (latest evaluation):\n\n{lines}"[:_NOTE_SIZE]
-    room = _NOTE_SIZE - len(added)
-    whole = f"{body.rstrip()}\n"
-    if len(whole) > room:
-        whole = whole[:room].rpartition("\n")[0] + "\n"
-    return whole + added
