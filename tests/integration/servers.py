@@ -135,7 +135,7 @@ def running_mlflow(folder: Path, backend: str, *options: str, **variables: str):
             process.wait()
 
 
-def wait_for(server: MlflowServer, process: subprocess.Popen, seconds: float = 60) -> None:
+def wait_for(server: MlflowServer, process: subprocess.Popen, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while True:
         try:

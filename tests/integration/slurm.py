@@ -68,7 +68,7 @@ class Slurm:
         self("munged", "--force", *(f"--{option}={self.folder}/munge.{end}" for option, end in files.items()))
         self("slurmctld", "-c")
         self("slurmd")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while "idle" not in self("sinfo", "--noheader", "--format=%T", check=False):
             if time.monotonic() > deadline:
                 raise RuntimeError((self.folder / "slurmctld.log").read_text()[-3000:])

@@ -1,5 +1,6 @@
 """A small result with its folder, and a real tracking server, for the tests of ``layerbits.tracking``."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -128,7 +129,8 @@ class Server:
         env = environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
         with (self._store / "server.log").open("w") as log:
             self._process = subprocess.Popen(self.command, env=env, stdout=log, stderr=log, start_new_session=True)
-        for _ in range(300):
+        deadline = time.monotonic() + 180  # some seconds, but on a busy machine
+        while self._process.poll() is None and time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(f"{self.url}/health", timeout=2).close()
             except OSError:
@@ -140,6 +142,7 @@ class Server:
 
     def kill(self) -> None:
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
