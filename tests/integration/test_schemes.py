@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -373,6 +374,21 @@ def test_a_budget_below_the_floor_ends_in_one_line(scored):
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "effective_bits=7 cannot be reached: the feasible range is 8 to 16" in line
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("budget_gib=0.0001", "context=64"), r"budget_gib=0\.0001 cannot be reached: the least is 0\.0\d+ GiB \(0\.0"),
+        (("budget_gib=1", "context=1000000"), r"context=1000000 is longer than the 2,048 positions of the model"),
+    ],
+)
+def test_a_budget_in_gib_is_of_the_model_that_was_scored(scored, arguments, message):
+    store, out, ids, _ = scored
+    done = run_script("scheme", store, out, f"run_id={ids['grid']}", "schemes=none", "controls=none", *arguments)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
 
 

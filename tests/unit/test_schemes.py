@@ -11,6 +11,7 @@ import yaml
 
 from layerbits.errors import UserError
 from layerbits.history.scheme_inputs import load_scores
+from layerbits.results.assignment import Assignment
 from layerbits.schemes import load_scheme
 from layerbits.schemes.catalog import SchemeSpec, load_specs
 from layerbits.schemes.coverage import block_scores, covered_blocks
@@ -18,6 +19,7 @@ from layerbits.schemes.folder import write_schemes
 from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import exclude_patterns, exclude_yaml, excludes, markdown, metrics, parameters
 from layerbits.schemes.settings import SchemeSettings
+from layerbits.schemes.sizes import GIB, Load, Sizes, Stored
 from layerbits.schemes.source import combine
 
 CATALOG = Path(__file__).parents[2] / "configs" / "scheme"
@@ -249,7 +251,7 @@ def test_a_users_yaml_is_a_scheme(tmp_path, source):
         ("effective_bit: 9", "unknown effective_bit"),
         ("effective_bits: nine", "effective_bits='nine' is not a number"),
         ("effective_bits: 9\ncoverage_order: both", "coverage_order=both is not known"),
-        ("coverage: 0.5", "needs either effective_bits or control"),
+        ("coverage: 0.5", "needs either a budget"),
         ("- 9", "holds no keys"),
         ("effective_bits: [9", "is not YAML"),
     ],
@@ -366,6 +368,7 @@ def test_metrics_are_finite_and_named_by_the_scheme(make_result):
 def settings_of(**changes):
     config = {
         "run_id": "abc", "schemes": "none", "controls": "none", "effective_bits": "none", "candidates": "all",
+        "budget_gib": "none", "context": 0, "concurrency": 1,
         "objective": "score", "coverage_order": "none", "pareto": 0, "output_root": "outputs",
         "tracking": {"enabled": False, "uri": None, "experiment": "x", "run_name": None, "system_metrics": False},
     }  # fmt: skip
@@ -379,6 +382,98 @@ def test_budgets_of_the_command_line_are_schemes_of_their_own(both):
     assert made[0].effective_bits <= 6
 
 
+def sized(source):
+    """The source with the bytes of its bits, in one format; 100 bytes are in no group, and 50 are a KV cache."""
+    weights = np.array([g.weights for g in source.groups])[:, None]
+    choices = weights * np.array([[c.bits / 8 for c in source.candidates] + [2.0]])
+    names = tuple(c.name for c in source.candidates)
+    return replace(source, sizes=Sizes(names, {"only": Stored(100, choices, frozenset(names))}, 50, Load()))
+
+
+def test_a_budget_in_bytes_chooses_as_the_same_budget_in_bits(both):
+    found = sized(both)
+    weights = sum(g.weights for g in both.groups)
+    bits = one(both, effective_bits=7)
+    gib = one(found, budget_gib=(weights * 7 / 8 + 150) / GIB)
+    assert gib.assignment == bits.assignment
+    assert gib.how["target_gib"] == pytest.approx((weights * 7 / 8 + 150) / GIB)
+    assert gib.size["weights_gib"] == pytest.approx((weights * gib.effective_bits / 8 + 100) / GIB)
+    assert gib.size["gib"] == pytest.approx(gib.size["weights_gib"] + 50 / GIB)
+
+
+def test_both_budgets_are_kept_and_the_tighter_one_decides(both):
+    found, weights = sized(both), sum(g.weights for g in both.groups)
+    tight, loose = ((weights * bits / 8 + 150) / GIB for bits in (6, 12))
+    assert one(found, effective_bits=12, budget_gib=tight).assignment == one(found, budget_gib=tight).assignment
+    assert one(found, effective_bits=6, budget_gib=loose).assignment == one(both, effective_bits=6).assignment
+
+
+def test_a_budget_that_no_scheme_reaches_names_the_floor_in_its_unit(both):
+    found, weights = sized(both), sum(g.weights for g in both.groups)
+    least = weights * min(c.bits for c in both.candidates) / 8 + 150
+    with pytest.raises(UserError, match=rf"budget_gib=1e-09 .* the least is {least / GIB:.4g} GiB .* the KV cache"):
+        one(found, budget_gib=1e-9)
+    with pytest.raises(UserError, match="effective_bits=2 cannot be reached: the feasible range"):
+        one(found, effective_bits=2, budget_gib=1)
+
+
+def test_budgets_that_exclude_each_other_name_what_is_left(both):
+    found = sized(both)
+    assert found.sizes is not None
+    only = found.sizes.formats["only"]
+    swapped = replace(only, choices=only.choices[:, [1, 0, 2]])  # what has fewer bits has more bytes
+    found = replace(found, sizes=replace(found.sizes, formats={"only": swapped}))
+    four = min(c.bits for c in both.candidates)
+    weights = sum(g.weights for g in both.groups)
+    gib = (weights * (four + 1) / 8 + 150) / GIB
+    with pytest.raises(UserError, match=rf"effective_bits={four + 0.5:g} and budget_gib=.* the least is .* GiB"):
+        one(found, effective_bits=four + 0.5, budget_gib=gib)
+
+
+def test_budgets_in_gib_have_names_of_their_own(both):
+    specs = settings_of(effective_bits="6,9", budget_gib="3,2.5").specs
+    assert [s.name for s in specs] == ["bits_6_gib_3", "bits_6_gib_2.5", "bits_9_gib_3", "bits_9_gib_2.5"]
+    assert [s.name for s in settings_of(budget_gib="3").specs] == ["gib_3"]
+
+
+def test_sizes_are_in_the_report_the_metrics_and_the_file(both, tmp_path):
+    found, weights = sized(both), sum(g.weights for g in both.groups)
+    scheme = one(found, budget_gib=weights / GIB)
+    assert "| GiB | of that KV cache |" in markdown([scheme])
+    assert metrics([scheme])["scheme/mine/gib"] == scheme.size["gib"]
+    assert load_scheme(scheme.save(tmp_path / "scheme.json")).size == scheme.size
+    assert "size" not in one(both, effective_bits=9).to_json()
+
+
+def test_a_candidate_without_an_export_is_not_eligible_for_a_budget_in_gib(both):
+    found, weights = sized(both), sum(g.weights for g in both.groups)
+    assert found.sizes is not None
+    choices = found.sizes.formats["only"].choices.copy()
+    choices[:, 1] = np.inf
+    found = replace(found, sizes=replace(found.sizes, formats={"only": Stored(100, choices, frozenset())}))
+    scheme = one(found, budget_gib=1.7 * weights / GIB)
+    assert scheme.assignment.used == {both.candidates[0].name}
+    assert any(both.candidates[1].name in note and "cannot be exported" in note for note in scheme.notes)
+
+
+def test_a_scheme_counts_in_the_format_that_it_is_exported_in(both):
+    weights = np.array([g.weights for g in both.groups])[:, None]
+    a, b = (c.name for c in both.candidates)
+    small, large = weights * np.array([[1.0, 0.5, 2.0]]), weights * np.array([[1.1, 0.6, 2.0]])
+    sizes = Sizes(
+        (a, b), {"x": Stored(10, large, frozenset([a])), "y": Stored(20, small, frozenset([a, b]))}, 0, Load()
+    )
+    count = len(both.groups)
+    assert (sizes.format_of([a]), sizes.format_of([b]), sizes.format_of([a, b])) == ("x", "y", "y")
+    assert sizes.checkpoint(Assignment([a] * count)) == pytest.approx(10 + 1.1 * weights.sum())
+    assert sizes.checkpoint(Assignment([a, *[b] * (count - 1)])) == pytest.approx(
+        20 + weights[0, 0] + 0.5 * weights[1:].sum()
+    )
+    costs, rest = sizes.costs([0, 1])
+    assert rest == 20  # never less than any of both has
+    assert costs[0].tolist() == pytest.approx((weights[0, 0] * np.array([1.1, 0.5, 2.0])).tolist())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -386,6 +481,10 @@ def test_budgets_of_the_command_line_are_schemes_of_their_own(both):
         ({}, "nothing to make"),
         ({"effective_bits": "few"}, "is not a number"),
         ({"pareto": "many"}, "pareto=many is not a whole number"),
+        ({"budget_gib": "0"}, "budget_gib=0 is no number of GiB"),
+        ({"budget_gib": "nan"}, "budget_gib=nan is no number of GiB"),
+        ({"budget_gib": "3", "context": -1}, "context=-1 is not a number of tokens"),
+        ({"budget_gib": "3", "concurrency": 0}, "concurrency=0 is not a number of requests"),
     ],
 )
 def test_settings_that_make_nothing_are_explained(changes, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layerbits.checkpoint.sizes import with_sizes
 from layerbits.export.job import ExportSettings, run_exports
 from layerbits.export.log import ExportLog, check_registered_name
 from layerbits.history.scheme_inputs import requested_schemes
@@ -19,6 +20,6 @@ def export(config: Composed, root: Path) -> None:
     settings = ExportSettings.from_config(config)
     tracker = Tracker(TrackingSpec.from_config(config), root)
     with tracker.parent(f"export of {wanted.source_name}", "exports"):
-        schemes = requested_schemes(wanted, tracker.uri)
+        schemes = requested_schemes(wanted, tracker.uri, with_sizes)
         check_registered_name(settings, schemes[0].model.name if schemes else "")
         run_exports(schemes, settings, ExportLog(settings, tracker, root))

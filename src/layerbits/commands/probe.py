@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layerbits.checkpoint.sizes import with_sizes
 from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
@@ -29,7 +30,7 @@ def probe(config: Composed, root: Path) -> None:
     def make(uri: str | None) -> Made:
         from layerbits.probing.probe import probe_schemes
 
-        schemes = requested_schemes(wanted, uri)
+        schemes = requested_schemes(wanted, uri, with_sizes)
         result = probe_schemes(schemes, rows, batch_size, config["device"], root, dtype, seq_len, texts)
         folder = write_probe(result, output)
         text = markdown(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from layerbits.checkpoint.sizes import with_sizes
 from layerbits.errors import UserError
 from layerbits.history.evaluated import verdicts
 from layerbits.history.scheme_inputs import load_factors, load_scores
@@ -30,7 +31,7 @@ def scheme(config: Composed, root: Path) -> None:
     measured = probes[0] if probes else None
 
     def make(uri: str | None, said: Mapping[str, str]) -> Made:
-        source = settings.applied(load_scores(settings.references, uri))
+        source = settings.applied(load_scores(settings.references, uri), with_sizes)
         made = make_schemes(settings.specs, source)
         points = curve(settings.base, source, settings.pareto) if settings.pareto else []
         sure = sureness(settings.specs, source)

@@ -15,6 +15,7 @@ from layerbits.results.result import SensitivityResult
 from layerbits.schemes.additivity import Factor, factors_of
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.scheme import Scheme
+from layerbits.schemes.sizes import Measure
 from layerbits.schemes.source import Source, combine
 
 
@@ -64,18 +65,20 @@ def load_factors(reference: str, tracking_uri: str | None, revision: str) -> lis
     return factors_of(data, reference, revision)
 
 
-def requested_schemes(request: SchemeRequest, tracking_uri: str | None) -> list[Scheme]:
+def requested_schemes(request: SchemeRequest, tracking_uri: str | None, measure: Measure) -> list[Scheme]:
     """The schemes of a request: those of its files, or made from its runs.
 
     Args:
         request: What is asked for.
         tracking_uri: The store of the runs.
+        measure: Finds the bytes of schemes, where a budget counts them.
 
     Raises:
         UserError: No such file or run, or schemes that cannot be made of it.
     """
     settings = request.settings
-    return request.schemes(None if settings is None else load_scores(settings.references, tracking_uri))
+    source = None if settings is None else load_scores(settings.references, tracking_uri)
+    return request.schemes(measure, source)
 
 
 def _from_store(run_id: str, tracking_uri: str | None) -> dict[str, SensitivityResult]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,11 +20,26 @@ OBJECTIVES = ("score", "predicted_kl")
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a scheme may take at most: bits per weight, GiB of a server's memory, or both."""
+
+    bits: float | None = None
+    gib: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the budget, as a part of the names of schemes: ``6``, ``gib_3`` or ``6_gib_3``."""
+        bits = [] if self.bits is None else [f"{self.bits:g}"]
+        return "_".join([*bits, *([] if self.gib is None else [f"gib_{self.gib:g}"])])
+
+
+@dataclass(frozen=True)
 class SchemeSpec:
     """How a scheme is made from scores, or a control from another scheme.
 
     Attributes:
-        effective_bits: Budgets; a scheme each.
+        effective_bits: Budgets in bits per weight; a scheme each.
+        budget_gib: Budgets in GiB of a server's memory; a scheme each, and one for each pair where both are given.
         coverage: Share of the blocks that keep the solver's decisions; ``None`` = all, and what is outside of blocks.
         coverage_order: Which blocks those are (:data:`~layerbits.schemes.coverage.ORDERS`).
         candidates: Names or quant pairs that groups may choose among; none = all that the source scored.
@@ -44,6 +60,7 @@ class SchemeSpec:
     score_samples: int | None = None
     control: str | None = None
     seeds: tuple[int, ...] = (0,)
+    budget_gib: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks the choices.
@@ -57,12 +74,19 @@ class SchemeSpec:
                 raise UserError(f"scheme {self.name}: {key}={getattr(self, key)} is not known; use {known}")
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise UserError(f"scheme name {self.name!r} must be letters, digits, '_', '-' and '.' only")
-        if bool(self.effective_bits) == bool(self.control):
-            raise UserError(f"scheme {self.name} needs either effective_bits or control")
+        if bool(self.effective_bits or self.budget_gib) == bool(self.control):
+            raise UserError(f"scheme {self.name} needs either a budget (effective_bits, budget_gib) or control")
+        if wrong := [b for b in self.budget_gib if not 0 < b < math.inf]:
+            raise UserError(f"scheme {self.name}: budget_gib={wrong[0]:g} is no number of GiB; use one above 0")
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """What a scheme each is made for."""
+        return tuple(Budget(bits, gib) for bits in self.effective_bits or (None,) for gib in self.budget_gib or (None,))
 
     @classmethod
     def from_mapping(cls, mapping: JsonMapping) -> SchemeSpec:
-        """Reads the YAML of a scheme; ``effective_bits`` may be a number or a list.
+        """Reads the YAML of a scheme; a budget may be a number or a list.
 
         Raises:
             UserError: A key is unknown, or a value is not one of its choices.
@@ -73,7 +97,8 @@ class SchemeSpec:
             raise UserError(f"scheme {name}: unknown {', '.join(unknown)}; it has the keys {', '.join(known)}")
         values = {**mapping, "name": str(name)}
         try:
-            for key, kind in (("effective_bits", float), ("candidates", str), ("seeds", int)):
+            kinds = (("effective_bits", float), ("budget_gib", float), ("candidates", str), ("seeds", int))
+            for key, kind in kinds:
                 if key in values:
                     given = values[key]
                     several = given if isinstance(given, list | tuple) else [given]

@@ -12,7 +12,8 @@ from layerbits.errors import UserError
 from layerbits.results.assignment import UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import CandidateInfo, FloatArray, costs, effective_bits
 from layerbits.schemes import solver
-from layerbits.schemes.catalog import SchemeSpec
+from layerbits.schemes.byte_budget import not_exported, solved_in_bytes
+from layerbits.schemes.catalog import Budget, SchemeSpec
 from layerbits.schemes.controls import control
 from layerbits.schemes.coverage import covered_blocks
 from layerbits.schemes.scheme import Scheme
@@ -54,10 +55,11 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
     values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
     notes = _notes(spec, source, candidates, values)
     schemes = []
-    for budget, assignment in zip(spec.effective_bits, solved(spec, source, values), strict=True):
+    for budget, assignment in zip(spec.budgets, solved(spec, source, values), strict=True):
         how: dict[str, object] = {
             "method": "budget",
-            "target_effective_bits": budget,
+            **({} if budget.bits is None else {"target_effective_bits": budget.bits}),
+            **({} if budget.gib is None else {"target_gib": budget.gib}),
             "cost_model": source.cost_model,
             "objective": spec.objective,
             "candidates": [c.name for c in candidates],
@@ -73,9 +75,9 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
     return schemes
 
 
-def scheme_name(spec: SchemeSpec, budget: float) -> str:
+def scheme_name(spec: SchemeSpec, budget: Budget) -> str:
     """Name of the scheme of one of a spec's budgets."""
-    return spec.name if len(spec.effective_bits) == 1 else f"{spec.name}_{budget:g}"
+    return spec.name if len(spec.budgets) == 1 else f"{spec.name}_{budget.name}"
 
 
 def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[Assignment]:
@@ -92,8 +94,11 @@ def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[Assignm
     Raises:
         UserError: A budget is infeasible.
     """
-    candidates = [source.candidates[c] for c in source.columns(spec.candidates)]
-    return [s.assignment for s in solver.pareto(values, _bits(candidates), _costs(source), spec.effective_bits)]
+    columns = source.columns(spec.candidates)
+    bits = _bits([source.candidates[c] for c in columns])
+    if spec.budget_gib:
+        return solved_in_bytes(source, columns, solver.problem(values, bits, _costs(source)), spec.budgets)
+    return [s.assignment for s in solver.pareto(values, bits, _costs(source), spec.effective_bits)]
 
 
 def controls_of(spec: SchemeSpec, reference: Scheme, source: Source) -> list[Scheme]:
@@ -133,8 +138,10 @@ def curve(spec: SchemeSpec, source: Source, points: int) -> list[dict[str, float
     rows = []
     for budget, solution in zip(budgets, solver.pareto(values, bits, weights, budgets), strict=True):
         at = source.scored(solution.assignment)
+        size = {} if source.sizes is None else source.sizes.record(solution.assignment)
         rows.append(
             {
+                **({"gib": size["gib"]} if size else {}),
                 "target_bits": budget,
                 "bits": solution.bits,
                 "score": float(source.scores[at].sum()),
@@ -183,6 +190,7 @@ def scheme_of(
         notes=notes,
         kv_cache=source.kv_cache,
         kv_prices=source.kv_prices,
+        size={} if source.sizes is None else source.sizes.record(assignment),
     )
 
 
@@ -195,6 +203,8 @@ def _notes(
         if bad:
             shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             notes.append(f"{info.name} has no finite score for {shown}: not eligible there")
+    if spec.budget_gib:
+        notes += not_exported(source, candidates)
     if spec.method is not None and spec.method != source.method:
         notes.append(f"made for scores by method={spec.method}; these are by {source.method}")
     if len(source.kv_prices) > 1 and source.kv_cache == NO_CACHE:

@@ -42,6 +42,7 @@ def rows(schemes: Sequence[Scheme]) -> list[JsonObject]:
                 "groups": len(scheme.groups),
                 "quantized_groups": scheme.assignment.quantized,
                 "candidates": [c.name for c in scheme.candidates],
+                **scheme.size,
                 "digest": scheme.digest,
                 "same_as": same if same != scheme.name else None,
             }
@@ -62,20 +63,22 @@ def markdown(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Se
     active = any(row["bits_active"] not in (None, row["bits"]) for row in told)
     more = " bits of active weights |" if active else ""
     caches = any(row["kv_cache"] != NO_CACHE for row in told)
-    beside = bool(known)
+    beside, sized = bool(known), any(scheme.size for scheme in schemes)
     lines = [
         f"| scheme | bits |{more} ModelOpt's bits | quantized groups | raw score | predicted KL (nats/token) |"
-        f"{' expected by measured schemes |' * beside}{' KV cache | its predicted KL |' * caches} digest |",
-        f"|---|---|{'---|' * active}---|---|---|---|{'---|' * beside}{'---|---|' * caches}---|",
+        f"{' expected by measured schemes |' * beside}{' KV cache | its predicted KL |' * caches}"
+        f"{' GiB | of that KV cache |' * sized} digest |",
+        f"|---|---|{'---|' * active}---|---|---|---|{'---|' * beside}{'---|---|' * caches}{'---|---|' * sized}---|",
     ]
     for scheme, row in zip(schemes, told, strict=True):
         units = f" {_number(row['bits_active'], '.3f')} |" if active else ""
         same = f" (= {row['same_as']})" if row["same_as"] else ""
         cache = f" {row['kv_cache']} | {_number(row['kv_predicted_kl'], '.4g')} |" if caches else ""
+        size = f" {_number(row.get('gib'), '.4g')} | {_number(row.get('kv_cache_gib'), '.4g')} |" if sized else ""
         lines.append(
             f"| {row['scheme']} | {row['bits']:.3f} |{units} {_number(row['bits_modelopt'], '.3f')} | "
             f"{row['quantized_groups']} of {row['groups']} | {row['score']:.4g} | "
-            f"{_number(row['predicted_kl'], '.4g')} |{_expected(scheme, known)}{cache} {row['digest']}{same} |"
+            f"{_number(row['predicted_kl'], '.4g')} |{_expected(scheme, known)}{cache}{size} {row['digest']}{same} |"
         )
     lines += ["", *(f"Measured: {factor.words}" for factor in known)] if known else []
     notes = [f"- {scheme.name}: {note}" for scheme in schemes for note in scheme.notes]
@@ -97,6 +100,8 @@ def metrics(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Seq
     values = {f"scheme/{row['scheme']}/{name}": row[name] for row in told for name in names}
     cached = [row for row in told if row["kv_cache"] != NO_CACHE]
     values |= {f"scheme/{row['scheme']}/kv_predicted_kl": row["kv_predicted_kl"] for row in cached}
+    sizes = ("gib", "weights_gib", "kv_cache_gib")
+    values |= {f"scheme/{scheme.name}/{name}": scheme.size[name] for scheme in schemes if scheme.size for name in sizes}
     for scheme in schemes:
         if (found := expected(scheme, known)) is not None:
             values[f"scheme/{scheme.name}/expected_kl"], values[f"scheme/{scheme.name}/expected_kl_se"] = found

@@ -10,6 +10,7 @@ from layerbits.schemes.kv_cache import AUTO, kv_choice, with_cache
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.scheme import Scheme, load_scheme
 from layerbits.schemes.settings import SchemeSettings, listed_paths, source_name
+from layerbits.schemes.sizes import Measure
 from layerbits.schemes.source import Source
 
 
@@ -43,10 +44,11 @@ class SchemeRequest:
         """The files or runs in a few words."""
         return source_name(self.files) if self.settings is None else self.settings.source_name
 
-    def schemes(self, source: Source | None = None) -> list[Scheme]:
+    def schemes(self, measure: Measure, source: Source | None = None) -> list[Scheme]:
         """Reads them from the files, or makes them.
 
         Args:
+            measure: Finds the bytes of schemes, where a budget counts them.
             source: The scores of the settings' runs; ``None`` where there are files.
 
         Raises:
@@ -54,4 +56,4 @@ class SchemeRequest:
         """
         if self.settings is None or source is None:
             return [with_cache(load_scheme(path), self.kv_cache) for path in self.files]
-        return make_schemes(self.settings.specs, self.settings.applied(source))
+        return make_schemes(self.settings.specs, self.settings.applied(source, measure))

@@ -43,6 +43,8 @@ class Scheme:
         effective_bits_active: Weight storage bits per weight that a token uses; NaN in a file of an earlier version.
         kv_cache: Format of keys and values (:data:`~layerbits.candidates.kv_cache.KV_FORMATS`), in no bits and sums.
         kv_prices: Such a format → nats per token that it costs, for those that the runs priced.
+        size: What it takes in a server's memory, as :meth:`layerbits.schemes.sizes.Sizes.record` has it; empty where
+            no budget counted it.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Scheme:
     effective_bits_active: float = math.nan
     kv_cache: str = NO_CACHE
     kv_prices: Mapping[str, float] = field(default_factory=dict)
+    size: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks the assignment.
@@ -137,6 +140,8 @@ class Scheme:
         data = asdict(self)
         for name in ("predicted_kl", "effective_bits_active"):
             data[name] = data[name] if math.isfinite(data[name]) else None
+        if not data["size"]:
+            del data["size"]
         return {"schema_version": SCHEMA_VERSION, "digest": self.digest, **data, "exclude": self.exclude}
 
     @classmethod
@@ -175,6 +180,7 @@ class Scheme:
                 effective_bits_active=_number(data.get("effective_bits_active")),
                 kv_cache=data.get("kv_cache", NO_CACHE),
                 kv_prices=data.get("kv_prices", {}),
+                size=data.get("size", {}),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"scheme is damaged ({error!r}); make it again with experiments/scheme.py") from error

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.paths import split_at_commas, user_path
 from layerbits.plain import Composed
 from layerbits.results.result import COST_MODELS
-from layerbits.schemes.catalog import SchemeSpec, load_specs
+from layerbits.schemes.catalog import Budget, SchemeSpec, load_specs
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
+from layerbits.schemes.sizes import Load, Measure
 from layerbits.schemes.source import Source
 
 _NONE = (None, "", "none", "null")
@@ -28,6 +29,7 @@ class SchemeSettings:
         cost_model: What budgets count; ``None`` = as in the runs.
         kv_cache: What the schemes do to keys and values; ``auto`` = the one format that the runs priced, if any.
         pareto: Points of the curve; 0 = none.
+        load: What budgets in GiB count beside the weights.
     """
 
     references: tuple[str, ...]
@@ -37,23 +39,29 @@ class SchemeSettings:
     pareto: int
     kv_cache: str
     output_root: Path
+    load: Load = field(default_factory=Load)
 
     @property
     def source_name(self) -> str:
         """The sources in a few words."""
         return source_name(self.references)
 
-    def applied(self, source: Source) -> Source:
+    def applied(self, source: Source, measure: Measure) -> Source:
         """Recorded scores, to be made into schemes as asked for.
 
         Args:
             source: Of :attr:`references`.
+            measure: Finds the bytes of schemes, where a budget counts them.
+
+        Raises:
+            UserError: As ``measure``.
         """
-        return replace(
+        found = replace(
             source,
             cost_model=self.cost_model or source.cost_model,
             kv_cache=chosen_cache(self.kv_cache, source.kv_prices),
         )
+        return measure(found, self.load) if any(spec.budget_gib for spec in self.specs) else found
 
     @classmethod
     def from_config(cls, config: Composed, folder: Path) -> SchemeSettings:
@@ -70,7 +78,7 @@ class SchemeSettings:
         if not references:
             raise UserError("set run_id to the id of a sensitivity run, or to the folder of its result")
         candidates = listed(config["candidates"])
-        budgets = listed(config["effective_bits"])
+        budgets, gib = listed(config["effective_bits"]), listed(config["budget_gib"])
         shared = {
             "candidates": [] if candidates == ["all"] else candidates,
             "objective": config["objective"],
@@ -80,11 +88,15 @@ class SchemeSettings:
         if config["coverage_order"] not in _NONE:
             named = [_ordered(spec, config["coverage_order"]) for spec in named]
         # A budget has its number in its name even when it is the only one.
-        own = [replace(base, name=f"bits_{b:g}", effective_bits=(b,)) for b in base.effective_bits] if budgets else []
+        own = []
+        if budgets or gib:
+            asked = {"name": "bits", "effective_bits": budgets, "budget_gib": gib, **shared}
+            spec = SchemeSpec.from_mapping(asked)
+            own = [_of_budget(spec, budget) for budget in spec.budgets]
         specs = (*named, *own)
         points = whole("pareto", config["pareto"])
         if not specs and points < 1:
-            raise UserError("nothing to make: name schemes, or set effective_bits or pareto")
+            raise UserError("nothing to make: name schemes, or set effective_bits, budget_gib or pareto")
         return cls(
             references=tuple(references),
             specs=specs,
@@ -93,7 +105,15 @@ class SchemeSettings:
             pareto=points,
             kv_cache=kv_choice(config.get("kv_cache", AUTO)),
             output_root=user_path(config["output_root"]),
+            load=Load(whole("context", config["context"]), whole("concurrency", config["concurrency"])),
         )
+
+
+def _of_budget(spec: SchemeSpec, budget: Budget) -> SchemeSpec:
+    """The spec with one of its budgets, and a name that says it."""
+    name = budget.name if budget.bits is None else f"{spec.name}_{budget.name}"
+    bits, gib = (() if number is None else (number,) for number in (budget.bits, budget.gib))
+    return replace(spec, name=name, effective_bits=bits, budget_gib=gib)
 
 
 def _cost_model(value: object) -> str | None:

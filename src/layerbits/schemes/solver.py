@@ -92,7 +92,12 @@ def solve_problem(stated: Problem, budget: float) -> Solution:
     Raises:
         UserError: The budget is below the feasible range.
     """
-    _check(stated, min(budget, UNQUANTIZED_BITS))
+    check(stated, min(budget, UNQUANTIZED_BITS))
+    return stated.solution(_solve(stated, _slopes(stated), budget))
+
+
+def best_choice(stated: Problem, budget: float) -> IntArray:
+    """The choice ``[G]`` among the ``K`` of least score sum; the one of least cost where none is within the budget."""
     return _solve(stated, _slopes(stated), budget)
 
 
@@ -112,9 +117,9 @@ def pareto(
     """
     stated = problem(scores, bits, weights)
     for budget in budgets:
-        _check(stated, budget)
+        check(stated, budget)
     slopes = _slopes(stated)
-    return [_solve(stated, slopes, budget) for budget in budgets]
+    return [stated.solution(_solve(stated, slopes, budget)) for budget in budgets]
 
 
 def relaxed(scores: FloatArray, bits: Sequence[float], weights: Sequence[float], budget: float) -> IntArray:
@@ -149,7 +154,12 @@ def relaxed(scores: FloatArray, bits: Sequence[float], weights: Sequence[float],
     return np.where(at == padded.shape[2] - 1, UNQUANTIZED, at).astype(np.int64)
 
 
-def _check(stated: Problem, budget: float) -> None:
+def check(stated: Problem, budget: float) -> None:
+    """Checks a budget of effective bits.
+
+    Raises:
+        UserError: It is out of the feasible range.
+    """
     floor = stated.floor
     if not floor - TOLERANCE <= budget <= UNQUANTIZED_BITS:
         why = f"; {stated.stuck} groups without a finite score stay unquantized" if stated.stuck else ""
@@ -180,7 +190,7 @@ def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
     return (a[1] - b[1]) / (b[0] - a[0])
 
 
-def _solve(stated: Problem, slopes: FloatArray, budget: float) -> Solution:
+def _solve(stated: Problem, slopes: FloatArray, budget: float) -> IntArray:
     limit = budget + TOLERANCE / 2
     low, high = 0, len(slopes) - 1  # the smallest multiplier whose cheapest choices fit
     while low < high:
@@ -195,16 +205,17 @@ def _solve(stated: Problem, slopes: FloatArray, budget: float) -> Solution:
     lowest = reduced.min(axis=1)
     gap = best.score - (float(lowest.sum()) - multiplier * limit)
     if multiplier == 0.0 or gap <= 1e-12 * best.score:
-        return best
+        return at
     reduced -= lowest[:, None]
     kept = reduced <= gap * (1 + 1e-9)
     kept[np.arange(len(at)), at] = True
     # Up to a constant the score is Σ reduced − λ · Σ bits; in units of the gap, so that tolerances mean little.
-    found = _integer_program(stated, (reduced - multiplier * stated.bits) * (1e3 / gap), kept, budget)
+    cost = (reduced - multiplier * stated.bits) * (1e3 / gap)
+    found = integer_program(cost, [stated.bits], kept, [budget])
     if found is None:
-        return best
+        return at
     better = stated.solution(found)
-    return better if better.score < best.score and better.bits <= budget + TOLERANCE else best
+    return found if better.score < best.score and better.bits <= budget + TOLERANCE else at
 
 
 def _thriftiest(stated: Problem, multiplier: float) -> tuple[IntArray, float]:
@@ -232,27 +243,42 @@ def _filled(stated: Problem, at: IntArray, slack: float) -> IntArray:
         at[group] = choice
 
 
-def _integer_program(stated: Problem, cost: FloatArray, kept: npt.NDArray[np.bool_], budget: float) -> IntArray | None:
-    """Least ``cost`` among the kept choices; ``None`` where no combination fits the budget."""
+def integer_program(
+    cost: FloatArray, spent: Sequence[FloatArray], kept: npt.NDArray[np.bool_], budgets: Sequence[float]
+) -> IntArray | None:
+    """Least sum of ``cost`` ``[G, K]`` among the kept choices, exactly.
+
+    Args:
+        cost: ``[G, K]``.
+        spent: Of each budget ``[G, K]``, what a choice adds to it.
+        kept: ``[G, K]``, one in every row at least.
+        budgets: What the sums may be at most.
+
+    Returns:
+        ``[G]``, or ``None`` where no combination fits.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
     fixed = kept.sum(axis=1) == 1
     at = kept.argmax(axis=1).astype(np.int64)
-    left = budget - float(stated.bits[fixed, at[fixed]].sum())
     groups, choices = np.nonzero(kept & ~fixed[:, None])
     if not len(groups):
         return at
     rows = np.unique(groups, return_inverse=True)[1]
     one_each = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
-    with _silent():
+    left = [budget - float(s[fixed, at[fixed]].sum()) for s, budget in zip(spent, budgets, strict=True)]
+    with silent():
         answer = milp(
             cost[groups, choices],
             integrality=np.ones(len(groups)),
             bounds=Bounds(0, 1),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
-                LinearConstraint(stated.bits[groups, choices][None], -np.inf, left),
+                *(
+                    LinearConstraint(s[groups, choices][None], -np.inf, most)
+                    for s, most in zip(spent, left, strict=True)
+                ),
             ],
             options={"mip_rel_gap": 0.0},
         )
@@ -264,7 +290,7 @@ def _integer_program(stated: Problem, cost: FloatArray, kept: npt.NDArray[np.boo
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Keeps away what HiGHS (in SciPy 1.17) prints for its developers, below Python and whatever ``disp`` says."""
     libc = ctypes.CDLL(None)
     libc.fflush(None)

@@ -16,6 +16,7 @@ from layerbits.results.comparable import ONE_SCHEME, facts, reasons
 from layerbits.results.kv_cache import kv_sums
 from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
 from layerbits.schemes.kv_cache import AUTO, chosen_cache
+from layerbits.schemes.sizes import Sizes
 
 SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
 """Parts of a run's configuration that load its model and data again."""
@@ -38,6 +39,7 @@ class Source:
             ``None`` where a run keeps none.
         sample_tokens: ``[S]`` loss tokens of each caption, ``None`` likewise.
         settings: The parts of the first run's configuration that load model and data.
+        sizes: Bytes of its schemes; ``None`` where no budget needs them.
     """
 
     run_ids: tuple[str, ...]
@@ -55,6 +57,7 @@ class Source:
     kv_cache: str = NO_CACHE
     sample_kl: FloatArray | None = None
     sample_tokens: IntArray | None = None
+    sizes: Sizes | None = None
 
     def columns(self, names: Sequence[str]) -> list[int]:
         """Positions of the candidates with these names or quant pairs; all without a name.
