@@ -32,9 +32,9 @@ from layerbits.checkpoint.labels import read_quantization  # noqa: E402
 from layerbits.checkpoint.reader import open_checkpoint  # noqa: E402
 from layerbits.checkpoint.restore import restore  # noqa: E402
 from layerbits.probing.loading import Prepared, prepare  # noqa: E402
-from layerbits.serving.check import Told, compare, read_scheme  # noqa: E402
+from layerbits.serving.check import RuntimeOutput, compare, read_scheme  # noqa: E402
 from layerbits.serving.distributions import Distributions, select  # noqa: E402
-from layerbits.serving.gains import gain_scores  # noqa: E402
+from layerbits.serving.gain_score_test import gain_scores  # noqa: E402
 from layerbits.serving.reference import Plain, Reference, Whole, logprobs, replicas, rounding  # noqa: E402
 from layerbits.serving.texts import Texts, held_out_texts  # noqa: E402
 from layerbits.serving.verdict import BOUND  # noqa: E402
@@ -276,7 +276,7 @@ def compare_all(work: Path, checkpoints: list[Path], chosen_on: set[str], out: P
     kept = work / "pytorch"
     kept.mkdir(exist_ok=True)
     plain = plain_of(first, texts, kept / "unquantized.pt")
-    told = Told(read_told(work / "told" / "unquantized.npz", texts), (), {})
+    told = RuntimeOutput(read_told(work / "told" / "unquantized.npz", texts), (), {})
     out = out or work / "record.json"
     found: list[dict[str, Any]] = json.loads(out.read_text())["checkpoints"] if out.exists() else []
     done = {record["name"] for record in found}
@@ -287,7 +287,7 @@ def compare_all(work: Path, checkpoints: list[Path], chosen_on: set[str], out: P
             continue
         pytorch = reference_of(checkpoint, texts, plain, kept / f"{checkpoint.name}.pt")
         for name in mine:
-            served = Told(read_told(work / "told" / f"{name}.npz", texts), (), {})
+            served = RuntimeOutput(read_told(work / "told" / f"{name}.npz", texts), (), {})
             measured = compare(pytorch, told, served, texts, TOP_K)
             note = work / "corrupted" / name / "corruption.txt"
             found.append(

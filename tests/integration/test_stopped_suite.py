@@ -60,7 +60,7 @@ def names(folder):
 def test_servers_end_with_a_suite_whose_process_group_is_stopped(suite, tmp_path):
     running = suite("test_with_servers", "-n", "1")
     there = " ".join(names(tmp_path))
-    for server in ("mlflow", "postgres", "slurmctld", "munged", "keeper.py"):
+    for server in ("mlflow", "postgres", "slurmctld", "munged", "server_watchdog.py"):
         assert server in there
     os.killpg(running.pid, signal.SIGTERM)
     assert running.wait(180) != 0

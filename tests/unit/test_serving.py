@@ -301,9 +301,9 @@ def test_a_server_that_never_gets_ready_is_ended_in_time(launch, tmp_path):
 
 
 def test_an_exception_leaves_no_process_behind_even_of_a_stubborn_server(launch, tmp_path, monkeypatch):
-    from layerbits.serving import keeper
+    from layerbits.serving import server_watchdog
 
-    monkeypatch.setattr(keeper, "GRACE", 0.3)
+    monkeypatch.setattr(server_watchdog, "GRACE", 0.3)
     with pytest.raises(RuntimeError, match="mine"), serving(launch("stubborn"), tmp_path, "it", tmp_path / "log"):
         raise RuntimeError("mine")
     assert processes(str(tmp_path)) == []

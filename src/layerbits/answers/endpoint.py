@@ -83,15 +83,15 @@ def check_same_model(ours: LM, theirs: LM, text: str) -> None:
 
     start, _, rest = text.partition(" ")
     tokens = len(ours.tokenizer(" " + rest)["input_ids"])
-    told = []
+    nats = []
     for lm in (ours, theirs):
         with answering():
             (found,) = lm.loglikelihood([Instance("loglikelihood", {}, (start, " " + rest), 0)], disable_tqdm=True)
-        told.append(float(found[0]))
-    if abs(told[0] - told[1]) > _FAR * tokens:
+        nats.append(float(found[0]))
+    if abs(nats[0] - nats[1]) > _FAR * tokens:
         raise UserError(
-            f"the endpoint serves another model: a caption has {told[1] / tokens:.2f} nats per token there and "
-            f"{told[0] / tokens:.2f} here; give the endpoint of this model, or of a scheme of it"
+            f"the endpoint serves another model: a caption has {nats[1] / tokens:.2f} nats per token there and "
+            f"{nats[0] / tokens:.2f} here; give the endpoint of this model, or of a scheme of it"
         )
 
 

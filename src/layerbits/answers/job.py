@@ -130,7 +130,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
         floor_kl=math.nan if probe is None else probe.floor.kl,
         margin=settings.margin,
         layers=_layers(predicted, schemes),
-        settings={**_told(settings, harness, prepared), "dtype": precision.dtype},
+        settings={**_settings_record(settings, harness, prepared), "dtype": precision.dtype},
         seconds=seconds,
         provenance=provenance(root),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -237,8 +237,8 @@ class _Kept:
             found[answers.task] = {"seconds": spent, "answers": asdict(answers)}
             self._folder.mkdir(parents=True, exist_ok=True)
             write_json(files[answers.task], found[answers.task])
-        told = {task: TaskAnswers.from_json(found[task]["answers"]) for task in files}
-        return told, sum(float(one["seconds"]) for one in found.values())
+        answers_of = {task: TaskAnswers.from_json(found[task]["answers"]) for task in files}
+        return answers_of, sum(float(one["seconds"]) for one in found.values())
 
     def forget(self) -> None:
         """Removes them."""
@@ -256,7 +256,7 @@ def _key(info: ModelInfo, dtype: str, harness: Harness, settings: TaskSettings) 
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
-def _told(settings: EvaluateSettings, harness: Harness, prepared: Prepared) -> dict[str, str]:
+def _settings_record(settings: EvaluateSettings, harness: Harness, prepared: Prepared) -> dict[str, str]:
     tasks = settings.tasks
     return {
         "tasks": ",".join(harness.tasks),

@@ -165,9 +165,9 @@ class _Tap:
         with torch.enable_grad():
             logits = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             owners, columns = _choice_tokens(rows, lengths, device)
-            told = logits[owners, columns - 1].float().log_softmax(-1)
-            told = told.gather(1, ids[owners, columns, None])[:, 0]
-            likelihoods = torch.zeros(len(rows), device=device).index_add(0, owners, told)
+            logprobs = logits[owners, columns - 1].float().log_softmax(-1)
+            logprobs = logprobs.gather(1, ids[owners, columns, None])[:, 0]
+            likelihoods = torch.zeros(len(rows), device=device).index_add(0, owners, logprobs)
             odds, start = [], 0
             for document in documents:
                 end = start + len(document.rows)

@@ -24,11 +24,11 @@ _ELSEWHERE = ("bits", "predicted_kl", "kl", "kl_se")
 
 def markdown(evaluation: Evaluation) -> str:
     """A table per task with a row per scheme, and what to read it with."""
-    verdicts, told = evaluation.verdicts(), evaluation.settings
-    dtype = told.get("dtype", evaluation.model.dtype)
+    verdicts, settings = evaluation.verdicts(), evaluation.settings
+    dtype = settings.get("dtype", evaluation.model.dtype)
     lines = [
         f"{evaluation.model.name} ({dtype}) and {len(evaluation.schemes)} schemes on the same questions, "
-        f"lm-evaluation-harness {told.get('harness', '')}, greedy.",
+        f"lm-evaluation-harness {settings.get('harness', '')}, greedy.",
     ]
     for task, answers in evaluation.unquantized.items():
         count = len(answers.answers)

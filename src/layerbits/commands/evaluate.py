@@ -31,13 +31,13 @@ def evaluate(config: Composed, root: Path) -> None:
         folder = write_evaluation(result, output)
         text = markdown(result)
         print(f"\n{text}\nevaluation: {folder}")
-        told = {**result.provenance, "source_run_id": schemes[0].source_run_id, **note(text)}
-        told |= {**digests({s.scheme: s.digest for s in result.schemes if s.digest}), **tags(result)}
+        run_tags = {**result.provenance, "source_run_id": schemes[0].source_run_id, **note(text)}
+        run_tags |= {**digests({s.scheme: s.digest for s in result.schemes if s.digest}), **tags(result)}
         return Made(
             folder,
             result.metrics(),
             parameters(result),
-            told,
+            run_tags,
             data=data(result),
             measured=measured(result),
             remarks=remarks(result),

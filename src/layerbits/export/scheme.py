@@ -149,7 +149,7 @@ def export_scheme(
     """
     seconds: dict[str, float] = {}
     report = plan.target.with_name(f"{plan.target.name}.report")
-    with _told(plan.target), scratch_folder(plan.target) as folder:
+    with _write_errors(plan.target), scratch_folder(plan.target) as folder:
         scored = _write(plan, folder, device, ranges, seconds)
         proof = _prove(plan, folder, scored, known or {}, seconds)
         record = asdict(proof.record)
@@ -369,8 +369,8 @@ def _failure(proof: Proof) -> str | None:
 
 
 @contextmanager
-def _told(target: Path) -> Iterator[None]:
-    """Tells in one line that an export cannot be written."""
+def _write_errors(target: Path) -> Iterator[None]:
+    """Turns an export that cannot be written into one line with the reason."""
     try:
         yield
     except Exception as error:

@@ -127,11 +127,11 @@ def pareto(
     served = (
         numeric(frame["served_kl"]) if "served_kl" in frame and value.endswith("kl") else np.full(len(costs), np.nan)
     )
-    told = np.isfinite(costs) & (served > 0)
-    if told.any():
-        ax.plot(costs[told], served[told], **_SERVED)
+    measured = np.isfinite(costs) & (served > 0)
+    if measured.any():
+        ax.plot(costs[measured], served[measured], **_SERVED)
     if logarithmic:
-        log_scale(ax, "y", np.concatenate([damage[shown], served[told]]))
+        log_scale(ax, "y", np.concatenate([damage[shown], served[measured]]))
     else:
         ax.set_ylim(bottom=min(0.0, float(damage[shown].min())))
     ax.set_xlabel(label_of(cost), fontsize=FONT)
@@ -140,7 +140,7 @@ def pareto(
     handles = [key(name, **style) for name, style in styles.items()]
     cheaper = "no fewer bits" if cost == "bits" else "nothing cheaper"
     handles.append(key(f"{cheaper}\nwith less damage", color=GREY, linewidth=4, alpha=0.3))
-    if told.any():
+    if measured.any():
         handles.append(key("as served, measured\nin a runtime", **_SERVED))
     if left_out := int((~shown).sum()):
         handles.append(key(f"{left_out} not shown:\nnot finite, or\nzero on a log scale", linestyle=""))

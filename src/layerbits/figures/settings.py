@@ -36,7 +36,7 @@ def import_matplotlib() -> None:
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """Matplotlib's defaults meanwhile; the settings of the process come back afterwards."""
+    """Matplotlib's defaults meanwhile; the settings of the process come back at the end."""
     import matplotlib
 
     with matplotlib.rc_context():

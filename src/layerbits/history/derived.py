@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 
 from layerbits.history.evaluated import verdicts
-from layerbits.history.source import RawRun, connect, experiment_id, fetch, get_run, search, told
+from layerbits.history.source import RawRun, connect, experiment_id, fetch, get_run, search, store_errors
 from layerbits.plain import JsonObject
 from layerbits.tracking.contract import DIGEST_TAG
 
@@ -66,7 +66,7 @@ def artifact(run_id: str, name: str, tracking_uri: str | None = None) -> str:
 def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFrame:
     uri = connect(tracking_uri)
     condition = f"tags.`layerbits.kind` = '{kind}' AND attributes.status = 'FINISHED'"
-    with told(uri):
+    with store_errors(uri):
         where = experiment_id(uri, experiment)
         found = search(uri, where, condition, lambda run: scheme_rows(run, _PREFIXES[kind]))
         served, said = (_served(uri, where), verdicts(uri, where)) if found else ({}, {})

@@ -6,7 +6,7 @@ import re
 
 import pandas as pd
 
-from layerbits.history.source import RawRun, connect, experiment_id, search, told
+from layerbits.history.source import RawRun, connect, experiment_id, search, store_errors
 from layerbits.tracking.contract import DIGEST_TAG, VERDICT_TAG
 
 _PREFIX = "eval/"
@@ -28,7 +28,7 @@ def evaluations(experiment: str = "layerbits", *, tracking_uri: str | None = Non
     """
     uri = connect(tracking_uri)
     condition = "tags.`layerbits.kind` = 'evaluation' AND attributes.status = 'FINISHED'"
-    with told(uri):
+    with store_errors(uri):
         found = search(uri, experiment_id(uri, experiment), condition, rows_of)
     rows = [row for part in reversed(found) for row in part]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*_FACTS, *(name for row in rows for name in row)])))
@@ -47,7 +47,7 @@ def verdicts(uri: str, experiment: str) -> dict[str, str]:
         UserError: The store cannot be read.
     """
     condition = "tags.`layerbits.kind` = 'evaluation' AND tags.outcome = 'ok'"
-    with told(uri):
+    with store_errors(uri):
         found = search(uri, experiment, condition, lambda run: run.tags)
     return {
         digest: tags[f"{VERDICT_TAG}{key.removeprefix(DIGEST_TAG)}"]
@@ -74,7 +74,7 @@ def answers_of(uri: str, experiment: str, digest: str) -> list[dict[str, object]
         UserError: The store cannot be read.
     """
     condition = "tags.`layerbits.kind` = 'evaluation' AND tags.outcome = 'ok'"
-    with told(uri):
+    with store_errors(uri):
         found = search(uri, experiment, condition, lambda run: (run.tags, rows_of(run)))
     latest = next(((t, rows) for t, rows in reversed(found) if any(r["digest"] == digest for r in rows)), None)
     if latest is None:

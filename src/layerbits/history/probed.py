@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerbits.history.source import search, told
+from layerbits.history.source import search, store_errors
 from layerbits.tracking.contract import DIGEST_TAG
 
 
@@ -20,7 +20,7 @@ def probed_kl(uri: str, experiment: str, scheme: str, digest: str) -> float | No
     """
     condition = "tags.`layerbits.kind` = 'probe' AND tags.outcome = 'ok'"
     metric = f"probe/{scheme}/kl"
-    with told(uri):
+    with store_errors(uri):
         found = search(
             uri,
             experiment,

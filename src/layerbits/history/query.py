@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from layerbits.errors import UserError
 from layerbits.history.cache import Cache
 from layerbits.history.rows import RUN_SCHEMA, SCHEMA, row_of, with_table
-from layerbits.history.source import connect, count_is, experiment_id, fetch, get_run, search, told
+from layerbits.history.source import connect, count_is, experiment_id, fetch, get_run, search, store_errors
 from layerbits.results.frames import listed
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
@@ -87,7 +87,7 @@ def runs(
     known = RUN_SCHEMA.empty_table()
     if not refresh and where is None and outcome == "ok":
         known = wanted.among(cache.runs(wanted.experiment))
-    with told(uri, where):
+    with store_errors(uri, where):
         new, gone = _sync(uri, wanted, known)
     cache.add(new)
     cache.forget(gone)

@@ -76,7 +76,7 @@ def connect(tracking_uri: str | None) -> str:
 
 
 @contextmanager
-def told(uri: str, where: str | None = None) -> Iterator[None]:
+def store_errors(uri: str, where: str | None = None) -> Iterator[None]:
     """Turns what MLflow raises into one line with what to change."""
     from mlflow.exceptions import MlflowException
 
@@ -104,7 +104,7 @@ def experiment_id(uri: str, name: str) -> str:
     """
     from mlflow import MlflowClient
 
-    with told(uri):
+    with store_errors(uri):
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
@@ -160,7 +160,7 @@ def get_run(uri: str, run_id: str) -> RawRun:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    with told(uri):
+    with store_errors(uri):
         try:
             return _of_entity(MlflowClient(uri).get_run(run_id))
         except MlflowException as error:

@@ -37,7 +37,7 @@ _LEAVES = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
 def results(table: Table) -> list[SensitivityResult]:
     """One result per format of a table: the groups of the language model with their raw scores.
 
-    Linears of a vision or audio part are left out and counted in a warning, as is everything that could not be told.
+    Linears of a vision or audio part are left out and counted in a warning, as is everything that is not known.
 
     Raises:
         UserError: No group of a language model is left, or the file has one score per group for several formats.

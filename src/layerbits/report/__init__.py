@@ -1,6 +1,6 @@
 """Reports of a result: Markdown for people, JSON for programs, a note for the run page (no torch, no MLflow).
 
-:func:`json_report` gathers what is told; the Markdown and the note are renderings of it.
+:func:`json_report` gathers what is reported; the Markdown and the note are renderings of it.
 """
 
 from layerbits.report.content import json_report

@@ -17,7 +17,7 @@ from layerbits.results.routing import FLOOR, coverage, coverage_words
 
 SCHEMA_VERSION = 1
 MOST = 0.9
-"""The share of the damage whose number of groups is told."""
+"""The share of the damage whose number of groups is said."""
 _NAMED = 20
 
 

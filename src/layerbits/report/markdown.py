@@ -221,8 +221,8 @@ def _picture_lines(found: JsonMapping | None) -> Iterator[str]:
     """Pictures in a line of the note; none where no row had one."""
     if found is None:
         return
-    told = "" if found["share"] is None else f"; image positions make {_p(found['share'])} of the total"
-    yield f"{found['image_tokens']:,} of {found['tokens']:,} scored tokens are image tokens{told}"
+    share = "" if found["share"] is None else f"; image positions make {_p(found['share'])} of the total"
+    yield f"{found['image_tokens']:,} of {found['tokens']:,} scored tokens are image tokens{share}"
 
 
 def _pictures(data: JsonMapping) -> Iterator[str]:

@@ -47,17 +47,17 @@ class BaselineLoss:
         Raises:
             UserError: It predicts no better than guessing, or nothing at all.
         """
-        told = f"the unquantized model loses {self.loss_per_token:.2f} nats per token on the captions"
+        loss = f"the unquantized model loses {self.loss_per_token:.2f} nats per token on the captions"
         bound = f"ln({self.vocabulary:,}) = {self.guessing:.2f} that guessing loses"
         more = f" ({hint})" if hint else ""
         if not self.loss_per_token < self.guessing:
             raise UserError(
-                f"{told}, no less than the {bound}, so its scores would mean nothing: {_REASONS}{more}; check "
+                f"{loss}, no less than the {bound}, so its scores would mean nothing: {_REASONS}{more}; check "
                 "both, or set model.random_weights=true to measure time and memory alone"
             )
         if self.loss_per_token >= DOUBTFUL * self.guessing:
             return (
-                f"{told}, more than half of the {bound}: perhaps {_REASONS}{more}; check before you trust the scores",
+                f"{loss}, more than half of the {bound}: perhaps {_REASONS}{more}; check before you trust the scores",
             )
         return ()
 

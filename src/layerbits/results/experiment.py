@@ -41,8 +41,8 @@ class Experiment:
 def made_by(folder: Path) -> Experiment | None:
     """The run that made a checkpoint; ``None`` where its folder does not say, or not in a way that can be read."""
     try:
-        told = json.loads((folder / FILE).read_text("utf-8"))
-        values = {name: told.get(name, "") for name in Experiment.__dataclass_fields__}
+        data = json.loads((folder / FILE).read_text("utf-8"))
+        values = {name: data.get(name, "") for name in Experiment.__dataclass_fields__}
     except (OSError, ValueError, AttributeError):
         return None
     if not isinstance(values["run_id"], str) or not values["run_id"]:

@@ -44,8 +44,8 @@ class SchemeSpec:
         coverage_order: Which blocks those are (:data:`~layerbits.schemes.coverage.ORDERS`).
         candidates: Names or quant pairs that groups may choose among; none = all that the source scored.
         objective: What the solver minimises the sum of: ``score`` (raw) or ``predicted_kl``.
-        method: What the scores should have been measured by; another method is told in a note.
-        score_samples: Captions that they should have been measured on; another number is told in a note.
+        method: What the scores should have been measured by; another method gets a note.
+        score_samples: Captions that they should have been measured on; another number gets a note.
         control: ``random`` or ``first_last``: made for each of the other schemes, with its bits.
         seeds: Of the control, one each.
     """

@@ -58,11 +58,11 @@ def markdown(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Se
         sure: How sure they are.
         known: Factors by measured schemes: what is expected of each scheme stands beside its sum.
     """
-    told = rows(schemes)
+    records = rows(schemes)
     # Where no group is routed experts, both units are one.
-    active = any(row["bits_active"] not in (None, row["bits"]) for row in told)
+    active = any(row["bits_active"] not in (None, row["bits"]) for row in records)
     more = " bits of active weights |" if active else ""
-    caches = any(row["kv_cache"] != NO_CACHE for row in told)
+    caches = any(row["kv_cache"] != NO_CACHE for row in records)
     beside, sized = bool(known), any(scheme.size for scheme in schemes)
     lines = [
         f"| scheme | bits |{more} ModelOpt's bits | quantized groups | raw score | predicted KL (nats/token) |"
@@ -70,7 +70,7 @@ def markdown(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Se
         f"{' GiB | of that KV cache |' * sized} digest |",
         f"|---|---|{'---|' * active}---|---|---|---|{'---|' * beside}{'---|---|' * caches}{'---|---|' * sized}---|",
     ]
-    for scheme, row in zip(schemes, told, strict=True):
+    for scheme, row in zip(schemes, records, strict=True):
         units = f" {_number(row['bits_active'], '.3f')} |" if active else ""
         same = f" (= {row['same_as']})" if row["same_as"] else ""
         cache = f" {row['kv_cache']} | {_number(row['kv_predicted_kl'], '.4g')} |" if caches else ""
@@ -82,8 +82,8 @@ def markdown(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Se
         )
     lines += ["", *(f"Measured: {factor.words}" for factor in known)] if known else []
     notes = [f"- {scheme.name}: {note}" for scheme in schemes for note in scheme.notes]
-    told_sure = sure_words(sure)
-    return "\n".join([*lines, *(["", *notes] if notes else []), *(["", told_sure] if told_sure else [])]) + "\n"
+    sure_table = sure_words(sure)
+    return "\n".join([*lines, *(["", *notes] if notes else []), *(["", sure_table] if sure_table else [])]) + "\n"
 
 
 def _expected(scheme: Scheme, known: Sequence[Factor]) -> str:
@@ -96,9 +96,9 @@ def _expected(scheme: Scheme, known: Sequence[Factor]) -> str:
 def metrics(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Sequence[Factor] = ()) -> dict[str, float]:
     """Numbers for the tracking server: ``scheme/<name>/<number>``, finite ones only."""
     names = ("bits", "bits_active", "bits_modelopt", "score", "predicted_kl", "quantized_groups")
-    told = rows(schemes)
-    values = {f"scheme/{row['scheme']}/{name}": row[name] for row in told for name in names}
-    cached = [row for row in told if row["kv_cache"] != NO_CACHE]
+    records = rows(schemes)
+    values = {f"scheme/{row['scheme']}/{name}": row[name] for row in records for name in names}
+    cached = [row for row in records if row["kv_cache"] != NO_CACHE]
     values |= {f"scheme/{row['scheme']}/kv_predicted_kl": row["kv_predicted_kl"] for row in cached}
     sizes = ("gib", "weights_gib", "kv_cache_gib")
     values |= {f"scheme/{scheme.name}/{name}": scheme.size[name] for scheme in schemes if scheme.size for name in sizes}

@@ -44,8 +44,8 @@ MANIFEST = "layerbits.json"
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
-    """What a runtime told of a model.
+class RuntimeOutput:
+    """What a runtime computed of a model.
 
     Attributes:
         distributions: At the positions that count.
@@ -129,7 +129,9 @@ class ServeCheck:
 
 
 def _table(m: Measured) -> list[str]:
-    told = "all tokens" if m.top_k < 0 else f"the {m.top_k} most likely tokens ({m.mass:.1%} of the mass) and the rest"
+    covered = (
+        "all tokens" if m.top_k < 0 else f"the {m.top_k} most likely tokens ({m.mass:.1%} of the mass) and the rest"
+    )
     rows = [
         ("**damage as served**: served scheme from the served unquantized model", m.served_damage),
         ("damage in PyTorch: restored checkpoint from the unquantized model", m.restored_damage),
@@ -145,7 +147,7 @@ def _table(m: Measured) -> list[str]:
     ]
     gain = m.gain
     return [
-        f"{m.tokens:,} held-out tokens; over {told}; perplexity as served {m.perplexity:.3f}.",
+        f"{m.tokens:,} held-out tokens; over {covered}; perplexity as served {m.perplexity:.3f}.",
         "",
         "| KL divergence, nats per token | mean ± SE over captions |",
         "|---|---|",
@@ -191,7 +193,9 @@ def read_scheme(folder: Path) -> Scheme:
         ) from None
 
 
-def compare(pytorch: Reference, unquantized: Told | None, served: Told, texts: Texts, top_k: int) -> Measured:
+def compare(
+    pytorch: Reference, unquantized: RuntimeOutput | None, served: RuntimeOutput, texts: Texts, top_k: int
+) -> Measured:
     """All divergences between the models.
 
     Args:
@@ -241,7 +245,7 @@ def judge(
     folder: Path,
     digest: str,
     structure: tuple[Check, ...],
-    served: Told,
+    served: RuntimeOutput,
     measure: Callable[[], Measured],
     known: str = "",
 ) -> ServeCheck:
@@ -251,7 +255,7 @@ def judge(
         folder: The checkpoint.
         digest: Of its tensors.
         structure: What its files say of themselves.
-        served: What the runtime told.
+        served: What the runtime computed.
         measure: Compares it; called only where it is numbers.
         known: Why it may diverge on this machine, and what does not.
     """

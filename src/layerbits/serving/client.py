@@ -63,8 +63,10 @@ class Client:
             UserError: It is no vLLM server.
         """
         try:
-            told = self._get("/v1/models")["data"]
-            return [Served(str(m["id"]), str(m.get("root") or m["id"]), int(m.get("max_model_len") or 0)) for m in told]
+            models = self._get("/v1/models")["data"]
+            return [
+                Served(str(m["id"]), str(m.get("root") or m["id"]), int(m.get("max_model_len") or 0)) for m in models
+            ]
         except (ServerError, KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self.url} does not answer as a vLLM server ({error}); start `vllm serve`, or leave vllm.url out"
@@ -142,7 +144,7 @@ def choose(models: Sequence[Served], url: str, name: str | None, folders: Sequen
     Raises:
         UserError: It serves another model.
     """
-    told = ", ".join(f"{m.name} (from {m.root})" for m in models) or "nothing"
+    names = ", ".join(f"{m.name} (from {m.root})" for m in models) or "nothing"
     if name is not None:
         found = [m for m in models if m.name == name]
         advice = "name one of these with vllm.model"
@@ -150,7 +152,7 @@ def choose(models: Sequence[Served], url: str, name: str | None, folders: Sequen
         found = [m for m in models if PurePath(m.root).name in folders]
         advice = f"serve {folders[0]} there, or name it with vllm.model if it is under another folder's name"
     if not found:
-        raise UserError(f"{url} serves {told}, not {name or folders[0]}; {advice}")
+        raise UserError(f"{url} serves {names}, not {name or folders[0]}; {advice}")
     return found[0]
 
 
@@ -170,8 +172,8 @@ def check_length(served: Served, url: str, tokens: int) -> None:
 def _words(text: str) -> str:
     """The message of an error answer."""
     try:
-        told = json.loads(text)
+        data = json.loads(text)
     except json.JSONDecodeError:
         return text.strip()[:500]
-    error = told.get("error", told) if isinstance(told, dict) else told
+    error = data.get("error", data) if isinstance(data, dict) else data
     return str(error.get("message", error) if isinstance(error, dict) else error)

@@ -2,7 +2,7 @@
 
 A server tells the ``k`` most likely tokens of each position, each model its own ones. Two models are compared on events
 that both tell: every token in both lists, and all the others together as one. Merging events cannot increase a KL
-divergence, so what comes out is a lower bound, and equal to it where the whole vocabulary is told.
+divergence, so what comes out is a lower bound, and equal to it where the whole vocabulary is listed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Distributions:
     own: FloatArray
 
     def at(self, events: Ints) -> FloatArray:
-        """Log-probabilities of events that are told here."""
+        """Log-probabilities of events that are listed here."""
         return np.asarray(self.logprobs[np.searchsorted(self.events, events)])
 
     @property
@@ -78,12 +78,12 @@ class Events:
             ``[positions]`` nats.
         """
         p, q = np.exp(ours), np.exp(theirs)
-        told = np.bincount(self.position, p * (ours - theirs), self.positions)
+        listed = np.bincount(self.position, p * (ours - theirs), self.positions)
         rest_p, rest_q = (np.maximum(1.0 - np.bincount(self.position, mass, self.positions), _LEAST) for mass in (p, q))
-        return np.asarray(told + rest_p * np.log(rest_p / rest_q))
+        return np.asarray(listed + rest_p * np.log(rest_p / rest_q))
 
     def mass(self, ours: FloatArray) -> float:
-        """Mean mass of the events that are told one by one."""
+        """Mean mass of the events that are listed one by one."""
         return float(np.bincount(self.position, np.exp(ours), self.positions).mean())
 
 
@@ -96,7 +96,7 @@ def shared(first: Distributions, *others: Distributions) -> Events:
     events = first.events
     for other in others:
         if other.positions != first.positions:
-            raise UserError(f"{other.positions} positions were told instead of {first.positions}; compare on one text")
+            raise UserError(f"{other.positions} positions came instead of {first.positions}; compare on one text")
         events = np.intersect1d(events, other.events, assume_unique=True)
     return Events(first.positions, events)
 
@@ -115,11 +115,11 @@ def read(rows: Sequence[Sequence[JsonMapping | None]], texts: Sequence[Sequence[
         UserError: It is of other texts.
     """
     found = []
-    for told, text in zip(rows, texts, strict=True):
-        if len(told) != len(text):
-            raise UserError(f"log-probabilities of {len(told)} tokens came back for a text of {len(text)}")
+    for tokens, text in zip(rows, texts, strict=True):
+        if len(tokens) != len(text):
+            raise UserError(f"log-probabilities of {len(tokens)} tokens came back for a text of {len(text)}")
         events, logprobs, own = [], [], []
-        for position, (entries, token) in enumerate(zip(told[1:], text[1:], strict=True)):
+        for position, (entries, token) in enumerate(zip(tokens[1:], text[1:], strict=True)):
             if not entries or str(token) not in entries:
                 raise UserError(f"no log-probability came back for token {position + 1} of a text")
             ids = np.fromiter(map(int, entries), np.int64, len(entries))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from layerbits.checkpoint.structure import Check
     from layerbits.probing.loading import Prepared
     from layerbits.schemes import Scheme
-    from layerbits.serving.check import Told
+    from layerbits.serving.check import RuntimeOutput
     from layerbits.serving.reference import Plain
     from layerbits.serving.settings import SpeedRequest
     from layerbits.serving.verdict import Measured
@@ -147,7 +147,7 @@ class Checker:
         if self.settings.vllm.plugin is None and any(answer.state == MISSING for answer in unlike.values()):
             return ServeCheck(folder, digest, structure, REFUSED, known, runtime=_about(runtime))
         try:
-            served = runtime.tell(folder, folder.name, subject.question, out / "vllm.log")
+            served = runtime.output(folder, folder.name, subject.question, out / "vllm.log")
         except Refused as words:
             detail = why_refused(str(words), labels, processor)
             return ServeCheck(folder, digest, structure, REFUSED, detail, runtime=_about(runtime))
@@ -205,16 +205,18 @@ class Checker:
         )
         return Started(launch, processor), Started(launch, processor)
 
-    def _plain(self, runtime: Runtime, subject: Subject, out: Path) -> Told:
+    def _plain(self, runtime: Runtime, subject: Subject, out: Path) -> RuntimeOutput:
         source = source_folder(subject.prepared.resolved)
         key = (str(source), subject.texts_key)
         remembered = self._unquantized.setdefault(key, Remembered(runtime))
         try:
-            return remembered.tell(source, "the unquantized model", subject.question, out / "vllm-unquantized.log")
+            return remembered.output(source, "the unquantized model", subject.question, out / "vllm-unquantized.log")
         except Refused as words:
             raise UserError(f"vLLM does not serve the unquantized model {source} either: {words}") from None
 
-    def _measured(self, subject: Subject, checkpoint: Checkpoint, unquantized: Told | None, served: Told) -> Measured:
+    def _measured(
+        self, subject: Subject, checkpoint: Checkpoint, unquantized: RuntimeOutput | None, served: RuntimeOutput
+    ) -> Measured:
         import torch
 
         from layerbits.serving.reference import reference

@@ -80,8 +80,8 @@ def ask(environment: Environment) -> Processor | None:
         number = -done.returncode if done.returncode < 0 else done.returncode - 128
         raise UserError(f"{build} cannot run on this CPU ({cpu_in_words()}): it {died(number)}; {_ELSEWHERE}")
     try:
-        told = json.loads(done.stdout.strip().splitlines()[-1])
-        processor = Processor.from_json({**told, "version": VERSION})
+        data = json.loads(done.stdout.strip().splitlines()[-1])
+        processor = Processor.from_json({**data, "version": VERSION})
     except (IndexError, ValueError, KeyError, TypeError):
         words = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise UserError(
@@ -147,9 +147,9 @@ def why_refused(words: str, labels: Iterable[Label], processor: Processor | None
 
 def in_words(found: Mapping[str, Computed], processor: Processor) -> str:
     """What a processor does not compute as written, why, and what to use instead: one line."""
-    told = "; ".join(f"{algo} is {answer}" for algo, answer in found.items())
+    words = "; ".join(f"{algo} is {answer}" for algo, answer in found.items())
     better = instead(processor, found)
-    return f"on this CPU ({processor.name}) {told}" + (f"; {better}" if better else "")
+    return f"on this CPU ({processor.name}) {words}" + (f"; {better}" if better else "")
 
 
 def everything_as_written(processor: Processor) -> bool:

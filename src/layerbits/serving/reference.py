@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerbits.serving.distributions import Events
-from layerbits.serving.gains import GainScores, gain_scores
+from layerbits.serving.gain_score_test import GainScores, gain_scores
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ class Reference:
         expected: Logarithm of the mean probabilities of several such computations.
         weights: The model made of the checkpoint without the activation rounding that it asks for; ``None`` = it asks
             for none.
-        gain_scores: Of events and a deviation from ``expected``, :func:`layerbits.serving.gains.gain_scores`.
+        gain_scores: Of events and a deviation from ``expected``, :func:`layerbits.serving.gain_score_test.gain_scores`.
     """
 
     plain: Plain

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from layerbits.checkpoint.processors import Processor
 from layerbits.errors import UserError
-from layerbits.serving.check import Told
+from layerbits.serving.check import RuntimeOutput
 from layerbits.serving.client import Client, ServerError, check_length, choose
 from layerbits.serving.distributions import select
 from layerbits.serving.server import NAME, Launch, Refused, last_error, serving
@@ -42,7 +42,7 @@ class Question:
 class Runtime(Protocol):
     """Something that serves a checkpoint."""
 
-    def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
+    def output(self, folder: Path, what: str, question: Question, log: Path) -> RuntimeOutput:
         """Serves a checkpoint and asks it.
 
         Args:
@@ -68,10 +68,10 @@ class Started:
     def about(self) -> dict[str, str]:
         """What it is: package and version, the class of the CPU, and the name of the plugin's folder."""
         environment, plugin, cpu = self.launch.environment, self.launch.plugin, self.processor
-        told = {environment.package: environment.version} | ({} if cpu is None else {"cpu": cpu.name})
-        return told | ({} if plugin is None else {"plugin": plugin.name})
+        about = {environment.package: environment.version} | ({} if cpu is None else {"cpu": cpu.name})
+        return about | ({} if plugin is None else {"plugin": plugin.name})
 
-    def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
+    def output(self, folder: Path, what: str, question: Question, log: Path) -> RuntimeOutput:
         """As :class:`Runtime`."""
         with serving(self.launch, folder, what, log) as client:
             try:
@@ -94,7 +94,7 @@ class Running:
     model: str | None = None
     called: tuple[str, ...] = ()
 
-    def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
+    def output(self, folder: Path, what: str, question: Question, log: Path) -> RuntimeOutput:
         """As :class:`Runtime`."""
         client = Client(self.url)
         served = choose(client.models(), self.url, self.model, (folder.name, *self.called))
@@ -111,13 +111,13 @@ class Remembered:
     """A runtime that is asked once for each folder, as several schemes have one unquantized model."""
 
     runtime: Runtime
-    _told: dict[Path, Told] = field(default_factory=dict)
+    _outputs: dict[Path, RuntimeOutput] = field(default_factory=dict)
 
-    def tell(self, folder: Path, what: str, question: Question, log: Path) -> Told:
+    def output(self, folder: Path, what: str, question: Question, log: Path) -> RuntimeOutput:
         """As :class:`Runtime`; the question has to be the same."""
-        if folder not in self._told:
-            self._told[folder] = self.runtime.tell(folder, what, question, log)
-        return self._told[folder]
+        if folder not in self._outputs:
+            self._outputs[folder] = self.runtime.output(folder, what, question, log)
+        return self._outputs[folder]
 
 
 def kernels(log: Path) -> dict[str, str]:
@@ -126,8 +126,10 @@ def kernels(log: Path) -> dict[str, str]:
     return {"kernel": ", ".join(sorted(set(said)))} if said else {}
 
 
-def _ask(client: Client, model: str, question: Question, about: Mapping[str, str]) -> Told:
+def _ask(client: Client, model: str, question: Question, about: Mapping[str, str]) -> RuntimeOutput:
     texts = question.texts
     rows = client.distributions(model, texts.rows, question.top_k)
     prompts = [row[:_PROMPT_TOKENS] for row in texts.rows[:_PROMPTS]]
-    return Told(select(rows, texts.wanted), tuple(client.generate(model, prompts, question.new_tokens)), dict(about))
+    return RuntimeOutput(
+        select(rows, texts.wanted), tuple(client.generate(model, prompts, question.new_tokens)), dict(about)
+    )

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from layerbits.errors import UserError
-from layerbits.serving import keeper
+from layerbits.serving import server_watchdog
 from layerbits.serving.client import Client
 from layerbits.serving.environment import Environment
 
@@ -98,7 +98,7 @@ def serving(launch: Launch, folder: Path, what: str, log: Path) -> Iterator[Clie
     """A server of a checkpoint until the end of the block; no process of it is left then, whatever happens.
 
     A stop signal (SIGTERM, SIGHUP) ends it on the way out, where nobody else has a handler for it; should this process
-    be killed outright, :mod:`layerbits.serving.keeper` ends it.
+    be killed outright, :mod:`layerbits.serving.server_watchdog` ends it.
 
     Args:
         launch: How.
@@ -127,10 +127,10 @@ def started(command: Sequence[str], variables: Mapping[str, str], log: Path) -> 
         log: File for what it says.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    kept = [sys.executable, keeper.__file__, *command]
+    with_watchdog = [sys.executable, server_watchdog.__file__, *command]
     with _stop_signals(), log.open("wb") as out:
         process = subprocess.Popen(
-            kept, stdin=subprocess.PIPE, stdout=out, stderr=out, env=dict(variables), start_new_session=True
+            with_watchdog, stdin=subprocess.PIPE, stdout=out, stderr=out, env=dict(variables), start_new_session=True
         )
         try:
             yield process
@@ -222,17 +222,17 @@ def _wait(client: Client, process: subprocess.Popen[bytes], what: str, log: Path
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Tells the keeper to end its group, and makes sure of it."""
+    """Tells the watchdog to end its group, and makes sure of it."""
     assert process.stdin is not None
     with suppress(OSError):
         process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(3 * keeper.GRACE)
+        process.wait(3 * server_watchdog.GRACE)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + keeper.GRACE
-    while keeper.members(process.pid) and time.monotonic() < deadline:
+    deadline = time.monotonic() + server_watchdog.GRACE
+    while server_watchdog.members(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 

@@ -55,7 +55,7 @@ UNKNOWN = Divergence(math.nan, math.nan)
 
 @dataclass(frozen=True)
 class Gain:
-    """The linear whose gain would best explain how a served model deviates (:mod:`layerbits.serving.gains`).
+    """The linear whose gain would best explain how a served model deviates (:mod:`layerbits.serving.gain_score_test`).
 
     Attributes:
         linear: Its name.
@@ -95,8 +95,8 @@ class Measured:
 
     Attributes:
         tokens: Positions compared.
-        top_k: Tokens that the runtime told per position; -1 = all.
-        mass: Mean mass of the events that are told one by one, under the unquantized model.
+        top_k: Tokens that the runtime listed per position; -1 = all.
+        mass: Mean mass of the events that are listed one by one, under the unquantized model.
         served_damage: The served scheme from the served unquantized model; unknown where that was not served.
         restored_damage: The restored checkpoint from the unquantized model, in PyTorch.
         rounded_damage: The same with both models rounded to the runtime's dtype: what a sound runtime measures.
@@ -233,7 +233,7 @@ def largest_gain(linears: Sequence[str], scores: FloatArray, information: FloatA
 
     Args:
         linears: Names of ``L`` linears.
-        scores: ``[L, captions]`` as :class:`layerbits.serving.gains.GainScores` has them.
+        scores: ``[L, captions]`` as :class:`layerbits.serving.gain_score_test.GainScores` has them.
         information: ``[L]`` likewise.
     """
     import numpy as np

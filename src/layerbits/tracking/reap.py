@@ -50,7 +50,7 @@ def process_tags() -> dict[str, str]:
 def reap(tracking_uri: str | None = None, root: Path | None = None, named: Sequence[str] = ()) -> list[Reaped]:
     """Ends the RUNNING runs of this machine whose process is gone as KILLED, with ``outcome`` and ``reason``.
 
-    A run that was killed after it had told its outcome ends as that.
+    A run that was killed after it had recorded its outcome ends as that.
 
     Args:
         tracking_uri: The store, as :func:`~layerbits.tracking.store.open_store` takes it.
@@ -86,7 +86,7 @@ def reap(tracking_uri: str | None = None, root: Path | None = None, named: Seque
             if outcome is None:
                 outcome = "killed"
                 client.log_batch(run.info.run_id, tags=[RunTag("outcome", outcome), RunTag("reason", reason)])
-            # Tags are written last: what told its outcome before it was killed has everything.
+            # Tags are written last: what recorded its outcome before it was killed has everything.
             client.set_terminated(run.info.run_id, STATUS.get(outcome, "FAILED"), _last_sign(run))
             reaped.append(Reaped(run.info.run_id, run.info.run_name, outcome, reason))
     except MlflowException as error:

@@ -48,7 +48,7 @@ def open_store(tracking_uri: str | None, root: Path, read: bool = False) -> str:
         (``MLFLOW_TRACKING_USERNAME`` and ``_PASSWORD``).
 
     Raises:
-        UserError: No such kind of store, or it does not answer, or refuses us; told within seconds.
+        UserError: No such kind of store, or it does not answer, or refuses us; within seconds.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # MLflow's default of 7 blocks for 246 s when a server goes away in mid-run; 3 are 13 s.
@@ -144,16 +144,16 @@ def patiently(write: Callable[[], T]) -> T:
         write: May be called again after it failed half-way.
     """
     deadline = time.monotonic() + _LOCK_SECONDS
-    told = False
+    printed = False
     while True:
         try:
             return write()
         except Exception as error:
             if _LOCKED not in str(error) or time.monotonic() > deadline:
                 raise
-            if not told:
+            if not printed:
                 print(f"the store is locked by another process; waiting up to {_LOCK_SECONDS:.0f} s", file=sys.stderr)
-            told = True
+            printed = True
             time.sleep(1)
 
 

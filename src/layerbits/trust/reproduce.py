@@ -48,10 +48,10 @@ def scored_run(reference: str, tracking_uri: str | None) -> str:
         return reference
     from layerbits.history.source import connect, get_run
 
-    told = get_run(connect(tracking_uri), made.run_id).tags.get("source_run_id", "")
-    runs = [run for run in told.split(",") if run]
+    source_ids = get_run(connect(tracking_uri), made.run_id).tags.get("source_run_id", "")
+    runs = [run for run in source_ids.split(",") if run]
     if len(runs) != 1:
-        raise UserError(f"{reference} was exported by {made} from {len(runs)} runs; give one of them: {told}")
+        raise UserError(f"{reference} was exported by {made} from {len(runs)} runs; give one of them: {source_ids}")
     return runs[0]
 
 

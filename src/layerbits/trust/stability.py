@@ -86,7 +86,7 @@ def in_words(frame: pd.DataFrame) -> pd.DataFrame:
     ids = sorted({*frame["a"], *frame["b"]})
     length = next(n for n in range(8, 65) if len({run[:n] for run in ids}) == len(ids))
 
-    def told(name: str, form: str) -> list[str]:
+    def with_interval(name: str, form: str) -> list[str]:
         columns = (frame[column] for column in (name, f"{name}_low", f"{name}_high"))
         words = []
         for value, low, high in zip(*columns, strict=True):
@@ -99,10 +99,10 @@ def in_words(frame: pd.DataFrame) -> pd.DataFrame:
             "a": frame["a"].str[:length],
             "b": frame["b"].str[:length],
             "groups": frame["groups"],
-            "spearman": told("spearman", ".3f"),
-            "kendall": told("kendall", ".3f"),
+            "spearman": with_interval("spearman", ".3f"),
+            "kendall": with_interval("kendall", ".3f"),
             "top": frame["top"],
-            "in both": told("overlap", ".3g"),
+            "in both": with_interval("overlap", ".3g"),
             "differs": frame["differs"],
         }
     )

@@ -87,9 +87,9 @@ class Validation:
     @property
     def rounding(self) -> str:
         """How many groups can be told from rounding, in a line."""
-        told, groups = self.status.count("ok"), len(self.groups)
+        above, groups = self.status.count("ok"), len(self.groups)
         more = "" if self.dtype == "float32" else "; dtype=float32 tells more"
-        return f"{told} of {groups} groups can be told from the rounding of {self.dtype}{more}."
+        return f"{above} of {groups} groups can be told from the rounding of {self.dtype}{more}."
 
     @property
     def blind(self) -> str:

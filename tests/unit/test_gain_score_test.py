@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from layerbits.inputs.calibration import Batch, Segment
 from layerbits.serving.distributions import Events
-from layerbits.serving.gains import gain_scores
+from layerbits.serving.gain_score_test import gain_scores
 from layerbits.serving.reference import Whole, logprobs, replicas, rounding
 from layerbits.serving.verdict import largest_gain
 

@@ -1,7 +1,7 @@
 """Runs a command until its own standard input closes: what is left of a server whose starter is gone, however.
 
-``python keeper.py COMMAND …`` is the leader of the server's process group. The starter holds the other end of its
-standard input, so a starter that was killed with SIGKILL closes it too. Only the standard library is imported.
+``python server_watchdog.py COMMAND …`` is the leader of the server's process group. The starter holds the other end of
+its standard input, so a starter that was killed with SIGKILL closes it too. Only the standard library is imported.
 """
 
 from __future__ import annotations

@@ -63,9 +63,9 @@ def gain_scores(model: PreTrainedModel, batches: Sequence[Batch], events: Events
     """Projects a deviation on the gains of a model's linears, but its head.
 
     Args:
-        model: The restored checkpoint; its parameters take no gradient afterwards.
+        model: The restored checkpoint; its parameters take no gradient from then on.
         batches: The texts.
-        events: Of which ``deviation`` is told.
+        events: The events of ``deviation``.
         deviation: ``[E]`` probability as served less the expected one.
     """
     import torch
