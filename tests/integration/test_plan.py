@@ -55,6 +55,11 @@ def test_the_table_has_every_mode_and_the_command(plan):
     assert "autoquant.batch_size=4" in out
 
 
+def test_what_the_seconds_leave_out_is_said(plan):
+    _, out, _ = plan("quant_pair=wint8_afp16", "autoquant.refine=auto")
+    assert "not in these seconds: autoquant.refine=auto" in out
+
+
 def test_json_is_strict(plan):
     _, out, _ = plan("quant_pair=wint8_afp16", "--format", "json")
     found = json.loads(out)

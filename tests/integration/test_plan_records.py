@@ -30,7 +30,7 @@ def held(records):
     return records.held(Card.read())
 
 
-def test_memory_is_foretold_within_five_percent(held):
+def test_memory_is_predicted_within_five_percent(held):
     off = {(h.point.file, h.point.key): h.told_gb / h.gb - 1 for h in held}
     earlier = {key: value for key, value in off.items() if key[0].startswith("25-experts")}
     assert max(abs(value) for key, value in off.items() if key not in earlier) < 0.05

@@ -53,6 +53,7 @@ class Forecast:
         best: The mode that ``memory=auto`` would take, ``""`` where none fits.
         command: The command that runs it.
         refused: Candidates that cannot run here, with the reason.
+        refine: ``autoquant.refine``, whose time is not in the seconds; 0 = off.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Forecast:
     best: str
     command: str
     refused: tuple[str, ...]
+    refine: int | str = 0
 
 
 def forecast(overrides: Sequence[str], configs: Path) -> Forecast:
@@ -106,6 +108,7 @@ def forecast(overrides: Sequence[str], configs: Path) -> Forecast:
         best=best,
         command=_command(overrides, best),
         refused=tuple(refused),
+        refine=spec.refine,
     )
 
 
@@ -122,6 +125,11 @@ def in_words(found: Forecast) -> str:
         lines.append(
             f"{row.mode:8}  {_number(row.device_gb):>9}  {row.host_gb:8.1f}  {_number(row.step_seconds):>9}  "
             f"{_duration(row.total_seconds):>10}  {row.fits}"
+        )
+    if found.refine:
+        lines.append(
+            f"not in these seconds: autoquant.refine={found.refine}, which measures groups after the pass (auto: at "
+            "most a quarter of what method=kl_div takes)"
         )
     lines += ["", f"run it with: {found.command}"]
     lines += [f"refused: {line}" for line in found.refused]
