@@ -24,10 +24,12 @@ import torch
 from uniform import compose, prepared, scheme_of
 
 from layerbits.candidates.candidate import Candidate, resolve_candidate
+from layerbits.candidates.fused import fused
 from layerbits.candidates.granularity import Overlay
 from layerbits.inputs.calibration import Batch
-from layerbits.probing.apply import apply_scheme, find_ranges, fused_with, module_quantizers
+from layerbits.probing.apply import apply_scheme, configs_of, find_ranges
 from layerbits.probing.probe import held_out_rows
+from layerbits.scoring.assigned import calibrated
 from layerbits.scoring.steps import predictions
 from layerbits.stages.run import run
 from layerbits.stages.workbench import Workbench, workbench
@@ -74,12 +76,11 @@ def measured(bench: Workbench, own: Candidate, shared: Candidate, rows: int, dev
         with apply_scheme(model, scheme, ranges, keep_weights=False):
             result[name] = divergence(reference, log_probabilities(model, held_out))
     linears = {name: model.get_submodule(name) for name in schemes["own"].modules}
-    together = fused_with(linears)
-    scaled = {}  # the ranges that a runtime finds in the checkpoint are those of the first rounding
-    for name, info in schemes["own"].modules.items():
-        quantizer, _ = module_quantizers(linears[name], name, info, ranges, together[name])
-        scaled[name] = quantizer
-    largest = {name: max(float(scaled[n].amax) for n, m in linears.items() if m in together[name]) for name in linears}
+    together = {name: names for names in fused(linears) for name in names}
+    # the ranges that a runtime finds in the checkpoint are those of the first rounding
+    taps = calibrated(model, configs_of(model, schemes["own"]), ranges.inputs)
+    scaled = {name: tap.weight_quantizers()[0] for name, tap in taps.items()}
+    largest = {name: max(float(scaled[n].amax) for n in together[name]) for name in linears}
     with torch.no_grad():
         for name, module in linears.items():
             once = scaled[name](module.weight)

@@ -52,11 +52,12 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
         UserError: The harness is not installed, a task cannot be put, or there are too few documents to see anything;
             all before the weights are loaded. Or as :func:`layerbits.probing.loading.prepare_together`.
     """
-    from layerbits.probing.apply import Made, apply_scheme, find_ranges
+    from layerbits.probing.apply import apply_scheme, find_ranges
     from layerbits.probing.loading import prepare_together
     from layerbits.probing.probe import weights_fit
     from layerbits.progress import progress
     from layerbits.provenance import provenance
+    from layerbits.scoring.assigned import Made
     from layerbits.scoring.precision import computing, plan_precision
 
     clock = time.perf_counter

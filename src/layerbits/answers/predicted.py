@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from layerbits.probing.apply import Ranges
     from layerbits.schemes import Scheme
+    from layerbits.scoring.patches import Forward
 
 _DOCUMENTS = {"cpu": 2, "cuda": 8}
 """Documents a forward, with all of their choices."""
@@ -70,20 +71,21 @@ def predict_changes(lm: LM, task: Task, schemes: Sequence[Scheme], ranges: Range
     """
     import torch
 
-    from layerbits.probing.apply import Made, apply_scheme
+    from layerbits.inputs.offload import offloaded
+    from layerbits.probing.apply import configs_of
+    from layerbits.scoring.assigned import Made, quantized_forwards
 
     model = lm.model
+    keep = offloaded(model) is None
     made: Made = {}
     owner: dict[str, str] = {}
+    forwards: dict[str, dict[str, Forward]] = {}
     for scheme in schemes:
-        with apply_scheme(model, scheme, ranges, made=made):
-            pass
+        for name, forward in quantized_forwards(model, configs_of(model, scheme), ranges.inputs, keep, made).items():
+            if not isinstance(model.get_submodule(name), torch.nn.Linear):
+                raise Unsupported(f"{name} is no plain linear; changes of answers are predicted for those alone")
+            forwards.setdefault(name, {})[scheme.modules[name].config_hash] = forward
         owner |= {module: group.key for group in scheme.groups for module in group.modules}
-    forwards: dict[str, dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {}
-    for (name, config), forward in made.items():
-        if not isinstance(model.get_submodule(name), torch.nn.Linear):
-            raise Unsupported(f"{name} is no plain linear; changes of answers are predicted for those alone")
-        forwards.setdefault(name, {})[config] = forward
 
     documents = _documents(lm, task)
     totals = {
@@ -122,9 +124,7 @@ def _documents(lm: LM, task: Task) -> list[_Document]:
 class _Tap:
     """Hooks that multiply what a candidate changes at each linear's output with the gradient that arrives there."""
 
-    def __init__(
-        self, model: PreTrainedModel, forwards: Mapping[str, Mapping[str, Callable[..., torch.Tensor]]]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, forwards: Mapping[str, Mapping[str, Forward]]) -> None:
         self._model = model
         self._forwards = forwards
         self._found: dict[tuple[str, str], torch.Tensor] = {}

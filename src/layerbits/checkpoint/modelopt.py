@@ -140,7 +140,7 @@ def modelopt_label(info: CandidateInfo) -> str | None:
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export.quant_utils import get_quant_config
 
-    from layerbits.probing.apply import runtime_config
+    from layerbits.candidates.runtime import runtime_config
 
     model = torch.nn.Sequential(torch.nn.Linear(128, 128))
     try:

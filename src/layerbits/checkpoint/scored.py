@@ -72,22 +72,20 @@ def scored_layers(
         ranges: Static activation ranges.
         on_disk: From :func:`layerbits.inputs.names.names_on_disk`.
     """
-    from layerbits.probing.apply import experts_tap, fused_with, module_quantizers, runtime_config
-    from layerbits.scoring import quantizers
+    from layerbits.probing.apply import configs_of
+    from layerbits.scoring.assigned import calibrated
+    from layerbits.scoring.experts import ExpertsTap
 
     layers = []
     experts = expert_linears(model)
-    together = fused_with({name: model.get_submodule(name) for name in scheme.modules})
+    taps = calibrated(model, configs_of(model, scheme), ranges.inputs)
     for name, info in scheme.modules.items():
-        module = model.get_submodule(name)
-        label = labels[info.name]
-        if mine := [e for e in experts if e.module == name]:
-            tap = experts_tap(module, name, info, ranges)
-            layers += [_expert_layer(tap, expert, info, label) for expert in mine]
+        tap, label = taps[name], labels[info.name]
+        if isinstance(tap, ExpertsTap):
+            layers += [_expert_layer(tap, expert, info, label) for expert in experts if expert.module == name]
             continue
         stored = on_disk[f"{name}.weight"].removesuffix(".weight")
-        weight, inputs = module_quantizers(module, name, info, ranges, together[name])
-        settings = quantizers.distinct_settings([runtime_config(info, module.weight.device)])
+        (weight,), (inputs,) = tap.weight_quantizers(), tap.inputs[""]
         layers.append(
             ScoredLayer(
                 module=name,
@@ -96,9 +94,9 @@ def scored_layers(
                 exported=name if label.format == COMPRESSED else stored,
                 candidate=info.name,
                 label=label,
-                dtype=module.weight.dtype,
-                weight=settings.weights[0],
-                inputs=settings.inputs[0],
+                dtype=tap.module.weight.dtype,
+                weight=tap.setting[0],
+                inputs=tap.setting[1],
                 weight_range=_range(weight),
                 scale_range=_range(weight),
                 stored_range=None,

@@ -87,7 +87,7 @@ def write_checkpoint(
 def _quantize(model: PreTrainedModel, scheme: Scheme, layers: Sequence[ScoredLayer]) -> None:
     import modelopt.torch.quantization as mtq
 
-    from layerbits.probing.apply import runtime_config
+    from layerbits.candidates.runtime import runtime_config
 
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
     experts = {layer.expert.module for layer in layers if layer.expert is not None}

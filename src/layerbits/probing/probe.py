@@ -200,9 +200,10 @@ def _measured(
     provenance: dict[str, str],
     precision: Precision,
 ) -> ProbeResult:
-    from layerbits.probing.apply import Made, apply_scheme
+    from layerbits.probing.apply import apply_scheme
     from layerbits.probing.baseline import Baseline
     from layerbits.progress import progress
+    from layerbits.scoring.assigned import Made
 
     clock = time.perf_counter
     start = clock()

@@ -75,7 +75,6 @@ class ExpertsTap(Tap):
         tensors = [getattr(resident(module), projection) for projection in experts.projections]
         super().__init__(name, module, settings, experts.projections, tensors[0].device)
         self.experts = experts
-        self.setting = (settings.weights[0], settings.inputs[0])
         searches = settings.searches or (None,) * len(settings.weights)
         self._weights = [
             [None if setting is None else ExpertWeights(setting, tensor, search) for tensor in tensors]
@@ -209,12 +208,7 @@ class ExpertsTap(Tap):
             yield from zip(several, outputs, strict=True)
 
     def quantized(self, pair: tuple[int, int], keep: bool = False) -> Forward:
-        """The module with quantized experts and inputs.
-
-        Args:
-            pair: Weight and input setting.
-            keep: Whether to keep the quantized weights; otherwise they are made in every forward.
-        """
+        """The module with quantized experts and inputs."""
         kept = tuple(self.weights(pair[0])) if keep else None
 
         def forward(*args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ from layerbits.inputs.calibration import Batch
 from layerbits.progress import planned
 from layerbits.results.assignment import IntArray
 from layerbits.scoring import distributed
+from layerbits.scoring.assigned import fixed_quantization
 from layerbits.scoring.features import kept_features
-from layerbits.scoring.fixed_quantization import fixed_quantization
 from layerbits.scoring.job import Scores, ScoringJob, held_cache
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.passes import run_steps

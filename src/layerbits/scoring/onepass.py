@@ -25,10 +25,10 @@ from layerbits.progress import part_done, planned
 from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray
 from layerbits.scoring import distributed, fisher
+from layerbits.scoring.assigned import fixed_quantization
 from layerbits.scoring.batch_scores import BatchScores
 from layerbits.scoring.checkpointing import checkpointed
 from layerbits.scoring.features import kept_features
-from layerbits.scoring.fixed_quantization import fixed_quantization
 from layerbits.scoring.job import Scores, ScoringJob, held_cache, kl_weights
 from layerbits.scoring.kv_cache import KvTaps
 from layerbits.scoring.memory import MemoryPlan, plan_memory

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 
-from layerbits.scoring.patches import Forward
 from layerbits.scoring.search import Search
 from layerbits.scoring.suffix import Perturbation
 from layerbits.scoring.tap import Tap
@@ -24,10 +22,6 @@ class ReplacedLinears(Taps):
     def quantized(self, search: Search, group: int, candidate: int) -> Perturbation:
         """The modules of a group, quantized by a candidate."""
         return {tap.name: tap.quantized(self._pairs[candidate]) for tap in self._members(search, group)}
-
-    def each_quantized(self, candidates: Mapping[str, int]) -> dict[Any, Forward]:
-        """Forwards by module, each module quantized by its candidate."""
-        return {tap.module: tap.quantized(self._pairs[candidates[tap.name]]) for tap in self.taps}
 
     def recomputed(self, search: Search, group: int) -> Perturbation:
         """The modules of a group unquantized, summed in another order: what differs is rounding alone."""

@@ -22,7 +22,7 @@ from layerbits.inputs.linears import (
     shape_of,
     weight_of,
 )
-from layerbits.inputs.residence import device_of
+from layerbits.inputs.residence import device_of, own_dtype
 from layerbits.scoring import quantizers
 from layerbits.scoring.input_ranges import InputRange, RangeKind
 from layerbits.scoring.memory import ModuleFootprint
@@ -60,6 +60,7 @@ class Tap(ABC):
         self.device = device
         self.inputs = {site: [quantizers.make_quantizer(s, device) for s in settings.inputs] for site in inputs}
         self.pairs = settings.pairs
+        self.setting = (settings.weights[0], settings.inputs[0])
         self._headrooms = settings.headrooms
 
     @abstractmethod
@@ -117,8 +118,14 @@ class Tap(ABC):
                 quantizers.fix_dtype(quantizer, dtype)
 
     @abstractmethod
-    def quantized(self, pair: tuple[int, int]) -> Forward:
-        """The forward under a pair of (weight, input) settings."""
+    def quantized(self, pair: tuple[int, int], keep: bool = False) -> Forward:
+        """The forward under a pair of (weight, input) settings.
+
+        Args:
+            pair: Weight and input setting.
+            keep: Whether to keep the quantized weights, in the module's own dtype; otherwise they are made in every
+                forward.
+        """
 
     @abstractmethod
     def recomputed(self) -> Forward:
@@ -196,7 +203,7 @@ class LinearTap(Tap):
 
     def calibrate_weights(self, shared: torch.Tensor | None = None) -> None:
         """Finds the ranges of the weight."""
-        weight = weight_of(self.module)
+        weight = _own_weight(self.module)
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"the weight of {self.name} is not finite; the checkpoint is damaged, fetch it again")
         for quantizer, search in zip(self._weights, self._searches, strict=True):
@@ -233,14 +240,19 @@ class LinearTap(Tap):
                 outputs = outputs_of(module, seen, weights[first * features : last * features], last - first)
                 yield candidates, by_token(module, token_scores(gradient, outputs, y, signed), x)
 
-    def quantized(self, pair: tuple[int, int]) -> Forward:
-        """The linear with quantized weight and input; the weight is quantized on the fly."""
+    def quantized(self, pair: tuple[int, int], keep: bool = False) -> Forward:
+        """The linear with quantized weight and input."""
         module, quantize_weight, quantize_input = self.module, self._weights[pair[0]], self.inputs[""][pair[1]]
 
+        def quantized_weight() -> torch.Tensor:
+            weight = _own_weight(module)
+            return weight if quantize_weight is None else quantize_weight(weight)
+
+        kept = quantized_weight().detach() if keep else None
+
         def forward(x: torch.Tensor) -> torch.Tensor:
-            weight = weight_of(module)
-            weight = weight if quantize_weight is None else quantize_weight(weight)
-            return run(module, x if quantize_input is None else quantize_input(x), weight)
+            weight = quantized_weight() if kept is None else kept
+            return run(module, x if quantize_input is None else quantize_input(x), weight.to(x.dtype))
 
         return forward
 
@@ -286,6 +298,12 @@ def hooked(handle: RemovableHandle) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def _own_weight(module: nn.Module) -> torch.Tensor:
+    """The weight in its own dtype, whatever the model computes in."""
+    weight = weight_of(module)
+    return weight.to(own_dtype(module) or weight.dtype)
 
 
 def first_input(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,27 @@
+"""A candidate's ModelOpt configuration as it is computed on a device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from layerbits.candidates import backends, fp4
+from layerbits.candidates.formats import Format, normalise, plain
+from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
+from layerbits.results.result import CandidateInfo
+
+if TYPE_CHECKING:
+    import torch
+
+
+def runtime_config(info: CandidateInfo, device: torch.device) -> dict[str, Any]:
+    """A candidate's ModelOpt config with bare quantizer names, as it is computed on a device.
+
+    FP4 uses our backend where ModelOpt's kernels cannot run; token groups always use ours.
+    """
+    config = Format(info.format_name, normalise(info.config)).bare()
+    if TOKEN_GROUP_BACKEND in str(plain(config)):
+        register_backend()
+    if device.type == "cuda" and fp4.cuda_kernels_available():
+        return config
+    backends.register_backends()
+    return backends.with_reference_backend(config)
