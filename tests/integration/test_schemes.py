@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from mlflow import MlflowClient
 from transformers import AutoTokenizer
 
@@ -18,12 +19,13 @@ from layerbits.history.scheme_inputs import load_scores
 from layerbits.inputs import smollm2
 from layerbits.inputs.calibration import Batch, Segment
 from layerbits.inputs.captions import load_captions
-from layerbits.probing.apply import apply_scheme, find_ranges
+from layerbits.probing.apply import apply_scheme, configs_of, find_ranges
 from layerbits.probing.baseline import Baseline
 from layerbits.probing.loading import prepare
 from layerbits.probing.probe import held_out_rows
 from layerbits.schemes import load_scheme
 from layerbits.schemes.kv_cache import toggles
+from layerbits.scoring.assigned import fixed_quantization
 from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.steps import calibration_forward
 
@@ -93,6 +95,33 @@ def test_schemes_take_turns_and_leave_the_model_bit_for_bit_as_it_was():
     assert [set(vars(m)) for m in model.modules()] == attributes
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in weights.items())
+
+
+def test_quantizers_lie_behind_the_hooks_of_accelerate():
+    model = tiny_model("llama")
+    scheme = scheme_of(model, qkv=candidate("wfp8_afp8"))
+    plain = logits(model)
+    with apply_scheme(model, scheme, CALIBRATION):
+        expected = logits(model)
+    called = []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            called.append(module)
+            return args, kwargs
+
+    linears = [model.get_submodule(name) for name in scheme.modules]
+    for linear in linears:
+        add_hook_to_module(linear, Counting())
+    for put_on in (
+        lambda: apply_scheme(model, scheme, CALIBRATION),
+        lambda: fixed_quantization(model, configs_of(model, scheme), CALIBRATION),
+    ):
+        with put_on():
+            called.clear()
+            assert torch.equal(logits(model), expected)
+            assert called == linears
+        assert torch.equal(logits(model), plain)
 
 
 def test_a_second_scheme_on_top_of_one_is_refused():

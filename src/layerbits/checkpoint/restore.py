@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,7 +17,8 @@ from layerbits.errors import UserError
 from layerbits.inputs.names import names_on_disk
 from layerbits.inputs.prediction_layers import prediction_module
 from layerbits.scoring import quantizers
-from layerbits.scoring.experts import with_inputs
+from layerbits.scoring.assigned import change_inputs
+from layerbits.scoring.experts import Change
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _NOT_LOADED = ("pre_quant_scale", "k_scale", "v_scale")
 
 
-def restore(checkpoint: Checkpoint, quantization: Quantization, device: str, trusted: bool = False) -> Any:
+def restore(checkpoint: Checkpoint, quantization: Quantization, device: str, trusted: bool = False) -> PreTrainedModel:
     """Builds the model of ``config.json`` and fills it with the checkpoint's weights; ``model(**inputs)`` runs.
 
     Piece by piece, so that little more than the model is in memory. The KV cache is left in the model's dtype.
@@ -66,18 +66,23 @@ def restore(checkpoint: Checkpoint, quantization: Quantization, device: str, tru
     experts = expert_linears(model)
     _fill(model, checkpoint, quantization, names, experts)
     stored = {name.removesuffix(".weight"): on_disk for name, on_disk in names.items()}
-    for name, module in model.named_modules():
+    for name, _ in model.named_modules():
         layer = stored.get(name, "").removesuffix(".weight")
         if layer in quantization.layers:
-            _round_inputs(module, checkpoint, layer, quantization.layers[layer])
-    for name in dict.fromkeys(e.module for e in experts if e.name in quantization.layers):
-        _round_expert_inputs(model, name, checkpoint, quantization, experts)
+            change_inputs(model, name, {"": _rounding(checkpoint, layer, quantization.layers[layer])})
+    changes: dict[str, dict[str, Change]] = {}
+    for expert in experts:
+        if expert.name in quantization.layers and expert.projection not in changes.setdefault(expert.module, {}):
+            rounding = _rounding(checkpoint, expert.name, quantization.layers[expert.name])
+            changes[expert.module][expert.projection] = rounding
+    for name, change in changes.items():
+        change_inputs(model, name, change)
     return model
 
 
 def at_stored_numbers(
     model: PreTrainedModel, checkpoint: Checkpoint, quantization: Quantization, layers: Sequence[ScoredLayer]
-) -> Any:
+) -> PreTrainedModel:
     """Gives the source's model the checkpoint's quantized weights, and ModelOpt's input quantizers at its scales.
 
     What the restored model has to compute bit for bit, if its configuration, its other tensors and our reading of the
@@ -89,64 +94,27 @@ def at_stored_numbers(
         quantization: Its configuration.
         layers: The quantized linears.
     """
-    _experts_at_stored_numbers(model, checkpoint, quantization, [layer for layer in layers if layer.expert])
+    changes: dict[str, dict[str, Change]] = {}
     for layer in layers:
-        if layer.expert is not None:
-            continue
-        module, label = model.get_submodule(layer.module), quantization.layers[layer.exported]
-        with torch.no_grad():
-            for start, stop in _even_pieces(checkpoint, layer.exported, label):
-                module.weight[start:stop] = dequantize(
-                    checkpoint, layer.exported, label, start, stop, module.weight.device
-                )
-        quantizer = quantizers.make_quantizer(layer.inputs, module.weight.device)
-        if quantizer is None:
+        expert, label = layer.expert, quantization.layers[layer.exported]
+        if expert is None:
+            name, site = layer.module, ""
+            weight = model.get_submodule(name).weight
+        else:
+            name, site = expert.module, expert.projection
+            weight = expert.rows(getattr(model.get_submodule(name), site))
+        _fill_quantized(checkpoint, layer.exported, label, weight)
+        of_module = changes.setdefault(name, {})
+        quantizer = quantizers.make_quantizer(layer.inputs, weight.device)
+        if quantizer is None or site in of_module:  # experts share the scale of their inputs
             continue
         if (scale := label.input_scale) is not None:
-            stored = checkpoint.rows(f"{layer.exported}.{scale.part}").to(module.weight.device)
+            stored = checkpoint.rows(f"{layer.exported}.{scale.part}").to(weight.device)
             quantizer.amax = scale.range(stored).reshape(())
-        module.register_forward_pre_hook(lambda _, args, quantizer=quantizer: (quantizer(args[0]), *args[1:]))
-    return model
-
-
-def _experts_at_stored_numbers(
-    model: PreTrainedModel, checkpoint: Checkpoint, quantization: Quantization, layers: Sequence[ScoredLayer]
-) -> None:
-    """The same of the experts."""
-    changes: dict[str, dict[str, Any]] = {}
-    for layer in layers:
-        expert, label = layer.expert, quantization.layers[layer.stored]
-        assert expert is not None
-        weight = expert.rows(getattr(model.get_submodule(expert.module), expert.projection))
-        with torch.no_grad():
-            for start, stop in _even_pieces(checkpoint, layer.stored, label):
-                weight[start:stop] = dequantize(checkpoint, layer.stored, label, start, stop, weight.device)
-        if expert.projection in changes.setdefault(expert.module, {}):
-            continue
-        quantizer = quantizers.make_quantizer(layer.inputs, weight.device)
-        if quantizer is not None and (scale := label.input_scale) is not None:
-            stored = checkpoint.rows(f"{layer.stored}.{scale.part}").to(weight.device)
-            quantizer.amax = scale.range(stored).reshape(())
-        changes[expert.module][expert.projection] = quantizer
+        of_module[site] = quantizer
     for name, change in changes.items():
-        with_inputs(model.get_submodule(name), name, change)
-
-
-def _round_expert_inputs(
-    model: PreTrainedModel,
-    name: str,
-    checkpoint: Checkpoint,
-    quantization: Quantization,
-    experts: Sequence[ExpertLinear],
-) -> None:
-    """Rounds what enters the two projections of an expert module, whose experts share its scales."""
-    changes = {}
-    for expert in experts:
-        if expert.module == name and expert.projection not in changes:
-            label = quantization.layers[expert.name]
-            scale = None if label.input_scale is None else checkpoint.rows(f"{expert.name}.{label.input_scale.part}")
-            changes[expert.projection] = partial(quantize_input, label=label, input_scale=scale)
-    with_inputs(model.get_submodule(name), name, changes)
+        change_inputs(model, name, change)
+    return model
 
 
 def _fill(
@@ -173,8 +141,7 @@ def _fill(
         with torch.no_grad():
             if label is not None:
                 _check_shape(checkpoint, stored, logical_shape(checkpoint, module, label), tensor)
-                for start, stop in _even_pieces(checkpoint, module, label):
-                    tensor[start:stop] = dequantize(checkpoint, module, label, start, stop, tensor.device)
+                _fill_quantized(checkpoint, module, label, tensor)
             else:
                 _check_shape(checkpoint, stored, checkpoint.entry(stored).shape, tensor)
                 for start, stop in checkpoint.pieces(stored):
@@ -199,8 +166,7 @@ def _fill_linear(checkpoint: Checkpoint, quantization: Quantization, module: str
                 weight[start:stop].copy_(checkpoint.rows(stored, start, stop))
             return {stored}
         _check_shape(checkpoint, stored, logical_shape(checkpoint, module, label), weight)
-        for start, stop in _even_pieces(checkpoint, module, label):
-            weight[start:stop] = dequantize(checkpoint, module, label, start, stop, weight.device)
+        _fill_quantized(checkpoint, module, label, weight)
     return {f"{module}.{part}" for part in label.parts}
 
 
@@ -217,13 +183,18 @@ def _even_pieces(checkpoint: Checkpoint, module: str, label: Label) -> list[tupl
     return [(start * factor, stop * factor) for start, stop in pieces]
 
 
-def _round_inputs(module: Any, checkpoint: Checkpoint, layer: str, label: Label) -> None:
+def _fill_quantized(checkpoint: Checkpoint, module: str, label: Label, weight: torch.Tensor) -> None:
+    """Fills a weight from the quantized one of a linear of the checkpoint, piece by piece."""
+    with torch.no_grad():
+        for start, stop in _even_pieces(checkpoint, module, label):
+            weight[start:stop] = dequantize(checkpoint, module, label, start, stop, weight.device)
+
+
+def _rounding(checkpoint: Checkpoint, layer: str, label: Label) -> Change:
     scale = None if label.input_scale is None else checkpoint.rows(f"{layer}.{label.input_scale.part}")
 
-    def rounded(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        found = quantize_input(args[0], label, scale)
-        if args[0].requires_grad:  # the gradient as if there was no rounding
-            found = args[0] + (found - args[0]).detach()
-        return (found, *args[1:])
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        found = quantize_input(x, label, scale)
+        return x + (found - x).detach() if x.requires_grad else found  # the gradient as if there was no rounding
 
-    module.register_forward_pre_hook(rounded)
+    return rounded

@@ -22,10 +22,12 @@ from torch import nn
 from layerbits.candidates.formats import plain
 from layerbits.candidates.fused import fused, shares_range
 from layerbits.errors import UserError
+from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.linears import weight_of
 from layerbits.inputs.models import output_head
 from layerbits.inputs.residence import own_dtype
 from layerbits.scoring import quantizers
+from layerbits.scoring.experts import Change, ExpertsTap
 from layerbits.scoring.patches import Forward
 from layerbits.scoring.tap import LinearTap, Tap
 from layerbits.scoring.taps import Taps, make_tap
@@ -205,6 +207,23 @@ def fixed_quantization(
     ranges = find_ranges(model, [configs], batches)
     with AssignedModel(model, quantized_forwards(model, configs, ranges, keep_weights=False), "the recipe", cache):
         yield
+
+
+def change_inputs(model: PreTrainedModel, name: str, changes: Mapping[str, Change]) -> None:
+    """Changes what enters a linear or an expert module, for good: of a model that has the quantized weights as its own.
+
+    Args:
+        model: The whole model.
+        name: Full name of the module.
+        changes: Input → what is done to it; of a linear ``""``, of an expert module the name of a projection.
+    """
+    module = model.get_submodule(name)
+    experts = fused_experts(module)
+    if experts is not None:
+        tap = ExpertsTap(name, module, quantizers.Settings((None,), (None,), ((0, 0),)), experts)
+        vars(module)["forward"] = tap.with_inputs(changes)
+    elif (change := changes.get("")) is not None:
+        module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
 
 
 def check_free(model: PreTrainedModel, names: Iterable[str]) -> None:

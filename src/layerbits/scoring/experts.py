@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from layerbits.errors import Unsupported
-from layerbits.inputs.experts import Experts, fused_experts
+from layerbits.inputs.experts import Experts
 from layerbits.inputs.residence import resident
 from layerbits.scoring import quantizers
 from layerbits.scoring.expert_weights import AT_ONCE, ExpertWeights, largest_by_row
@@ -253,6 +253,15 @@ class ExpertsTap(Tap):
 
         return forwards({self.module: forward})
 
+    def with_inputs(self, changes: Mapping[str, Change]) -> Forward:
+        """The module as it is but for what enters its projections.
+
+        Args:
+            changes: Name of a projection → what is done to its input.
+        """
+        first, second = (changes.get(projection) for projection in self.experts.projections)
+        return lambda *args, **kwargs: self._run(Routed.of(args, kwargs), self._tensors(), first, second)
+
     def _per_token(self) -> int:
         """Experts of a token, as many as the configuration says."""
         config = getattr(self.module, "config", None)
@@ -299,21 +308,6 @@ class ExpertsTap(Tap):
             raise Unsupported(
                 f"{self.name} gets {routed.hidden.dim()}-dimensional hidden states; use autoquant.engine=stock"
             )
-
-
-def with_inputs(module: nn.Module, name: str, changes: Mapping[str, Change | None]) -> None:
-    """Gives an expert module a forward that changes what enters its projections, for good.
-
-    Args:
-        module: The expert module.
-        name: Its full name in the model.
-        changes: Name of a projection → what is done to its input.
-    """
-    experts = fused_experts(module)
-    assert experts is not None
-    tap = ExpertsTap(name, module, quantizers.UNQUANTIZED, experts)
-    first, second = (changes.get(projection) for projection in experts.projections)
-    module.forward = lambda *args, **kwargs: tap._run(Routed.of(args, kwargs), tap._tensors(), first, second)
 
 
 class _With:
