@@ -10,6 +10,10 @@ import torch
 
 from layerbits.checkpoint.experts import ExpertLinear, expert_linears
 from layerbits.checkpoint.label import COMPRESSED, Label
+from layerbits.probing.apply import configs_of
+from layerbits.scoring.assigned import calibrated
+from layerbits.scoring.experts import ExpertsTap
+from layerbits.scoring.tap import LinearTap
 
 if TYPE_CHECKING:
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
@@ -18,7 +22,6 @@ if TYPE_CHECKING:
     from layerbits.probing.apply import Ranges
     from layerbits.results.result import CandidateInfo
     from layerbits.schemes import Scheme
-    from layerbits.scoring.experts import ExpertsTap
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,6 @@ def scored_layers(
         ranges: Static activation ranges.
         on_disk: From :func:`layerbits.inputs.names.names_on_disk`.
     """
-    from layerbits.probing.apply import configs_of
-    from layerbits.scoring.assigned import calibrated
-    from layerbits.scoring.experts import ExpertsTap
-
     layers = []
     experts = expert_linears(model)
     taps = calibrated(model, configs_of(model, scheme), ranges.inputs)
@@ -85,6 +84,7 @@ def scored_layers(
             layers += [_expert_layer(tap, expert, info, label) for expert in experts if expert.module == name]
             continue
         stored = on_disk[f"{name}.weight"].removesuffix(".weight")
+        assert isinstance(tap, LinearTap)
         (weight,), (inputs,) = tap.weight_quantizers(), tap.inputs[""]
         layers.append(
             ScoredLayer(

@@ -220,7 +220,7 @@ def change_inputs(model: PreTrainedModel, name: str, changes: Mapping[str, Chang
     module = model.get_submodule(name)
     experts = fused_experts(module)
     if experts is not None:
-        tap = ExpertsTap(name, module, quantizers.Settings((None,), (None,), ((0, 0),)), experts)
+        tap = ExpertsTap(name, module, quantizers.UNQUANTIZED, experts)
         vars(module)["forward"] = tap.with_inputs(changes)
     elif (change := changes.get("")) is not None:
         module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
@@ -241,14 +241,14 @@ def _key(config: Mapping[str, Any]) -> str:
     return json.dumps(plain(config), sort_keys=True)
 
 
-def _range_key(settings: quantizers.Settings, at: int, site: str) -> str:
+def _range_key(settings: quantizers.QuantizerSettings, at: int, site: str) -> str:
     attributes, headroom = settings.inputs[at], settings.headrooms[at]
     quantizer = "none" if attributes is None else attributes.model_dump_json()
     return f"{site}{quantizer}{json.dumps(headroom) if headroom else ''}"
 
 
 def _share_weight_ranges(
-    taps: Mapping[str, Tap], keys: Mapping[str, str], settings: Mapping[str, quantizers.Settings]
+    taps: Mapping[str, Tap], keys: Mapping[str, str], settings: Mapping[str, quantizers.QuantizerSettings]
 ) -> None:
     """Gives fused linears the largest of their ranges under each config that says so."""
     for family in fused(taps):
@@ -267,7 +267,7 @@ def _share_weight_ranges(
             )
 
 
-def _weight_quantizer(tap: LinearTap, settings: quantizers.Settings) -> Any:
+def _weight_quantizer(tap: LinearTap, settings: quantizers.QuantizerSettings) -> Any:
     other = LinearTap(tap.name, tap.module, settings)
     other.calibrate_weights()
     return other.weight_quantizers()[0]

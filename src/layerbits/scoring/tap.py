@@ -300,7 +300,7 @@ def hooked(handle: RemovableHandle) -> Iterator[None]:
         handle.remove()
 
 
-def _own_weight(module: nn.Module) -> torch.Tensor:
+def _own_weight(module: QuantizableModule) -> torch.Tensor:
     """The weight in its own dtype, whatever the model computes in."""
     weight = weight_of(module)
     return weight.to(own_dtype(module) or weight.dtype)
