@@ -26,7 +26,7 @@ from layerbits.scoring.passes import run_steps
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search, assemble, calibrate, step_of
 from layerbits.scoring.steplog import Step, StepLog
-from layerbits.scoring.suffix import Perturbation, SuffixRunner, find_blocks
+from layerbits.scoring.suffix import Blocks, Perturbation, SuffixRunner, find_blocks
 
 
 def score(job: ScoringJob) -> Scores:
@@ -43,21 +43,10 @@ def score(job: ScoringJob) -> Scores:
     linears = ReplacedLinears(model, search.names, search.settings)
     log = StepLog(job.workdir, job.fingerprint)
     batches = job.calibration.score
-    kept_gb = 0.0
 
     clock = time.perf_counter
     resumed = log.holds(0)
     perturbations = linears.perturbations(search)
-
-    def scored(index: int) -> Step:
-        nonlocal kept_gb
-        with linears.counted():
-            runner = SuffixRunner(model, blocks, batches[index])
-        kept_gb = max(kept_gb, runner.kept_bytes / 1e9)
-        if index == distributed.rank():
-            job.watch(runner.loss / batches[index].loss_tokens, batches[index].loss_tokens)
-        step = _step(runner, perturbations, batches[index], len(search.groups))
-        return replace(step, routed=_flat(linears.take_routed()))
 
     # half of the blocks lie behind a group on average
     with (
@@ -65,12 +54,12 @@ def score(job: ScoringJob) -> Scores:
         kept_features(model, (*job.calibration.calib, *batches), search.names),
     ):
         start = clock()
-        blocks = find_blocks(model, search.names, batches[0])
+        scorer = _BatchScorer(job, linears, find_blocks(model, search.names, batches[0]), perturbations)
         calibrated = calibrate(linears, job, log, search.need_logits)
         seconds = {"calibrate": clock() - start}
         start = clock()
         with fixed_quantization(model, job.held, job.calibration.calib, held_cache(job)), fused_norms(model):
-            steps = run_steps(log, len(batches), scored)
+            steps = run_steps(log, len(batches), scorer.step)
         seconds["score"] = clock() - start
 
     tokens = sum(b.loss_tokens for b in batches)
@@ -83,8 +72,43 @@ def score(job: ScoringJob) -> Scores:
         seconds=seconds,
         calibrated=calibrated,
         resumed=resumed,
-        memory={"suffix_kept_gb": kept_gb} if kept_gb else {},
+        memory={"suffix_kept_gb": scorer.kept_gb} if scorer.kept_gb else {},
     )
+
+
+class _BatchScorer:
+    """Measures batches one by one.
+
+    Args:
+        job: The job.
+        linears: Counts the tokens of each expert.
+        blocks: Of the model.
+        perturbations: Every group under every candidate, the candidates of a group next to each other.
+
+    Attributes:
+        kept_gb: The most that was kept of a batch, GB.
+    """
+
+    def __init__(
+        self, job: ScoringJob, linears: ReplacedLinears, blocks: Blocks, perturbations: list[Perturbation]
+    ) -> None:
+        self.kept_gb = 0.0
+        self._job = job
+        self._linears = linears
+        self._blocks = blocks
+        self._perturbations = perturbations
+
+    def step(self, index: int) -> Step:
+        """Measures a batch; the first of this process is shown to ``job.watch``."""
+        batch = self._job.calibration.score[index]
+        with self._linears.counted():
+            runner = SuffixRunner(self._job.loaded.model, self._blocks, batch)
+        self.kept_gb = max(self.kept_gb, runner.kept_bytes / 1e9)
+        if index == distributed.rank():
+            self._job.watch(runner.loss / batch.loss_tokens, batch.loss_tokens)
+        groups = len(self._perturbations) // len(self._job.configs)
+        step = _step(runner, self._perturbations, batch, groups)
+        return replace(step, routed=_flat(self._linears.take_routed()))
 
 
 def _flat(routed: Mapping[str, IntArray]) -> IntArray:
