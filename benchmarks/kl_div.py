@@ -24,7 +24,6 @@ from layerbits.scoring import kl, stock
 from layerbits.scoring.divergence import Reference
 from layerbits.scoring.job import Scores, ScoringJob
 from layerbits.scoring.norms import fused_norms
-from layerbits.scoring.suffix import _tiled
 
 TILES = 4
 
@@ -47,7 +46,7 @@ class KlBench(Bench):
         """What a batch takes: the body whole, with fused norms and in tiles, the logits, and their comparison."""
         model, segment = self.loaded.model, self.rows.score[0].segments[0]
         ids = segment.input_ids.to(self.device)
-        tiled = _tiled(segment, TILES).input_ids.to(self.device)
+        tiled = segment.tiled(TILES).input_ids.to(self.device)
         head = model.get_output_embeddings()
         with torch.inference_mode():
             hidden = model.base_model(input_ids=ids).last_hidden_state.flatten(0, 1)
