@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -12,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @contextmanager
-def completions(folder, name="tiny", echo=True):
-    """Serves the checkpoint of a folder; gives its address."""
+def completions(folder, name="tiny", echo=True, waits=0):
+    """Serves the checkpoint of a folder, each answer some seconds late; gives its address."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lock = threading.Lock()
@@ -42,12 +43,14 @@ def completions(folder, name="tiny", echo=True):
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            with suppress(BrokenPipeError):  # who asked has gone
+                self.wfile.write(body)
 
         def do_GET(self):
             self.answer({"data": [{"id": name}]})
 
         def do_POST(self):
+            time.sleep(waits)
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prompts = asked["prompt"] if isinstance(asked["prompt"][0], list) else [asked["prompt"]]
             if asked.get("echo"):

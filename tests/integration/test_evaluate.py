@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from layerbits import history
-from layerbits.answers import rows
+from layerbits.answers import endpoint, rows
 from layerbits.history.evaluated import answers_of
 from layerbits.inputs import smollm2
 from layerbits.results.manifest import load_manifest
@@ -198,15 +198,18 @@ def test_a_served_model_gets_the_verdict_of_the_model_in_memory(run):
         ({"endpoint_model": "other"}, "serves tiny, and there is no other; set endpoint_model"),
         ({"weights": "random"}, "the endpoint serves another model"),
         ({"echo": False}, "must give log-probabilities of the prompt (echo)"),
+        ({"waits": 3}, "as vLLM does, within 1 s a request"),
     ],
 )
-def test_an_endpoint_of_something_else_is_refused(run, tmp_path, change, words):
+def test_an_endpoint_of_something_else_is_refused(run, tmp_path, change, words, monkeypatch):
+    if "waits" in change:
+        monkeypatch.setattr(endpoint, "_SECONDS", 1)
     folder = run["folder"] / "model"
     if "weights" in change:
         shutil.copytree(folder, tmp_path / "model")
         folder = tmp_path / "model"
         tiny_model("llama", vocab_size=49_152, num_hidden_layers=3).save_pretrained(folder)
-    with completions(folder, echo=change.get("echo", True)) as url:
+    with completions(folder, echo=change.get("echo", True), waits=change.get("waits", 0)) as url:
         asked = [f"endpoint_model={change['endpoint_model']}"] if "endpoint_model" in change else []
         done = evaluate(run, "tasks=cloze", "limit=12", f"endpoint={url}", *asked)
     check_refused(run, done, words)

@@ -66,6 +66,21 @@ def test_one_that_guesses_is_wrong_and_every_answer_has_its_prompt(harness):
     assert all(len(answers.answers) == 12 for answers in found.values())
 
 
+class Endless(Guesser):
+    """Writes until it may write no more."""
+
+    def generate_until(self, requests, disable_tqdm=False):
+        return ["on " * r.args[1].get("max_gen_toks", 256) for r in requests]
+
+
+def test_answers_that_never_end_are_counted(harness):
+    found = harness.answers(Endless())
+    written = {name for name, task in harness.tasks.items() if task.OUTPUT_TYPE == "generate_until"}
+    assert {name: answers.cut for name, answers in found.items()} == {
+        name: 12 if name in written else 0 for name in own_tasks()
+    }
+
+
 def test_the_prompts_are_the_same_every_time(harness):
     first, second = (harness.answers(Guesser()) for _ in range(2))
     for name in own_tasks():

@@ -93,6 +93,18 @@ def test_the_report_says_verdicts_and_cut_answers():
     assert "log-odds (nats)" not in text
 
 
+def test_predicted_flips_are_listed_beside_the_measured_ones():
+    before = [answers([True, True, False, False], [1.0, 1.0, -1.0, -1.0])]
+    after = [answers([False, True, False, True], [-0.5, 0.5, -2.0, 1.0])]
+    scheme = evaluated("low", after, predicted={"quiz": (-1.5, -1.5, 0.0, 1.5)})
+    found = evaluation(scheme, before=before)
+    assert found.predicted_flips("quiz", scheme) == (3, 2, 2)
+    assert "Predicted changes of their sign that came true: low 2 of 3 (2 measured)." in markdown(found)
+    rows = {row["document"]: row for row in documents(found, scheme)}
+    assert [rows[i]["predicted_log_odds_change"] for i in range(4)] == [-1.5, -1.5, 0.0, 1.5]
+    assert "predicted_log_odds_change" not in documents(evaluation(damaged()), damaged())[0]
+
+
 def test_the_folder_holds_all_of_it(tmp_path):
     folder = write_evaluation(evaluation(damaged()), tmp_path)
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}

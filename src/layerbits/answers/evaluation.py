@@ -157,6 +157,16 @@ class Evaluation:
             return math.nan
         return float(stats.spearmanr(predicted, measured).statistic)
 
+    def predicted_flips(self, task: str, scheme: Evaluated) -> tuple[int, int, int]:
+        """Documents whose right answer's log-odds change their sign: predicted, measured, and both."""
+        before = np.array([a.log_odds or 0.0 for a in self.unquantized[task].answers])
+        measured = self.log_odds_changes(task, scheme)
+        predicted = scheme.predicted.get(task)
+        if measured is None or predicted is None:
+            return 0, 0, 0
+        told, came = (np.sign(before + change) != np.sign(before) for change in (np.asarray(predicted), measured))
+        return int(told.sum()), int(came.sum()), int((told & came).sum())
+
     def verdicts(self) -> dict[tuple[str, str], Verdict]:
         """(task, scheme) → verdict, Holm over all of them."""
         keys = [(task, scheme) for scheme in self.schemes for task in self.unquantized]
@@ -258,9 +268,11 @@ def documents(evaluation: Evaluation, scheme: Evaluated) -> list[JsonObject]:
             "quantized_right": b.right,
             "log_odds": a.log_odds,
             "log_odds_change": None if a.log_odds is None or b.log_odds is None else b.log_odds - a.log_odds,
+            **({"predicted_log_odds_change": None if changes is None else changes[i]} if scheme.predicted else {}),
         }
         for task, before in evaluation.unquantized.items()
-        for a, b in zip(before.answers, scheme.tasks[task].answers, strict=True)
+        for changes in (scheme.predicted.get(task),)
+        for i, (a, b) in enumerate(zip(before.answers, scheme.tasks[task].answers, strict=True))
     ]
     return sorted(rows, key=lambda row: row["change"] == "")
 

@@ -48,6 +48,9 @@ def markdown(evaluation: Evaluation) -> str:
                 f"{s.scheme} {rho:.2f} (mean {sum(s.predicted[task]) / count:+.2f} nats)" for s, rho in rhos
             )
             lines += ["", f"Predicted against measured change of log-odds, Spearman over the documents: {each}."]
+            flips = [(s, *evaluation.predicted_flips(task, s)) for s, _ in rhos]
+            told = ", ".join(f"{s.scheme} {both} of {said} ({came} measured)" for s, said, came, both in flips)
+            lines += [f"Predicted changes of their sign that came true: {told}."]
         cut = {"unquantized": answers.cut, **{s.scheme: s.tasks[task].cut for s in evaluation.schemes}}
         if any(cut.values()):
             those = ", ".join(f"{name} {number}" for name, number in cut.items() if number)
