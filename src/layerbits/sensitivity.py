@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from layerbits.candidates.candidate import check_target, resolve_candidate
 from layerbits.config import Settings
-from layerbits.results.result import SensitivityResult
+from layerbits.results.result import CandidateInfo, SensitivityResult
 from layerbits.stages.plan import Plan
 from layerbits.stages.run import run
 from layerbits.stages.workbench import workbench
@@ -27,12 +28,16 @@ def plan(settings: Settings) -> Plan:
     return bench.plan([(candidate, bench.check(candidate))])
 
 
-def sensitivity(settings: Settings, root: Path) -> tuple[Path, SensitivityResult]:
+def sensitivity(
+    settings: Settings, root: Path, about: Callable[[CandidateInfo], Sequence[str]] | None = None
+) -> tuple[Path, SensitivityResult]:
     """Checks, scores and writes one candidate.
 
     Args:
         settings: Of the run.
         root: Project folder, for the git commit.
+        about: What a reader should know of the candidate beforehand, a line each: said before the pass, and in the
+            report.
 
     Returns:
         The result and its folder.
@@ -41,7 +46,10 @@ def sensitivity(settings: Settings, root: Path) -> tuple[Path, SensitivityResult
         UserError: As :func:`plan`, or the disk is full.
     """
     planned = plan(settings)
-    ((_, capability),) = planned.candidates
+    ((candidate, capability),) = planned.candidates
+    if about is not None:
+        capability = replace(capability, notes=(*capability.notes, *about(candidate.info)))
+        planned = replace(planned, candidates=((candidate, capability),))
     known = planned.warnings(capability)
     _warn(known)
     (outcome,) = run(planned, root)

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
+import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
@@ -304,6 +305,7 @@ def test_from_the_command_line_to_the_registry(tmp_path):
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", unk_token="w0").save_pretrained(source)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\ntags: [old]\n---\nWords of its makers.\n")
     lines = tmp_path / "captions.txt"
     lines.write_text("\n".join(f"w{i} w{2 * i} w{3 * i} w{i + 7}" for i in range(2, 60)) + "\n")
     scheme = prepared(model, source, **everywhere(FP8)).scheme
@@ -344,6 +346,26 @@ def test_from_the_command_line_to_the_registry(tmp_path):
     assert version.run_id == runs[0].info.run_id
     assert version.tags["scheme"] == "good"
     assert float(version.tags["effective_bits"]) == scheme.effective_bits
+
+    (known,) = client.search_logged_models(["1"], "metrics.gib < 1", order_by=[{"field_name": "metrics.bits"}])
+    numbers = {metric.key: metric.value for metric in known.metrics}
+    assert (known.name, known.tags["checkpoint.path"]) == ("tiny good", data.tags["checkpoint.path"])
+    assert (known.source_run_id, known.model_type) == (runs[0].info.run_id, "scheme")
+    assert numbers["gib"] * 2**30 == data.metrics["export/bytes"] == numbers["export/bytes"]
+    assert (numbers["bits"], numbers["predicted_kl"]) == (scheme.effective_bits, scheme.predicted_kl)
+    on_rows = {metric.key: metric.dataset_name for metric in known.metrics if metric.dataset_name}
+    assert on_rows == dict.fromkeys(("proof/kl_scheme", "proof/kl_checkpoint"), "text_file-16")
+    assert client.search_logged_models(["1"], "metrics.gib < 0.0000001") == []
+
+    card = (Path(data.tags["checkpoint.path"]) / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["base_model"], front["base_model_relation"]) == ("tiny", "quantized")
+    assert (front["library_name"], front["license"]) == ("transformers", "apache-2.0")
+    assert front["tags"] == ["quantized", "modelopt", "fp8", "layerbits"]
+    assert "| qkv | wfp8_afp8 | 2 | 6 |" in card
+    assert "14 quantized linears are what was scored" in card
+    assert f"{data.metrics['proof/kl_checkpoint']:.4g}" in card
+    assert (Path(data.tags["checkpoint.path"]) / "README.base_model.md").read_text().endswith("Words of its makers.\n")
 
     made = made_by(Path(data.tags["checkpoint.path"]))
     assert (made.run_id, made.experiment) == (runs[0].info.run_id, "layerbits")

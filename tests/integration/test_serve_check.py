@@ -20,7 +20,8 @@ from layerbits.results.experiment import made_by
 from layerbits.serving import environment
 from layerbits.serving.environment import find_environment
 from layerbits.serving.job import Checker, Target
-from layerbits.serving.server import Launch, serving
+from layerbits.serving.runtime import Started
+from layerbits.serving.server import Launch, Refused, serving
 from layerbits.serving.settings import ServeSettings
 from tests.unit.test_serving import processes
 
@@ -191,7 +192,7 @@ def checker(exported, tmp_path):
     vllm = dict.fromkeys(("python", "url", "unquantized_url", "model", "port", "plugin", "arguments"), "none")
     settings = {"run_id": "none", "checkpoint": str(folder), "device": "cpu", "tokens": 40, "top_k": "all"}
     settings |= {"new_tokens": 1, "output_root": tmp_path, "vllm": {**vllm, "dtype": "auto", "seconds": 1}}
-    settings |= {"speed": {"measure": False}}
+    settings |= {"speed": {"measure": False}, "strict": False}
     return Checker(ServeSettings.from_config(settings), tmp_path), folder
 
 
@@ -209,6 +210,28 @@ def test_a_checkpoint_that_is_not_the_proven_one_is_not_served(checker, tmp_path
     save_file({**tensors, name: tensors[name] * 1.01}, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="its tensors are those that were proven - not so"):
         check.check(Target(copy, None, {})).done.require()
+
+
+def test_strict_fails_before_serving_what_vllm_is_known_to_compute_otherwise(checker, python, monkeypatch):
+    check, folder = checker
+    known = "on this GPU (Hopper) W8A16 is otherwise: vLLM leaves the activations in 16 bits (MarlinLinearKernel)"
+    monkeypatch.setattr("layerbits.serving.job.otherwise_on_gpu", lambda labels, environment: known)
+    monkeypatch.setattr(Started, "tell", lambda *_: pytest.fail("it was served"))
+    vllm = replace(check.settings.vllm, python=str(python))
+    strict = Checker(replace(check.settings, vllm=vllm, strict=True), check.root)
+    done = strict.check(Target(folder, None, {})).done
+    assert (done.outcome, done.detail) == ("diverges", f"not served, as strict=true: {known}")
+    with pytest.raises(UserError, match=r"not served, as strict=true: on this GPU \(Hopper\) W8A16"):
+        done.require()
+
+
+def test_strict_serves_what_nothing_is_known_against(checker, python, monkeypatch):
+    check, folder = checker
+    served = []
+    monkeypatch.setattr(Started, "tell", lambda *_: served.append(1) or (_ for _ in ()).throw(Refused("it ended")))
+    vllm = replace(check.settings.vllm, python=str(python))
+    done = Checker(replace(check.settings, vllm=vllm, strict=True), check.root).check(Target(folder, None, {})).done
+    assert (done.outcome, served) == ("refused", [1])
 
 
 def test_without_an_environment_the_check_is_skipped_and_says_how_to_make_one(checker):

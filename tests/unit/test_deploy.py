@@ -131,3 +131,28 @@ def test_every_variable_of_serve_is_explained():
     assert asked - {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "MLFLOW_DISABLE_TELEMETRY"} <= set(
         re.findall(r"MLFLOW_\w+", told)
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "package"),
+    [
+        ("| NVIDIA-SMI 580.95.05    Driver Version: 580.95.05    CUDA Version: 13.0     |", "vllm==0.26.0"),
+        ("| NVIDIA-SMI 590.44.01    KMD Version: 590.44.01    CUDA UMD Version: 13.1     |", "vllm==0.26.0"),
+        ("| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: 12.4     |", None),
+        ("No devices were found", None),
+    ],
+)
+def test_vllm_is_the_one_that_fits_the_driver(tmp_path, said, package):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '{said}'\n")
+    smi.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = ROOT / "deploy" / "vllm-package"
+    done = subprocess.run([script], env=path, capture_output=True, text=True, check=False)
+    if package is None:
+        assert done.returncode == 1
+        assert "needs a driver for CUDA 13" in done.stderr
+    else:
+        assert done.stdout.strip() == package
+    asked = subprocess.run([script], env={**path, "VLLM": "vllm==1.2.3"}, capture_output=True, text=True, check=True)
+    assert asked.stdout.strip() == "vllm==1.2.3"

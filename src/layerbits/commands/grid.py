@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -10,7 +12,9 @@ from tqdm import tqdm
 from layerbits import entry, tracking
 from layerbits.atomic import dated
 from layerbits.config import Settings
-from layerbits.grid import Cell, CellOutcome, axis, cells, run_grid, run_names, summary
+from layerbits.errors import UserError
+from layerbits.export.target import as_served, find_target
+from layerbits.grid import Cell, CellOutcome, axis, candidate_of, cells, run_grid, run_names, summary
 from layerbits.jobs import JobRun, Tracker
 from layerbits.plain import Composed
 from layerbits.results.result import SensitivityResult
@@ -27,6 +31,7 @@ def grid(config: Composed, root: Path) -> None:
         axis(config["quant_granularities"], configs / "quant_granularity"),
         axis(config["dataset_sizes"], configs, known_sizes=True),
     )
+    _say_served(wanted, settings, configs, find_target(str(config["target"])))
     tracker = Tracker(settings.tracking, root)
     with (
         tracker.parent(f"grid {settings.model.name}") as parent,
@@ -40,6 +45,16 @@ def grid(config: Composed, root: Path) -> None:
             parent.log(_summary(outcomes, settings))
     # a queue goes by the exit status
     entry.failed.extend(outcome.reason for outcome in outcomes if outcome.status == "failed")
+
+
+def _say_served(wanted: Sequence[Cell], settings: Settings, configs: Path, target: str | None) -> None:
+    """Says what the GPU that will serve computes of the candidates; one that does not exist says so in its turn."""
+    said: dict[str, None] = {}
+    for cell in wanted if target is not None else ():
+        with suppress(UserError):
+            said |= dict.fromkeys(as_served([candidate_of(cell, settings, configs).info], target))
+    for line in said:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 class CellLog:

@@ -9,7 +9,7 @@ from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
 from layerbits.plain import Composed
-from layerbits.probing.report import markdown, parameters, write_probe
+from layerbits.probing.report import data, markdown, measured, parameters, write_probe
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.settings import listed_paths, whole
 from layerbits.scoring.precision import check_dtype
@@ -37,7 +37,7 @@ def probe(config: Composed, root: Path) -> None:
         print(f"\n{text}\nprobe: {folder}")
         tags = {**result.provenance, "source_run_id": schemes[0].source_run_id, **note(text)}
         tags |= digests({probed.scheme: probed.digest for probed in result.schemes})
-        return Made(folder, result.metrics(), parameters(result), tags)
+        return Made(folder, result.metrics(), parameters(result), tags, data=data(result), measured=measured(result))
 
     name = f"probe of {wanted.source_name}"
     run_job(TrackingSpec.from_config(config), root, name, "probe", make, system_metrics=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from layerbits.checkpoint.sizes import with_sizes
 from layerbits.errors import UserError
+from layerbits.export.target import as_served, find_target
 from layerbits.history.evaluated import verdicts
 from layerbits.history.scheme_inputs import load_factors, load_scores
 from layerbits.jobs import Tracker, note
@@ -29,6 +30,7 @@ def scheme(config: Composed, root: Path) -> None:
     if len(probes) > 1:
         raise UserError(f"measured={','.join(probes)} names several probes; give one")
     measured = probes[0] if probes else None
+    target = find_target(str(config["target"]))
 
     def make(uri: str | None, said: Mapping[str, str]) -> Made:
         source = settings.applied(load_scores(settings.references, uri), with_sizes)
@@ -38,7 +40,9 @@ def scheme(config: Composed, root: Path) -> None:
         known = [] if measured is None else load_factors(measured, uri, source.model.revision)
         answers = {scheme.name: said[scheme.digest] for scheme in made if scheme.digest in said}
         folder = write_schemes(settings.output_root, source, made, points, sure=sure, known=known, answers=answers)
-        text = with_remarks(markdown(made, sure, known), answers)
+        used = [info for info in source.candidates if any(info in scheme.candidates for scheme in made)]
+        served = "".join(f"- {line}\n" for line in as_served(used, target))
+        text = with_remarks(markdown(made, sure, known) + (f"\nAs served:\n\n{served}" if served else ""), answers)
         print(f"\n{excludes(made)}\n{text}\nschemes: {folder}")
         tags = {"source_run_id": ",".join(source.run_ids), **note(text)}
         tags |= digests({scheme.name: scheme.digest for scheme in made})

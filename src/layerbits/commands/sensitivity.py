@@ -6,6 +6,7 @@ from pathlib import Path
 
 from layerbits.atomic import optional_part
 from layerbits.config import Settings
+from layerbits.export.target import as_served, find_target
 from layerbits.jobs import Tracker
 from layerbits.plain import Composed
 
@@ -13,6 +14,7 @@ from layerbits.plain import Composed
 def sensitivity(config: Composed, root: Path) -> None:
     """Runs one job: check, score, write, log."""
     settings = Settings.from_config(config)
+    target = find_target(str(config["target"]))
     if settings.report_only:
         from layerbits.report import rebuild
 
@@ -22,10 +24,10 @@ def sensitivity(config: Composed, root: Path) -> None:
 
         recipe_job(settings, root)
     else:
-        _score(settings, root)
+        _score(settings, root, target)
 
 
-def _score(settings: Settings, root: Path) -> None:
+def _score(settings: Settings, root: Path, target: str | None) -> None:
     from layerbits import sensitivity as job
     from layerbits.report import note
     from layerbits.scoring import distributed
@@ -35,7 +37,7 @@ def _score(settings: Settings, root: Path) -> None:
         run(job.plan(settings), root)
         return
     with Tracker(settings.tracking, root).run(settings.run_name, system_metrics=True) as opened:
-        directory, result = job.sensitivity(settings, root)
+        directory, result = job.sensitivity(settings, root, lambda info: as_served([info], target))
         with optional_part("the summary below"):
             print(f"\n{note(result)}")
         print(f"result: {directory}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from layerbits.errors import Skipped, UserError
@@ -34,7 +35,8 @@ def _check_each(checker: Checker, targets: Sequence[Target], tracker: Tracker) -
                 checked = checker.check(target)
                 done = checked.done
                 tags = {**checked.tags, **note(done.markdown())}
-                run.log(Made(checked.folder, done.metrics, checked.parameters, tags, refusal(done.require)))
+                made = Made(checked.folder, done.metrics, checked.parameters, tags, refusal(done.require))
+                run.log(replace(made, data=checked.data, measured=checked.measured))
         except Skipped as skipped:
             print(f"skipped: {skipped}", flush=True)
         except UserError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from layerbits.export.card import write_card
 from layerbits.export.job import ExportSettings, show
 from layerbits.export.scheme import Export, NotProven
 from layerbits.history.evaluated import verdicts
@@ -47,12 +48,18 @@ class ExportLog:
             self._name_run(run, made.folder)
             show(made)
             small = made.proof.record.bytes <= self._settings.artifact_bytes
-            metrics = {**made.metrics, **self._probed(run, scheme)}
+            probed = self._probed(run, scheme)
+            metrics = {**made.metrics, **probed}
+            if probed:
+                write_card(made.folder, scheme, made.proof, probed["probe/kl"])
             said = self._verdict(run, scheme)
             words = made.proof.markdown() + (f"\nAnswers: {said}.\n" if said else "")
             about = {**provenance(self._root), **made.tags, **note(words)}
             artifacts = {ARTIFACTS: made.folder} if small else {}
-            found = Made(made.report, metrics, made.parameters, about, artifacts=artifacts)
+            data, measured = made.data, made.measured(metrics)
+            found = Made(
+                made.report, metrics, made.parameters, about, artifacts=artifacts, data=data, measured=measured
+            )
             run.log(self._with_registration(found, scheme, said))
 
     def again(self, scheme: Scheme, folder: Path) -> None:

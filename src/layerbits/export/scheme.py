@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,12 @@ from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.checkpoint.label import AUTO
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
+from layerbits.export.card import write_card
 from layerbits.inputs.offload import offloaded
 from layerbits.schemes.kv_cache import with_cache
+from layerbits.schemes.sizes import GIB
+from layerbits.tracking.contract import calibration_data
+from layerbits.tracking.made import Data, Measured
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +72,34 @@ class Export:
             "summary/predicted_kl": self.scheme.predicted_kl,
         }
         return {**scheme, **self.proof.metrics()}
+
+    @property
+    def data(self) -> tuple[Data, ...]:
+        """What its proof computed logits on, as an MLflow dataset."""
+        fields = calibration_data(self.scheme.calibration)
+        return () if fields is None else (Data(fields, "calibration"),)
+
+    def measured(self, metrics: Mapping[str, float]) -> tuple[Measured, ...]:
+        """Its logged model: which metrics are of it, and what it is searched by.
+
+        Args:
+            metrics: Of the run.
+        """
+        name = f"{self.scheme.model.name} {self.scheme.name}"
+        on_rows = tuple(key for key in metrics if key.startswith("proof/kl_"))
+        kinds = ("summary/", "export/", "probe/")
+        about = tuple(key for key in metrics if key.startswith(kinds))
+        values = {
+            "bits": self.scheme.effective_bits,
+            "gib": self.proof.record.bytes / GIB,
+            "predicted_kl": self.scheme.predicted_kl,
+            "probed_kl": metrics.get("probe/kl", math.nan),
+        }
+        finite = {key: value for key, value in values.items() if math.isfinite(value)}
+        found = [Measured(name, self.scheme.digest, about, values=finite, tags=self.tags)]
+        if self.data and on_rows:
+            found.append(Measured(name, self.scheme.digest, on_rows, self.data[0].fields["name"]))
+        return tuple(found)
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -156,6 +189,7 @@ def export_scheme(
         failure = _failure(proof)
         if failure is None:
             write_json(folder / MANIFEST, {"record": record, "scheme": plan.scheme.to_json()})
+            write_card(folder, plan.scheme, proof)
         with whole_folder(report, _MEND) as files:
             write_json(files / "proof.json", proof.to_json())
             (files / "proof.md").write_text(proof.markdown(), "utf-8")

@@ -1,11 +1,18 @@
-"""What a GPU will compute of an export, said before it is made."""
+"""What a GPU will compute of candidates and exports, said before they are scored or made."""
 
 from __future__ import annotations
 
-from layerbits.checkpoint.gpus import TARGETS, VERSION, generation, kernel
-from layerbits.checkpoint.processors import MISSING, OTHERWISE
-from layerbits.errors import UserError
+from collections.abc import Sequence
+
+from layerbits.candidates.candidate import resolve_candidate
+from layerbits.candidates.shipped import load_overlays, load_pairs
+from layerbits.checkpoint.formats import choose_format
+from layerbits.checkpoint.gpus import TARGETS, VERSION, Kernel, generation, kernel
+from layerbits.checkpoint.label import AUTO
+from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
+from layerbits.errors import Unsupported, UserError
 from layerbits.export.plan import ExportPlan
+from layerbits.results.result import CandidateInfo
 
 NO_TARGET, THIS_MACHINE = "none", "auto"
 
@@ -39,9 +46,66 @@ def differences(plan: ExportPlan, target: str) -> list[str]:
     for algo in sorted({label.algo for label in plan.labels.values()}):
         found = kernel(plan.format, algo, target)
         if found.computed.state in (OTHERWISE, MISSING):
-            by = f" ({found.name})" if found.name else ""
-            lines.append(
-                f"{plan.scheme.name}: on {target} vLLM {VERSION} does not compute {algo} as it was scored: "
-                f"{found.computed.how or 'it has no kernel for it'}{by}; known from {found.source}"
-            )
+            lines.append(f"{plan.scheme.name}: {_not_as_scored(algo, found, target)}")
     return lines
+
+
+def as_served(candidates: Sequence[CandidateInfo], target: str | None) -> list[str]:
+    """What a generation of GPUs computes of some candidates, a line each, with what to score instead.
+
+    Args:
+        candidates: Before they are scored, or as they were.
+        target: From :func:`find_target`; nothing is said without one.
+    """
+    return [] if target is None else [_line(info, target) for info in candidates]
+
+
+def _line(info: CandidateInfo, target: str) -> str:
+    known = _served(info, target)
+    if known is None:
+        return f"{info.name} cannot be exported, so vLLM does not serve it on {target}"
+    algo, found = known
+    if found.computed.state == WRITTEN:
+        by = f" by {found.name}" if found.name else ""
+        return (
+            f"on {target} vLLM {VERSION} computes {info.name} ({algo}) as it is scored{by}; known from {found.source}"
+        )
+    if found.computed.state == UNKNOWN:
+        return f"what vLLM {VERSION} computes of {info.name} ({algo}) on {target} is not known: {found.computed.how}"
+    better = _instead(info, target)
+    offered = f"; {better} is computed as it is scored" if better else ""
+    return f"{_not_as_scored(f'{info.name} ({algo})', found, target)}{offered}"
+
+
+def _not_as_scored(what: str, found: Kernel, target: str) -> str:
+    by = f" ({found.name})" if found.name else ""
+    how = (found.computed.how or "it has no kernel for it").split(". ")[0]  # of a runtime's words the first sentence
+    return f"on {target} vLLM {VERSION} does not compute {what} as it is scored: {how}{by}; known from {found.source}"
+
+
+def _served(info: CandidateInfo, target: str) -> tuple[str, Kernel] | None:
+    """The label that a candidate is exported with and what serves it; ``None`` where no label says it."""
+    try:
+        format, labels = choose_format([info], AUTO)
+    except Unsupported:
+        return None
+    algo = labels[info.name].algo
+    return algo, kernel(format, algo, target)
+
+
+def _instead(info: CandidateInfo, target: str) -> str:
+    """The shipped candidate of the same weights that is computed as scored: rounded inputs first, else 16 bits."""
+    variant = "nvfp4" if "nvfp4" in info.format_name.lower() else "mxfp4"
+    found: dict[str, str] = {}
+    for pair in load_pairs():
+        if pair.experimental or pair.weight != info.weight_precision:
+            continue
+        for overlay in load_overlays():
+            try:
+                made = resolve_candidate(pair, overlay, variant).info
+            except UserError:
+                continue  # the overlay does not fit the pair
+            known = None if made.name == info.name else _served(made, target)
+            if known is not None and known[1].computed.state == WRITTEN:
+                found.setdefault(pair.activation, made.name)
+    return found.get(info.activation_precision, found.get("fp16", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -118,8 +119,16 @@ def _served(uri: str, experiment: str) -> dict[str, dict[str, float]]:
 
 
 def _measured(run: RawRun) -> tuple[str | None, dict[str, float]]:
-    steps = {key: value for key, value in run.metrics.items() if _STEP.fullmatch(key)}
+    return run.params.get("eff.scheme_digest"), served_values(run.metrics)
+
+
+def served_values(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a serve check measured in a runtime: ``served_kl``, ``served_gib`` and ``decode_ms``, as far as it did.
+
+    Args:
+        metrics: Of its run.
+    """
+    steps = {key: value for key, value in metrics.items() if _STEP.fullmatch(key)}
     smallest = min(steps, key=lambda key: int(key.split("/")[1].removeprefix("batch_")), default="")
     keys = {"served_kl": "serve/kl", "served_gib": "speed/weights_gib", "decode_ms": smallest}
-    measured = {name: run.metrics[key] for name, key in keys.items() if key in run.metrics}
-    return run.params.get("eff.scheme_digest"), measured
+    return {name: metrics[key] for name, key in keys.items() if key in metrics}

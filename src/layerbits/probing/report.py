@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -11,6 +13,11 @@ from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.probing.measured import DECIDED, Difference, ProbeResult
 from layerbits.schemes.additivity import factors, points_of
+from layerbits.tracking.contract import held_out_data
+from layerbits.tracking.made import Data, Measured
+
+_OF_THE_SCHEME = ("bits", "predicted_kl")
+"""Numbers that no row was needed for."""
 
 
 def markdown(result: ProbeResult) -> str:
@@ -78,6 +85,31 @@ def parameters(result: ProbeResult) -> dict[str, str]:
         "eff.schemes": ",".join(s.scheme for s in result.schemes),
         "eff.kv_cache": ",".join(_caches(result)) or NO_CACHE,
     }
+
+
+def data(result: ProbeResult) -> tuple[Data, ...]:
+    """The held-out rows as an MLflow dataset, told apart by how they were cut and how many tokens a caption has."""
+    rows = result.data
+    tokens = hashlib.sha256(json.dumps(result.caption_tokens).encode()).hexdigest()
+    facts = {"packing": rows.packing, "seq_len": rows.seq_len, "rows": rows.rows, "tokens": rows.tokens}
+    return (Data(held_out_data(rows.dataset, {**facts, "caption_tokens": tokens}), "evaluation"),)
+
+
+def measured(result: ProbeResult) -> tuple[Measured, ...]:
+    """Which of the metrics are of which scheme, and what its logged model is searched by."""
+    (rows,) = data(result)
+    metrics = result.metrics()
+    found = []
+    for one in result.schemes:
+        prefix = f"probe/{one.scheme}/"
+        name = f"{result.model.name} {one.scheme}"
+        about = tuple(key for key in metrics if key.startswith(prefix) and key.removeprefix(prefix) in _OF_THE_SCHEME)
+        on_rows = tuple(key for key in metrics if key.startswith(prefix) and key not in about)
+        own = {key.removeprefix(prefix): metrics[key] for key in about}
+        found.append(Measured(name, one.digest, about, values=own))
+        kl = {"probed_kl": metrics[f"{prefix}kl"]} if f"{prefix}kl" in metrics else {}
+        found.append(Measured(name, one.digest, on_rows, rows.fields["name"], kl))
+    return tuple(found)
 
 
 def figure(result: ProbeResult) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -14,15 +14,20 @@ from layerbits.checkpoint.labels import read_quantization
 from layerbits.checkpoint.processors import MISSING, Processor
 from layerbits.errors import Skipped, UserError
 from layerbits.export.plan import source_folder
+from layerbits.history.derived import served_values
 from layerbits.results.experiment import made_by
 from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
 from layerbits.serving.environment import Environment, find_environment
+from layerbits.serving.gpu import otherwise_on_gpu
 from layerbits.serving.processor import ask, in_words, otherwise, why_refused
 from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
 from layerbits.serving.server import Launch, Refused
 from layerbits.serving.settings import ServeSettings
 from layerbits.serving.speed import Speed, Speeds, measure_speed
-from layerbits.serving.verdict import REFUSED, SKIPPED
+from layerbits.serving.verdict import DIVERGES, LOADS, REFUSED, SKIPPED
+from layerbits.tracking.contract import held_out_data
+from layerbits.tracking.made import Data
+from layerbits.tracking.made import Measured as MeasuredModel
 
 if TYPE_CHECKING:
     from layerbits.checkpoint.reader import Checkpoint
@@ -57,6 +62,8 @@ class Checked:
     folder: Path
     parameters: Mapping[str, str]
     tags: Mapping[str, str]
+    data: tuple[Data, ...] = ()
+    measured: tuple[MeasuredModel, ...] = ()
 
 
 def find_targets(settings: ServeSettings, uri: str | None) -> list[Target]:
@@ -124,11 +131,15 @@ class Checker:
             "eff.top_k": str(self.settings.top_k),
             "eff.runtime_dtype": self.settings.vllm.dtype,
         }
+        data: tuple[Data, ...] = ()
+        models: tuple[MeasuredModel, ...] = ()
         if (target.folder / "layerbits.json").is_file():
             scheme = read_scheme(target.folder)
+            data = _held_out(scheme, self.settings)
+            models = _models(scheme, done, data)
             parameters |= {"eff.model": scheme.model.name, "eff.model_revision": scheme.model.revision}
             parameters |= {"eff.scheme": scheme.name, "eff.scheme_digest": scheme.digest}
-        return Checked(done, out, parameters, tags)
+        return Checked(done, out, parameters, tags, data, models)
 
     def _checked(self, checkpoint: Checkpoint, structure: tuple[Check, ...], digest: str, out: Path) -> ServeCheck:
         folder = checkpoint.folder
@@ -144,6 +155,11 @@ class Checker:
         labels = tuple(read_quantization(checkpoint).layers.values())
         unlike = otherwise(labels, processor)
         known = in_words(unlike, processor) if processor is not None and unlike else ""
+        if installed is not None:
+            known = "; ".join(filter(None, (known, otherwise_on_gpu(labels, installed[0]))))
+        if self.settings.strict and known:
+            detail = f"not served, as strict=true: {known}"
+            return ServeCheck(folder, digest, structure, DIVERGES, detail, runtime=_about(runtime))
         if self.settings.vllm.plugin is None and any(answer.state == MISSING for answer in unlike.values()):
             return ServeCheck(folder, digest, structure, REFUSED, known, runtime=_about(runtime))
         try:
@@ -269,6 +285,27 @@ class Subject:
         if dtype == "auto":
             dtype = "bfloat16" if scheme.model.dtype == "float32" else scheme.model.dtype
         return cls(prepared, Question(texts, settings.top_k, settings.new_tokens), dtype)
+
+
+def _held_out(scheme: Scheme, settings: ServeSettings) -> tuple[Data, ...]:
+    """The texts as an MLflow dataset."""
+    known = scheme.calibration
+    facts = {"digest": known.digest, "packing": known.packing, "seq_len": known.seq_len, "tokens": settings.tokens}
+    return (Data(held_out_data(known.dataset, facts), "evaluation"),)
+
+
+def _models(scheme: Scheme, done: ServeCheck, data: Sequence[Data]) -> tuple[MeasuredModel, ...]:
+    """The scheme's logged model: which metrics are of it, and what it is searched by."""
+    name = f"{scheme.model.name} {scheme.name}"
+    speed = tuple(key for key in done.metrics if key.startswith("speed/"))
+    served = tuple(key for key in done.metrics if key.startswith("serve/"))
+    values = served_values(done.metrics) if done.outcome == LOADS else {}
+    kl = {key: value for key, value in values.items() if key == "served_kl"}
+    others = {key: value for key, value in values.items() if key not in kl}
+    return (
+        MeasuredModel(name, scheme.digest, speed, values={"bits": scheme.effective_bits, **others}),
+        MeasuredModel(name, scheme.digest, served, data[0].fields["name"], kl),
+    )
 
 
 def _about(runtime: Runtime) -> Mapping[str, str]:

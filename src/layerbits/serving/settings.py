@@ -115,6 +115,7 @@ class ServeSettings:
         new_tokens: Tokens to generate.
         device: Where PyTorch computes.
         speed: What to time; ``None`` = nothing.
+        strict: Whether a runtime that is known to compute something else than was scored is not even started.
     """
 
     run_ids: tuple[str, ...]
@@ -126,6 +127,7 @@ class ServeSettings:
     output_root: Path
     vllm: VllmSettings
     speed: SpeedRequest | None
+    strict: bool = False
 
     @property
     def source(self) -> str:
@@ -145,6 +147,8 @@ class ServeSettings:
             raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
         if config["device"] not in ("auto", "cpu", "cuda"):
             raise UserError(f"device={config['device']} is not known; use auto, cpu or cuda")
+        if not isinstance(config["strict"], bool):
+            raise UserError(f"strict={config['strict']} is not known; use true or false")
         vllm, speed = VllmSettings.from_config(config["vllm"]), SpeedRequest.from_config(config["speed"])
         if speed is not None and vllm.url is not None:
             raise UserError("speed.measure starts vLLM itself; set vllm.python instead of vllm.url")
@@ -158,6 +162,7 @@ class ServeSettings:
             output_root=user_path(config["output_root"]),
             vllm=vllm,
             speed=speed,
+            strict=config["strict"],
         )
 
 

@@ -17,8 +17,9 @@ from typing import TypeVar
 import numpy as np
 
 from layerbits.atomic import optional_part
+from layerbits.plain import JsonMapping
 from layerbits.results.kv_cache import kv_lines, kv_sums
-from layerbits.results.result import SensitivityResult, by_kind
+from layerbits.results.result import CalibrationInfo, SensitivityResult, by_kind
 from layerbits.results.routing import coverage
 from layerbits.tracking.colors import color
 
@@ -220,7 +221,11 @@ def dataset(result: SensitivityResult) -> dict[str, str] | None:
 
     ``None`` where they cannot be told from others, as in an imported result.
     """
-    data = result.calibration
+    return calibration_data(result.calibration)
+
+
+def calibration_data(data: CalibrationInfo) -> dict[str, str] | None:
+    """As :func:`dataset`, of what a result was scored on."""
     if not data.digest:
         return None
     profile = {
@@ -238,6 +243,24 @@ def dataset(result: SensitivityResult) -> dict[str, str] | None:
         "source": json.dumps({"tags": {"dataset": data.dataset, "size": data.size, "digest": data.digest}}),
         "schema": json.dumps({"mlflow_colspec": [{"type": "string", "name": "caption", "required": True}]}),
         "profile": json.dumps(profile),
+    }
+
+
+def held_out_data(dataset: str, facts: JsonMapping) -> dict[str, str]:
+    """Held-out captions as the fields of an MLflow dataset.
+
+    Args:
+        dataset: Name of the dataset that they were held out from.
+        facts: What tells them from other rows of it: how many, how long, their digest.
+    """
+    said = json.dumps(facts, sort_keys=True)
+    return {
+        "name": f"{dataset}-held-out",
+        "digest": hashlib.sha256(f"{dataset} {said}".encode()).hexdigest()[:36],  # as long as MLflow takes it
+        "source_type": "code",
+        "source": json.dumps({"tags": {"dataset": dataset}}),
+        "schema": json.dumps({"mlflow_colspec": [{"type": "string", "name": "caption", "required": True}]}),
+        "profile": said,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,53 @@ def models_of(client: MlflowClient, experiment: str, run_id: str, measured: Iter
             raise
         return {}
     return found
+
+
+def tag_models(client: MlflowClient, measured: Iterable[Measured], ids: Mapping[str, str]) -> None:
+    """Gives the logged models their tags.
+
+    Args:
+        client: Of the store.
+        measured: What was measured.
+        ids: From :func:`models_of`.
+    """
+    for one in measured:
+        if one.tags and one.identity in ids:
+            client.set_logged_model_tags(ids[one.identity], dict(one.tags))
+
+
+def values_of(
+    run_id: str, measured: Sequence[Measured], data: Sequence[Data], ids: Mapping[str, str], now: int
+) -> list[Metric]:
+    """Metrics of the models under the names that all of them share, a step of the run for each model.
+
+    Args:
+        run_id: The run.
+        measured: Of what they are.
+        data: The run's data.
+        ids: From :func:`models_of`.
+        now: Milliseconds since 1970.
+    """
+    from mlflow.entities import Metric
+
+    digests = {one.fields["name"]: one.fields["digest"] for one in data}
+    steps = {identity: step for step, identity in enumerate(dict.fromkeys(one.identity for one in measured))}
+    return [
+        Metric(
+            key,
+            value,
+            now,
+            steps[one.identity],
+            model_id=ids[one.identity],
+            dataset_name=one.dataset or None,
+            dataset_digest=digests.get(one.dataset),
+            run_id=run_id,
+        )
+        for one in measured
+        if one.identity in ids
+        for key, value in one.values.items()
+        if math.isfinite(value)
+    ]
 
 
 def linked(

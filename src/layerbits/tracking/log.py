@@ -16,7 +16,7 @@ from layerbits.errors import UserError
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking import contract
-from layerbits.tracking.links import linked, log_data, models_of, remark
+from layerbits.tracking.links import linked, log_data, models_of, remark, tag_models, values_of
 from layerbits.tracking.made import RECORD, Data, Made, Registration, read_record
 from layerbits.tracking.registry import register
 from layerbits.tracking.session import PARENT_VARIABLE, Ending, RunSession, ending_of, ending_of_children
@@ -336,7 +336,9 @@ def _log_made(client: MlflowClient, run_id: str, made: Made) -> None:
     log_data(client, run_id, made.data)
     experiment = client.get_run(run_id).info.experiment_id if made.measured or made.remarks else ""
     ids = models_of(client, experiment, run_id, made.measured)
+    tag_models(client, made.measured, ids)
     finite = linked(run_id, finite, made.measured, made.data, ids)
+    finite += values_of(run_id, made.measured, made.data, ids, now)
     for first in range(0, len(finite), _BATCH):
         client.log_batch(run_id, metrics=finite[first : first + _BATCH])
     remark(client, experiment, made.remarks)

@@ -55,12 +55,16 @@ class Measured:
         identity: What tells it from others; the same model of another run has the same.
         metrics: Their keys.
         dataset: Name of one of :attr:`Made.data`; empty where they are of none.
+        values: Numbers of the model under names that all models share, so that they can be searched and sorted by.
+        tags: Of the model.
     """
 
     model: str
     identity: str
     metrics: tuple[str, ...]
     dataset: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,10 @@ def read_record(folder: Path) -> Recorded | None:
             folder, data["metrics"], data["params"], data["tags"], failure, artifacts, registration,
             data=tuple(Data(**one) for one in data.get("data", ())),
             measured=tuple(
-                Measured(one["model"], one["identity"], tuple(one["metrics"]), one["dataset"])
+                Measured(
+                    one["model"], one["identity"], tuple(one["metrics"]), one["dataset"], one.get("values", {}),
+                    one.get("tags", {}),
+                )
                 for one in data.get("measured", ())
             ),
             remarks=data.get("remarks", {}),

@@ -1,0 +1,116 @@
+"""The model card of an exported checkpoint: ``README.md`` with the metadata that Hugging Face's hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from layerbits.candidates.kv_cache import NO_CACHE
+from layerbits.schemes.sizes import GIB
+
+if TYPE_CHECKING:
+    from layerbits.checkpoint.proof import Proof
+    from layerbits.schemes import Scheme
+
+CARD = "README.md"
+BASE_CARD = "README.base_model.md"
+"""The card of the base model, which came along with its files."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+"""Metadata of the base model that holds for its quantized form."""
+
+
+def write_card(folder: Path, scheme: Scheme, proof: Proof, probed_kl: float | None = None) -> None:
+    """Writes the card; the base model's own stays beside it.
+
+    Args:
+        folder: The checkpoint.
+        scheme: What was exported.
+        proof: What was proven of it.
+        probed_kl: Nats per token on held-out rows, where a probe measured them.
+    """
+    card, base = folder / CARD, folder / BASE_CARD
+    if card.is_file() and not base.is_file():
+        card.rename(base)
+    metadata = _metadata(base.read_text("utf-8", errors="replace")) if base.is_file() else {}
+    card.write_text(_card(scheme, proof, metadata, probed_kl), "utf-8")
+
+
+def _card(scheme: Scheme, proof: Proof, kept: Mapping[str, object], probed_kl: float | None) -> str:
+    record = proof.record
+    source = scheme.model.source
+    front = {
+        "base_model": source if _HUB_ID.fullmatch(source) and not Path(source).exists() else scheme.model.name,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        **{key: kept[key] for key in _KEPT if key in kept},
+        "tags": ["quantized", record.format, *sorted(label.lower() for label in record.labels), "layerbits"],
+    }
+    labels = ", ".join(f"{label} x {count}" for label, count in record.labels.items())
+    measured = [f"| predicted KL | {scheme.predicted_kl:.4g} | sum over the groups, by their scores |"]
+    if proof.logits is not None:
+        rows = f"{proof.logits.tokens:,} positions of the calibration rows, this checkpoint read back"
+        measured.append(f"| measured KL | {proof.logits.kl_checkpoint:.4g} | {rows} |")
+    if probed_kl is not None:
+        measured.append(f"| measured KL | {probed_kl:.4g} | held-out rows, the scheme on the model in memory |")
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
+        "---",
+        "",
+        f"# {scheme.model.name}, quantized: {scheme.name}",
+        "",
+        f"{record.effective_bits:.4g} effective bits per weight over the searched linears, "
+        f"{record.bytes / GIB:.3f} GiB instead of {record.source_bytes / GIB:.3f} GiB ({labels}). Which linears get "
+        "which format was chosen by LayerBits from sensitivity scores of NVIDIA ModelOpt AutoQuantize.",
+        "",
+        "## Recipe",
+        "",
+        "| linears | format | groups | linears in them |",
+        "|---|---|---:|---:|",
+        *_recipe(scheme),
+        "",
+        f"What is not named stays in {record.dtype}. KV cache: "
+        f"{'as it is' if record.kv_cache == NO_CACHE else record.kv_cache}. Revision of the base model: "
+        f"`{scheme.model.revision}`. Scheme digest: `{scheme.digest}`; `layerbits.json` has every linear.",
+        "",
+        "## Proof",
+        "",
+        f"Read back after it was written: {len(proof.layers)} quantized linears are what was scored, "
+        f"{proof.excluded.tensors} other tensors are the base model's bit for bit (after the cast to {record.dtype}).",
+        "",
+        "## Measurements",
+        "",
+        "KL divergence from the unquantized model, nats per token.",
+        "",
+        "| what | nats per token | on |",
+        "|---|---:|---|",
+        *measured,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _recipe(scheme: Scheme) -> list[str]:
+    groups: Counter[tuple[str, str]] = Counter()
+    linears: Counter[tuple[str, str]] = Counter()
+    for group, name in zip(scheme.groups, scheme.assignment, strict=True):
+        key = (group.kind, name or "not quantized")
+        groups[key] += 1
+        linears[key] += len(group.modules)
+    return [f"| {kind} | {name} | {count} | {linears[kind, name]} |" for (kind, name), count in groups.items()]
+
+
+def _metadata(card: str) -> dict[str, object]:
+    """The front matter of a card; nothing where there is none that can be read."""
+    match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", card, flags=re.DOTALL)
+    try:
+        found = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return dict(found) if isinstance(found, Mapping) else {}
