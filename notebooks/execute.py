@@ -3,13 +3,15 @@
 MLFLOW_TRACKING_URI=sqlite:////abs/path/mlflow.db python notebooks/execute.py            # all of them
 MLFLOW_TRACKING_URI=http://host:5000 python notebooks/execute.py -p experiment mine compare_pairs
 
-Parameters go to the cell tagged "parameters". What is written back has no time stamps and no paths of this machine.
+Parameters go to the cell tagged "parameters". What is written back has no time stamps and no paths of this machine,
+and the digest of the code that made its outputs.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import hashlib
 import io
 import os
 import sys
@@ -46,7 +48,14 @@ def execute(source: Path, target: Path, parameters: dict[str, str]) -> None:
             part.metadata.pop(name, None)
         if part.metadata.get("tags") == []:
             del part.metadata["tags"]
+    notebook.metadata["executed"] = digest(notebook)
     nbformat.write(notebook, target)
+
+
+def digest(notebook: Any) -> str:
+    """Hexadecimal digest of the code cells: a notebook that is edited and not run again has another."""
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
 
 
 def smaller(png: str) -> str:

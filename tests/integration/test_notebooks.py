@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -136,7 +137,10 @@ def test_committed_notebooks_are_executed_small_and_without_paths(name):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert path.stat().st_size < LIMIT
-    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    digest = runpy.run_path(str(NOTEBOOKS / "execute.py"))["digest"]
+    assert notebook.metadata["executed"] == digest(notebook), f"run: python notebooks/execute.py {name}"
     assert pictures(notebook)
     assert not [o for o in outputs(notebook) if o.output_type == "error" or o.get("name") == "stderr"]
     text = nbformat.writes(notebook)
