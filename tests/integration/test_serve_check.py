@@ -18,7 +18,7 @@ from layerbits.errors import Skipped, UserError
 from layerbits.inputs.captions import load_captions
 from layerbits.results.experiment import made_by
 from layerbits.serving import environment
-from layerbits.serving.environment import find_environment
+from layerbits.serving.environment import Environment, find_environment
 from layerbits.serving.job import Checker, Target
 from layerbits.serving.runtime import Started
 from layerbits.serving.server import Launch, Refused, serving
@@ -216,7 +216,7 @@ def test_strict_fails_before_serving_what_vllm_is_known_to_compute_otherwise(che
     check, folder = checker
     known = "on this GPU (Hopper) W8A16 is otherwise: vLLM leaves the activations in 16 bits (MarlinLinearKernel)"
     monkeypatch.setattr("layerbits.serving.job.otherwise_on_gpu", lambda labels, environment: known)
-    monkeypatch.setattr(Started, "tell", lambda *_: pytest.fail("it was served"))
+    monkeypatch.setattr(Started, "output", lambda *_: pytest.fail("it was served"))
     vllm = replace(check.settings.vllm, python=str(python))
     strict = Checker(replace(check.settings, vllm=vllm, strict=True), check.root)
     done = strict.check(Target(folder, None, {})).done
@@ -225,10 +225,30 @@ def test_strict_fails_before_serving_what_vllm_is_known_to_compute_otherwise(che
         done.require()
 
 
+def test_a_card_that_is_too_small_is_told_before_the_server_starts(checker, python, monkeypatch):
+    check, folder = checker
+    monkeypatch.setattr("layerbits.serving.gpu._card_bytes", lambda: 500_000)
+    card = Environment(python, "vllm", "0.26.0")
+    monkeypatch.setattr("layerbits.serving.job.find_environment", lambda *_: card)
+    monkeypatch.setattr("layerbits.serving.job.ask", lambda environment: None)
+    monkeypatch.setattr("layerbits.serving.job.otherwise_on_gpu", lambda labels, environment: "")
+    served = []
+    monkeypatch.setattr(Started, "output", lambda *_: served.append(1) or (_ for _ in ()).throw(Refused("it ended")))
+    vllm = replace(check.settings.vllm, python=str(python))
+    with pytest.raises(UserError, match=r"has 0\.0 GiB of weights, and vLLM takes 0\.9 of 1 x 0\.0 GiB here; use more"):
+        Checker(replace(check.settings, vllm=vllm), check.root).check(Target(folder, None, {}))
+    assert served == []
+    two = replace(vllm, arguments=("--tensor-parallel-size", "2"))
+    assert (
+        Checker(replace(check.settings, vllm=two), check.root).check(Target(folder, None, {})).done.outcome == "refused"
+    )
+    assert served == [1]
+
+
 def test_strict_serves_what_nothing_is_known_against(checker, python, monkeypatch):
     check, folder = checker
     served = []
-    monkeypatch.setattr(Started, "tell", lambda *_: served.append(1) or (_ for _ in ()).throw(Refused("it ended")))
+    monkeypatch.setattr(Started, "output", lambda *_: served.append(1) or (_ for _ in ()).throw(Refused("it ended")))
     vllm = replace(check.settings.vllm, python=str(python))
     done = Checker(replace(check.settings, vllm=vllm, strict=True), check.root).check(Target(folder, None, {})).done
     assert (done.outcome, served) == ("refused", [1])

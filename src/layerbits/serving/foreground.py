@@ -16,6 +16,7 @@ from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.errors import UserError
 from layerbits.paths import user_path
 from layerbits.serving.environment import Environment, find_environment
+from layerbits.serving.gpu import check_card
 from layerbits.serving.processor import ask, in_words, otherwise
 from layerbits.serving.server import Launch, Refused, free_port
 from layerbits.serving.settings import SpeedRequest
@@ -79,11 +80,12 @@ def _prepare(
     """The checkpoint's folder, and how vLLM is started on it.
 
     Raises:
-        UserError: There is no such checkpoint, or no vLLM, or this CPU cannot serve it.
+        UserError: There is no such checkpoint, or no vLLM, or this CPU cannot serve it, or the GPU is too small.
     """
     folder = _checkpoint(reference, uri)
     environment = find_environment(python, Path.cwd())
     _check_processor(folder, environment, plugin)
+    _check_gpu(folder, environment, arguments)
     return folder, Launch(environment, plugin=plugin, arguments=tuple(arguments))
 
 
@@ -103,6 +105,19 @@ def _check_processor(folder: Path, environment: Environment, plugin: Path | None
     if plugin is None and any(answer.state == MISSING for answer in unlike.values()):
         raise UserError(f"vLLM cannot serve {folder}: {in_words(unlike, processor)}")
     print(f"warning: {in_words(unlike, processor)}", file=sys.stderr, flush=True)
+
+
+def _check_gpu(folder: Path, environment: Environment, arguments: Sequence[str]) -> None:
+    """Checks that the weights fit on the GPU.
+
+    Raises:
+        UserError: They do not.
+    """
+    try:
+        checkpoint = open_checkpoint(folder)
+    except UserError:  # in other files than ours: vLLM says what it makes of them
+        return
+    check_card(checkpoint, environment, arguments)
 
 
 def _checkpoint(reference: str, uri: str | None) -> Path:

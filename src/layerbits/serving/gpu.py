@@ -1,14 +1,20 @@
-"""What the GPU of this machine computes of a checkpoint's layouts, as far as it is known for the installed vLLM."""
+"""What is known of the GPU of this machine before vLLM is started on it: what it computes, and what fits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from layerbits.checkpoint.gpus import kernel
 from layerbits.checkpoint.label import Label
 from layerbits.checkpoint.processors import MISSING, OTHERWISE
+from layerbits.checkpoint.reader import Checkpoint, Entry
+from layerbits.errors import UserError
 from layerbits.export.target import THIS_MACHINE, find_target
+from layerbits.schemes.sizes import GIB
 from layerbits.serving.environment import Environment
+
+_USED = 0.9
+"""Share of a card's memory that vLLM takes by default."""
 
 
 def otherwise_on_gpu(labels: Iterable[Label], environment: Environment) -> str:
@@ -29,3 +35,53 @@ def otherwise_on_gpu(labels: Iterable[Label], environment: Environment) -> str:
         if one.computed.state in (OTHERWISE, MISSING)
     ]
     return f"on this GPU ({target}) {'; '.join(told)}" if told else ""
+
+
+def check_card(checkpoint: Checkpoint, environment: Environment, arguments: Sequence[str]) -> None:
+    """Checks that the weights of a checkpoint fit on the GPUs that serve it, before vLLM is started.
+
+    Args:
+        checkpoint: What is served.
+        environment: Where vLLM is; a build for CPUs uses no GPU.
+        arguments: Of the server.
+
+    Raises:
+        UserError: They do not; what is left for the KV cache is not looked at.
+    """
+    card = None if environment.on_cpu else _card_bytes()
+    if card is None:
+        return
+    size, cards = sum(map(_in_vllm, checkpoint.entries.values())), 1
+    for option in ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"):
+        cards *= int(_option(arguments, option, 1))
+    share = _option(arguments, "--gpu-memory-utilization", _USED)
+    if size > card * cards * share:
+        raise UserError(
+            f"{checkpoint.folder} has {size / GIB:.1f} GiB of weights, and vLLM takes {share:g} of {cards} x "
+            f"{card / GIB:.1f} GiB here; use more cards (--tensor-parallel-size), or a smaller scheme (budget_gib)"
+        )
+
+
+def _in_vllm(entry: Entry) -> int:
+    """Bytes of a tensor in vLLM, which has 16 bits of what is float32 in the files."""
+    wide = entry.dtype.is_floating_point and entry.dtype.itemsize > 2
+    return entry.elements * 2 if wide else entry.stop - entry.start
+
+
+def _card_bytes() -> int | None:
+    """Memory of the first GPU that PyTorch sees; ``None`` without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _option(arguments: Sequence[str], name: str, default: float) -> float:
+    """The number that an option of the server has, as ``--name N`` or ``--name=N``."""
+    for at, word in enumerate(arguments):
+        given = arguments[at + 1] if word == name and at + 1 < len(arguments) else word.removeprefix(f"{name}=")
+        if word == name or word.startswith(f"{name}="):
+            try:
+                return float(given)
+            except ValueError:
+                return default
+    return default

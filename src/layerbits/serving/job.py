@@ -18,7 +18,7 @@ from layerbits.history.derived import served_values
 from layerbits.results.experiment import made_by
 from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
 from layerbits.serving.environment import Environment, find_environment
-from layerbits.serving.gpu import otherwise_on_gpu
+from layerbits.serving.gpu import check_card, otherwise_on_gpu
 from layerbits.serving.processor import ask, in_words, otherwise, why_refused
 from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
 from layerbits.serving.server import Launch, Refused
@@ -162,6 +162,8 @@ class Checker:
             return ServeCheck(folder, digest, structure, DIVERGES, detail, runtime=_about(runtime))
         if self.settings.vllm.plugin is None and any(answer.state == MISSING for answer in unlike.values()):
             return ServeCheck(folder, digest, structure, REFUSED, known, runtime=_about(runtime))
+        if installed is not None:
+            check_card(checkpoint, installed[0], self.settings.vllm.arguments)
         try:
             served = runtime.output(folder, folder.name, subject.question, out / "vllm.log")
         except Refused as words:
