@@ -74,8 +74,8 @@ class Bench:
             12.0,
             self.folder / str(self.passes),
             "benchmark",
-            held={module: made[names[c]] for module, c in self.space.held.items()},
-            held_kv=self.recipe.held_kv,
+            fixed={module: made[names[c]] for module, c in self.space.held.items()},
+            fixed_kv_cache=self.recipe.held_kv,
             memory=self.memory,
         )
         found = onepass.score(job)

@@ -59,8 +59,8 @@ def raw_scores(recipe, model, folder, rows=None):
         12.0,
         Path(folder),
         "fingerprint",
-        held={module: configs[names[c]] for module, c in space.held.items()},
-        held_kv=recipe.held_kv,
+        fixed={module: configs[names[c]] for module, c in space.held.items()},
+        fixed_kv_cache=recipe.held_kv,
     )
     found = (kl if recipe.method == "kl_div" else onepass).score(job)
     raw = np.full((len(space.searched), len(names)), np.nan)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.candidates import backends, fp4
 from layerbits.candidates.formats import Format, normalise, plain
 from layerbits.candidates.granularity import TOKEN_GROUP_BACKEND, register_backend
+from layerbits.plain import JsonObject
 from layerbits.results.result import CandidateInfo
 
 if TYPE_CHECKING:
     import torch
 
 
-def runtime_config(info: CandidateInfo, device: torch.device) -> dict[str, Any]:
+def runtime_config(info: CandidateInfo, device: torch.device) -> JsonObject:
     """A candidate's ModelOpt config with bare quantizer names, as it is computed on a device.
 
     FP4 uses our backend where ModelOpt's kernels cannot run; token groups always use ours.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import Unsupported, UserError
 
@@ -26,13 +26,13 @@ def attention_layers(config: PreTrainedConfig) -> list[str]:
         window = isinstance(getattr(text, "sliding_window", None), int)
         kinds = ["sliding_attention" if window else "full_attention"] * int(text.num_hidden_layers)
     shared = getattr(text, "num_kv_shared_layers", None) or 0  # the last ones read what earlier ones keep
-    found = []
+    layers = []
     for kind in list(kinds)[: len(kinds) - int(shared)]:
         if kind in ("full_attention", "attention", *_WINDOWED):
-            found.append("full_attention" if kind == "attention" else str(kind))
+            layers.append("full_attention" if kind == "attention" else str(kind))
         elif kind not in _WITHOUT:
             raise Unsupported(f"layers of the kind {kind} are not known: how much they keep cannot be counted")
-    return found
+    return layers
 
 
 def cached_numbers(config: PreTrainedConfig, context: int) -> int:
@@ -63,7 +63,7 @@ def cached_numbers(config: PreTrainedConfig, context: int) -> int:
     return total
 
 
-def _per_token(text: Any) -> int:
+def _per_token(text: PreTrainedConfig) -> int:
     latent = getattr(text, "kv_lora_rank", None)
     if isinstance(latent, int) and latent > 0:
         return latent + int(getattr(text, "qk_rope_head_dim", 0) or 0)

@@ -11,10 +11,10 @@ quantizers of each linear, and :class:`AssignedModel` puts them on the model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.linears import weight_of
 from layerbits.inputs.models import output_head
 from layerbits.inputs.residence import own_dtype
+from layerbits.plain import JsonMapping
 from layerbits.scoring import quantizers
 from layerbits.scoring.experts import Change, ExpertsTap
 from layerbits.scoring.patches import Forward
@@ -33,15 +34,17 @@ from layerbits.scoring.tap import LinearTap, Tap
 from layerbits.scoring.taps import Taps, make_tap
 
 if TYPE_CHECKING:
+    import numpy as np
+    from modelopt.torch.quantization.nn import TensorQuantizer
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from layerbits.inputs.calibration import Batch
     from layerbits.scoring.kv_cache import KvCache
 
-Configs = Mapping[str, Mapping[str, Any]]
+Configs = Mapping[str, JsonMapping]
 """Full name of a linear or expert module → its ModelOpt config with bare quantizer names."""
-InputRanges = Mapping[str, Mapping[str, "NDArray[Any]"]]
+InputRanges = Mapping[str, Mapping[str, "NDArray[np.float32]"]]
 """Full module name → settings of an input quantizer (JSON), for an expert module after the name of the projection, →
 largest magnitude."""
 Made = MutableMapping[tuple[str, str], Forward]
@@ -237,7 +240,7 @@ def check_free(model: PreTrainedModel, names: Iterable[str]) -> None:
             raise UserError(f"{name} is under scheme {other} already; remove that one first")
 
 
-def _key(config: Mapping[str, Any]) -> str:
+def _key(config: JsonMapping) -> str:
     return json.dumps(plain(config), sort_keys=True)
 
 
@@ -267,7 +270,7 @@ def _share_weight_ranges(
             )
 
 
-def _weight_quantizer(tap: LinearTap, settings: quantizers.QuantizerSettings) -> Any:
+def _weight_quantizer(tap: LinearTap, settings: quantizers.QuantizerSettings) -> TensorQuantizer | None:
     other = LinearTap(tap.name, tap.module, settings)
     other.calibrate_weights()
     return other.weight_quantizers()[0]
@@ -278,7 +281,7 @@ def _slot(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in vars(module) else "forward"
 
 
-def _put(module: nn.Module, forward: Callable[..., Any], name: str) -> None:
+def _put(module: nn.Module, forward: Forward, name: str) -> None:
     slot = _slot(module)
     vars(module)[_MARK] = name
     vars(module)[_BEFORE] = vars(module).get(slot)

@@ -36,9 +36,9 @@ class ScoringJob:
         fingerprint: Digest of everything that the scores depend on.
         memory: One of ``memory.MODES``.
         cost_model: One of ``results.COST_MODELS``. active_ratio: Share of the routed experts that a token uses.
-        held: Linears that stay quantized while the others are scored → search config.
+        fixed: Linears that stay quantized while the others are scored → search config.
         kv_formats: Formats of the KV cache to score beside the candidates.
-        held_kv: Quantizer settings of keys and values meanwhile, ``None`` = as they are.
+        fixed_kv_cache: Quantizer settings of keys and values meanwhile, ``None`` = as they are.
         seed: Of what is drawn. draws: Passes of ``method=fisher``, each with tokens drawn anew.
         watch: Told the unquantized model's mean loss on the first batch, nats, and its loss tokens, to stop the pass
             there where the loss is out of all reason.
@@ -55,8 +55,8 @@ class ScoringJob:
     memory: str = "auto"
     cost_model: str = "weight"
     active_ratio: float | None = None
-    held: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    held_kv: Mapping[str, object] | None = None
+    fixed: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    fixed_kv_cache: Mapping[str, object] | None = None
     kv_formats: tuple[str, ...] = ()
     seed: int = 0
     draws: int = 1
@@ -109,13 +109,13 @@ class Scores:
     factors: Mapping[str, float] = field(default_factory=dict)
 
 
-def held_cache(job: ScoringJob) -> KvCache | None:
-    """The KV cache that a job holds quantized."""
+def fixed_cache(job: ScoringJob) -> KvCache | None:
+    """The KV cache that stays quantized in a job."""
     from layerbits.scoring.kv_cache import KvCache
 
-    if job.held_kv is None:
+    if job.fixed_kv_cache is None:
         return None
-    return KvCache(job.loaded.model, job.held_kv, job.loaded.info.language_model)
+    return KvCache(job.loaded.model, job.fixed_kv_cache, job.loaded.info.language_model)
 
 
 def kl_weights(loss_tokens: FloatArray) -> FloatArray:

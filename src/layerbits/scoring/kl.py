@@ -20,7 +20,7 @@ from layerbits.results.assignment import IntArray
 from layerbits.scoring import distributed
 from layerbits.scoring.assigned import fixed_quantization
 from layerbits.scoring.features import kept_features
-from layerbits.scoring.job import Scores, ScoringJob, held_cache
+from layerbits.scoring.job import Scores, ScoringJob, fixed_cache
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.passes import run_steps
 from layerbits.scoring.replaced import ReplacedLinears
@@ -58,7 +58,7 @@ def score(job: ScoringJob) -> Scores:
         calibrated = calibrate(linears, job, log, search.need_logits)
         seconds = {"calibrate": clock() - start}
         start = clock()
-        with fixed_quantization(model, job.held, job.calibration.calib, held_cache(job)), fused_norms(model):
+        with fixed_quantization(model, job.fixed, job.calibration.calib, fixed_cache(job)), fused_norms(model):
             steps = run_steps(log, len(batches), scorer.step)
         seconds["score"] = clock() - start
 

@@ -29,7 +29,7 @@ from layerbits.scoring.assigned import fixed_quantization
 from layerbits.scoring.batch_scores import BatchScores
 from layerbits.scoring.checkpointing import checkpointed
 from layerbits.scoring.features import kept_features
-from layerbits.scoring.job import Scores, ScoringJob, held_cache, kl_weights
+from layerbits.scoring.job import Scores, ScoringJob, fixed_cache, kl_weights
 from layerbits.scoring.kv_cache import KvTaps
 from layerbits.scoring.memory import MemoryPlan, plan_memory
 from layerbits.scoring.passes import run_steps
@@ -83,7 +83,7 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
             kv.calibrate(job.calibration.calib)
         seconds = {"calibrate": clock() - start}
         start = clock()
-        with fixed_quantization(model, job.held, job.calibration.calib, held_cache(job)):
+        with fixed_quantization(model, job.fixed, job.calibration.calib, fixed_cache(job)):
             steps = run_steps(log, len(batches), scorer.step)
         seconds["score"] = clock() - start
     weights = kl_weights(np.array([b.loss_tokens for b in batches], dtype=np.float64))

@@ -299,8 +299,8 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
         workdir=workdir,
         fingerprint=plan.fingerprint,
         memory=spec.memory,
-        held=_held_configs(plan),
-        held_kv=plan.held.kv_cache,
+        fixed=_fixed_configs(plan),
+        fixed_kv_cache=plan.held.kv_cache,
         kv_formats=spec.kv_cache,
         seed=plan.settings.seed,
         draws=spec.draws,
@@ -359,7 +359,7 @@ def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, o
     return backends.with_reference_backend(config)
 
 
-def _held_configs(plan: Plan) -> dict[str, dict[str, object]]:
+def _fixed_configs(plan: Plan) -> dict[str, dict[str, object]]:
     made = {c.info.name: _runtime_config(c, capability) for c, capability in plan.held.modules.values()}
     return {module: made[c.info.name] for module, (c, _) in plan.held.modules.items()}
 
