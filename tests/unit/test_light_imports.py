@@ -11,6 +11,7 @@ STEPS = {  # one after the other in one process, the lightest first
     "import layerbits.history": TORCH_AND_MLFLOW,
     "import numpy; from layerbits.schemes import solver, make, source, settings; "
     "solver.pareto(numpy.array([[1.0, 2.0]]), {'a': 4.25, 'b': 8.0}, [10], [8.0])": TORCH_AND_MLFLOW,
+    "from layerbits.commands import grid, scheme, sensitivity": TORCH_AND_MLFLOW,  # what they refuse, they refuse soon
     "import layerbits.figures": [*TORCH_AND_MLFLOW, "matplotlib.pyplot"],
 }
 PROGRAM = """

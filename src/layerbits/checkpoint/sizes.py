@@ -12,7 +12,6 @@ import numpy as np
 
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.checkpoint.label import FORMATS, MODELOPT, Label
-from layerbits.checkpoint.labels import label_or_reason
 from layerbits.checkpoint.runtimes import reads
 from layerbits.errors import UserError
 from layerbits.inputs.cache_size import attention_layers, cached_numbers
@@ -76,6 +75,8 @@ def sizes_of(
     Raises:
         UserError: The context is longer than the model's.
     """
+    from layerbits.checkpoint.labels import label_or_reason
+
     fp8_cache = source.kv_cache == "fp8"
     weights = _weights(model, source.groups, linears)
     experts = any(len(linears.get(module, ())) > 1 for group in source.groups for module in group.modules)

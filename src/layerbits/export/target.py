@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.shipped import load_overlays, load_pairs
-from layerbits.checkpoint.formats import choose_format
 from layerbits.checkpoint.gpus import TARGETS, VERSION, Kernel, generation, kernel
 from layerbits.checkpoint.label import AUTO
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
 from layerbits.errors import Unsupported, UserError
-from layerbits.export.plan import ExportPlan
 from layerbits.results.result import CandidateInfo
+
+if TYPE_CHECKING:
+    from layerbits.export.plan import ExportPlan
 
 NO_TARGET, THIS_MACHINE = "none", "auto"
 
@@ -85,6 +87,8 @@ def _not_as_scored(what: str, found: Kernel, target: str) -> str:
 
 def _served(info: CandidateInfo, target: str) -> tuple[str, Kernel] | None:
     """The label that a candidate is exported with and what serves it; ``None`` where no label says it."""
+    from layerbits.checkpoint.formats import choose_format
+
     try:
         format, labels = choose_format([info], AUTO)
     except Unsupported:
