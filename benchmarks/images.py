@@ -46,7 +46,7 @@ from layerbits.inputs.picture_rows import Reader  # noqa: E402
 from layerbits.inputs.processor import still_class  # noqa: E402
 from layerbits.inputs.rows import rows_of  # noqa: E402
 from layerbits.probing.apply import apply_scheme, find_ranges  # noqa: E402
-from layerbits.probing.baseline import Baseline  # noqa: E402
+from layerbits.probing.unquantized import UnquantizedLogits  # noqa: E402
 from layerbits.provenance import provenance  # noqa: E402
 from layerbits.results.assignment import Assignment  # noqa: E402
 from layerbits.results.frames import spearman  # noqa: E402
@@ -380,7 +380,10 @@ def main() -> None:
         told["seconds"] = {"passes": time.perf_counter() - start}
         with ExitStack() as stack:
             stack.enter_context(kept_features(model, (*data.calibrations["both"], *data.held_pictures)))
-            held = {"pictures": Baseline(model, data.held_pictures), "text": Baseline(model, data.held_text)}
+            held = {
+                "pictures": UnquantizedLogits(model, data.held_pictures),
+                "text": UnquantizedLogits(model, data.held_text),
+            }
             told["perplexity"] = {name: base.perplexity for name, base in held.items()}
             told["kl"] = {}
             for c, (pair, one) in enumerate(made.items()):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from layerbits.probing.apply import apply_scheme, find_ranges
-from layerbits.probing.baseline import Baseline
+from layerbits.probing.unquantized import UnquantizedLogits
 from tests.integration.schemes_support import CALIBRATION, HELD_OUT, INFO, logits, probed, scheme_of
 from tests.integration.scoring_support import candidate, tiny_model
 
@@ -29,9 +29,9 @@ def test_figures_are_those_of_float64(pair, dtype):
     batches = [on_device(b) for b in HELD_OUT]
     ranges = find_ranges(model, [scheme], CALIBRATION)
     before = logits(model, batches)[:, :-1].double()
-    baseline = Baseline(model, HELD_OUT)
+    unquantized = UnquantizedLogits(model, HELD_OUT)
     with apply_scheme(model, scheme, ranges):
-        found, _ = baseline.compare(model)
+        found, _ = unquantized.compare(model)
         after = logits(model, batches)[:, :-1].double()
     log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
     assert found.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-3)

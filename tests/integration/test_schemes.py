@@ -20,9 +20,9 @@ from layerbits.inputs import smollm2
 from layerbits.inputs.calibration import Batch, Segment
 from layerbits.inputs.captions import load_captions
 from layerbits.probing.apply import apply_scheme, configs_of, find_ranges
-from layerbits.probing.baseline import Baseline
 from layerbits.probing.loading import prepare
 from layerbits.probing.probe import held_out_rows
+from layerbits.probing.unquantized import UnquantizedLogits
 from layerbits.schemes import load_scheme
 from layerbits.schemes.kv_cache import toggles
 from layerbits.scoring.assigned import fixed_quantization
@@ -154,9 +154,9 @@ def test_padded_tokens_do_not_enter_a_probe():
     ranges = find_ranges(model, [scheme := scheme_of(model, qkv=candidate("wfp8_afp8"))], CALIBRATION)
     found = []
     for width, fill in ((20, 0), (20, 5), (33, 7)):
-        baseline = Baseline(model, [padded(width, fill)])
+        unquantized = UnquantizedLogits(model, [padded(width, fill)])
         with apply_scheme(model, scheme, ranges):
-            found.append(baseline.compare(model)[0])
+            found.append(unquantized.compare(model)[0])
     assert found[0] == found[1]
     assert found[0].tokens == 19 + 11
     assert found[2].kl == pytest.approx(found[0].kl, rel=1e-4)

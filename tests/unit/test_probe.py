@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from layerbits.inputs.calibration import Batch, Segment
-from layerbits.probing.baseline import Baseline
 from layerbits.probing.measured import Comparison, Difference, ProbeResult, Rows, SchemeProbe
 from layerbits.probing.report import figure, markdown, write_probe
+from layerbits.probing.unquantized import UnquantizedLogits
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import ModelInfo
 
@@ -80,7 +80,7 @@ def by_hand(before, after, rows):
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 5.0])
 def test_figures_are_those_worked_out_by_hand(scale):
     before, after = tables(scale=scale)
-    found, captions = Baseline(TableModel(before), [batch()]).compare(TableModel(after))
+    found, captions = UnquantizedLogits(TableModel(before), [batch()]).compare(TableModel(after))
     expected, sums = by_hand(before, after, batch())
     for name in ("tokens", "perplexity", "kl", "kl_p99", "top1_agreement", "logit_mse", "logit_max_error"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=2e-4), name
@@ -89,7 +89,7 @@ def test_figures_are_those_worked_out_by_hand(scale):
 
 def test_top1_agreement_is_a_share_of_the_tokens():
     before, after = tables(scale=5.0)
-    found, _ = Baseline(TableModel(before), [batch()]).compare(TableModel(after))
+    found, _ = UnquantizedLogits(TableModel(before), [batch()]).compare(TableModel(after))
     assert 0 < found.top1_agreement < 1
 
 
@@ -97,27 +97,27 @@ def test_padding_has_no_part_in_any_figure():
     before, after = tables()
     padded = batch(padded=3)
     expected, sums = by_hand(before, after, padded)
-    found, captions = Baseline(TableModel(before), [padded]).compare(TableModel(after))
+    found, captions = UnquantizedLogits(TableModel(before), [padded]).compare(TableModel(after))
     assert found.tokens == expected.tokens == 3 * 5 - 3
     assert found.kl == pytest.approx(expected.kl, rel=2e-4)
     padded.segments[0].input_ids[-1, -3:] = 0  # other padding, same figures
-    again, _ = Baseline(TableModel(before), [padded]).compare(TableModel(after))
+    again, _ = UnquantizedLogits(TableModel(before), [padded]).compare(TableModel(after))
     assert again == found
     assert captions == pytest.approx(sums, rel=2e-4)
 
 
 def test_a_model_does_not_differ_from_itself():
     before, _ = tables()
-    baseline = Baseline(TableModel(before), [batch()])
-    found, _ = baseline.compare(TableModel(before), row_by_row=True)
+    unquantized = UnquantizedLogits(TableModel(before), [batch()])
+    found, _ = unquantized.compare(TableModel(before), row_by_row=True)
     assert (found.kl, found.logit_mse, found.logit_max_error, found.top1_agreement) == (0, 0, 0, 1)
-    assert found.perplexity == pytest.approx(baseline.perplexity)
+    assert found.perplexity == pytest.approx(unquantized.perplexity)
 
 
 def test_logits_that_are_no_numbers_are_counted_and_give_no_figures():
     before, after = tables()
     after[2, 3] = math.nan
-    found, _ = Baseline(TableModel(before), [batch()]).compare(TableModel(after))
+    found, _ = UnquantizedLogits(TableModel(before), [batch()]).compare(TableModel(after))
     (segment,) = batch().segments
     assert found.nonfinite == int((segment.input_ids[:, :-1] == 2).sum()) > 0
     assert math.isnan(found.kl)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from layerbits.scoring.divergence import exact_divergence
+from layerbits.scoring.divergence import exact_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +20,6 @@ Logits = list[torch.Tensor]
 """Per segment ``[tokens, vocabulary]``, in host memory."""
 
 _TOKENS = 1024
-_LOGITS_AT_ONCE = 1 << 24  # of each model, in float64: 128 MB
 
 
 BOUND = 0.05
@@ -105,38 +104,16 @@ def compare_logits(unquantized: Logits, scheme: Logits, stored: Logits, restored
         stored: With it, at the numbers that the checkpoint stores.
         restored: Made from the checkpoint alone.
     """
-    effect, deviation = _difference(scheme, unquantized), _difference(restored, stored)
+    effect, deviation = exact_difference(scheme, unquantized), exact_difference(restored, stored)
     return LogitProof(
         tokens=sum(len(logits) for logits in restored),
         effect=effect.rms,
         deviation=deviation.rms,
-        drift=_difference(restored, scheme).rms,
+        drift=exact_difference(restored, scheme).rms,
         max_error=deviation.largest,
         kl_scheme=effect.kl,
-        kl_checkpoint=_difference(restored, unquantized).kl,
+        kl_checkpoint=exact_difference(restored, unquantized).kl,
     )
-
-
-@dataclass(frozen=True)
-class _Difference:
-    rms: float
-    largest: float
-    kl: float
-
-
-def _difference(ours: Logits, theirs: Logits) -> _Difference:
-    """Logits against others in float64; ``kl`` is the mean divergence from the others' distribution."""
-    squares, largest, kl, tokens, values = 0.0, 0.0, 0.0, 0, 0
-    for mine, other in zip(ours, theirs, strict=True):
-        size = max(1, _LOGITS_AT_ONCE // mine.shape[1])
-        for start in range(0, len(mine), size):
-            a, b = mine[start : start + size].double(), other[start : start + size].double()
-            error, log_a, log_b = a - b, a.log_softmax(-1), b.log_softmax(-1)
-            squares += float(error.square().sum())
-            largest = max(largest, float(error.abs().max()))
-            kl += float(exact_divergence(log_b, log_a).sum())
-            tokens, values = tokens + len(a), values + a.numel()
-    return _Difference(math.sqrt(squares / values), largest, kl / tokens)
 
 
 def _share(part: float, whole: float) -> float:

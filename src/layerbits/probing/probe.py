@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from layerbits.inputs.picture_rows import Reader
     from layerbits.inputs.pictures import Pictured
     from layerbits.probing.apply import Ranges
-    from layerbits.probing.baseline import Baseline
+    from layerbits.probing.unquantized import UnquantizedLogits
     from layerbits.schemes import Scheme
     from layerbits.scoring.precision import Precision
 
@@ -201,16 +201,16 @@ def _measured(
     precision: Precision,
 ) -> ProbeResult:
     from layerbits.probing.apply import apply_scheme
-    from layerbits.probing.baseline import Baseline
+    from layerbits.probing.unquantized import UnquantizedLogits
     from layerbits.progress import progress
     from layerbits.scoring.assigned import Made
 
     clock = time.perf_counter
     start = clock()
-    baseline = Baseline(model, batches, data.sources)
-    if not baseline.finite:
+    unquantized = UnquantizedLogits(model, batches, data.sources)
+    if not unquantized.finite:
         raise UserError("the unquantized model's own logits are not finite; try model.dtype=float32 or bfloat16")
-    floor, floor_kind = _noise_floor(model, precision, baseline)
+    floor, floor_kind = _noise_floor(model, precision, unquantized)
     seconds["reference"] = clock() - start
 
     began = clock()
@@ -221,7 +221,7 @@ def _measured(
         start = clock()
         if scheme.digest not in measured:
             with apply_scheme(model, scheme, ranges, made=made):
-                measured[scheme.digest] = baseline.compare(model)
+                measured[scheme.digest] = unquantized.compare(model)
         difference, captions = measured[scheme.digest]
         probes.append(
             SchemeProbe(
@@ -242,11 +242,11 @@ def _measured(
     return ProbeResult(
         model=info,
         source_run_ids=tuple(dict.fromkeys(run for s in schemes for run in s.source_run_ids)),
-        data=replace(data, tokens=baseline.tokens),
-        reference_perplexity=baseline.perplexity,
+        data=replace(data, tokens=unquantized.tokens),
+        reference_perplexity=unquantized.perplexity,
         floor=floor,
         floor_kind=floor_kind,
-        caption_tokens=baseline.caption_tokens,
+        caption_tokens=unquantized.caption_tokens,
         schemes=tuple(probes),
         seconds=seconds,
         provenance=provenance,
@@ -270,17 +270,17 @@ def weights_fit(model: Any, schemes: Sequence[Scheme]) -> bool:
     return not weights or wanted < _MAY_KEEP * free_bytes(weights[0].device)
 
 
-def _noise_floor(model: Any, precision: Precision, baseline: Baseline) -> tuple[Difference, str]:
+def _noise_floor(model: Any, precision: Precision, unquantized: UnquantizedLogits) -> tuple[Difference, str]:
     from layerbits.scoring.precision import computing, plan_precision
 
     if precision.dtype == "float32":
-        difference, _ = baseline.compare(model, row_by_row=True)
+        difference, _ = unquantized.compare(model, row_by_row=True)
         return difference, "a second unquantized run in float32, row by row instead of in batches"
     try:
-        wide = plan_precision(model, baseline.tokens_at_once, "auto")
+        wide = plan_precision(model, unquantized.tokens_at_once, "auto")
     except UserError:  # it does not fit
-        difference, _ = baseline.compare(model, row_by_row=True)
+        difference, _ = unquantized.compare(model, row_by_row=True)
         return difference, f"a second unquantized run in {precision.dtype}, row by row instead of in batches"
     with computing(model, wide):
-        difference, _ = baseline.compare(model)
+        difference, _ = unquantized.compare(model)
     return difference, f"the same weights computed in float32 against {precision.dtype}"

@@ -1,4 +1,7 @@
-"""What a perturbation does to the predicted token: KL divergence and loss change, from two sets of logits.
+"""KL divergence from the unquantized model, and what else changes between two sets of logits.
+
+The one place for it: :func:`divergence` for a pass over many tokens, :func:`token_changes` for a probe, and in float64
+:func:`exact_divergence` and :func:`exact_difference` for the proof of a checkpoint and of what is served.
 
 With ``d = z_q − z_p`` the difference of the logits, taken relative to its value at the token that came true, and
 ``φ(d) = exp(d) − 1 − d``, the loss changes by ``log Σ p·exp(d) = log1p(Σ p·d + Σ p·φ(d))``, and ``KL(P‖Q)`` is that
@@ -8,7 +11,9 @@ divergence keeps its relative precision, and one pass over the logits is enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -22,6 +27,11 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1 << 21
 """Logits that are compared at once on a CPU: 8 MB in float32, near enough to its caches."""
+_COMPARED_AT_ONCE = {"cpu": _AT_ONCE, "cuda": 1 << 27}
+"""Whole logits that are compared at once: 512 MB in float32 on a GPU."""
+_EXACT_ROWS = 64  # tokens whose distributions are compared at once in float64
+_EXACT_AT_ONCE = 1 << 24
+"""Logits of each model at once in float64: 128 MB."""
 _MAY_KEEP = 0.25  # of the free memory, for kept logits
 _LEAST, _MOST = -0.9, 1e30
 """Where ``Σ p·exp(d) − 1`` is outside, float32 has lost it: the logits moved too far. The partition sums themselves are
@@ -71,6 +81,49 @@ class Reference:
         return divergence(own, self._partition[span], logits, self._targets[span])
 
 
+@dataclass(frozen=True)
+class TokenChanges:
+    """What a changed model predicts beside the unquantized one, each ``[n]``, where the changed model's logits are.
+
+    Attributes:
+        kl: KL(unquantized ‖ changed), nats. loss: Change of the cross-entropy, nats.
+        largest: Largest absolute error of a logit. squares: Squared errors of the logits, summed over the vocabulary.
+        same_top: Whether the most likely token is the same.
+    """
+
+    kl: torch.Tensor
+    loss: torch.Tensor
+    largest: torch.Tensor
+    squares: torch.Tensor
+    same_top: torch.Tensor
+
+
+def token_changes(
+    reference: torch.Tensor, partition: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
+) -> TokenChanges:
+    """Compares whole logits, piece by piece.
+
+    Args:
+        reference: Logits of the unquantized model, ``[n, vocabulary]``, on any device.
+        partition: Their :func:`log_partition`, ``[n]``.
+        logits: Logits of the changed model, ``[n, vocabulary]``; another dtype is compared in float32.
+        targets: Tokens that came true, ``[n]``.
+    """
+    size = max(1, _COMPARED_AT_ONCE[logits.device.type] // logits.shape[1])
+    parts = []
+    for start in range(0, len(logits), size):
+        span = slice(start, start + size)
+        ours, own = logits[span], reference[span].to(logits.device)
+        if ours.dtype != own.dtype:
+            ours, own = ours.float(), own.float()
+        kl, loss = divergence(own, partition[span], ours[None], targets[span])
+        same = ours.argmax(-1) == own.argmax(-1)
+        error = ours.float() - own.float()
+        squares = torch.linalg.vecdot(error, error)
+        parts.append((kl[0], loss[0], error.abs_().amax(-1), squares, same))
+    return TokenChanges(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
 def exact_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """KL(reference ‖ other) of each token in float64, nats, ``[n]``.
 
@@ -80,8 +133,42 @@ def exact_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tens
         reference: Log-probabilities, ``[n, vocabulary]``.
         other: Those of the other model.
     """
-    reference, other = reference.double(), other.double()
-    return (reference.exp() * (reference - other)).sum(-1)
+    pairs = zip(reference.split(_EXACT_ROWS), other.split(_EXACT_ROWS), strict=True)
+    return torch.cat([_exact(p.double(), q.double()) for p, q in pairs])
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """How far a model's logits are from another's.
+
+    Attributes:
+        rms: Root mean square of the differences. largest: The largest.
+        kl: Mean KL divergence from the other model's distribution, nats per token.
+    """
+
+    rms: float
+    largest: float
+    kl: float
+
+
+def exact_difference(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> LogitDifference:
+    """Logits against others in float64.
+
+    Args:
+        ours: Per segment ``[tokens, vocabulary]``.
+        theirs: Of the other model, the same shapes.
+    """
+    squares, largest, kl, tokens, values = 0.0, 0.0, 0.0, 0, 0
+    for mine, other in zip(ours, theirs, strict=True):
+        size = max(1, _EXACT_AT_ONCE // mine.shape[1])
+        for start in range(0, len(mine), size):
+            a, b = mine[start : start + size].double(), other[start : start + size].double()
+            error = a - b
+            squares += float(error.square().sum())
+            largest = max(largest, float(error.abs().max()))
+            kl += float(_exact(b.log_softmax(-1), a.log_softmax(-1)).sum())
+            tokens, values = tokens + len(a), values + a.numel()
+    return LogitDifference(math.sqrt(squares / values), largest, kl / tokens)
 
 
 def log_partition(logits: torch.Tensor) -> torch.Tensor:
@@ -156,6 +243,10 @@ def _fused(
             num_warps=8,
         )
     return kl, change
+
+
+def _exact(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return (reference.exp() * (reference - other)).sum(-1)
 
 
 @cache

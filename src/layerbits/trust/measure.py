@@ -11,7 +11,7 @@ import numpy as np
 from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch
-from layerbits.probing.baseline import Baseline
+from layerbits.probing.unquantized import UnquantizedLogits
 from layerbits.progress import progress
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.kv_cache import KvScore
@@ -172,17 +172,17 @@ def measure_kv(
     """
     if not predicted:
         return ()
-    baseline = Baseline(model, batches)
-    tokens = np.array(baseline.caption_tokens, dtype=np.float64)
+    unquantized = UnquantizedLogits(model, batches)
+    tokens = np.array(unquantized.caption_tokens, dtype=np.float64)
     found = []
     for name, scores in predicted.items():
         cache = caches[name]
         alone = []
         for module in progress(cache.modules, f"measuring kv_{name}"):
             with cache.active(module):
-                alone.append(baseline.compare(model)[1])
+                alone.append(unquantized.compare(model)[1])
         with cache.active():
-            _, together = baseline.compare(model)
+            _, together = unquantized.compare(model)
         found.append(
             KvValidation(name, scores, Captions(np.array(alone).T, tokens), standard_error(together, tokens), least)
         )

@@ -1,15 +1,14 @@
 """The unquantized model's predictions of some held-out tokens, kept to compare those of a changed model with.
 
-One pass over the logits in float32: the KL divergence by :func:`layerbits.scoring.divergence.divergence`, whose form
-keeps the precision of a small one, and from the same differences the error of the logits.
+They are compared by :func:`layerbits.scoring.divergence.token_changes`, in one pass over the logits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,14 +17,14 @@ from layerbits.probing.measured import Difference
 from layerbits.probing.slices import confidences, places, slices
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import FloatArray
+from layerbits.scoring.divergence import log_partition, token_changes
+from layerbits.scoring.steps import predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from layerbits.inputs.calibration import Batch, Segment
 
-_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 27}
-"""Logits compared at once: 8 MB in float32 on a CPU, near enough to its caches; 512 MB on a GPU."""
 _MAY_KEEP = 0.25  # of a GPU's free memory, for kept logits; host memory takes them otherwise
 
 
@@ -46,7 +45,7 @@ class _Kept:
     targets: torch.Tensor
 
 
-class Baseline:
+class UnquantizedLogits:
     """The unquantized model's logits at the counted tokens of some batches.
 
     Args:
@@ -59,8 +58,6 @@ class Baseline:
     """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], sources: Sequence[str] = ()) -> None:
-        from layerbits.scoring.divergence import log_partition
-
         self._kept = []
         with torch.no_grad():
             for segment in (s for batch in batches for s in batch.segments if bool(s.loss_mask.any())):
@@ -104,12 +101,14 @@ class Baseline:
         Returns:
             The difference, and ``[captions]`` the KL divergence summed over the tokens of each caption.
         """
-        parts: list[list[Any]] = []
         with torch.no_grad():
-            for kept in self._kept:
-                ours, _ = _predicted(model, kept.segment, row_by_row)
-                parts += _compared(kept, ours)
-        kl, change, largest, squares, same = (torch.cat(p).double().cpu().numpy() for p in zip(*parts, strict=True))
+            changes = [
+                token_changes(kept.logits, kept.partition, _predicted(model, kept.segment, row_by_row)[0], kept.targets)
+                for kept in self._kept
+            ]
+        kl, change = _joined([c.kl for c in changes]), _joined([c.loss for c in changes])
+        largest, squares = _joined([c.largest for c in changes]), _joined([c.squares for c in changes])
+        same = _joined([c.same_top for c in changes])
         captions: FloatArray = np.bincount(self._caption, weights=kl).astype(np.float64)
         if bad := int((~np.isfinite(largest)).sum()):
             nan = math.nan
@@ -129,32 +128,17 @@ class Baseline:
             slices=slices(kl, self._place, self._confidence, self._source),
         ), tuple(captions.tolist())
 
-    def _loss(self, kept: _Kept) -> Any:
+    def _loss(self, kept: _Kept) -> FloatArray:
         chosen = kept.logits.gather(1, kept.targets[:, None].to(kept.logits.device))[:, 0]
-        return (kept.partition.double().cpu() - chosen.double().cpu()).numpy()
+        return np.asarray((kept.partition.double().cpu() - chosen.double().cpu()).numpy())
 
 
-def _compared(kept: _Kept, ours: torch.Tensor) -> Iterator[list[Any]]:
-    """Per piece and token: KL, change of the loss, largest and summed squared error, whether the top is the same."""
-    from layerbits.scoring.divergence import divergence
-
-    size = max(1, _AT_ONCE[ours.device.type] // ours.shape[1])
-    for start in range(0, len(ours), size):
-        span = slice(start, start + size)
-        a, b = ours[span], kept.logits[span].to(ours.device)
-        if a.dtype != b.dtype:
-            a, b = a.float(), b.float()
-        kl, change = divergence(b, kept.partition[span], a[None], kept.targets[span])
-        same = a.argmax(-1) == b.argmax(-1)
-        error = a.float() - b.float()
-        squares = torch.linalg.vecdot(error, error)
-        yield [kl[0], change[0], error.abs_().amax(-1), squares, same]
+def _joined(values: Sequence[torch.Tensor]) -> FloatArray:
+    return np.asarray(torch.cat(list(values)).double().cpu().numpy())
 
 
-def _predicted(model: PreTrainedModel, segment: Segment, row_by_row: bool = False) -> tuple[Any, Any]:
+def _predicted(model: PreTrainedModel, segment: Segment, row_by_row: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and next tokens of a segment's counted positions."""
-    from layerbits.scoring.steps import predictions
-
     if not row_by_row:
         return predictions(model, segment)
     found = [predictions(model, row) for row in _rows(segment)]
