@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerbits.checkpoint.files import read_json
 from layerbits.checkpoint.label import (
@@ -35,6 +34,7 @@ from layerbits.checkpoint.layouts.values import values
 from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.errors import Unsupported, UserError
+from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.result import CandidateInfo
 
 SCALE_DTYPE = "bfloat16"
@@ -55,7 +55,7 @@ class Args:
     scale_dtype: str | None = None
 
     @classmethod
-    def read(cls, data: Mapping[str, Any]) -> Args:
+    def read(cls, data: JsonMapping) -> Args:
         """From a checkpoint's configuration.
 
         Raises:
@@ -80,7 +80,7 @@ class Args:
         return self.key == other.key
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[int | str | bool | None, ...]:
         """All but the dtype of the scale."""
         return self.num_bits, self.type, self.strategy, self.group_size, self.dynamic
 
@@ -187,7 +187,7 @@ def storage(label: Label) -> str:
     return "pack-quantized" if label.layout.tensor == "weight_packed" else "int-quantized"
 
 
-def scheme_of(label: Label) -> dict[str, Any]:
+def scheme_of(label: Label) -> JsonObject:
     """A label as the fields of the library's ``QuantizationScheme``, without targets."""
     weights, inputs = _weights(label.weights), INPUTS.get(label.inputs)
     assert weights is not None
@@ -224,7 +224,7 @@ def tail(module: str) -> tuple[str, ...]:
     return tuple(module.split(".")[-4:])
 
 
-def label_of_group(group: Mapping[str, Any]) -> Label:
+def label_of_group(group: JsonMapping) -> Label:
     """The label of one of the ``config_groups``.
 
     Raises:
@@ -301,7 +301,7 @@ def _layout(weights: _Weights, inputs: _Inputs | None) -> Layout:
     return values("int8" if args.type == "int" else "float8_e4m3fn", block, scale)
 
 
-def _fields(args: Args) -> dict[str, Any]:
+def _fields(args: Args) -> JsonObject:
     return {
         "num_bits": args.num_bits,
         "type": args.type,

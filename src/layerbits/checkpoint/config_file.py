@@ -11,9 +11,9 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from layerbits.inputs.files import few, read_json
+from layerbits.plain import JsonMapping
 
 FILE = "config.json"
 
@@ -37,7 +37,7 @@ class ConfigProof:
     problems: tuple[str, ...]
 
 
-def write_config(source: Path, folder: Path, quantization: Mapping[str, Any], dtype: str, architecture: str) -> None:
+def write_config(source: Path, folder: Path, quantization: JsonMapping, dtype: str, architecture: str) -> None:
     """Writes the configuration of an export.
 
     Args:
@@ -89,7 +89,7 @@ def compare_config(source: Path, folder: Path, dtype: str) -> ConfigProof:
     return ConfigProof(same, tuple(changed), tuple(problems))
 
 
-def _values(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _values(config: JsonMapping, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Nested keys with dots between them, and their values; a quantization is one value."""
     for key, value in config.items():
         if isinstance(value, Mapping) and value and key not in _QUANTIZATION:
@@ -98,7 +98,7 @@ def _values(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if value is _ABSENT:
         return _ABSENT
     text = json.dumps(value)

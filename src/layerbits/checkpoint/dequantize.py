@@ -5,8 +5,6 @@ Written from the layouts (:mod:`layerbits.checkpoint.layouts`), not from the cod
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from layerbits.checkpoint.label import (
@@ -90,7 +88,7 @@ def block_scales(checkpoint: Checkpoint, module: str, label: Label, start: int, 
     return factor * layout.second.factor(checkpoint.rows(f"{module}.{layout.second.part}"))
 
 
-def quantize_input(x: Any, label: Label, input_scale: torch.Tensor | None) -> Any:
+def quantize_input(x: torch.Tensor, label: Label, input_scale: torch.Tensor | None) -> torch.Tensor:
     """The input of a linear after the rounding that its label prescribes, in the dtype of ``x``.
 
     Of the ways to write that product and quotient in float32, the one of ModelOpt's fake quantization: in bfloat16 some

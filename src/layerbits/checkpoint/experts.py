@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from layerbits.checkpoint.reader import Checkpoint, Entry
 from layerbits.errors import Unsupported
 from layerbits.inputs.experts import Experts, named_experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,12 @@ class ExpertLinear:
     name: str
     source: str
 
-    def rows(self, tensor: Any) -> Any:
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Its weight in the tensor of all experts, a view."""
         return tensor[self.expert, self.start : self.stop]
 
 
-def expert_linears(model: Any) -> list[ExpertLinear]:
+def expert_linears(model: PreTrainedModel) -> list[ExpertLinear]:
     """The linears of all experts of a model, by transformers' own conversion of names.
 
     Raises:
@@ -95,7 +98,7 @@ def _part(whole: Entry, linear: ExpertLinear) -> Entry:
     return replace(whole, shape=(count, columns), start=first, stop=first + count * stride)
 
 
-def _linears(model: Any, name: str, experts: Experts, projection: str, rows: int) -> list[ExpertLinear]:
+def _linears(model: PreTrainedModel, name: str, experts: Experts, projection: str, rows: int) -> list[ExpertLinear]:
     from transformers.core_model_loading import revert_weight_conversion
 
     full = f"{name}.{projection}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from layerbits.errors import UserError
 from layerbits.inputs import files
+from layerbits.plain import JsonObject
 
 KEPT = (
     *("*.json", "*.jinja", "*.model", "*.model.*", "*.txt", "*.py", "*.tiktoken", "*.bpe", "*.spm", "*.vocab"),
@@ -26,7 +26,7 @@ _TEMPLATES = "*template*/*.jinja"
 """Further chat templates, which transformers keeps in ``additional_chat_templates``."""
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> JsonObject:
     """The object in a file of an export.
 
     Raises:

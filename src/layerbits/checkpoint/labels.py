@@ -7,9 +7,6 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from layerbits.candidates.description import SHARED, describe
 from layerbits.candidates.formats import algorithm_settings, normalise
 from layerbits.candidates.fused import shares_range
@@ -20,6 +17,7 @@ from layerbits.checkpoint.label import COMPRESSED, Label
 from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.errors import Unsupported
+from layerbits.plain import JsonMapping
 from layerbits.results.result import CandidateInfo
 
 STAYS = "it stays available as fake quantization"
@@ -81,7 +79,7 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization:
     return module.read(checkpoint)
 
 
-def _beyond_labels(config: Mapping[str, Any], cfgs: Mapping[str, Any]) -> str | None:
+def _beyond_labels(config: JsonMapping, cfgs: JsonMapping) -> str | None:
     """What a configuration asks for that no label could express."""
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
 

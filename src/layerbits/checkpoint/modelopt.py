@@ -7,11 +7,10 @@ other activations, or another granularity, than what was scored. Those are refus
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,6 +32,7 @@ from layerbits.checkpoint.layouts.values import values
 from layerbits.checkpoint.quantization import Quantization
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.errors import Unsupported, UserError
+from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.result import CandidateInfo
 
 FILE = "hf_quant_config.json"
@@ -153,7 +153,7 @@ def modelopt_label(info: CandidateInfo) -> str | None:
     return None if algo is None else str(algo)
 
 
-def label_of_layer(layer: Mapping[str, Any]) -> Label:
+def label_of_layer(layer: JsonMapping) -> Label:
     """The label of a layer as a checkpoint's configuration has it (``quant_algo``, ``group_size``).
 
     Raises:
@@ -201,7 +201,7 @@ def config_problems(folder: Path) -> Iterator[str]:
         yield f"config.json and {FILE} exclude different modules"
 
 
-def _details(folder: Path) -> dict[str, Any]:
+def _details(folder: Path) -> JsonObject:
     details = read_json(folder / FILE).get("quantization", {})
     assert isinstance(details, dict)
     return details

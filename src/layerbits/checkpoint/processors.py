@@ -11,10 +11,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from layerbits.checkpoint.label import Label
 from layerbits.checkpoint.runtimes import VERSION, reads
+from layerbits.plain import JsonMapping, JsonObject
 
 DATA = Path(__file__).parents[1] / "data" / "processors.json"
 
@@ -67,12 +67,12 @@ class Processor:
     int8_exact: bool | None
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> Processor:
+    def from_json(cls, record: JsonMapping) -> Processor:
         """Reads what :meth:`to_json` wrote."""
-        sets = {name: frozenset(told[name]) for name in ("flags", "operators")}
-        return cls(told["machine"], told["version"], int8_exact=told["int8_exact"], **sets)
+        sets = {name: frozenset(record[name]) for name in ("flags", "operators")}
+        return cls(record["machine"], record["version"], int8_exact=record["int8_exact"], **sets)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain JSON data."""
         return {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(self).items()}
 

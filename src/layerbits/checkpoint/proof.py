@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from layerbits.checkpoint.compare import ERROR_RATIO, ExcludedProof, LayerProof
 from layerbits.checkpoint.config_file import ConfigProof
 from layerbits.checkpoint.logits import BOUND, DRIFT_BOUND, LogitProof
 from layerbits.checkpoint.structure import Check
 from layerbits.errors import UserError
-from layerbits.plain import finite_object
+from layerbits.plain import JsonObject, finite_object
 
 SCHEMA_VERSION = 1
 
@@ -130,7 +129,7 @@ class Proof:
         values |= {f"seconds/{phase}": value for phase, value in (self.seconds or {}).items()}
         return {key: value for key, value in values.items() if math.isfinite(value)}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain JSON data, ``null`` for what is not a number."""
         return {
             "schema_version": SCHEMA_VERSION,

@@ -12,12 +12,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from layerbits.errors import UserError
 from layerbits.inputs.weights import INDEXES, WEIGHTS, weight_files, weight_map
+from layerbits.plain import JsonObject
 
 PIECE = 1 << 20
 """Elements that are read at once."""
@@ -169,7 +169,7 @@ def _bytes(file: Path, start: int, stop: int) -> bytearray:
     return data
 
 
-def _json(text: bytes, file: Path) -> dict[str, Any]:
+def _json(text: bytes, file: Path) -> JsonObject:
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError):

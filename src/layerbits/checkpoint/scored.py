@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +17,7 @@ from layerbits.scoring.tap import LinearTap
 
 if TYPE_CHECKING:
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
     from transformers import PreTrainedModel
 
     from layerbits.probing.apply import Ranges
@@ -152,6 +153,6 @@ def _with_stored_range(layer: ScoredLayer) -> ScoredLayer:
     return replace(layer, stored_range=scale.range(scale.stored(layer.scale_range)))
 
 
-def _range(quantizer: Any) -> Any:
+def _range(quantizer: TensorQuantizer | None) -> torch.Tensor | None:
     amax = None if quantizer is None else quantizer.amax
     return None if amax is None else amax.detach().clone()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,6 +24,7 @@ from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.scored import ScoredLayer
 from layerbits.checkpoint.shards import write_shards
 from layerbits.inputs.prediction_layers import prediction_module, prediction_modules
+from layerbits.plain import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +119,7 @@ def _tensors(
 
 def _quantization_config(
     model: PreTrainedModel, layers: Sequence[ScoredLayer], on_disk: Mapping[str, str], carried: Sequence[str]
-) -> dict[str, Any]:
+) -> JsonObject:
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 

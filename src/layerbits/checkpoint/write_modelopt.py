@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +29,7 @@ from layerbits.checkpoint.shards import add_shards
 from layerbits.errors import UserError
 from layerbits.inputs.names import names_on_disk
 from layerbits.inputs.prediction_layers import prediction_module, prediction_modules
+from layerbits.plain import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +90,7 @@ def _quantize(model: PreTrainedModel, scheme: Scheme, layers: Sequence[ScoredLay
 
     from layerbits.candidates.runtime import runtime_config
 
-    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    entries: list[JsonObject] = [{"quantizer_name": "*", "enable": False}]
     experts = {layer.expert.module for layer in layers if layer.expert is not None}
     for name, info in scheme.modules.items():
         config = runtime_config(info, next(model.get_submodule(name).parameters()).device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from layerbits.inputs.experts import fused_experts
 from layerbits.inputs.linears import is_quantizable
 from layerbits.inputs.offload import offloaded
 from layerbits.inputs.residence import device_of
+from layerbits.plain import JsonObject
 from layerbits.scoring import assigned
 from layerbits.scoring.assigned import AssignedModel, InputRanges, Made
 from layerbits.scoring.kv_cache import KvCache, KvRanges
@@ -98,14 +99,14 @@ def apply_scheme(
     return AssignedModel(model, forwards, scheme.name, cache)
 
 
-def configs_of(model: PreTrainedModel, scheme: Scheme) -> dict[str, dict[str, Any]]:
+def configs_of(model: PreTrainedModel, scheme: Scheme) -> dict[str, JsonObject]:
     """The ModelOpt config of each quantized linear of a scheme, as the model computes it where the linear is.
 
     Raises:
         UserError: A linear is not in the model.
         Unsupported: It is neither a linear nor an expert module.
     """
-    made: dict[tuple[str, torch.device], dict[str, Any]] = {}
+    made: dict[tuple[str, torch.device], JsonObject] = {}
     configs = {}
     for name, info in scheme.modules.items():
         key = (info.config_hash, device_of(_linear(model, name)))

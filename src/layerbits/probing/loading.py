@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
 from layerbits.schemes.scheme import Scheme
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from layerbits.inputs.calibration import Batch
     from layerbits.inputs.captions import CaptionSet
     from layerbits.inputs.models import LoadedModel, ResolvedModel
@@ -28,7 +30,7 @@ class Prepared:
 
     scheme: Scheme
     resolved: ResolvedModel
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     captions: CaptionSet
     calibration: tuple[Batch, ...]
     reader: Reader | None = None

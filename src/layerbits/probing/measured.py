@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from layerbits.candidates.kv_cache import NO_CACHE
-from layerbits.plain import finite_object
+from layerbits.plain import JsonObject, finite_object
 from layerbits.probing.slices import Slice
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.result import ModelInfo
@@ -187,9 +186,9 @@ class ProbeResult:
         kl, se = standard_error(sums, self.caption_tokens)
         return Comparison(lower.scheme, higher.scheme, why, kl, se)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Plain JSON data with its schema version; what is not a number becomes null."""
-        plain: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        plain: JsonObject = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         del plain["data"]["sources"]
         for record, probed in zip(plain["schemes"], self.schemes, strict=True):
             record["additivity"] = probed.additivity

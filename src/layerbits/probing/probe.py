@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
 from layerbits.probing.measured import Difference, ProbeResult, Rows, SchemeProbe
 from layerbits.results.result import ModelInfo
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from layerbits.inputs.calibration import Batch
     from layerbits.inputs.picture_rows import Reader
@@ -89,7 +89,7 @@ def _checked_length(seq_len: int, config: PreTrainedConfig) -> int:
 
 def held_out_rows(
     captions: Sequence[Pictured | str],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     packing: str,
     seq_len: int,
     batch_size: int,
@@ -142,7 +142,7 @@ def pictured_captions(batches: Sequence[Batch]) -> int:
 
 
 def probe(
-    model: Any,
+    model: PreTrainedModel,
     info: ModelInfo,
     schemes: Sequence[Scheme],
     calibration: Sequence[Batch],
@@ -190,7 +190,7 @@ def probe(
 
 
 def _measured(
-    model: Any,
+    model: PreTrainedModel,
     info: ModelInfo,
     schemes: Sequence[Scheme],
     ranges: Ranges,
@@ -257,7 +257,7 @@ def _measured(
     )
 
 
-def weights_fit(model: Any, schemes: Sequence[Scheme]) -> bool:
+def weights_fit(model: PreTrainedModel, schemes: Sequence[Scheme]) -> bool:
     """Whether the quantized weights of all schemes may stay in memory, each distinct one once."""
     from layerbits.inputs.offload import offloaded
     from layerbits.scoring.memory import free_bytes
@@ -270,7 +270,9 @@ def weights_fit(model: Any, schemes: Sequence[Scheme]) -> bool:
     return not weights or wanted < _MAY_KEEP * free_bytes(weights[0].device)
 
 
-def _noise_floor(model: Any, precision: Precision, unquantized: UnquantizedLogits) -> tuple[Difference, str]:
+def _noise_floor(
+    model: PreTrainedModel, precision: Precision, unquantized: UnquantizedLogits
+) -> tuple[Difference, str]:
     from layerbits.scoring.precision import computing, plan_precision
 
     if precision.dtype == "float32":

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.candidates.kv_cache import NO_CACHE
@@ -15,6 +15,9 @@ from layerbits.probing.measured import DECIDED, Difference, ProbeResult
 from layerbits.schemes.additivity import factors, points_of
 from layerbits.tracking.contract import held_out_data
 from layerbits.tracking.made import Data, Measured
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _OF_THE_SCHEME = ("bits", "predicted_kl")
 """Numbers that no row was needed for."""
@@ -112,7 +115,7 @@ def measured(result: ProbeResult) -> tuple[Measured, ...]:
     return tuple(found)
 
 
-def figure(result: ProbeResult) -> Any:
+def figure(result: ProbeResult) -> Figure:
     """Bits against measured KL with two standard errors, schemes and each kind of control apart."""
     import pandas as pd
 
@@ -131,8 +134,9 @@ def figure(result: ProbeResult) -> Any:
     errors = [DECIDED * s.difference.kl_se for s in schemes]
     with own_settings():
         drawn = pareto(frame, "kl", title=title)
-        look: dict[str, Any] = {"fmt": "none", "ecolor": "black", "elinewidth": 0.8, "capsize": 2, "zorder": 4}
-        drawn.axes[0].errorbar(frame["bits"], frame["kl"], yerr=errors, **look)
+        drawn.axes[0].errorbar(
+            frame["bits"], frame["kl"], yerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=2, zorder=4
+        )
     return drawn
 
 
