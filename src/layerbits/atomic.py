@@ -117,10 +117,10 @@ def why_unwritable(error: BaseException) -> str | None:
         return None
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno) if error.errno in _UNWRITABLE else None
-    found = _WORDS.search(str(error))
-    if found is None:
+    match = _WORDS.search(str(error))
+    if match is None:
         return None
-    return "the file cannot be written" if found[0].startswith("Pytorch") else found[0]
+    return "the file cannot be written" if match[0].startswith("Pytorch") else match[0]
 
 
 def dated(root: Path, name: str) -> Path:

@@ -148,28 +148,31 @@ def _history(options: argparse.Namespace) -> int:
 def _compare(options: argparse.Namespace) -> int:
     from layerbits import history
 
-    found = history.compare(options.a, options.b, options.by, tracking_uri=options.tracking_uri)
+    comparison = history.compare(options.a, options.b, options.by, tracking_uri=options.tracking_uri)
     if options.format == "csv":
-        _print(found.movers, "csv", ())
+        _print(comparison.movers, "csv", ())
     elif options.format == "json":
-        plain: dict[str, object] = {**vars(found), "movers": json.loads(_json(found.movers))}
+        plain: dict[str, object] = {**vars(comparison), "movers": json.loads(_json(comparison.movers))}
         plain |= {
             name: None if plain[name] != plain[name] else plain[name] for name in ("spearman", "kendall", "ratio")
         }
         print(json.dumps(plain, indent=2, allow_nan=False))
-    elif found.comparable:
-        print(f"{found.groups} groups by {found.by}: Spearman {found.spearman:.3f}, Kendall {found.kendall:.3f}")
-        print(", ".join(f"{both} of the top {k} in both" for k, both in found.overlap.items()))
-        if not math.isnan(found.ratio):
-            print(f"sum of b / sum of a: {found.ratio:.4g}")
+    elif comparison.comparable:
+        print(
+            f"{comparison.groups} groups by {comparison.by}: Spearman {comparison.spearman:.3f}, "
+            f"Kendall {comparison.kendall:.3f}"
+        )
+        print(", ".join(f"{both} of the top {k} in both" for k, both in comparison.overlap.items()))
+        if not math.isnan(comparison.ratio):
+            print(f"sum of b / sum of a: {comparison.ratio:.4g}")
         print()
-        _print(found.movers.head(_MOVERS), "table", tuple(found.movers.columns))
+        _print(comparison.movers.head(_MOVERS), "table", tuple(comparison.movers.columns))
     if options.format != "json":
-        for note in found.notes:
+        for note in comparison.notes:
             print(f"note: {note}", file=sys.stderr)
-        for reason in found.reasons:
-            print(f"not comparable by {found.by}: {reason}", file=sys.stderr)
-    return 0 if found.comparable else 1
+        for reason in comparison.reasons:
+            print(f"not comparable by {comparison.by}: {reason}", file=sys.stderr)
+    return 0 if comparison.comparable else 1
 
 
 def _stability(options: argparse.Namespace) -> int:
@@ -182,10 +185,10 @@ def _stability(options: argparse.Namespace) -> int:
         runs = list(history.runs(**{name: getattr(options, name) for name in names}, tracking_uri=uri)["run_id"])
     if options.bits is not None:
         return _scheme_stability(runs, options.bits, options.format, uri)
-    found = stability({run: history.result(run, tracking_uri=uri) for run in runs}, options.top)
+    frame = stability({run: history.result(run, tracking_uri=uri) for run in runs}, options.top)
     if options.format == "table":
-        found = in_words(found)
-    _print(found, options.format, tuple(found.columns))
+        frame = in_words(frame)
+    _print(frame, options.format, tuple(frame.columns))
     return 0
 
 
@@ -195,10 +198,10 @@ def _scheme_stability(runs: Sequence[str], bits: str, form: str, uri: str | None
     from layerbits.schemes.sureness import by_group, in_words, sureness
 
     spec = SchemeSpec.from_mapping({"name": "bits", "effective_bits": [b for b in bits.split(",") if b.strip()]})
-    found = sureness([spec], load_scores(runs, uri))
-    if not found:
+    sure = sureness([spec], load_scores(runs, uri))
+    if not sure:
         raise UserError("these runs keep no shares of captions, or of too few; score them on 8 captions or more")
-    frame = in_words(found) if form == "table" else by_group(found)
+    frame = in_words(sure) if form == "table" else by_group(sure)
     _print(frame, form, tuple(frame.columns))
     return 0
 
@@ -245,15 +248,15 @@ def _plan(options: argparse.Namespace) -> int:
     configs = next((p.absolute() for p in places if (p / "grid.yaml").is_file()), None)
     if configs is None:
         raise UserError(f"there is no grid.yaml in {places[0]}; run it in the project's folder, or give --configs")
-    found = forecast(options.overrides, configs)
-    print(in_words(found) if options.format == "table" else _strict_json(asdict(found)))
-    return 0 if found.best or any(row.fits == "?" for row in found.rows) else 1
+    prediction = forecast(options.overrides, configs)
+    print(in_words(prediction) if options.format == "table" else _strict_json(asdict(prediction)))
+    return 0 if prediction.best or any(row.fits == "?" for row in prediction.rows) else 1
 
 
-def _strict_json(found: JsonObject) -> str:
-    for row in found["rows"]:
+def _strict_json(data: JsonObject) -> str:
+    for row in data["rows"]:
         row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-    return json.dumps(found, indent=2, allow_nan=False)
+    return json.dumps(data, indent=2, allow_nan=False)
 
 
 def _reap(options: argparse.Namespace) -> int:

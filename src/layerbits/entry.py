@@ -76,10 +76,10 @@ def check_launcher(arguments: Sequence[str]) -> None:
             continue
         module = _LAUNCHERS[name]
         try:
-            found = find_spec(module)
+            spec = find_spec(module)
         except ModuleNotFoundError:
-            found = None
-        if found is None:
+            spec = None
+        if spec is None:
             package = module.rpartition(".")[2].replace("_", "-")
             raise UserError(f"{argument} needs a package that is not installed; pip install {package}")
         if name == "submitit_slurm" and shutil.which("sbatch") is None:

@@ -188,9 +188,9 @@ class _Grid:
         bench = workbench(settings)
         groups: dict[tuple[str, ...], list[Checked]] = {}
         for cell, checked in self._distinct(wanted, settings, bench).items():
-            found = None if self._force else self._log.find(bench.cell(*checked))
-            if found:
-                self._settle(CellOutcome(cell, "skipped", f"finished in run {found}", found))
+            finished = None if self._force else self._log.find(bench.cell(*checked))
+            if finished:
+                self._settle(CellOutcome(cell, "skipped", f"finished in run {finished}", finished))
             else:
                 groups.setdefault(bench.scored(checked[0]), []).append(checked)
         plans = []

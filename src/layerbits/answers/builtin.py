@@ -55,14 +55,14 @@ def procedural(generator: str, level: Mapping[str, object], choices: int = 0, **
         sys.modules["pycosat"] = ModuleType("pycosat")
     import reasoning_gym
 
-    found: dict[str, str] = {}
+    answers: dict[str, str] = {}
     for entry in reasoning_gym.create_dataset(generator, size=2 * (_QUESTIONS + _SHOTS), seed=0, **level):
-        found.setdefault(str(entry["question"]), str(entry["answer"]))
-        if len(found) == _QUESTIONS + _SHOTS:
+        answers.setdefault(str(entry["question"]), str(entry["answer"]))
+        if len(answers) == _QUESTIONS + _SHOTS:
             break
-    documents: list[dict[str, object]] = [{"question": q, "answer": a} for q, a in found.items()]
+    documents: list[dict[str, object]] = [{"question": q, "answer": a} for q, a in answers.items()]
     if choices:
-        others, draw = sorted(set(found.values())), random.Random(0)
+        others, draw = sorted(set(answers.values())), random.Random(0)
         for document in documents:
             answer = document["answer"]
             offered = [answer, *draw.sample([o for o in others if o != answer], choices - 1)]

@@ -86,8 +86,8 @@ def check_same_model(ours: LM, theirs: LM, text: str) -> None:
     nats = []
     for lm in (ours, theirs):
         with answering():
-            (found,) = lm.loglikelihood([Instance("loglikelihood", {}, (start, " " + rest), 0)], disable_tqdm=True)
-        nats.append(float(found[0]))
+            (scored,) = lm.loglikelihood([Instance("loglikelihood", {}, (start, " " + rest), 0)], disable_tqdm=True)
+        nats.append(float(scored[0]))
     if abs(nats[0] - nats[1]) > _FAR * tokens:
         raise UserError(
             f"the endpoint serves another model: a caption has {nats[1] / tokens:.2f} nats per token there and "

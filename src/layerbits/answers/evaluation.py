@@ -243,7 +243,7 @@ def _scheme(data: JsonMapping) -> Evaluated:
 
 
 def _tasks(data: JsonMapping) -> dict[str, TaskAnswers]:
-    return {task: TaskAnswers.from_json(found) for task, found in data.items()}
+    return {task: TaskAnswers.from_json(answers) for task, answers in data.items()}
 
 
 def log_odds_changes(before: Sequence[Answer], after: Sequence[Answer]) -> FloatArray | None:
@@ -279,7 +279,7 @@ def documents(evaluation: Evaluation, scheme: Evaluated) -> list[JsonObject]:
 
 def _numbers(scheme: Evaluated, verdict: Verdict) -> dict[str, float]:
     difference, paired = verdict.difference, verdict.paired
-    found = {
+    numbers = {
         "accuracy": paired.accuracies[1],
         "difference": difference.value,
         "difference_low": difference.low,
@@ -295,8 +295,8 @@ def _numbers(scheme: Evaluated, verdict: Verdict) -> dict[str, float]:
         "kl_se": scheme.kl_se,
     }
     if verdict.within_margin is not None:
-        found["within_margin"] = float(verdict.within_margin)
+        numbers["within_margin"] = float(verdict.within_margin)
     if verdict.log_odds is not None:
         ends = verdict.log_odds
-        found |= {"log_odds": ends.value, "log_odds_low": ends.low, "log_odds_high": ends.high}
-    return found
+        numbers |= {"log_odds": ends.value, "log_odds_low": ends.low, "log_odds_high": ends.high}
+    return numbers

@@ -119,7 +119,7 @@ class Harness:
 
     def answers(self, lm: LM) -> dict[str, TaskAnswers]:
         """Puts all tasks to a model, as :meth:`each` does."""
-        return {found.task: found for found in self.each(lm, list(self.tasks))}
+        return {answers.task: answers for answers in self.each(lm, list(self.tasks))}
 
     def each(self, lm: LM, names: Sequence[str]) -> Iterator[TaskAnswers]:
         """Puts tasks to a model, one after the other.
@@ -137,7 +137,7 @@ class Harness:
             task = self.tasks[name]
             task.set_fewshot_seed(seed=_SEED)  # the same examples every time
             with _quiet():
-                found = evaluate(
+                evaluated = evaluate(
                     lm=lm,
                     task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
                     limit=self._settings.limit,
@@ -145,7 +145,7 @@ class Harness:
                     apply_chat_template=self._settings.chat_template,
                     fewshot_as_multiturn=self._settings.chat_template,
                 )
-            yield _read(name, task, found["samples"][name], lm)
+            yield _read(name, task, evaluated["samples"][name], lm)
 
     def build(self, task: Task, lm: LM | None = None) -> None:
         """Builds a task's requests.

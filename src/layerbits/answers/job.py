@@ -90,7 +90,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
         start = clock()
         made: Made | None = {} if weights_fit(loaded.model, schemes) else None
         measured = {} if probe is None else {p.scheme: p.difference for p in probe.schemes}
-        found = []
+        evaluated = []
         for scheme in progress(schemes, "evaluating"):
 
             def ask(tasks: Sequence[str], scheme: Scheme = scheme) -> Iterator[TaskAnswers]:
@@ -100,7 +100,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
             answers, spent = kept.answers(scheme.digest, harness.tasks, ask)
             check_same_prompts(unquantized, answers, scheme.name)
             difference = measured.get(scheme.name)
-            found.append(
+            evaluated.append(
                 Evaluated(
                     scheme=scheme.name,
                     digest=scheme.digest,
@@ -120,14 +120,14 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
             answers = harness.answers(remote)
         check_same_prompts(unquantized, answers, "the endpoint")
         nan, spent = math.nan, clock() - start_served
-        found.append(Evaluated("served", "", None, nan, nan, nan, nan, answers, spent))
+        evaluated.append(Evaluated("served", "", None, nan, nan, nan, nan, answers, spent))
     seconds["evaluate"] = clock() - start
     evaluation = Evaluation(
         model=loaded.info,
         source_run_ids=tuple(dict.fromkeys(run for s in schemes for run in s.source_run_ids)),
         dataset=prepared.scheme.calibration.dataset,
         unquantized=unquantized,
-        schemes=tuple(found),
+        schemes=tuple(evaluated),
         floor_kl=math.nan if probe is None else probe.floor.kl,
         margin=settings.margin,
         layers=_layers(predicted, schemes),
@@ -158,8 +158,8 @@ def _layers(predicted: Mapping[str, PredictedChanges], schemes: Sequence[Scheme]
     names = {c.config_hash: c.name for scheme in schemes for c in scheme.candidates}
     return tuple(
         LayerChange(task, layer, names[config], mean_interval(values))
-        for task, found in predicted.items()
-        for (layer, config), values in found.changes.items()
+        for task, changes in predicted.items()
+        for (layer, config), values in changes.changes.items()
     )
 
 
@@ -230,16 +230,16 @@ class _Kept:
             ask: Puts the tasks that are not here, one after the other; not called where there is none.
         """
         files = {task: self._folder / f"{name}-{hashlib.sha256(task.encode()).hexdigest()[:16]}.json" for task in tasks}
-        found = {task: json.loads(path.read_text()) for task, path in files.items() if path.exists()}
-        missing = [task for task in files if task not in found]
+        records = {task: json.loads(path.read_text()) for task, path in files.items() if path.exists()}
+        missing = [task for task in files if task not in records]
         start = time.perf_counter()
         for answers in ask(missing) if missing else ():
             spent, start = time.perf_counter() - start, time.perf_counter()
-            found[answers.task] = {"seconds": spent, "answers": asdict(answers)}
+            records[answers.task] = {"seconds": spent, "answers": asdict(answers)}
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_json(files[answers.task], found[answers.task])
-        answers_of = {task: TaskAnswers.from_json(found[task]["answers"]) for task in files}
-        return answers_of, sum(float(one["seconds"]) for one in found.values())
+            write_json(files[answers.task], records[answers.task])
+        answers_of = {task: TaskAnswers.from_json(records[task]["answers"]) for task in files}
+        return answers_of, sum(float(one["seconds"]) for one in records.values())
 
     def forget(self) -> None:
         """Removes them."""

@@ -128,8 +128,8 @@ def power(n: int, lost: float, won: float, level: float = 1 - LEVEL) -> float:
     most = stats.binom.ppf(level / 2, changed, 0.5)
     most = np.where(stats.binom.cdf(most, changed, 0.5) * 2 > level, most - 1, most)
     share = lost / rate
-    found = stats.binom.cdf(most, changed, share) + stats.binom.cdf(most, changed, 1 - share)
-    return float((weights * np.where(most < 0, 0.0, found)).sum())
+    detected = stats.binom.cdf(most, changed, share) + stats.binom.cdf(most, changed, 1 - share)
+    return float((weights * np.where(most < 0, 0.0, detected)).sum())
 
 
 def detectable(n: int, noise: float = 0.0, level: float = 1 - LEVEL) -> float:

@@ -109,11 +109,11 @@ class _Document:
 
 
 def _documents(lm: LM, task: Task) -> list[_Document]:
-    found: dict[int, list[Instance]] = {}
+    by_document: dict[int, list[Instance]] = {}
     for instance in task.instances:
-        found.setdefault(instance.doc_id, []).append(instance)
+        by_document.setdefault(instance.doc_id, []).append(instance)
     documents = []
-    for _, instances in sorted(found.items()):
+    for _, instances in sorted(by_document.items()):
         pairs = [lm._encode_pair(*instance.args) for instance in sorted(instances, key=lambda i: i.idx)]
         right = task.doc_to_target(instances[0].doc)
         rows = tuple(tuple(context) + tuple(choice) for context, choice in pairs)

@@ -106,7 +106,7 @@ def tags(evaluation: Evaluation) -> dict[str, str]:
 
 def data(evaluation: Evaluation) -> tuple[Data, ...]:
     """The documents of each task as MLflow's datasets: named, counted and told apart by prompts and right answers."""
-    found = []
+    datasets = []
     versions = dict(one.rsplit(":", 1) for one in evaluation.settings.get("task_versions", "").split(",") if ":" in one)
     for task, asked in evaluation.unquantized.items():
         documents = [[a.document, a.prompt_hash, a.target] for a in asked.answers]
@@ -121,8 +121,8 @@ def data(evaluation: Evaluation) -> tuple[Data, ...]:
             "schema": json.dumps({"mlflow_colspec": columns}),
             "profile": json.dumps({"documents": len(documents), "metric": asked.metric}),
         }
-        found.append(Data(fields, "evaluation"))
-    return tuple(found)
+        datasets.append(Data(fields, "evaluation"))
+    return tuple(datasets)
 
 
 def measured(evaluation: Evaluation) -> tuple[Measured, ...]:
@@ -131,7 +131,7 @@ def measured(evaluation: Evaluation) -> tuple[Measured, ...]:
     known = {s.scheme: s.digest for s in evaluation.schemes if s.digest}
     known["unquantized"] = hashlib.sha256(f"{model.name}@{model.revision}".encode()).hexdigest()[:16]
     metrics = evaluation.metrics()
-    found = []
+    measurements = []
     for task in evaluation.unquantized:
         for scheme, digest in known.items():
             prefix = f"eval/{task}/{scheme}/"
@@ -139,9 +139,9 @@ def measured(evaluation: Evaluation) -> tuple[Measured, ...]:
             elsewhere = tuple(key for key in numbers if key.removeprefix(prefix) in _ELSEWHERE)
             of_task = tuple(key for key in numbers if key not in elsewhere)
             name = f"{model.name} {scheme}"
-            found.append(Measured(name, digest, of_task, task))
-            found += [Measured(name, digest, elsewhere)] if elsewhere else []
-    return tuple(found)
+            measurements.append(Measured(name, digest, of_task, task))
+            measurements += [Measured(name, digest, elsewhere)] if elsewhere else []
+    return tuple(measurements)
 
 
 def remarks(evaluation: Evaluation) -> dict[str, str]:

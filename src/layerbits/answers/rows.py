@@ -25,7 +25,7 @@ def questions(task: Task) -> list[tuple[str, str]]:
     Raises:
         UserError: A document has several right answers.
     """
-    found = []
+    pairs = []
     for instance in task.instances:
         target = task.doc_to_target(instance.doc)
         if task.OUTPUT_TYPE == "multiple_choice":
@@ -38,8 +38,8 @@ def questions(task: Task) -> list[tuple[str, str]]:
             prompt, answer = instance.args[:2]
         else:
             prompt, answer = instance.args[0], f"{task.config.target_delimiter}{target}"
-        found.append((str(prompt), str(answer)))
-    return found
+        pairs.append((str(prompt), str(answer)))
+    return pairs
 
 
 def write_rows(name: str, path: Path, first: int, task_path: Path | None, dataset: str, captions: str | None) -> int:

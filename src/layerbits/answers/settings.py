@@ -107,10 +107,10 @@ def check_installed() -> None:
 def _at_least(least: int, key: str, value: object) -> int | None:
     if value in _NONE:
         return None
-    found = whole(key, value)
-    if found < least:
+    number = whole(key, value)
+    if number < least:
         raise UserError(f"{key}={value} is too small; use {least} or more")
-    return found
+    return number
 
 
 def _text(value: object) -> str | None:

@@ -24,30 +24,30 @@ def import_results(config: Composed, root: Path) -> None:
         raise UserError("no path is given; set path to a quant manifest, a per-layer report, or a folder of them")
     path, output = (user_path(config[key]) for key in ("path", "output_root"))
     model = "" if config["model_name"] in (None, "none") else str(config["model_name"])
-    found, warnings = _read(path, output, model)
+    imported, warnings = _read(path, output, model)
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)
-    if not found:
+    if not imported:
         raise UserError(f"nothing to import: {warnings[0]}")
     tracker = Tracker(TrackingSpec.from_config(config), root)
     if not tracker.enabled:
-        print("\n".join(f"result: {folder}" for _, folder in found))
+        print("\n".join(f"result: {folder}" for _, folder in imported))
         return
     with tracker.run(f"import {path.name}", "import") as run:
-        table = pd.DataFrame([_log(tracker, run, result, folder) for result, folder in found])
+        table = pd.DataFrame([_log(tracker, run, result, folder) for result, folder in imported])
         print(f"\n{table.to_string(index=False, float_format=lambda value: f'{value:.4g}')}")
         run.log(_summary(table, output))
 
 
 def _read(path: Path, output: Path, model: str) -> tuple[list[tuple[SensitivityResult, Path]], list[str]]:
     """The results in a file or folder, each written to a folder of its own, and what could not be read."""
-    found: list[tuple[SensitivityResult, Path]] = []
+    imported: list[tuple[SensitivityResult, Path]] = []
     warnings: list[str] = []
     states = importing.states(path)
     for file in states:
         try:
             state = importing.read_state(file)
-            found += [(r, importing.write(r, state, output)) for r in importing.state_results(state, model)]
+            imported += [(r, importing.write(r, state, output)) for r in importing.state_results(state, model)]
         except UserError as error:
             warnings.append(str(error))
     tables: list[importing.Table] = []
@@ -60,10 +60,10 @@ def _read(path: Path, output: Path, model: str) -> tuple[list[tuple[SensitivityR
                 raise
     for table in tables:
         try:
-            found += [(result, importing.write(result, table, output)) for result in importing.results(table)]
+            imported += [(result, importing.write(result, table, output)) for result in importing.results(table)]
         except UserError as error:
             warnings.append(str(error))
-    return found, warnings
+    return imported, warnings
 
 
 def _log(tracker: Tracker, parent: JobRun, result: SensitivityResult, folder: Path) -> dict[str, object]:

@@ -29,27 +29,27 @@ def validation(config: Composed, root: Path) -> None:
     output = user_path(config["output_root"])
 
     def make(uri: str | None) -> Made:
-        found = validate(reference, load_run(reference, uri), settings, root / "configs", root)
-        folder = write_validation(found, output)
-        text = markdown(found)
+        result = validate(reference, load_run(reference, uri), settings, root / "configs", root)
+        folder = write_validation(result, output)
+        text = markdown(result)
         print(f"\n{text}\nvalidation: {folder}")
-        tags = {**found.provenance, "source_run_id": reference, **note(text)}
-        failure = UserError(f"{found.blind} ({folder})") if found.blind else None
-        return Made(folder, found.metrics(), _parameters(found, settings), tags, failure)
+        tags = {**result.provenance, "source_run_id": reference, **note(text)}
+        failure = UserError(f"{result.blind} ({folder})") if result.blind else None
+        return Made(folder, result.metrics(), _parameters(result, settings), tags, failure)
 
     name = f"validation of {source_name([reference])}"
     run_job(TrackingSpec.from_config(config), root, name, "validate", make, system_metrics=True)
 
 
-def _parameters(found: Validation, settings: ValidateSettings) -> dict[str, str]:
+def _parameters(result: Validation, settings: ValidateSettings) -> dict[str, str]:
     return {
-        "eff.model": found.model.name,
-        "eff.model_revision": found.model.revision,
-        "eff.candidate": found.candidate,
-        "eff.config_hash": found.config_hash,
-        "eff.rows": str(found.data.rows),
-        "eff.measured_dtype": found.dtype,
+        "eff.model": result.model.name,
+        "eff.model_revision": result.model.revision,
+        "eff.candidate": result.candidate,
+        "eff.config_hash": result.config_hash,
+        "eff.rows": str(result.data.rows),
+        "eff.measured_dtype": result.dtype,
         "eff.disable_one": str(settings.disable_one).lower(),
         "eff.rankers": ",".join(settings.rankers),
-        "eff.kv_cache": "+".join(one.format for one in found.kv) or "none",
+        "eff.kv_cache": "+".join(one.format for one in result.kv) or "none",
     }

@@ -24,10 +24,10 @@ def verification(config: Composed, root: Path) -> None:
     scored = scored_run(reference, tracker.uri)
     tags = {"source_run_id": scored}
     with tracker.run(f"verification of {source_name([reference])}", "verify", tags, system_metrics=True) as run:
-        found, folder = verify(
+        result, folder = verify(
             scored, str(config["bound"]), config["device"], root / "configs", output, root, tracker.uri
         )
-        text = found.markdown()
+        text = result.markdown()
         print(f"\n{text}\nverification: {folder}")
         tags = {**tags, **provenance(root), **note(text)}
-        run.log(Made(folder, found.metrics(), {"eff.device": found.device}, tags, refusal(lambda: check(found))))
+        run.log(Made(folder, result.metrics(), {"eff.device": result.device}, tags, refusal(lambda: check(result))))

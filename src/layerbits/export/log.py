@@ -57,10 +57,10 @@ class ExportLog:
             about = {**provenance(self._root), **made.tags, **note(words)}
             artifacts = {ARTIFACTS: made.folder} if small else {}
             data, measured = made.data, made.measured(metrics)
-            found = Made(
+            record = Made(
                 made.report, metrics, made.parameters, about, artifacts=artifacts, data=data, measured=measured
             )
-            run.log(self._with_registration(found, scheme, said))
+            run.log(self._with_registration(record, scheme, said))
 
     def again(self, scheme: Scheme, folder: Path) -> None:
         """Logs and registers an export that an earlier start of the same job left, where that is missing.

@@ -46,9 +46,9 @@ def differences(plan: ExportPlan, target: str) -> list[str]:
     """A line for each layout of an export that vLLM does not compute as written on a generation of GPUs."""
     lines = []
     for algo in sorted({label.algo for label in plan.labels.values()}):
-        found = kernel(plan.format, algo, target)
-        if found.computed.state in (OTHERWISE, MISSING):
-            lines.append(f"{plan.scheme.name}: {_not_as_scored(algo, found, target)}")
+        answer = kernel(plan.format, algo, target)
+        if answer.computed.state in (OTHERWISE, MISSING):
+            lines.append(f"{plan.scheme.name}: {_not_as_scored(algo, answer, target)}")
     return lines
 
 
@@ -66,23 +66,23 @@ def _line(info: CandidateInfo, target: str) -> str:
     known = _served(info, target)
     if known is None:
         return f"{info.name} cannot be exported, so vLLM does not serve it on {target}"
-    algo, found = known
-    if found.computed.state == WRITTEN:
-        by = f" by {found.name}" if found.name else ""
+    algo, answer = known
+    if answer.computed.state == WRITTEN:
+        by = f" by {answer.name}" if answer.name else ""
         return (
-            f"on {target} vLLM {VERSION} computes {info.name} ({algo}) as it is scored{by}; known from {found.source}"
+            f"on {target} vLLM {VERSION} computes {info.name} ({algo}) as it is scored{by}; known from {answer.source}"
         )
-    if found.computed.state == UNKNOWN:
-        return f"what vLLM {VERSION} computes of {info.name} ({algo}) on {target} is not known: {found.computed.how}"
+    if answer.computed.state == UNKNOWN:
+        return f"what vLLM {VERSION} computes of {info.name} ({algo}) on {target} is not known: {answer.computed.how}"
     better = _instead(info, target)
     offered = f"; {better} is computed as it is scored" if better else ""
-    return f"{_not_as_scored(f'{info.name} ({algo})', found, target)}{offered}"
+    return f"{_not_as_scored(f'{info.name} ({algo})', answer, target)}{offered}"
 
 
-def _not_as_scored(what: str, found: Kernel, target: str) -> str:
-    by = f" ({found.name})" if found.name else ""
-    how = (found.computed.how or "it has no kernel for it").split(". ")[0]  # of a runtime's words the first sentence
-    return f"on {target} vLLM {VERSION} does not compute {what} as it is scored: {how}{by}; known from {found.source}"
+def _not_as_scored(what: str, answer: Kernel, target: str) -> str:
+    by = f" ({answer.name})" if answer.name else ""
+    how = (answer.computed.how or "it has no kernel for it").split(". ")[0]  # of a runtime's words the first sentence
+    return f"on {target} vLLM {VERSION} does not compute {what} as it is scored: {how}{by}; known from {answer.source}"
 
 
 def _served(info: CandidateInfo, target: str) -> tuple[str, Kernel] | None:
@@ -100,7 +100,7 @@ def _served(info: CandidateInfo, target: str) -> tuple[str, Kernel] | None:
 def _instead(info: CandidateInfo, target: str) -> str:
     """The shipped candidate of the same weights that is computed as scored: rounded inputs first, else 16 bits."""
     variant = "nvfp4" if "nvfp4" in info.format_name.lower() else "mxfp4"
-    found: dict[str, str] = {}
+    by_activation: dict[str, str] = {}
     for pair in load_pairs():
         if pair.experimental or pair.weight != info.weight_precision:
             continue
@@ -111,5 +111,5 @@ def _instead(info: CandidateInfo, target: str) -> str:
                 continue  # the overlay does not fit the pair
             known = None if made.name == info.name else _served(made, target)
             if known is not None and known[1].computed.state == WRITTEN:
-                found.setdefault(pair.activation, made.name)
-    return found.get(info.activation_precision, found.get("fp16", ""))
+                by_activation.setdefault(pair.activation, made.name)
+    return by_activation.get(info.activation_precision, by_activation.get("fp16", ""))

@@ -264,11 +264,11 @@ def modality_by_layer(result: SensitivityResult, *, title: str = "") -> Figure:
     assert result.modality is not None
     figure, (ax,) = panels(1, 1, width=8, height=3.2)
     column = np.where(result.beyond, np.nan, result.predicted_kl)
-    found = sorted(result.modality.by_block(result.groups, column).items())
-    values = np.array([parts for _, parts in found], dtype=float).reshape(-1, 2)
+    by_block = sorted(result.modality.by_block(result.groups, column).items())
+    values = np.array([parts for _, parts in by_block], dtype=float).reshape(-1, 2)
     styles = {"image positions": line_style(1), "words": line_style(0)}
     for style, line in zip(styles.values(), values.T, strict=True):
-        ax.plot([b for b, _ in found], np.where(line > 0, line, np.nan), linewidth=1.4, markersize=3.5, **style)
+        ax.plot([b for b, _ in by_block], np.where(line > 0, line, np.nan), linewidth=1.4, markersize=3.5, **style)
     if spans(values.ravel()):
         log_scale(ax, "y", values.ravel())
     else:

@@ -21,10 +21,10 @@ def export_runs(uri: str, run_id: str) -> list[str]:
     if run.tags.get("layerbits.kind") != "exports":
         return [run_id]
     condition = f"tags.mlflow.parentRunId = '{run_id}' and tags.outcome = 'ok'"
-    found = search(uri, str(run.info["experiment_id"]), condition, lambda child: child.run_id)
-    if not found:
+    run_ids = search(uri, str(run.info["experiment_id"]), condition, lambda child: child.run_id)
+    if not run_ids:
         raise UserError(f"run {run_id} holds no export that ended well; export its schemes again")
-    return found
+    return run_ids
 
 
 def fetch_checkpoint(uri: str, run_id: str, to: Path) -> tuple[RawRun, Path]:

@@ -108,10 +108,10 @@ def difference(a: Mapping[str, object], b: Mapping[str, object], by: str) -> tup
     rule = _RULES.get(by, SCORE)
     names = {*rule.same, *_WORTH_KNOWING, "seed"}
     one, two = ({name: None if pd.isna(row[name]) else row[name] for name in names} for row in (a, b))
-    found = reasons(one, two, rule)
-    if any(reason.name == "model" for reason in found):
-        return tuple(map(str, found)), ()
-    words = [str(reason) for reason in found]
+    why = reasons(one, two, rule)
+    if any(reason.name == "model" for reason in why):
+        return tuple(map(str, why)), ()
+    words = [str(reason) for reason in why]
     if one["weights"] == two["weights"] == "random" and one["seed"] != two["seed"]:
         words.append(f"the weights are random and of other seeds: {one['seed']} and {two['seed']}")
     notes = differences(one, two, [name for name in _WORTH_KNOWING if name not in rule.same])

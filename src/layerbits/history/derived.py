@@ -69,8 +69,8 @@ def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFra
     condition = f"tags.`layerbits.kind` = '{kind}' AND attributes.status = 'FINISHED'"
     with store_errors(uri):
         where = experiment_id(uri, experiment)
-        found = search(uri, where, condition, lambda run: scheme_rows(run, _PREFIXES[kind]))
-        served, said = (_served(uri, where), verdicts(uri, where)) if found else ({}, {})
+        runs = search(uri, where, condition, lambda run: scheme_rows(run, _PREFIXES[kind]))
+        served, said = (_served(uri, where), verdicts(uri, where)) if runs else ({}, {})
     rows = [
         {
             **dict.fromkeys(_SERVED),
@@ -78,7 +78,7 @@ def _derived(kind: str, experiment: str, tracking_uri: str | None) -> pd.DataFra
             **served.get(digest or "", {}),
             "answers": said.get(digest or ""),
         }
-        for part in reversed(found)
+        for part in reversed(runs)
         for digest, row in part
     ]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*_FACTS, *(name for row in rows for name in row)])))

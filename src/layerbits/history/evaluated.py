@@ -29,8 +29,8 @@ def evaluations(experiment: str = "layerbits", *, tracking_uri: str | None = Non
     uri = connect(tracking_uri)
     condition = "tags.`layerbits.kind` = 'evaluation' AND attributes.status = 'FINISHED'"
     with store_errors(uri):
-        found = search(uri, experiment_id(uri, experiment), condition, rows_of)
-    rows = [row for part in reversed(found) for row in part]
+        runs = search(uri, experiment_id(uri, experiment), condition, rows_of)
+    rows = [row for part in reversed(runs) for row in part]
     frame = pd.DataFrame(rows, columns=list(dict.fromkeys([*_FACTS, *(name for row in rows for name in row)])))
     frame["start_time"] = pd.to_datetime(frame["start_time"], unit="ms", utc=True)
     return frame
@@ -48,10 +48,10 @@ def verdicts(uri: str, experiment: str) -> dict[str, str]:
     """
     condition = "tags.`layerbits.kind` = 'evaluation' AND tags.outcome = 'ok'"
     with store_errors(uri):
-        found = search(uri, experiment, condition, lambda run: run.tags)
+        tag_sets = search(uri, experiment, condition, lambda run: run.tags)
     return {
         digest: tags[f"{VERDICT_TAG}{key.removeprefix(DIGEST_TAG)}"]
-        for tags in found
+        for tags in tag_sets
         for key, digest in tags.items()
         if key.startswith(DIGEST_TAG) and f"{VERDICT_TAG}{key.removeprefix(DIGEST_TAG)}" in tags
     }
@@ -75,8 +75,8 @@ def answers_of(uri: str, experiment: str, digest: str) -> list[dict[str, object]
     """
     condition = "tags.`layerbits.kind` = 'evaluation' AND tags.outcome = 'ok'"
     with store_errors(uri):
-        found = search(uri, experiment, condition, lambda run: (run.tags, rows_of(run)))
-    latest = next(((t, rows) for t, rows in reversed(found) if any(r["digest"] == digest for r in rows)), None)
+        evaluations = search(uri, experiment, condition, lambda run: (run.tags, rows_of(run)))
+    latest = next(((t, rows) for t, rows in reversed(evaluations) if any(r["digest"] == digest for r in rows)), None)
     if latest is None:
         return []
     tags, rows = latest

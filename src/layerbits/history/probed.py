@@ -21,10 +21,10 @@ def probed_kl(uri: str, experiment: str, scheme: str, digest: str) -> float | No
     condition = "tags.`layerbits.kind` = 'probe' AND tags.outcome = 'ok'"
     metric = f"probe/{scheme}/kl"
     with store_errors(uri):
-        found = search(
+        values = search(
             uri,
             experiment,
             condition,
             lambda run: run.metrics.get(metric) if run.tags.get(f"{DIGEST_TAG}{scheme}") == digest else None,
         )
-    return next((kl for kl in reversed(found) if kl is not None), None)
+    return next((kl for kl in reversed(values) if kl is not None), None)

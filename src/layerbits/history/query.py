@@ -156,13 +156,13 @@ def result(run_id: str, *, tracking_uri: str | None = None) -> SensitivityResult
         manifest, samples = Path(folder) / "manifest.json", Path(folder) / "sensitivity" / "scores.parquet"
         samples.parent.mkdir()
         fetch(uri, where, "manifest.json", manifest)
-        found = load_manifest(manifest)
+        stored = load_manifest(manifest)
         try:
             fetch(uri, where, "sensitivity/scores.parquet", samples)
             return load_manifest(manifest)
         except Exception as error:  # whatever a damaged file makes of the reader
             warnings.warn(f"run {run_id} is without per-sample scores: {one_line(error)}", stacklevel=2)
-    return found
+    return stored
 
 
 def with_groups(uri: str, run_ids: Sequence[str], strict: bool = False) -> pa.Table:
@@ -186,11 +186,11 @@ def with_groups(uri: str, run_ids: Sequence[str], strict: bool = False) -> pa.Ta
             return str(error)
 
     with ThreadPoolExecutor(_PARALLEL) as pool:
-        for run_id, found in zip(missing, pool.map(read, missing), strict=True):
-            if isinstance(found, str):
-                problems.setdefault(found.replace(run_id, "…"), []).append(run_id)
+        for run_id, row in zip(missing, pool.map(read, missing), strict=True):
+            if isinstance(row, str):
+                problems.setdefault(row.replace(run_id, "…"), []).append(run_id)
             else:
-                rows.append(found)
+                rows.append(row)
     cache.add(rows)
     for problem, those in problems.items():
         if strict:
@@ -270,8 +270,8 @@ def _sync(uri: str, wanted: _Wanted, known: pa.Table) -> tuple[list[dict[str, ob
         if not count or count_is(uri, wanted.experiment, wanted.condition(), count + len(new), whole):
             return new, []
         if not divisible:
-            found = search(uri, wanted.experiment, wanted.condition(), row_of, whole=whole)
-            there = {row["run_id"]: row for row in found}
+            changed = search(uri, wanted.experiment, wanted.condition(), row_of, whole=whole)
+            there = {row["run_id"]: row for row in changed}
             return [row for i, row in there.items() if i not in set(ids)], [i for i in ids if i not in there]
         new = []
     for half, part in zip(halves, parts, strict=True):

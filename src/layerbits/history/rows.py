@@ -126,11 +126,11 @@ def with_table(uri: str, row: JsonObject) -> JsonObject:
             }
             bits = columns["bits"][0]
             ends = {"candidate": str(columns["candidate"][0]), "bits": float("nan") if bits is None else float(bits)}
-            found = {**row, **columns, **nan, **ends}
-            pa.Table.from_pylist([found], schema=SCHEMA)
+            whole = {**row, **columns, **nan, **ends}
+            pa.Table.from_pylist([whole], schema=SCHEMA)
         except (ValueError, KeyError, IndexError, TypeError, pa.ArrowException) as error:
             raise UserError(f"artifact {TABLE} is damaged ({error!r})") from None
-    return found
+    return whole
 
 
 def _layers(run: RawRun) -> dict[str, object]:

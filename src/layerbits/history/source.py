@@ -133,16 +133,16 @@ def search(
         whole: All metrics are wanted, not only the ``summary/…``, which a server gives sooner.
     """
     for _ in range(_ATTEMPTS):
-        found: dict[str, T] = {}
+        by_id: dict[str, T] = {}
         pages = 0
         for page in _pages(uri, experiment, condition, few, whole):
-            found |= {run.run_id: read(run) for run in page}
+            by_id |= {run.run_id: read(run) for run in page}
             pages += 1
         # A run that ends while pages are read shifts the rest by one, past a page that was read already.
-        if pages == 1 or count_is(uri, experiment, condition, len(found), whole):
-            return list(found.values())
+        if pages == 1 or count_is(uri, experiment, condition, len(by_id), whole):
+            return list(by_id.values())
     warnings.warn("runs came and went while they were read; one may be missing, ask again", stacklevel=3)
-    return list(found.values())
+    return list(by_id.values())
 
 
 def count_is(uri: str, experiment: str, condition: str, count: int, whole: bool = True) -> bool:
@@ -207,10 +207,10 @@ def _page(uri: str, experiment: str, condition: str, offset: int, size: int, who
     if not is_server(uri):
         from mlflow import MlflowClient
 
-        found = MlflowClient(uri).search_runs(
+        page = MlflowClient(uri).search_runs(
             [experiment], condition, max_results=size, order_by=order, page_token=token
         )
-        return [_of_entity(run) for run in found], bool(found.token)
+        return [_of_entity(run) for run in page], bool(page.token)
     light = None if whole else _light_page(uri, experiment, condition, token, size, order)
     return light or _whole_page(uri, experiment, condition, token, size, order)
 
@@ -237,10 +237,10 @@ def _light_page(
     }
     try:
         answer = http_request(get_default_host_creds(uri), _GRAPHQL, "POST", json=body, max_retries=0)
-        found = json.loads(answer.text)["data"]["mlflowSearchRuns"]
-        if answer.status_code != 200 or found["apiError"] is not None:
+        answered = json.loads(answer.text)["data"]["mlflowSearchRuns"]
+        if answer.status_code != 200 or answered["apiError"] is not None:
             return None
-        return [_of_graphql(run) for run in found["runs"] or []], bool(found["nextPageToken"])
+        return [_of_graphql(run) for run in answered["runs"] or []], bool(answered["nextPageToken"])
     except (MlflowException, ValueError, KeyError, TypeError):
         return None  # the whole page says what is wrong, if anything is
 

@@ -152,7 +152,7 @@ def _candidates(forms: Sequence[QuantRecipe]) -> list[CandidateInfo]:
     from layerbits.candidates import backends
     from layerbits.candidates.known import candidates_of, config_of
 
-    found = []
+    infos = []
     for form in forms:
         config = config_of(form.config)
         entries = [e for e in config["quant_cfg"] if e["quantizer_name"] != "*output_quantizer"]
@@ -163,10 +163,10 @@ def _candidates(forms: Sequence[QuantRecipe]) -> list[CandidateInfo]:
         except UserError:
             weight, activation = PRESETS.get(name, ("", ""))
             bits = form.compression * 16
-            found.append(CandidateInfo(name, "", "", name, weight, activation, {}, "", math.nan, bits))
+            infos.append(CandidateInfo(name, "", "", name, weight, activation, {}, "", math.nan, bits))
             continue
-        found.append(candidate.info)
-    return found
+        infos.append(candidate.info)
+    return infos
 
 
 def _as_written(entry: Mapping[str, object], ours: Collection[str]) -> dict[str, object]:

@@ -14,6 +14,8 @@ from layerbits.plain import JsonObject
 from layerbits.planning.table import Card, Seconds
 
 if TYPE_CHECKING:
+    from layerbits.candidates.candidate import Candidate
+    from layerbits.candidates.capability import Capability
     from layerbits.planning.sample import Work
     from layerbits.scoring.memory import Needs
     from layerbits.scoring.quantizers import QuantizerSettings
@@ -112,27 +114,27 @@ def forecast(overrides: Sequence[str], configs: Path) -> Forecast:
     )
 
 
-def in_words(found: Forecast) -> str:
+def in_words(prediction: Forecast) -> str:
     """A table with what is around it."""
     lines = [
-        f"{found.model}: {found.model_gb:.1f} GB of weights, {found.candidates} candidates in one pass, "
-        f"{found.steps} steps of up to {found.tokens} tokens",
-        f"seconds: {found.how}",
+        f"{prediction.model}: {prediction.model_gb:.1f} GB of weights, {prediction.candidates} candidates in one pass, "
+        f"{prediction.steps} steps of up to {prediction.tokens} tokens",
+        f"seconds: {prediction.how}",
         "",
         f"{'memory':8}  {'device GB':>9}  {'host GB':>8}  {'s a step':>9}  {'the pass':>10}  fits here",
     ]
-    for row in found.rows:
+    for row in prediction.rows:
         lines.append(
             f"{row.mode:8}  {_number(row.device_gb):>9}  {row.host_gb:8.1f}  {_number(row.step_seconds):>9}  "
             f"{_duration(row.total_seconds):>10}  {row.fits}"
         )
-    if found.refine:
+    if prediction.refine:
         lines.append(
-            f"not in these seconds: autoquant.refine={found.refine}, which measures groups after the pass (auto: at "
-            "most a quarter of what method=kl_div takes)"
+            f"not in these seconds: autoquant.refine={prediction.refine}, which measures groups after the pass (auto: "
+            "at most a quarter of what method=kl_div takes)"
         )
-    lines += ["", f"run it with: {found.command}"]
-    lines += [f"refused: {line}" for line in found.refused]
+    lines += ["", f"run it with: {prediction.command}"]
+    lines += [f"refused: {line}" for line in prediction.refused]
     return "\n".join(lines)
 
 
@@ -153,7 +155,7 @@ def _planned(overrides: Sequence[str], configs: Path) -> tuple[Plan, list[str]]:
     )
     settings = replace(settings, dataset=replace(settings.dataset, size=sizes[-1]))
     bench = workbench(settings)
-    found: JsonObject = {}
+    checked: dict[str, tuple[Candidate, Capability]] = {}
     refused = []
     for cell in wanted:
         try:
@@ -161,13 +163,13 @@ def _planned(overrides: Sequence[str], configs: Path) -> tuple[Plan, list[str]]:
             check_target(candidate, settings.autoquant.effective_bits)
             if not scored_together(candidate):
                 raise Unsupported("it needs ModelOpt's own calibration, one candidate a pass")
-            found.setdefault(candidate.info.config_hash, (candidate, bench.check(candidate)))
+            checked.setdefault(candidate.info.config_hash, (candidate, bench.check(candidate)))
         except UserError as error:
             refused.append(f"{cell.candidate}: {error}")
-    if not found:
+    if not checked:
         raise UserError(f"no candidate can be planned ({refused[0]})")
-    first = bench.scored(next(iter(found.values()))[0])
-    together = [pair for pair in found.values() if bench.scored(pair[0]) == first]
+    first = bench.scored(next(iter(checked.values()))[0])
+    together = [pair for pair in checked.values() if bench.scored(pair[0]) == first]
     return bench.plan(together), refused
 
 
@@ -239,7 +241,7 @@ def _costs(
         card = Card.read()
         how = f"from a table, for {card.name} (no GPU here; device=cpu measures this CPU)"
         return {mode: _from_table(mode, work, needs, settings, card) for mode in modes}, how
-    found = {}
+    costs = {}
     for mode in modes:
         memory = choose(needs, free, mode)
         try:
@@ -247,9 +249,9 @@ def _costs(
             seconds, measured = Seconds(cost.seconds, cost.calibrate_seconds, 0.0), cost.device_gb
         except UserError:
             seconds, measured = Seconds(math.nan, math.nan, math.nan), math.nan
-        found[mode] = (seconds, measured if math.isfinite(measured) else memory.estimate_gb)
+        costs[mode] = (seconds, measured if math.isfinite(measured) else memory.estimate_gb)
     where = "GPU" if work.device == "cuda" else "CPU"
-    return found, f"measured on this {where} with a few blocks of the same shape and random weights"
+    return costs, f"measured on this {where} with a few blocks of the same shape and random weights"
 
 
 def _from_table(mode: str, work: Work, needs: Needs, settings: QuantizerSettings, card: Card) -> tuple[Seconds, float]:

@@ -173,17 +173,17 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it tells what it loads
-            found = library.load_recipe(name, overrides=list(overrides) or None)
+            loaded = library.load_recipe(name, overrides=list(overrides) or None)
     except Exception as error:  # pydantic's, YAML's and the loader's own
         where = "the file or recipe_overrides" if overrides else "the file"
         raise UserError(f"recipe {name}: ModelOpt refuses it ({_reason(error)}); correct {where}") from None
     common: JsonObject = {
         "name": shipped_name(name) or Path(name).name.removesuffix(".yaml").removesuffix(".yml"),
-        "description": " ".join(found.description.split()),
+        "description": " ".join(loaded.description.split()),
     }
-    if isinstance(found, library.ModelOptPTQRecipe):
-        return LoadedRecipe(kind="ptq", fixed=config_of(found.quantize), **common)
-    searched = found.auto_quantize
+    if isinstance(loaded, library.ModelOptPTQRecipe):
+        return LoadedRecipe(kind="ptq", fixed=config_of(loaded.quantize), **common)
+    searched = loaded.auto_quantize
     formats: dict[str, int] = {}
     configs: list[Config] = []
 
@@ -208,7 +208,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> LoadedRecipe:
         formats=tuple(configs),
         default=default,
         spaces=spaces,
-        fixed=None if found.quantize is None else config_of(found.quantize),
+        fixed=None if loaded.quantize is None else config_of(loaded.quantize),
         effective_bits=float(limits.effective_bits),
         cost_model=limits.cost_model,
         cost={} if limits.cost is None else limits.cost.model_dump(exclude_none=True),
@@ -261,20 +261,20 @@ def _check_type(name: str) -> None:
     name = str(home_path(name))
     root = Path(modelopt_recipes.__file__).parent
     endings = ("", ".yaml", ".yml")
-    found = next((p for base in (root, Path()) for e in endings if (p := base / f"{name}{e}").is_file()), None)
-    if found is None:
+    path = next((p for base in (root, Path()) for e in endings if (p := base / f"{name}{e}").is_file()), None)
+    if path is None:
         if (root / name).is_dir() or Path(name).is_dir():
             raise UserError(f"recipe {name} is a folder; name one of its YAML files")
         close = difflib.get_close_matches(name, shipped(), 3, 0.6)
         hint = f"did you mean {' or '.join(close)}?" if close else f"shipped are {', '.join(shipped('auto_quantize'))}"
         raise UserError(f"recipe {name} is neither a file nor shipped with ModelOpt; {hint}")
     try:
-        data = yaml.safe_load(found.read_text("utf-8"))
+        data = yaml.safe_load(path.read_text("utf-8"))
         kind = data["metadata"]["recipe_type"]
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {found} is not YAML ({' '.join(str(error).split())}); correct it") from None
+        raise UserError(f"recipe {path} is not YAML ({' '.join(str(error).split())}); correct it") from None
     except (KeyError, TypeError, UnicodeDecodeError):
-        raise UserError(f"recipe {found} has no metadata.recipe_type; write one of {', '.join(KINDS)}") from None
+        raise UserError(f"recipe {path} has no metadata.recipe_type; write one of {', '.join(KINDS)}") from None
     if kind not in KINDS:
         raise UserError(f"recipe {name} is of type {kind}; LayerBits runs recipes of type {' and '.join(KINDS)}")
 

@@ -142,8 +142,8 @@ def lay_out(recipe: LoadedRecipe, model: PreTrainedModel, linears: Mapping[str, 
         UserError: No linear is left to quantize, a group is matched in part or twice, or the budget is infeasible.
     """
     maker = _Maker(recipe, linears)
-    found = decisions(model, recipe.disabled)
-    slots = maker.ptq(found) if recipe.kind == "ptq" else [maker.searched(d) for d in found]
+    groups = decisions(model, recipe.disabled)
+    slots = maker.ptq(groups) if recipe.kind == "ptq" else [maker.searched(d) for d in groups]
     weigh = _cost_weights(recipe, model)
     slots = [Slot(**{**vars(slot), "cost_weight": weigh(slot.modules)}) for slot in slots]
     space = RecipeSpace(
@@ -201,10 +201,10 @@ class _Maker:
         (at,) = settings
         return replace(slot, choices=() if at is None else (at,), allow_no_quant=False, fixed=True, baseline=True)
 
-    def ptq(self, found: Sequence[Decision]) -> list[Slot]:
+    def ptq(self, decisions: Sequence[Decision]) -> list[Slot]:
         """What a PTQ recipe does with each decision; one whose linears differ comes apart."""
         slots = []
-        for decision in found:
+        for decision in decisions:
             parts: dict[int | None, list[str]] = {}
             for module in decision.modules:
                 at = self._setting(module, decision.attrs)
@@ -234,23 +234,23 @@ class _Maker:
         return notes
 
     def _space_of(self, modules: Sequence[str]) -> SearchSpace | None:
-        found = []
+        matching = []
         for space in self.recipe.spaces:
             hits = [[p for p in space.patterns if fnmatch.fnmatch(m, p)] for m in modules]
             self._matched.update(p for h in hits for p in h)
             if all(hits):
-                found.append(space)
+                matching.append(space)
             elif any(hits):
                 raise UserError(
                     f"recipe {self.recipe.name}: {', '.join(space.patterns)} match some of {', '.join(modules)}, which "
                     "are decided together; name all of them or none"
                 )
-        if len(found) > 1:
+        if len(matching) > 1:
             raise UserError(
-                f"recipe {self.recipe.name}: {', '.join(modules)} are in {len(found)} entries of "
+                f"recipe {self.recipe.name}: {', '.join(modules)} are in {len(matching)} entries of "
                 "module_search_spaces; make their patterns disjoint"
             )
-        return found[0] if found else None
+        return matching[0] if matching else None
 
     def _setting(self, module: str, attrs: Sequence[str]) -> int | None:
         """Position of the candidate that the fixed configuration gives a linear; ``None`` = unquantized."""
@@ -289,15 +289,15 @@ def module_config(config: Config, module: str, attrs: Sequence[str]) -> Config |
     """
     entries: list[Config] = [{"quantizer_name": "*", "enable": False}]
     for quantizer in QUANTIZERS:
-        found: list[Config | list[Config] | None] = []
+        settings: list[Config | list[Config] | None] = []
         for attr in (a for a in attrs if a.endswith(quantizer)):
             setting = setting_of(config, f"{module}.{attr}")
-            if setting not in found:
-                found.append(setting)
-        if len(found) > 1:
+            if setting not in settings:
+                settings.append(setting)
+        if len(settings) > 1:
             raise UserError(f"the projections of {module} get different formats, and they are decided together")
-        if found[0] is not None:
-            entries.append({"quantizer_name": f"*{quantizer}", "cfg": found[0]})
+        if settings[0] is not None:
+            entries.append({"quantizer_name": f"*{quantizer}", "cfg": settings[0]})
         elif quantizer == WEIGHT:
             return None
     return {"quant_cfg": entries, "algorithm": config["algorithm"]}

@@ -74,11 +74,11 @@ def json_report(result: SensitivityResult) -> JsonObject:
 
 def _baseline(result: SensitivityResult) -> JsonObject | None:
     """Loss of the unquantized model and of guessing, nats per token."""
-    found = result.baseline
-    if found is None:
+    baseline = result.baseline
+    if baseline is None:
         return None
-    loss, guessing = _number(found.loss_per_token), found.guessing
-    return {"loss_per_token": loss, "vocabulary": found.vocabulary, "guessing": guessing}
+    loss, guessing = _number(baseline.loss_per_token), baseline.guessing
+    return {"loss_per_token": loss, "vocabulary": baseline.vocabulary, "guessing": guessing}
 
 
 def _intervals(result: SensitivityResult) -> JsonObject | None:
@@ -90,14 +90,14 @@ def _intervals(result: SensitivityResult) -> JsonObject | None:
     return {**ends.to_json(name), "words": {name: words}}
 
 
-def _modality(result: SensitivityResult, found: Modality) -> dict[str, object]:
+def _modality(result: SensitivityResult, modality: Modality) -> dict[str, object]:
     """What comes from pictures."""
     return {
-        "image_tokens": found.image_tokens,
-        "tokens": found.tokens,
-        "share": _number(found.whole(result.predicted_kl)),
-        "clipped": _number(found.clipped),
-        "ranges": [asdict(r) for r in found.ranges],
+        "image_tokens": modality.image_tokens,
+        "tokens": modality.tokens,
+        "share": _number(modality.whole(result.predicted_kl)),
+        "clipped": _number(modality.clipped),
+        "ranges": [asdict(r) for r in modality.ranges],
     }
 
 

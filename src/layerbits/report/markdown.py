@@ -217,20 +217,20 @@ def _experts(experts: JsonMapping) -> Iterator[str]:
     )
 
 
-def _picture_lines(found: JsonMapping | None) -> Iterator[str]:
+def _picture_lines(modality: JsonMapping | None) -> Iterator[str]:
     """Pictures in a line of the note; none where no row had one."""
-    if found is None:
+    if modality is None:
         return
-    share = "" if found["share"] is None else f"; image positions make {_p(found['share'])} of the total"
-    yield f"{found['image_tokens']:,} of {found['tokens']:,} scored tokens are image tokens{share}"
+    share = "" if modality["share"] is None else f"; image positions make {_p(modality['share'])} of the total"
+    yield f"{modality['image_tokens']:,} of {modality['tokens']:,} scored tokens are image tokens{share}"
 
 
 def _pictures(data: JsonMapping) -> Iterator[str]:
-    found = data.get("modality")
-    if found is None:
+    modality = data.get("modality")
+    if modality is None:
         return
     yield "## Pictures and words"
-    yield f"{next(_picture_lines(found))}."
+    yield f"{next(_picture_lines(modality))}."
     (c,) = data["candidates"]
     known = [x for x in c["layers"] if x["image_share"] is not None and x["predicted_kl"] is not None]
     if known:
@@ -250,8 +250,9 @@ def _pictures(data: JsonMapping) -> Iterator[str]:
         )
     else:
         yield "This method scores the predicted words alone, so that image positions have no share of their own."
-    if found["ranges"]:
-        worst = sorted(found["ranges"], key=lambda r: (-r["clipped"], -r["images"] / max(r["words"], 1e-30)))[:_LISTED]
+    if modality["ranges"]:
+        ranges = sorted(modality["ranges"], key=lambda r: (-r["clipped"], -r["images"] / max(r["words"], 1e-30)))
+        worst = ranges[:_LISTED]
         yield "### Static activation ranges"
         yield _table(
             ["module", "largest at words", "at image positions", "image tokens that a range of words clips"],
@@ -371,12 +372,12 @@ def _cost(data: JsonMapping) -> Iterator[str]:
 
 def _loss(data: JsonMapping) -> str:
     """How well the unquantized model predicts, beside guessing; empty where it is not known."""
-    found = data["baseline"]
-    if not found:
+    baseline = data["baseline"]
+    if not baseline:
         return ""
     return (
-        f"; the unquantized model loses {_k(found['loss_per_token'], '.2f')} nats per token, guessing "
-        f"ln({found['vocabulary']:,}) = {found['guessing']:.2f}"
+        f"; the unquantized model loses {_k(baseline['loss_per_token'], '.2f')} nats per token, guessing "
+        f"ln({baseline['vocabulary']:,}) = {baseline['guessing']:.2f}"
     )
 
 

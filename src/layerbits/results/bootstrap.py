@@ -144,7 +144,7 @@ def ties(drawn: FloatArray, center: FloatArray) -> tuple[list[npt.NDArray[np.int
     """
     columns = np.ascontiguousarray(drawn.T)
     order = np.argsort(-center, kind="stable")
-    found: list[list[int]] = [[] for _ in order]
+    tied: list[list[int]] = [[] for _ in order]
     above = np.zeros(len(order), dtype=np.int64)
     for i, a in enumerate(order.tolist()):
         later = order[i + 1 :]
@@ -152,10 +152,10 @@ def ties(drawn: FloatArray, center: FloatArray) -> tuple[list[npt.NDArray[np.int
         above[later[wins >= SUPPORTED]] += 1
         above[a] += int((losses >= SUPPORTED).sum())
         for b in later[np.maximum(wins, losses) < SUPPORTED].tolist():
-            found[a].append(b)
-            found[b].append(a)
+            tied[a].append(b)
+            tied[b].append(a)
     place = np.argsort(order)
-    return [np.array(sorted(those, key=lambda g: place[g]), dtype=np.int64) for those in found], above
+    return [np.array(sorted(those, key=lambda g: place[g]), dtype=np.int64) for those in tied], above
 
 
 def top_overlap(center: FloatArray, noise: FloatArray, top: int, scale: float) -> float:

@@ -100,6 +100,6 @@ def differences(a: Facts, b: Facts, names: Iterable[str], known: bool = False) -
 
 def reasons(a: Facts, b: Facts, rule: Rule) -> list[Difference]:
     """Why two runs may not be compared by a rule; empty where they may. Of different models nothing else is said."""
-    found = differences(a, b, rule.same, rule.known)
-    models = [one for one in found if one.name == "model"]
-    return models or found
+    why = differences(a, b, rule.same, rule.known)
+    models = [one for one in why if one.name == "model"]
+    return models or why

@@ -73,12 +73,12 @@ class Modality:
             groups: The groups.
             values: ``[G]``.
         """
-        found: dict[int, tuple[float, float]] = {}
+        blocks: dict[int, tuple[float, float]] = {}
         for group, value, share in zip(groups, values.tolist(), self.share.tolist(), strict=True):
             if group.block is not None and np.isfinite(value * share):
-                images, words = found.get(group.block, (0.0, 0.0))
-                found[group.block] = images + value * share, words + value * (1 - share)
-        return found
+                images, words = blocks.get(group.block, (0.0, 0.0))
+                blocks[group.block] = images + value * share, words + value * (1 - share)
+        return blocks
 
     def whole(self, values: FloatArray) -> float:
         """Share of image positions in the sum of some values ``[G]``; NaN where not known."""

@@ -54,12 +54,12 @@ class Coverage:
 
 def coverage(routing: Sequence[Routing]) -> tuple[Coverage, ...]:
     """The phases that tokens were counted in."""
-    found = []
+    rows = []
     for phase in ("calibration", "scoring"):
         counts = sorted(count for module in routing for count in getattr(module, phase))
         if counts:
             middle = counts[(len(counts) - 1) // 2], counts[len(counts) // 2]
-            found.append(
+            rows.append(
                 Coverage(
                     phase=phase,
                     experts=len(counts),
@@ -70,7 +70,7 @@ def coverage(routing: Sequence[Routing]) -> tuple[Coverage, ...]:
                     factor=FLOOR / max(counts[0], 1),
                 )
             )
-    return tuple(found)
+    return tuple(rows)
 
 
 def coverage_words(phase: Coverage) -> str:

@@ -70,12 +70,12 @@ def solved_in_bytes(
     assert source.sizes is not None
     size = _Bytes.of(source.sizes, columns)
     eligible = solver.Problem(stated.candidates, np.where(size.eligible, stated.scores, np.inf), stated.bits)
-    found = []
+    assignments = []
     for budget in budgets:
         at = _choice(eligible, size, budget)
         names = np.where(at == len(stated.candidates), UNQUANTIZED, at).tolist()
-        found.append(Assignment.at(names, stated.candidates))
-    return found
+        assignments.append(Assignment.at(names, stated.candidates))
+    return assignments
 
 
 def not_exported(source: Source, candidates: Sequence[CandidateInfo]) -> list[str]:
@@ -98,8 +98,8 @@ def _choice(stated: solver.Problem, size: _Bytes, budget: Budget) -> IntArray:
     if budget.bits is None:
         return solver.best_choice(by_size, most)
     solver.check(stated, budget.bits)
-    found = best_within(stated.scores, (stated.bits, size.costs), (budget.bits, most))
-    if found is None:
+    choice = best_within(stated.scores, (stated.bits, size.costs), (budget.bits, most))
+    if choice is None:
         sizes = np.where(np.isfinite(stated.scores), size.costs, np.inf)
         least = solver.best_choice(solver.Problem(stated.candidates, sizes, stated.bits), budget.bits)
         spent = float(size.costs[np.arange(len(least)), least].sum())
@@ -107,4 +107,4 @@ def _choice(stated: solver.Problem, size: _Bytes, budget: Budget) -> IntArray:
             f"effective_bits={budget.bits:g} and budget_gib={budget.gib:g} cannot be reached together: under "
             f"effective_bits={budget.bits:g} the least is {size.gib(spent):.4g} GiB; choose more of one of them"
         )
-    return found
+    return choice

@@ -42,10 +42,10 @@ def with_cache(scheme: Scheme, wanted: str) -> Scheme:
 
 def toggles(schemes: Sequence[Scheme]) -> list[Scheme]:
     """The KV caches of some schemes as schemes of their own, which leave every linear as it is: ``kv_<format>``."""
-    found: dict[str, Scheme] = {}
+    by_cache: dict[str, Scheme] = {}
     for scheme in schemes:
-        if scheme.kv_cache != NO_CACHE and scheme.kv_cache not in found:
-            found[scheme.kv_cache] = replace(
+        if scheme.kv_cache != NO_CACHE and scheme.kv_cache not in by_cache:
+            by_cache[scheme.kv_cache] = replace(
                 scheme,
                 name=f"kv_{scheme.kv_cache}",
                 candidates=(),
@@ -58,4 +58,4 @@ def toggles(schemes: Sequence[Scheme]) -> list[Scheme]:
                 how={"method": ALONE},
                 notes=(),
             )
-    return list(found.values())
+    return list(by_cache.values())

@@ -135,14 +135,14 @@ def _patterns(modules: Sequence[str]) -> list[str]:
         match = re.match(r"(.*?\.)(\d+)(\..*)", module)
         key = (match[1], match[3]) if match else (module, "")
         places.setdefault(key, []).append(match[2] if match else "")
-    found = []
+    patterns = []
     for (before, after), blocks in places.items():
         if not after:
-            found.append(before)
+            patterns.append(before)
             continue
         which = blocks[0] if len(blocks) == 1 else f"({'|'.join(blocks)})"
-        found.append(f"re:.*{re.escape(_tail(before))}{which}{re.escape(after)}$")
-    return found
+        patterns.append(f"re:.*{re.escape(_tail(before))}{which}{re.escape(after)}$")
+    return patterns
 
 
 def _tail(before: str) -> str:

@@ -73,12 +73,12 @@ def calibration(candidates: Sequence[CandidateInfo], name: str) -> object:
     Raises:
         Unsupported: There is none.
     """
-    found = [info.config.get("algorithm") for info in candidates]
-    special = [a for a in found if a not in (None, "max", {"method": "max"})]
+    algorithms = [info.config.get("algorithm") for info in candidates]
+    special = [a for a in algorithms if a not in (None, "max", {"method": "max"})]
     if not special:
-        return None if all(a is None for a in found) else "max"
+        return None if all(a is None for a in algorithms) else "max"
     distinct = [a for i, a in enumerate(special) if a not in special[:i]]
-    alone = len(special) == len(found)
+    alone = len(special) == len(algorithms)
     if len(distinct) > 1 or not (alone or _sweeps(distinct[0])):
         names = ", ".join(info.name for info in candidates)
         raise Unsupported(

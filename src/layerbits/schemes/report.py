@@ -89,8 +89,8 @@ def markdown(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Se
 def _expected(scheme: Scheme, known: Sequence[Factor]) -> str:
     if not known:
         return ""
-    found = expected(scheme, known)
-    return " – |" if found is None else f" {found[0]:.4g} ± {found[1]:.2g} |"
+    kl = expected(scheme, known)
+    return " – |" if kl is None else f" {kl[0]:.4g} ± {kl[1]:.2g} |"
 
 
 def metrics(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Sequence[Factor] = ()) -> dict[str, float]:
@@ -103,8 +103,8 @@ def metrics(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Seq
     sizes = ("gib", "weights_gib", "kv_cache_gib")
     values |= {f"scheme/{scheme.name}/{name}": scheme.size[name] for scheme in schemes if scheme.size for name in sizes}
     for scheme in schemes:
-        if (found := expected(scheme, known)) is not None:
-            values[f"scheme/{scheme.name}/expected_kl"], values[f"scheme/{scheme.name}/expected_kl_se"] = found
+        if (kl := expected(scheme, known)) is not None:
+            values[f"scheme/{scheme.name}/expected_kl"], values[f"scheme/{scheme.name}/expected_kl_se"] = kl
     values |= {f"scheme/{one.scheme}/{name}": value for one in sure for name, value in one.metrics().items()}
     return {key: float(value) for key, value in values.items() if value is not None}
 
@@ -135,17 +135,17 @@ def exclude_patterns(scheme: Scheme) -> list[str]:
         :attr:`Scheme.exclude` and no other.
     """
     quantized = {g.block for g, name in zip(scheme.groups, scheme.assignment, strict=True) if name is not None}
-    found: dict[str, None] = {}
+    patterns: dict[str, None] = {}
     for group, name in zip(scheme.groups, scheme.assignment, strict=True):
         if name is not None:
             continue
         if group.block is None or group.block in quantized:
-            found.update(dict.fromkeys(group.modules))
+            patterns.update(dict.fromkeys(group.modules))
             continue
         for module in group.modules:
             parts = module.split(".")
-            found[".".join(parts[: parts.index(str(group.block)) + 1]) + ".*"] = None
-    return list(found)
+            patterns[".".join(parts[: parts.index(str(group.block)) + 1]) + ".*"] = None
+    return list(patterns)
 
 
 def excludes(schemes: Sequence[Scheme]) -> str:

@@ -56,12 +56,12 @@ class SchemeSettings:
         Raises:
             UserError: As ``measure``.
         """
-        found = replace(
+        chosen = replace(
             source,
             cost_model=self.cost_model or source.cost_model,
             kv_cache=chosen_cache(self.kv_cache, source.kv_prices),
         )
-        return measure(found, self.load) if any(spec.budget_gib for spec in self.specs) else found
+        return measure(chosen, self.load) if any(spec.budget_gib for spec in self.specs) else chosen
 
     @classmethod
     def from_config(cls, config: Composed, folder: Path) -> SchemeSettings:

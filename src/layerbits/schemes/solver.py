@@ -171,7 +171,7 @@ def check(stated: Problem, budget: float) -> None:
 
 def _slopes(stated: Problem) -> FloatArray:
     """Multipliers at which some group's cheapest choice changes, ascending: slopes of the groups' lower hulls."""
-    found = []
+    slopes = []
     for scores, bits in zip(stated.scores, stated.bits, strict=True):
         hull: list[tuple[float, float]] = []
         for point in sorted((b, s) for b, s in zip(bits, scores, strict=True) if np.isfinite(s)):
@@ -182,8 +182,8 @@ def _slopes(stated: Problem) -> FloatArray:
             if hull and hull[-1][0] == point[0]:
                 hull.pop()
             hull.append(point)
-        found += [_slope(a, b) for a, b in pairwise(hull)]
-    return np.unique(np.array([0.0, *found]))
+        slopes += [_slope(a, b) for a, b in pairwise(hull)]
+    return np.unique(np.array([0.0, *slopes]))
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
@@ -211,11 +211,11 @@ def _solve(stated: Problem, slopes: FloatArray, budget: float) -> IntArray:
     kept[np.arange(len(at)), at] = True
     # Up to a constant the score is Σ reduced − λ · Σ bits; in units of the gap, so that tolerances mean little.
     cost = (reduced - multiplier * stated.bits) * (1e3 / gap)
-    found = integer_program(cost, [stated.bits], kept, [budget])
-    if found is None:
+    choice = integer_program(cost, [stated.bits], kept, [budget])
+    if choice is None:
         return at
-    better = stated.solution(found)
-    return found if better.score < best.score and better.bits <= budget + TOLERANCE else at
+    better = stated.solution(choice)
+    return choice if better.score < best.score and better.bits <= budget + TOLERANCE else at
 
 
 def _thriftiest(stated: Problem, multiplier: float) -> tuple[IntArray, float]:

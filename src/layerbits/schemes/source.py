@@ -67,7 +67,7 @@ class Source:
         """
         if not names:
             return list(range(len(self.candidates)))
-        found: dict[int, None] = {}
+        positions: dict[int, None] = {}
         for name in names:
             at = [i for i, c in enumerate(self.candidates) if name in (c.name, c.quant_pair)]
             if not at:
@@ -75,8 +75,8 @@ class Source:
                 raise UserError(
                     f"{name} is not scored in {', '.join(self.run_ids)}; it has {scored}: score it, or choose"
                 )
-            found.update(dict.fromkeys(at))
-        return sorted(found)
+            positions.update(dict.fromkeys(at))
+        return sorted(positions)
 
     def scored(self, assignment: Assignment) -> tuple[IntArray, IntArray]:
         """Rows and columns of the quantized groups: the index of their scores."""
@@ -148,11 +148,11 @@ def _samples(results: Sequence[SensitivityResult], row: Mapping[str, int]) -> tu
     tokens = [r.sample_tokens for r in results if r.sample_kl is not None and r.sample_tokens is not None]
     if len(tokens) < len(results) or any(not np.array_equal(t, tokens[0]) for t in tokens):
         return None, None
-    found = np.zeros((len(tokens[0]), len(row), len(results)))
+    sample_kl = np.zeros((len(tokens[0]), len(row), len(results)))
     for c, result in enumerate(results):
         assert result.sample_kl is not None
-        found[:, [row[g.key] for g in result.groups], c] = result.sample_kl
-    return found, tokens[0].astype(np.int64)
+        sample_kl[:, [row[g.key] for g in result.groups], c] = result.sample_kl
+    return sample_kl, tokens[0].astype(np.int64)
 
 
 def _all_weights(result: SensitivityResult) -> int | None:

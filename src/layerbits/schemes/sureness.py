@@ -118,7 +118,7 @@ def sureness(specs: Sequence[SchemeSpec], source: Source, draws: int = DRAWS, se
         return []
     weights = draw(len(tokens), draws, seed)
     known: dict[tuple[float, ...], tuple[FloatArray, list[list[IntArray]]]] = {}
-    found = []
+    results = []
     for spec in specs:
         if spec.control is not None or spec.budget_gib:
             continue
@@ -127,8 +127,8 @@ def sureness(specs: Sequence[SchemeSpec], source: Source, draws: int = DRAWS, se
         if key not in known:  # specs that differ in coverage alone share their solutions
             drawn = _drawn(source.sample_kl, tokens, source.predicted_kl, columns, weights)
             known[key] = drawn, [_solved(spec, source, columns, values) for values in drawn]
-        found += _of_spec(spec, source, columns, *known[key])
-    return found
+        results += _of_spec(spec, source, columns, *known[key])
+    return results
 
 
 def _drawn(
@@ -148,11 +148,11 @@ def _of_spec(
     own = [_covered(spec, source, values, choice) for choice in _solved(spec, source, columns, values)]
     every = [[_covered(spec, source, v, c) for c in choices] for v, choices in zip(drawn, solutions, strict=True)]
     count, captions = len(columns), int(np.count_nonzero(source.sample_tokens))
-    found = []
+    results = []
     for at, budget in enumerate(spec.effective_bits):
         choices = np.array([one[at] for one in every])
         lost = np.array([_damage(v, own[at]) - _damage(v, c) for v, c in zip(drawn, choices, strict=True)])
-        found.append(
+        results.append(
             Sureness(
                 scheme=scheme_name(spec, Budget(budget)),
                 captions=captions,
@@ -169,7 +169,7 @@ def _of_spec(
                 needed=_needed(spec, source, columns, drawn, budget, captions),
             )
         )
-    return found
+    return results
 
 
 def _solved(spec: SchemeSpec, source: Source, columns: list[int], values: FloatArray) -> list[IntArray]:
@@ -211,8 +211,8 @@ def _needed(
     bits, weights = [source.candidates[c].bits for c in columns], costs(source.groups, source.cost_model)
 
     def choices(values: FloatArray) -> IntArray:
-        found = relaxed(values, bits, weights, budget)
-        return np.array([_covered(spec, source, v, c) for v, c in zip(values, found, strict=True)])
+        solved = relaxed(values, bits, weights, budget)
+        return np.array([_covered(spec, source, v, c) for v, c in zip(values, solved, strict=True)])
 
     own = choices(base[None])[0]
     at = np.where(own == UNQUANTIZED, count, own)
@@ -231,26 +231,26 @@ def _needed(
     return float(math.ceil(captions * 2.0**high))
 
 
-def in_words(found: Sequence[Sureness]) -> pd.DataFrame:
+def in_words(results: Sequence[Sureness]) -> pd.DataFrame:
     """A row per scheme, for reading."""
     return pd.DataFrame(
         {
-            "scheme": [one.scheme for one in found],
-            "stable": [f"{one.stable} of {len(one.chosen)}" for one in found],
-            "predicted_kl": [one.predicted_kl for one in found],
-            "regret": [one.regret for one in found],
-            "regret_95": [one.regret_high for one in found],
-            "captions": [one.captions for one in found],
-            "captions_for_stable": [one.needed for one in found],
-            "least sure": [", ".join(one.unsure[:3]) or "–" for one in found],
+            "scheme": [one.scheme for one in results],
+            "stable": [f"{one.stable} of {len(one.chosen)}" for one in results],
+            "predicted_kl": [one.predicted_kl for one in results],
+            "regret": [one.regret for one in results],
+            "regret_95": [one.regret_high for one in results],
+            "captions": [one.captions for one in results],
+            "captions_for_stable": [one.needed for one in results],
+            "least sure": [", ".join(one.unsure[:3]) or "–" for one in results],
         }
     )
 
 
-def by_group(found: Sequence[Sureness]) -> pd.DataFrame:
+def by_group(results: Sequence[Sureness]) -> pd.DataFrame:
     """A row per scheme and group: what it got, the share of the draws that agree, and that of each choice."""
     rows = []
-    for one in found:
+    for one in results:
         for g, layer in enumerate(one.layers):
             shares = {name or "unquantized": float(s) for name, s in zip(one.choices, one.shares[g], strict=True)}
             own = one.choices[one.chosen[g]] or "unquantized"
@@ -259,11 +259,11 @@ def by_group(found: Sequence[Sureness]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def markdown(found: Sequence[Sureness]) -> str:
+def markdown(results: Sequence[Sureness]) -> str:
     """A table with a row per scheme, and the groups that are least sure; nothing where there is none."""
-    if not found:
+    if not results:
         return ""
-    first = found[0]
+    first = results[0]
     lines = [
         "## How sure",
         "",
@@ -275,7 +275,7 @@ def markdown(found: Sequence[Sureness]) -> str:
         f"captions for {STABLE:.0%} stable | least sure |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in found:
+    for one in results:
         share = f"{one.regret / one.predicted_kl:.1%}" if one.predicted_kl > 0 else "–"
         needed = f"{one.needed:,.0f}" if math.isfinite(one.needed) else f"more than {one.captions * _FARTHEST:,}"
         unsure = one.unsure

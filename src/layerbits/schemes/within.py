@@ -62,10 +62,10 @@ def _both(scores: FloatArray, costs: FloatArray, budgets: FloatArray, bound: flo
             return known
         kept &= reduced - lowest[:, None] <= gap * (1 + 1e-9) + 1e-9
         kept[np.arange(len(known)), known] = True
-    found = solver.integer_program(np.where(kept, scaled, 0.0), list(costs), kept, budgets.tolist())
-    if found is None or not _fits(found, costs, budgets):
+    choice = solver.integer_program(np.where(kept, scaled, 0.0), list(costs), kept, budgets.tolist())
+    if choice is None or not _fits(choice, costs, budgets):
         return known
-    return known if known is not None and _sum(scores, known) <= _sum(scores, found) else found
+    return known if known is not None and _sum(scores, known) <= _sum(scores, choice) else choice
 
 
 def _multipliers(scores: FloatArray, costs: FloatArray, budgets: FloatArray) -> FloatArray | None:

@@ -84,11 +84,11 @@ class Client:
             ServerError: The server refused, or broke.
             UserError: What came back is of other texts.
         """
-        found = []
+        rows = []
         for text in texts:  # one by one: an answer has megabytes
             answer = self._post({"model": model, "prompt": list(text), "max_tokens": 1, "prompt_logprobs": top_k})
-            found += read([answer["choices"][0]["prompt_logprobs"]], [text])
-        return found
+            rows += read([answer["choices"][0]["prompt_logprobs"]], [text])
+        return rows
 
     def generate(self, model: str, prompts: Sequence[Sequence[int]], tokens: int) -> list[str]:
         """Greedy continuations.
@@ -146,14 +146,14 @@ def choose(models: Sequence[Served], url: str, name: str | None, folders: Sequen
     """
     names = ", ".join(f"{m.name} (from {m.root})" for m in models) or "nothing"
     if name is not None:
-        found = [m for m in models if m.name == name]
+        matching = [m for m in models if m.name == name]
         advice = "name one of these with vllm.model"
     else:
-        found = [m for m in models if PurePath(m.root).name in folders]
+        matching = [m for m in models if PurePath(m.root).name in folders]
         advice = f"serve {folders[0]} there, or name it with vllm.model if it is under another folder's name"
-    if not found:
+    if not matching:
         raise UserError(f"{url} serves {names}, not {name or folders[0]}; {advice}")
-    return found[0]
+    return matching[0]
 
 
 def check_length(served: Served, url: str, tokens: int) -> None:

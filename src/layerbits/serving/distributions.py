@@ -114,7 +114,7 @@ def read(rows: Sequence[Sequence[JsonMapping | None]], texts: Sequence[Sequence[
     Raises:
         UserError: It is of other texts.
     """
-    found = []
+    distributions = []
     for tokens, text in zip(rows, texts, strict=True):
         if len(tokens) != len(text):
             raise UserError(f"log-probabilities of {len(tokens)} tokens came back for a text of {len(text)}")
@@ -128,8 +128,8 @@ def read(rows: Sequence[Sequence[JsonMapping | None]], texts: Sequence[Sequence[
             events.append(position * _STRIDE + ids[order])
             logprobs.append(values[order])
             own.append(float(entries[str(token)]["logprob"]))
-        found.append(Distributions(len(own), np.concatenate(events), np.concatenate(logprobs), np.asarray(own)))
-    return found
+        distributions.append(Distributions(len(own), np.concatenate(events), np.concatenate(logprobs), np.asarray(own)))
+    return distributions
 
 
 def select(rows: Sequence[Distributions], wanted: Sequence[NDArray[np.bool_]]) -> Distributions:

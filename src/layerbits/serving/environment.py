@@ -64,13 +64,13 @@ def find_environment(python: str | None, root: Path) -> Environment:
         package, version = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         raise UserError(f"{path} has no vLLM; {MAKE}") from None
-    found = Environment(path, package, version)
-    if not found.on_cpu and not _gpu():
+    environment = Environment(path, package, version)
+    if not environment.on_cpu and not _gpu():
         raise Skipped(
             f"{path} has vLLM {version} for GPUs and PyTorch sees none here; on a machine without one `make vllm` "
             "installs the build for CPUs"
         )
-    return found
+    return environment
 
 
 def _gpu() -> bool:

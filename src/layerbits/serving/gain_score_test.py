@@ -91,8 +91,8 @@ def gain_scores(model: PreTrainedModel, batches: Sequence[Batch], events: Events
             drawn = torch.multinomial(logprobs.detach().cpu().exp(), 1, generator=generator).to(logprobs.device)
             logprobs.gather(1, drawn).sum().backward()
         first += len(logprobs)
-    found = np.stack([*sums.by_linear.values()])[:, :, captions >= 0]  # padding belongs to no caption
-    return GainScores(tuple(sums.by_linear), found[:, 0], (found[:, 1] ** 2).sum(1))
+    projections = np.stack([*sums.by_linear.values()])[:, :, captions >= 0]  # padding belongs to no caption
+    return GainScores(tuple(sums.by_linear), projections[:, 0], (projections[:, 1] ** 2).sum(1))
 
 
 @contextmanager

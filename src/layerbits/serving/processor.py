@@ -114,8 +114,8 @@ def otherwise(labels: Iterable[Label], processor: Processor | None) -> dict[str,
     """The labels that a processor does not compute as written, by their names; empty where it is not known."""
     if processor is None:
         return {}
-    found = {label.algo: computed(label, processor) for label in labels}
-    return {algo: answer for algo, answer in found.items() if answer.state in (OTHERWISE, MISSING)}
+    answers = {label.algo: computed(label, processor) for label in labels}
+    return {algo: answer for algo, answer in answers.items() if answer.state in (OTHERWISE, MISSING)}
 
 
 _NO_OPERATOR = re.compile(r"'_OpNamespace' '\w+' object has no attribute '(\w+)'")
@@ -145,10 +145,10 @@ def why_refused(words: str, labels: Iterable[Label], processor: Processor | None
     return f"{words}; {what} {lacks} {build}" + (f"; {better}" if better else "")
 
 
-def in_words(found: Mapping[str, Computed], processor: Processor) -> str:
+def in_words(answers: Mapping[str, Computed], processor: Processor) -> str:
     """What a processor does not compute as written, why, and what to use instead: one line."""
-    words = "; ".join(f"{algo} is {answer}" for algo, answer in found.items())
-    better = instead(processor, found)
+    words = "; ".join(f"{algo} is {answer}" for algo, answer in answers.items())
+    better = instead(processor, answers)
     return f"on this CPU ({processor.name}) {words}" + (f"; {better}" if better else "")
 
 

@@ -38,8 +38,8 @@ class Whole:
         """Those of some events."""
         import torch
 
-        found = self.logprobs[torch.from_numpy(events.position), torch.from_numpy(events.token)]
-        return np.asarray(found.double().numpy())
+        selected = self.logprobs[torch.from_numpy(events.position), torch.from_numpy(events.token)]
+        return np.asarray(selected.double().numpy())
 
     def kl(self, other: Whole) -> FloatArray:
         """KL divergence of another from this one at each position, over the whole vocabulary, nats."""
@@ -162,8 +162,8 @@ def logprobs(model: PreTrainedModel, batches: Sequence[Batch]) -> Whole:
     from layerbits.scoring.steps import predictions
 
     with torch.no_grad():
-        found = [predictions(model, s)[0].float().log_softmax(-1).cpu() for batch in batches for s in batch.segments]
-    return Whole(torch.cat(found))
+        pieces = [predictions(model, s)[0].float().log_softmax(-1).cpu() for batch in batches for s in batch.segments]
+    return Whole(torch.cat(pieces))
 
 
 @contextmanager

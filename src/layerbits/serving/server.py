@@ -166,8 +166,8 @@ def last_error(log: Path, otherwise: str = "") -> str:
     lines = [_PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines()]
     errors = [_whole(m.group(1).strip(), lines[i + 1 :]) for i, line in enumerate(lines) if (m := _ERROR.match(line))]
     telling = [e for e in errors if not any(words in e for words in _ABOUT_OTHERS)]
-    found = telling or ([otherwise] if otherwise else errors or [line for line in lines if line.strip()] or [""])
-    return found[-1].strip()[:600]
+    messages = telling or ([otherwise] if otherwise else errors or [line for line in lines if line.strip()] or [""])
+    return messages[-1].strip()[:600]
 
 
 def _whole(error: str, after: Sequence[str]) -> str:

@@ -52,7 +52,7 @@ def _end_group() -> None:
 
 def members(group: int) -> list[int]:
     """Processes of a group that have not ended (Linux; elsewhere none is known)."""
-    found = []
+    pids = []
     try:
         entries = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     except OSError:
@@ -64,8 +64,8 @@ def members(group: int) -> list[int]:
         except OSError:
             continue
         if int(of) == group and state != "Z":
-            found.append(pid)
-    return found
+            pids.append(pid)
+    return pids
 
 
 if __name__ == "__main__":

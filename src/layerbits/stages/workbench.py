@@ -112,8 +112,8 @@ class Workbench:
                 f"{candidate.info.name} shares ranges between fused linears, which ModelOpt's own search does not; "
                 "use autoquant.engine=onepass"
             )
-        found = check(candidate, linears, self.device == "cuda", self.settings.strict, kinds)
-        return replace(found, notes=(*found.notes, *undecided(self.empty)))
+        capability = check(candidate, linears, self.device == "cuda", self.settings.strict, kinds)
+        return replace(capability, notes=(*capability.notes, *undecided(self.empty)))
 
     def cell(self, candidate: Candidate, capability: Capability) -> str:
         """Digest of what a sweep goes by to find a finished run: parameters, configuration, revision and data."""
@@ -137,8 +137,8 @@ class Workbench:
         """
         scored = scored or self.scored(candidates[0][0])
         if wanted := self.settings.autoquant.refine:
-            found = decisions(self.empty, unscored_patterns(self.empty, set(scored)))
-            refine.check(wanted, sum(decision.searched for decision in found))
+            groups = decisions(self.empty, unscored_patterns(self.empty, set(scored)))
+            refine.check(wanted, sum(decision.searched for decision in groups))
         versions = provenance(Path.cwd())
         fingerprint = _digest(
             [

@@ -53,7 +53,7 @@ def moved_experiments(database: Path) -> list[Moved]:
     with closing(sqlite3.connect(database)) as store:
         rows = store.execute("SELECT name, artifact_location FROM experiments WHERE lifecycle_stage = 'active'")
         places = [(str(name), str(location)) for name, location in rows]
-    found = []
+    moved = []
     for name, location in places:
         path = local_path(location)
         if path is None or _ROOT not in path.parts:
@@ -62,8 +62,8 @@ def moved_experiments(database: Path) -> list[Moved]:
         if before == folder:
             continue
         if (folder / _ROOT / tail).exists() or not before.exists():
-            found.append(Moved(name, str(before), str(folder)))
-    return found
+            moved.append(Moved(name, str(before), str(folder)))
+    return moved
 
 
 def check_not_moved(uri: str) -> None:

@@ -57,23 +57,23 @@ def models_of(client: MlflowClient, experiment: str, run_id: str, measured: Iter
     from mlflow.exceptions import MlflowException
 
     names = {one.identity: one.model for one in measured}
-    found: dict[str, str] = {}
+    ids: dict[str, str] = {}
     try:
         for identity, name in names.items():
             known = client.search_logged_models([experiment], f"tags.`{IDENTITY_TAG}` = '{identity}'", max_results=1)
             if known:
-                found[identity] = str(known[0].model_id)
+                ids[identity] = str(known[0].model_id)
                 continue
             made = client.create_logged_model(
                 experiment, name.translate(_FORBIDDEN), run_id, {IDENTITY_TAG: identity}, model_type=_MODEL_TYPE
             )
             client.finalize_logged_model(made.model_id, "READY")
-            found[identity] = str(made.model_id)
+            ids[identity] = str(made.model_id)
     except MlflowException as error:
         if error.error_code != "ENDPOINT_NOT_FOUND":
             raise
         return {}
-    return found
+    return ids
 
 
 def tag_models(client: MlflowClient, measured: Iterable[Measured], ids: Mapping[str, str]) -> None:

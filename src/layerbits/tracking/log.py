@@ -146,10 +146,10 @@ def _finished_run_of(tag: str, value: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        found = _find(mlflow.MlflowClient(), tag, value)
+        run = _find(mlflow.MlflowClient(), tag, value)
     except MlflowException as error:
         raise UserError(f"cannot read {redact(mlflow.get_tracking_uri())}: {one_line(error)}") from error
-    return str(found.info.run_id) if found is not None and found.data.tags.get("outcome") == "ok" else None
+    return str(run.info.run_id) if run is not None and run.data.tags.get("outcome") == "ok" else None
 
 
 def register_run(run_id: str, wanted: Registration) -> None:
@@ -233,23 +233,23 @@ def push(
 
     client = mlflow.MlflowClient()
     try:
-        found = _find(client, *finished.tag)
-        if found is not None and found.data.tags.get("outcome") == finished.ending.outcome:
-            return str(found.info.run_id)
+        run = _find(client, *finished.tag)
+        if run is not None and run.data.tags.get("outcome") == finished.ending.outcome:
+            return str(run.info.run_id)
         if run_id is not None:
-            found = client.get_run(run_id)
-        if found is None:
+            run = client.get_run(run_id)
+        if run is None:
             tags = dict([finished.tag]) | finished.tags
             run_id = _create(client, experiment_id(experiment), finished.name, tags, finished.started)
         else:
-            run_id = str(found.info.run_id)
+            run_id = str(run.info.run_id)
         try:
             finished.log(run_id)
         except BaseException:
             with suppress(Exception), impatient():
                 client.set_terminated(run_id, "FAILED")
             raise
-        _end_pushed(client, run_id, finished, found)
+        _end_pushed(client, run_id, finished, run)
     except MlflowException as error:
         raise UserError(f"cannot push to {redact(mlflow.get_tracking_uri())}: {one_line(error)}") from error
     return run_id
@@ -309,14 +309,14 @@ def _finished(directory: Path) -> _Finished:
     )
 
 
-def _end_pushed(client: MlflowClient, run_id: str, finished: _Finished, found: Run | None) -> None:
+def _end_pushed(client: MlflowClient, run_id: str, finished: _Finished, run: Run | None) -> None:
     from mlflow.entities import RunTag
 
     ending = finished.ending
-    if found is not None and finished.parent:
-        ending = ending_of_children(client, found.info.experiment_id, run_id)
+    if run is not None and finished.parent:
+        ending = ending_of_children(client, run.info.experiment_id, run_id)
     # Ended before it is tagged: a watchdog of the job that opened the run leaves one alone that has ended.
-    client.set_terminated(run_id, ending.status, (found.info.end_time if found else None) or finished.ended)
+    client.set_terminated(run_id, ending.status, (run.info.end_time if run else None) or finished.ended)
     if "reason" in client.get_run(run_id).data.tags and not ending.reason:
         client.delete_tag(run_id, "reason")
     client.log_batch(run_id, tags=[RunTag(*tag) for tag in ending.tags.items()])

@@ -37,8 +37,8 @@ def earlier_run(client: MlflowClient, experiment_id: str) -> str | None:
     """The run that this job had opened before it was requeued."""
     if not restarted():
         return None
-    found = client.search_runs([experiment_id], f"tags.`{JOB_TAG}` = '{own_job()}'", max_results=1)
-    return str(found[0].info.run_id) if found else None
+    runs = client.search_runs([experiment_id], f"tags.`{JOB_TAG}` = '{own_job()}'", max_results=1)
+    return str(runs[0].info.run_id) if runs else None
 
 
 def states(jobs: Sequence[str]) -> dict[str, str]:
@@ -55,5 +55,5 @@ def states(jobs: Sequence[str]) -> dict[str, str]:
         raise UserError(f"Slurm does not answer ({error}); the jobs may go on, see squeue") from None
     if done.returncode and "Invalid job id" not in done.stderr:
         raise UserError(f"Slurm does not answer ({done.stderr.strip()}); the jobs may go on, see squeue")
-    found = dict(line.split() for line in done.stdout.splitlines() if line.strip())
-    return {job: found.get(job, "UNKNOWN") for job in jobs}
+    by_job = dict(line.split() for line in done.stdout.splitlines() if line.strip())
+    return {job: by_job.get(job, "UNKNOWN") for job in jobs}

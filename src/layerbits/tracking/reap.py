@@ -124,22 +124,22 @@ def is_here(tags: Mapping[str, str]) -> bool:
 
 
 def _process(tags: Mapping[str, str]) -> dict[str, str]:
-    return next((found for prefix in _PREFIXES if (found := _below(prefix, tags))), {})
+    return next((tags_below for prefix in _PREFIXES if (tags_below := _below(prefix, tags))), {})
 
 
 def _running(client: MlflowClient) -> list[Run]:
-    found: dict[str, Run] = {}
+    runs: dict[str, Run] = {}
     for experiment in _experiments(client):
         for prefix in _PREFIXES:  # MLflow's filters have no OR
             condition = f"attributes.status = 'RUNNING' AND tags.`{prefix}host` = '{socket.gethostname()}'"
             token = None
             while True:
                 page = client.search_runs([experiment], condition, max_results=200, page_token=token)
-                found |= {run.info.run_id: run for run in page}
+                runs |= {run.info.run_id: run for run in page}
                 token = page.token
                 if not token:
                     break
-    return list(found.values())
+    return list(runs.values())
 
 
 def _below(prefix: str, tags: Mapping[str, str]) -> dict[str, str]:
@@ -147,14 +147,14 @@ def _below(prefix: str, tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def _experiments(client: MlflowClient) -> list[str]:
-    found: list[str] = []
+    ids: list[str] = []
     token = None
     while True:
         page = client.search_experiments(page_token=token)
-        found += [experiment.experiment_id for experiment in page]
+        ids += [experiment.experiment_id for experiment in page]
         token = page.token
         if not token:
-            return found
+            return ids
 
 
 def _last_sign(run: Run) -> int:

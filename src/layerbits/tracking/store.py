@@ -281,8 +281,8 @@ def _mend(error: Exception, uri: str) -> str:
     if _refused(error):
         return "refuses us; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     if is_server(uri):
-        if found := re.search(r"\b(5\d\d) (error responses|!= 200)", text):
-            return f"answers with error {found[1]}; look at its log"
+        if match := re.search(r"\b(5\d\d) (error responses|!= 200)", text):
+            return f"answers with error {match[1]}; look at its log"
         if "!= 200" in text or "JSON" in text or code == "ENDPOINT_NOT_FOUND":
             return "answers, but not as an MLflow server; check the address"
         return f"does not answer within {_ANSWER_SECONDS} s; {_MENDS}"

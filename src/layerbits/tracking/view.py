@@ -126,11 +126,11 @@ def print_links(address: str, tracking_uri: str | None = None) -> None:
 
 
 def _viewed(client: MlflowClient) -> list[Experiment]:
-    found: dict[str, Experiment] = {}
+    experiments_by_id: dict[str, Experiment] = {}
     for key in (KEY, *_EARLIER):  # MLflow's filters have no OR
         experiments = client.search_experiments(filter_string=f"tags.`{_PREFIX}{key}` LIKE '%'")
-        found |= {experiment.experiment_id: experiment for experiment in experiments}
-    return sorted(found.values(), key=lambda experiment: experiment.last_update_time or 0, reverse=True)
+        experiments_by_id |= {experiment.experiment_id: experiment for experiment in experiments}
+    return sorted(experiments_by_id.values(), key=lambda experiment: experiment.last_update_time or 0, reverse=True)
 
 
 def encoded(state: dict[str, object], milliseconds: int) -> str:

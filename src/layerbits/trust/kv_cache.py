@@ -72,12 +72,12 @@ class KvValidation:
 
     def metrics(self) -> dict[str, float]:
         """Figures for the tracking server, ``validate/kv_<format>/…``."""
-        found = self.agreement
+        agreement = self.agreement
         values = {
-            "groups": float(found.groups),
-            "spearman": found.spearman.value,
-            "median_ratio": found.median_ratio.value,
-            "within_2x": found.within_2x.value,
+            "groups": float(agreement.groups),
+            "spearman": agreement.spearman.value,
+            "median_ratio": agreement.median_ratio.value,
+            "within_2x": agreement.within_2x.value,
             "predicted_kl_sum": float(self.predicted.sum()),
             "measured_kl_sum": float(self.measured.mean.sum()),
             "measured_kl_together": self.together[0],
@@ -96,9 +96,9 @@ class KvValidation:
         }
 
 
-def kv_markdown(found: Sequence[KvValidation]) -> list[str]:
+def kv_markdown(results: Sequence[KvValidation]) -> list[str]:
     """A table with a row per format; nothing where there is none."""
-    if not found:
+    if not results:
         return []
     lines = [
         "",
@@ -110,7 +110,7 @@ def kv_markdown(found: Sequence[KvValidation]) -> list[str]:
         "measured, summed | measured together |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for one in found:
+    for one in results:
         a, mean = one.agreement, one.measured.mean
         share = f"{a.within_2x.value:.0%}" if math.isfinite(a.within_2x.value) else "–"
         lines.append(

@@ -98,14 +98,14 @@ def measure_damage(
         for batch in progress(batches, "measuring"):
             owner = np.concatenate([s.sample[s.loss_mask].numpy() for s in batch.segments])
             runner = SuffixRunner(model, blocks, batch)
-            found, changed = _measured(runner, [*alone, *recomputed])
-            kl.append(_by_caption(found[: len(groups)], owner, samples))
+            damage, changed = _measured(runner, [*alone, *recomputed])
+            kl.append(_by_caption(damage[: len(groups)], owner, samples))
             change.append(changed[: len(groups)].sum(axis=1))
-            floor.append(found[len(groups) :].sum(axis=1))
+            floor.append(damage[len(groups) :].sum(axis=1))
             runner = SuffixRunner(model, blocks, batch, background=everything)
-            found, _ = _measured(runner, [alone[0], *(spared if disable_one else [])])
-            together.append(_by_caption(found[:1], owner, samples)[:, 0])
-            all_but.append(_by_caption(found[1:], owner, samples))
+            damage, _ = _measured(runner, [alone[0], *(spared if disable_one else [])])
+            together.append(_by_caption(damage[:1], owner, samples)[:, 0])
+            all_but.append(_by_caption(damage[1:], owner, samples))
     tokens = np.zeros(samples)
     for batch in batches:
         for segment in batch.segments:
@@ -143,15 +143,15 @@ def kv_caches(
     Raises:
         UserError: The model's attention is not what was scored.
     """
-    found = {}
+    caches = {}
     for name, scores in predicted.items():
         cache = KvCache(model, KV_FORMATS[name], language_model)
         cache.calibrate(calibration)
         if cache.modules != [score.module for score in scores]:
             raise UserError("the attention of this model is not what was scored; score it again")
         cache.fix_dtypes()
-        found[name] = cache
-    return found
+        caches[name] = cache
+    return caches
 
 
 def measure_kv(
@@ -174,7 +174,7 @@ def measure_kv(
         return ()
     unquantized = UnquantizedLogits(model, batches)
     tokens = np.array(unquantized.caption_tokens, dtype=np.float64)
-    found = []
+    results = []
     for name, scores in predicted.items():
         cache = caches[name]
         alone = []
@@ -183,10 +183,10 @@ def measure_kv(
                 alone.append(unquantized.compare(model)[1])
         with cache.active():
             _, together = unquantized.compare(model)
-        found.append(
+        results.append(
             KvValidation(name, scores, Captions(np.array(alone).T, tokens), standard_error(together, tokens), least)
         )
-    return tuple(found)
+    return tuple(results)
 
 
 def _measured(runner: SuffixRunner, perturbations: Sequence[Perturbation]) -> tuple[FloatArray, FloatArray]:

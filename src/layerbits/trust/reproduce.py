@@ -90,8 +90,8 @@ def plan_of_run(
         "dataset_digest": planned.captions.digest,
         "config_hash": candidate.info.config_hash,
     }
-    found = reasons(facts(result), now, REPETITION)
-    changed = [f"{_WORDS[difference.name]} (was {difference.a}, is {difference.b})" for difference in found]
+    why = reasons(facts(result), now, REPETITION)
+    changed = [f"{_WORDS[difference.name]} (was {difference.a}, is {difference.b})" for difference in why]
     if changed:
         raise UserError(
             f"{reference} cannot be repeated, for this has changed since: {', '.join(changed)}; restore it, or score "

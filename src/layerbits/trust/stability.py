@@ -110,8 +110,8 @@ def in_words(frame: pd.DataFrame) -> pd.DataFrame:
 
 def difference_words(a: SensitivityResult, b: SensitivityResult) -> str:
     """What differs between two runs of one model, ``name: one and other`` each."""
-    found = differences(facts(a), facts(b), _WORDS)
-    return "; ".join(f"{_WORDS[d.name]}: {_word(d.name, d.a)} and {_word(d.name, d.b)}" for d in found)
+    pairs = differences(facts(a), facts(b), _WORDS)
+    return "; ".join(f"{_WORDS[d.name]}: {_word(d.name, d.a)} and {_word(d.name, d.b)}" for d in pairs)
 
 
 def spearman(x: FloatArray, y: FloatArray) -> FloatArray:
@@ -141,21 +141,21 @@ def overlap(x: FloatArray, y: FloatArray, top: int) -> FloatArray:
     return np.asarray((inside[0] & inside[1]).sum(axis=1), dtype=np.float64)
 
 
-def around(found: float, drawn: FloatArray, lowest: float, highest: float, level: float = LEVEL) -> tuple[float, float]:
+def around(value: float, drawn: FloatArray, lowest: float, highest: float, level: float = LEVEL) -> tuple[float, float]:
     """An interval of a figure: the percentiles of its resamples, moved so that their median is the figure.
 
     Args:
-        found: The figure.
+        value: The figure.
         drawn: ``[n]`` of the resamples; what is not finite is left out.
         lowest: It cannot be less.
         highest: It cannot be more.
         level: Confidence.
     """
     finite = drawn[np.isfinite(drawn)]
-    if not finite.size or not math.isfinite(found):
+    if not finite.size or not math.isfinite(value):
         return math.nan, math.nan
     low, middle, high = np.quantile(finite, [(1 - level) / 2, 0.5, (1 + level) / 2])
-    return max(lowest, found + low - middle), min(highest, found + high - middle)
+    return max(lowest, value + low - middle), min(highest, value + high - middle)
 
 
 def _agreement(
@@ -177,7 +177,7 @@ def _agreement(
     rows = np.array(pairs)
     x, y = values[0][None, rows[:, 0]], values[1][None, rows[:, 1]]
     drawn = draws[a], draws[b]
-    found: dict[str, float] = {"groups": len(pairs), "top": top}
+    numbers: dict[str, float] = {"groups": len(pairs), "top": top}
     statistics: dict[str, tuple[Callable[[FloatArray, FloatArray], FloatArray], float, float]] = {
         "spearman": (spearman, -1, 1),
         "kendall": (kendall, -1, 1),
@@ -188,8 +188,8 @@ def _agreement(
         value, ends = float(statistic(x, y)[0]), (math.nan, math.nan)
         if known and drawn[0] is not None and drawn[1] is not None:
             ends = around(value, statistic(drawn[0][:, rows[:, 0]], drawn[1][:, rows[:, 1]]), lowest, highest)
-        found |= {name: value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
-    return found
+        numbers |= {name: value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    return numbers
 
 
 def _drawn(result: SensitivityResult, seed: int) -> FloatArray | None:

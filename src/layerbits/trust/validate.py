@@ -143,29 +143,29 @@ def validate(
     )
 
 
-def write_validation(found: Validation, root: Path) -> Path:
+def write_validation(result: Validation, root: Path) -> Path:
     """Writes ``validation.json``, ``.md``, ``.csv`` and the scatter plot into a folder of its own, whole or not at all.
 
     Raises:
         UserError: The disk is full or cannot be written.
     """
-    final = dated(root, f"validation_{found.model.name}_{found.candidate}")
+    final = dated(root, f"validation_{result.model.name}_{result.candidate}")
     with whole_folder(final) as partial:
-        write_json(partial / "validation.json", found.to_json())
+        write_json(partial / "validation.json", result.to_json())
         with optional_part("validation.md"):
-            (partial / "validation.md").write_text(markdown(found), "utf-8")
-        pd.concat([found.frame(), *(one.frame() for one in found.kv)]).to_csv(partial / "validation.csv", index=False)
+            (partial / "validation.md").write_text(markdown(result), "utf-8")
+        pd.concat([result.frame(), *(one.frame() for one in result.kv)]).to_csv(partial / "validation.csv", index=False)
         with optional_part("figures/validation.png"):
-            _draw(found, partial / "figures" / "validation.png")
+            _draw(result, partial / "figures" / "validation.png")
     return final
 
 
-def _draw(found: Validation, path: Path) -> None:
+def _draw(result: Validation, path: Path) -> None:
     """The scatter plot, where any group is on it."""
     from layerbits.figures import scatter_agreement
     from layerbits.figures.style import save_png
 
-    frame = found.frame()
+    frame = result.frame()
     counted = frame[frame["status"] == "ok"]
     if not ((counted["predicted_kl"] > 0) & (counted["measured_kl"] > 0)).any():
         return
@@ -174,7 +174,7 @@ def _draw(found: Validation, path: Path) -> None:
         counted["measured_kl"].to_numpy(),
         names=counted["layer"].tolist(),
         kinds=counted["kind"].tolist(),
-        title=f"{found.model.name} {found.candidate}: each group quantized alone",
+        title=f"{result.model.name} {result.candidate}: each group quantized alone",
     )
     save_png(drawn, path)
 

@@ -164,9 +164,9 @@ class Validation:
         }
         for index, prediction in enumerate(self.predictions):
             prefix = f"validate/{prediction.name}/" if index else "validate/"
-            found = self.agreement(prediction)
+            agreement = self.agreement(prediction)
             for name in ("spearman", "kendall", "top", "median_ratio", "within_2x"):
-                estimate = getattr(found, name)
+                estimate = getattr(agreement, name)
                 key = f"top{TOP}" if name == "top" else name
                 values |= {f"{prefix}{key}": estimate.value}
                 if not index:
@@ -214,45 +214,45 @@ class Validation:
         }
 
 
-def markdown(found: Validation) -> str:
+def markdown(result: Validation) -> str:
     """The validation in words: who ranks how well, by kind, and the groups that were misjudged most."""
-    data, own = found.data, found.predictions[0]
-    counts = {s: found.status.count(s) for s in ("ok", "at floor", "not finite")}
+    data, own = result.data, result.predictions[0]
+    counts = {s: result.status.count(s) for s in ("ok", "at floor", "not finite")}
     predicted = float(np.nansum(own.predicted))
     lines = [
-        f"# Validation of {found.candidate} on {found.model.name}",
+        f"# Validation of {result.candidate} on {result.model.name}",
         "",
-        *([found.rounding, ""] if found.dtype != "float32" else []),
-        f"Scored in {found.model.dtype}, measured in {found.dtype}. "
-        f"Each of {len(found.groups)} groups was quantized alone and its KL divergence from the unquantized model "
+        *([result.rounding, ""] if result.dtype != "float32" else []),
+        f"Scored in {result.model.dtype}, measured in {result.dtype}. "
+        f"Each of {len(result.groups)} groups was quantized alone and its KL divergence from the unquantized model "
         f"measured on {data.rows} held-out rows of {data.dataset} ({data.packing}, {data.seq_len} tokens): "
-        f"{found.measured.tokens.sum():,.0f} tokens of {len(found.measured.tokens)} captions. Source run: "
-        f"`{found.source_run_id}`.",
+        f"{result.measured.tokens.sum():,.0f} tokens of {len(result.measured.tokens)} captions. Source run: "
+        f"`{result.source_run_id}`.",
         "",
         f"Counted: {counts['ok']} groups. Left out: {counts['at floor']} not above {ABOVE_FLOOR:g} × the noise floor, "
-        f"at most {found.floor.max():.2g} nats per token (a group's linears summed in another order); "
+        f"at most {result.floor.max():.2g} nats per token (a group's linears summed in another order); "
         f"{counts['not finite']} not finite.",
         "",
         "| predicted by | Spearman | Kendall | top "
         f"{TOP} in common | median measured / predicted | within a factor of 2 | seconds |",
         "|---|---|---|---|---|---|---|",
-        *(_row(p.name, found.agreement(p), p.seconds) for p in found.predictions),
+        *(_row(p.name, result.agreement(p), p.seconds) for p in result.predictions),
         "",
         "In brackets: 90 % intervals, from captions drawn again with replacement on both sides.",
         "",
-        f"All groups together: {found.together:.4g} nats per token measured, {predicted:.4g} predicted as the sum "
-        f"(measured / predicted {_ratio(found.together, predicted):.2f}).",
+        f"All groups together: {result.together:.4g} nats per token measured, {predicted:.4g} predicted as the sum "
+        f"(measured / predicted {_ratio(result.together, predicted):.2f}).",
     ]
-    if found.on_text is not None:
+    if result.on_text is not None:
         lines += [
-            f"Measured on the words after pictures. On plain text ({found.on_text.tokens.sum():,.0f} tokens) the "
-            f"groups sum to {np.nansum(found.on_text.mean):.4g} nats per token, after pictures to "
-            f"{np.nansum(found.measured.mean):.4g}; Spearman between the two "
-            f"{spearman(found.measured.mean, found.on_text.mean):.3f}.",
+            f"Measured on the words after pictures. On plain text ({result.on_text.tokens.sum():,.0f} tokens) the "
+            f"groups sum to {np.nansum(result.on_text.mean):.4g} nats per token, after pictures to "
+            f"{np.nansum(result.measured.mean):.4g}; Spearman between the two "
+            f"{spearman(result.measured.mean, result.on_text.mean):.3f}.",
             "",
         ]
-    if math.isfinite(found.repeated):
-        same = "are the same" if found.repeated == 0 else f"differ by at most {found.repeated:.1g} of their value"
+    if math.isfinite(result.repeated):
+        same = "are the same" if result.repeated == 0 else f"differ by at most {result.repeated:.1g} of their value"
         lines += [f"The run's scores computed anew {same}."]
     lines += [
         "",
@@ -261,12 +261,12 @@ def markdown(found: Validation) -> str:
         "| kind | groups | Spearman | Kendall | median measured / predicted | within a factor of 2 |",
         "|---|---|---|---|---|---|",
     ]
-    for kind in found.kinds:
-        a = found.agreement(own, kind)
+    for kind in result.kinds:
+        a = result.agreement(own, kind)
         share = _percent(a.within_2x.value)
         lines.append(f"| {kind} | {a.groups} | {a.spearman} | {a.kendall} | {a.median_ratio} | {share} |")
-    lines += kv_markdown(found.kv)
-    frame = found.frame()
+    lines += kv_markdown(result.kv)
+    frame = result.frame()
     counted = frame[frame["status"] == "ok"].copy()
     counted["off"] = np.abs(np.log(counted["ratio"].where(counted["ratio"] > 0)))
     lines += [

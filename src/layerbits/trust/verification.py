@@ -179,10 +179,10 @@ def compare(reference: str, before: SensitivityResult, after: SensitivityResult,
     )
 
 
-def check(found: Verification) -> None:
+def check(result: Verification) -> None:
     """Raises :class:`Differs` where a score differs by more than the bound."""
-    if not found.passed:
-        raise Differs(found.sentence)
+    if not result.passed:
+        raise Differs(result.sentence)
 
 
 def verify(
@@ -225,14 +225,14 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="layerbits-verify-") as scratch:
         planned = plan_of_run(reference, before, where, configs, Path(scratch))
         (outcome,) = run(planned, root)
-    found = compare(reference, before, outcome.result, allowed)
+    result = compare(reference, before, outcome.result, allowed)
     final = dated(output_root, f"verify_{before.run_name}")
     with whole_folder(final) as partial:
         write_report(outcome.result, partial / "result")
-        write_json(partial / "verify.json", found.to_json())
+        write_json(partial / "verify.json", result.to_json())
         with optional_part("verify.md"):
-            (partial / "verify.md").write_text(found.markdown(), "utf-8")
-    return found, final
+            (partial / "verify.md").write_text(result.markdown(), "utf-8")
+    return result, final
 
 
 def _bound(value: str) -> float | None:
