@@ -35,7 +35,8 @@ NAMES = frozenset(
 
 LISTS = frozenset(
     {
-        *("run_id", "scheme_files", "measured", "schemes", "controls", "effective_bits", "candidates", "rankers"),
+        *("run_id", "scheme_files", "measured", "schemes", "controls", "candidates", "rankers"),
+        *("effective_bits", "budget_gib"),
         *("quant_pairs", "quant_granularities", "dataset_sizes", "recipe_overrides", "tasks", "texts"),
         "speed.batches",
     }

@@ -278,7 +278,7 @@ def made(scored):
     """Schemes of a grid's two candidates, and their probe."""
     store, out, ids, _ = scored
     arguments = ("schemes=none", "effective_bits=6,9", "controls=random")
-    done = run_script("scheme", store, out, f"run_id={ids['grid']}", *arguments, "pareto=5")
+    done = run_script("scheme", store, out, f"run_id={ids['grid']}", *arguments, "pareto=5", "target=a100")
     assert done.returncode == 0, done.stderr
     (folder,) = (out / "tmp").glob("schemes_*")
     first = folder / "schemes" / "bits_6.json"
@@ -312,6 +312,9 @@ def test_schemes_of_a_grid_are_logged_and_printed(scored, made):
     written = [json.loads((made[2] / "schemes" / f"bits_{bits}.json").read_text()) for bits in (6, 9)]
     assert {c["name"] for data in written for c in data["candidates"]} == {"wfp8_afp8", "wint4_afp16"}
     assert "bits_9: [" in made[0].stdout
+    said = run.data.tags["mlflow.note.content"]
+    assert "- on Ampere vLLM 0.26.0 does not compute wfp8_afp8 (FP8) as it is scored: it has no kernel for it" in said
+    assert "- on Ampere vLLM 0.26.0 computes wint4_afp16 (INT4_GROUP128-A16) as it is scored by MarlinLinear" in said
 
 
 def test_a_probe_of_scheme_files_is_logged(scored, made):
@@ -322,6 +325,14 @@ def test_a_probe_of_scheme_files_is_logged(scored, made):
     assert run.data.metrics["probe/floor/kl"] < 1e-6
     assert run.data.params["eff.rows"] == "4"
     assert "| bits_6 |" in run.data.tags["mlflow.note.content"]
+    best, other, *_ = MlflowClient(store).search_logged_models(
+        [run.info.experiment_id], "metrics.bits < 16", order_by=[{"field_name": "metrics.probed_kl"}]
+    )
+    assert (best.name, other.name) == ("tiny bits_9", "tiny bits_6")
+    known = {metric.key: metric for metric in best.metrics}
+    assert known["probed_kl"].value == known["probe/bits_9/kl"].value == run.data.metrics["probe/bits_9/kl"]
+    assert known["probed_kl"].dataset_name == "everyday-held-out" == run.inputs.dataset_inputs[0].dataset.name
+    assert known["bits"].value == run.data.metrics["probe/bits_9/bits"]
     assert {a.path for a in MlflowClient(store).list_artifacts(run.info.run_id)} == {
         "figures",
         "run.json",
@@ -409,7 +420,10 @@ def test_a_budget_below_the_floor_ends_in_one_line(scored):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("budget_gib=0.0001", "context=64"), r"budget_gib=0\.0001 cannot be reached: the least is 0\.0\d+ GiB \(0\.0"),
+        (
+            ("budget_gib=0.0001,0.0002", "context=64"),
+            r"budget_gib=0\.0001 cannot be reached: the least is 0\.0\d+ GiB \(0\.0",
+        ),
         (("budget_gib=1", "context=1000000"), r"context=1000000 is longer than the 2,048 positions of the model"),
     ],
 )

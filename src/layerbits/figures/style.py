@@ -78,6 +78,7 @@ LABELS = {
     "score": "Raw score (ModelOpt's definition)",
     "kl": "Measured KL (nats per token)",
     "bits": "Effective bits (weight storage bits per weight)",
+    "gib": "Checkpoint and KV cache, GiB",
     "served_gib": "Weights in vLLM, GiB",
     "decode_ms": "Decode step in vLLM, ms",
 }
