@@ -422,7 +422,7 @@ def test_a_budget_below_the_floor_ends_in_one_line(scored):
     [
         (
             ("budget_gib=0.0001,0.0002", "context=64"),
-            r"budget_gib=0\.0001 cannot be reached: the least is 0\.0\d+ GiB \(0\.0",
+            r"budget_gib=0\.0001 cannot be reached: the least is 0\.0\d+ GiB",
         ),
         (("budget_gib=1", "context=1000000"), r"context=1000000 is longer than the 2,048 positions of the model"),
     ],

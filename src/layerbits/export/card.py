@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from layerbits.candidates.kv_cache import NO_CACHE
+from layerbits.results.result import KINDS
 from layerbits.schemes.sizes import GIB
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def _recipe(scheme: Scheme) -> list[str]:
         key = (group.kind, name or "not quantized")
         groups[key] += 1
         linears[key] += len(group.modules)
-    return [f"| {kind} | {name} | {count} | {linears[kind, name]} |" for (kind, name), count in groups.items()]
+    rows = sorted(groups.items(), key=lambda row: (KINDS.index(row[0][0]), row[0][1]))
+    return [f"| {kind} | {name} | {count} | {linears[kind, name]} |" for (kind, name), count in rows]
 
 
 def _metadata(card: str) -> dict[str, object]:
