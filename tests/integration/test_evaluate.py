@@ -15,6 +15,7 @@ from layerbits.answers import endpoint, rows
 from layerbits.history.evaluated import answers_of
 from layerbits.inputs import smollm2
 from layerbits.results.manifest import load_manifest
+from layerbits.tracking.contract import DIGEST_TAG
 
 from .completions import completions
 from .entries import ROOT, environment, start
@@ -144,6 +145,20 @@ def test_the_report_of_a_scheme_has_the_verdict(run):
     assert f"- bits_8: {said['bits_8']}" in later.data.tags["mlflow.note.content"]
     newest = max(run["folder"].glob("out/tmp/schemes_*"))
     assert f"- bits_8: {said['bits_8']}" in (newest / "schemes.md").read_text()
+
+
+def test_the_model_card_of_an_export_has_the_verdict(run):
+    exports = run["folder"] / "exports"
+    done = start(
+        "export", f"run_id={run['source'].info.run_id}", "schemes=none", "effective_bits=8", "device=cpu",
+        f"export_root={exports}", *run["store"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    card = (exports / "bits_8" / "README.md").read_text()
+    metrics = run["run"].data.metrics
+    for row in answers_of(run["store"][0].partition("=")[2], "1", run["run"].data.tags[f"{DIGEST_TAG}bits_8"]):
+        before, after = (metrics[f"eval/{row['task']}/{name}/accuracy"] for name in ("unquantized", "bits_8"))
+        assert f"| {row['task']} | 16 | {100 * before:.1f} % | {100 * after:.1f} % | {row['verdict']} |" in card
 
 
 def test_history_gives_the_answers_of_a_scheme(run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,13 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the base model that holds for its quantized form."""
 
 
-def write_card(folder: Path, scheme: Scheme, proof: Proof, probed_kl: float | None = None) -> None:
+def write_card(
+    folder: Path,
+    scheme: Scheme,
+    proof: Proof,
+    probed_kl: float | None = None,
+    answers: Sequence[Mapping[str, object]] = (),
+) -> None:
     """Writes the card; the base model's own stays beside it.
 
     Args:
@@ -35,15 +41,22 @@ def write_card(folder: Path, scheme: Scheme, proof: Proof, probed_kl: float | No
         scheme: What was exported.
         proof: What was proven of it.
         probed_kl: Nats per token on held-out rows, where a probe measured them.
+        answers: What an evaluation found, a row per task, as :func:`layerbits.history.evaluated.answers_of` gives them.
     """
     card, base = folder / CARD, folder / BASE_CARD
     if card.is_file() and not base.is_file():
         card.rename(base)
     metadata = _metadata(base.read_text("utf-8", errors="replace")) if base.is_file() else {}
-    card.write_text(_card(scheme, proof, metadata, probed_kl), "utf-8")
+    card.write_text(_card(scheme, proof, metadata, probed_kl, answers), "utf-8")
 
 
-def _card(scheme: Scheme, proof: Proof, kept: Mapping[str, object], probed_kl: float | None) -> str:
+def _card(
+    scheme: Scheme,
+    proof: Proof,
+    kept: Mapping[str, object],
+    probed_kl: float | None,
+    answers: Sequence[Mapping[str, object]],
+) -> str:
     record = proof.record
     source = scheme.model.source
     front = {
@@ -93,8 +106,32 @@ def _card(scheme: Scheme, proof: Proof, kept: Mapping[str, object], probed_kl: f
         "| what | nats per token | on |",
         "|---|---:|---|",
         *measured,
+        *(_answers(answers) if answers else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _answers(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """What the scheme does to answers, beside the unquantized model's on the same questions."""
+
+    def share(value: object) -> str:
+        return f"{100 * value:.1f} %" if isinstance(value, float) else "–"
+
+    table = [
+        f"| {row['task']} | {row['documents']:.0f} | {share(row['unquantized'])} | {share(row['accuracy'])} | "
+        f"{row['verdict']} |"
+        for row in rows
+    ]
+    head = ["| task | questions | right, unquantized | right | verdict |", "|---|---:|---:|---:|---|"]
+    return [
+        "",
+        "## Answers",
+        "",
+        "The same questions to both, compared question by question (95 %).",
+        "",
+        *head,
+        *table,
+    ]
 
 
 def _recipe(scheme: Scheme) -> list[str]:

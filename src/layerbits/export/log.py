@@ -9,7 +9,7 @@ from pathlib import Path
 from layerbits.export.card import write_card
 from layerbits.export.job import ExportSettings, show
 from layerbits.export.scheme import Export, NotProven
-from layerbits.history.evaluated import verdicts
+from layerbits.history.evaluated import answers_of, verdicts
 from layerbits.history.probed import probed_kl
 from layerbits.jobs import JobRun, Tracker, note
 from layerbits.schemes import Scheme
@@ -50,8 +50,9 @@ class ExportLog:
             small = made.proof.record.bytes <= self._settings.artifact_bytes
             probed = self._probed(run, scheme)
             metrics = {**made.metrics, **probed}
-            if probed:
-                write_card(made.folder, scheme, made.proof, probed["probe/kl"])
+            answers = self._answers(run, scheme)
+            if probed or answers:
+                write_card(made.folder, scheme, made.proof, probed.get("probe/kl"), answers)
             said = self._verdict(run, scheme)
             words = made.proof.markdown() + (f"\nAnswers: {said}.\n" if said else "")
             about = {**provenance(self._root), **made.tags, **note(words)}
@@ -118,6 +119,12 @@ class ExportLog:
         if run.session is None:
             return None
         return verdicts(run.session.tracking_uri, run.session.experiment_id).get(scheme.digest)
+
+    def _answers(self, run: JobRun, scheme: Scheme) -> list[dict[str, object]]:
+        """The same as rows of its model card."""
+        if run.session is None:
+            return []
+        return answers_of(run.session.tracking_uri, run.session.experiment_id, scheme.digest)
 
     def _probed(self, run: JobRun, scheme: Scheme) -> dict[str, float]:
         """The KL of the latest probe of the scheme, where there is one."""
