@@ -1,5 +1,6 @@
 """Runs on pictures from the command line: scored, told by modality, exported and proven."""
 
+import csv
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from layerbits.inputs.drawn import embedded
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import VISION_KINDS
+from layerbits.schemes import load_scheme
 from tests.families import WITH_PICTURES, WITHOUT_PROCESSOR, build_with_processor
 
 from .entries import start
@@ -68,10 +70,20 @@ def test_a_scored_vision_tower_is_exported_and_proven(form, tmp_path_factory, tm
     kinds = {g.kind for g in load_manifest(result).groups}
     assert kinds >= {*VISION_KINDS, "qkv", "down"}
     exported = start(
-        "export", f"run_id={result}", "schemes=none", "effective_bits=8", f"format={form}", "device=cpu",
-        "tracking=none", f"output_root={tmp_path}", f"export_root={tmp_path / 'exports'}",
+        "export", f"run_id={result}", "schemes=none", "effective_bits=9", "vision_bits=12", f"format={form}",
+        "device=cpu", "tracking=none", f"output_root={tmp_path}", f"export_root={tmp_path / 'exports'}",
     )  # fmt: skip
     assert exported.returncode == 0, exported.stderr + exported.stdout
+    scheme = load_scheme(tmp_path / "exports" / "bits_9.report" / "scheme.json")
+    bits = {c.name: c.bits for c in scheme.candidates}
+    for tower, most in ((True, 12), (False, 9)):
+        part = [
+            (g.weights, bits.get(name, 16.0))
+            for g, name in zip(scheme.groups, scheme.assignment, strict=True)
+            if (g.kind in VISION_KINDS) == tower
+        ]
+        assert any(b < 16 for _, b in part)
+        assert sum(w * b for w, b in part) <= (most + 1e-6) * sum(w for w, _ in part)
 
 
 def test_a_probe_tells_words_after_pictures_from_text(tmp_path_factory, tmp_path):
@@ -100,6 +112,54 @@ def test_a_validation_measures_words_after_pictures(tmp_path_factory, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "On plain text" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def with_tower(tmp_path_factory):
+    """A run that scored its vision tower."""
+    return run(checkpoint("qwen3_vl", tmp_path_factory), tmp_path_factory.mktemp("tower"), "model.vision=true")
+
+
+def test_a_scheme_with_a_tower_is_probed(with_tower, tmp_path):
+    given = (f"run_id={with_tower}", "schemes=none", "controls=none", "rows=4", "batch_size=2", "device=cpu")
+    kl = {}
+    for tower in (9, 16):
+        out = tmp_path / str(tower)
+        done = start(
+            "probe", *given, "effective_bits=16", f"vision_bits={tower}", "tracking=none", f"output_root={out}"
+        )
+        assert done.returncode == 0, done.stderr
+        (file,) = out.glob("tmp/probe_*/probe.json")
+        (scheme,) = json.loads(file.read_text())["schemes"]
+        kl[tower] = {name: value for name, (value, _) in scheme["by_modality"].items()}
+    assert kl[9]["pictures"] > 1e-7
+    assert kl[9]["text"] < 1e-12  # the tower has no part in plain text
+    assert max(kl[16].values()) < 1e-12
+
+
+def test_a_run_with_a_tower_is_validated(with_tower, tmp_path):
+    done = start(
+        "validate", f"run_id={with_tower}", "rows=4", "batch_size=2", "rankers=gradient,fisher,weight_mse",
+        "device=cpu", "tracking=none", f"output_root={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fisher cannot score a vision tower and are left out" in done.stdout
+    (file,) = tmp_path.glob("tmp/validation_*/validation.csv")
+    rows = list(csv.DictReader(file.open()))
+    tower = [row for row in rows if row["kind"] in VISION_KINDS]
+    assert {row["kind"] for row in tower} == set(VISION_KINDS)
+    assert all(float(row["measured_kl"]) > 0 for row in rows)
+
+
+def test_a_recipe_that_leaves_the_tower_out_says_so(tmp_path_factory, tmp_path):
+    folder = checkpoint("qwen3_vl", tmp_path_factory)
+    done = start(
+        "sensitivity", "recipe=general/auto_quantize/nvfp4_fp8_at_5p4bits", "model=hf", f"model.path={folder}",
+        "model.name=tiny", "dataset=image_text", "dataset.size=8", "autoquant.batch_size=4", "model.vision=true",
+        "device=cpu", "tracking=none", f"output_root={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "leaves the vision tower out, so model.vision=true scores nothing of it" in done.stderr
 
 
 def test_a_tower_without_pictures_is_refused(tmp_path_factory, tmp_path):

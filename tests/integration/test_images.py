@@ -1,7 +1,10 @@
 """Chats about pictures through a pass: equal to ModelOpt's own search on the same batches, whatever the memory mode."""
 
+import json
+import shutil
 from dataclasses import replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -14,13 +17,15 @@ from layerbits.inputs.calibration import Batch, Calibration
 from layerbits.inputs.drawn import embedded
 from layerbits.inputs.loading import load
 from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve, vision_linears
+from layerbits.inputs.patches import most_patches
 from layerbits.inputs.picture_rows import Reader, picture_batches
 from layerbits.inputs.processor import load_processor
 from layerbits.inputs.rows import rows_of
 from layerbits.results.result import VISION_KINDS
-from layerbits.scoring import kl, onepass, stock
+from layerbits.scoring import kl, onepass, quantizers, stock
 from layerbits.scoring.features import kept_features
 from layerbits.scoring.steps import calibration_forward, loss_logits
+from layerbits.scoring.taps import Taps
 from tests.families import WITH_PICTURES, WITHOUT_PROCESSOR, build_with_processor, picture_batch
 
 from .scoring_support import configs, job, loaded
@@ -189,6 +194,32 @@ def test_the_vision_tower_is_scored_in_the_same_pass(family, tmp_path):
     assert np.allclose(one.sample_image_kl[:, at], one.sample_kl[:, at])
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "internvl"])
+def test_the_estimate_of_memory_counts_the_patches_of_a_tower(family):
+    model = subject(family)[0].model
+    names = list(vision_linears(model))
+    batch = chats(family, apart=True)[0]
+    seen = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _module, args, name=name: seen.__setitem__(name, args[0].numel() // args[0].shape[-1])
+        )
+        for name in names
+    ]
+    segment = max(batch.segments, key=lambda s: sum(row.inputs["pixel_values"].numel() for row in s.pictures))
+    with torch.no_grad():
+        loss_logits(model, Batch((segment,)))
+    for hook in hooks:
+        hook.remove()
+    patches = most_patches(batch.segments, model.config)
+    pixels = [row.inputs["pixel_values"] for row in segment.pictures]
+    pictures = sum(len(p) for p in pixels if p.dim() > 2)
+    assert seen[names[0]] <= patches <= seen[names[0]] + pictures  # a token for the class, or none
+    taps, tokens = Taps(model, names, quantizers.UNQUANTIZED), segment.input_ids.numel()
+    wanted = taps.footprints(tokens)[0].kept * patches
+    assert wanted <= taps.footprints(tokens, patches)[0].kept * tokens < wanted + tokens  # rounded up
+
+
 def test_a_block_of_the_tower_that_is_not_used_scores_nothing(tmp_path):
     model = subject("llava")[0]
     whole = replace(model, linears={**model.linears, **vision_linears(model.model)})
@@ -251,6 +282,18 @@ def test_a_folder_without_a_processor_is_told(tmp_path):
     build_with_processor("mistral3", tmp_path)
     with pytest.raises(UserError, match="has no processor"):
         load_processor(resolve(ModelSpec("x", str(tmp_path))), None)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
+def test_a_processor_that_needs_a_package_names_it(tmp_path):
+    build_with_processor("smolvlm", tmp_path)
+    for file in checkpoint("qwen2_5_vl", Path(mkdtemp())).glob("*token*"):
+        shutil.copy(file, tmp_path)
+    says = {"image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(says))
+    resolved = resolve(ModelSpec("tiny", str(tmp_path)))
+    with pytest.raises(UserError, match=r"^the processor of .* needs torchvision, which is not installed; install it$"):
+        load_processor(resolved, load_tokenizer(resolved))
 
 
 def test_a_template_without_a_place_for_the_picture_is_told():

@@ -51,6 +51,54 @@ def blocks_of(scheme):
     return {g.block for g, name in zip(scheme.groups, scheme.assignment, strict=True) if name is not None}
 
 
+@pytest.fixture
+def with_tower(both):
+    """The groups of the last two blocks as those of a vision tower, a fifth as large."""
+    groups = [
+        replace(g, block=None, kind="vision_fc1", weights=g.weights // 5) if g.block in (10, 11) else g
+        for g in both.groups
+    ]
+    return replace(both, groups=tuple(groups), sample_kl=None)
+
+
+def bits_over(scheme, tower):
+    bits = {c.name: c.bits for c in scheme.candidates}
+    mine = [
+        (g.weights, 16.0 if name is None else bits[name])
+        for g, name in zip(scheme.groups, scheme.assignment, strict=True)
+        if (g.kind == "vision_fc1") == tower
+    ]
+    return sum(w * b for w, b in mine) / sum(w for w, _ in mine)
+
+
+def test_a_tower_has_a_budget_of_its_own(with_tower):
+    low = one(with_tower, effective_bits=6, vision_bits=12)
+    assert bits_over(low, tower=False) <= 6.0001
+    assert 10 < bits_over(low, tower=True) <= 12.0001
+    as_it_is = one(with_tower, effective_bits=6, vision_bits=16)
+    assert bits_over(as_it_is, tower=True) == 16
+    language = [n for g, n in zip(low.groups, low.assignment, strict=True) if g.kind != "vision_fc1"]
+    other = [n for g, n in zip(as_it_is.groups, as_it_is.assignment, strict=True) if g.kind != "vision_fc1"]
+    assert language == other  # the tower has no say in the language model
+    assert (low.how["vision_bits"], low.how["target_effective_bits"]) == (12, 6)
+    assert low.digest != as_it_is.digest
+
+
+def test_a_shared_budget_is_no_two(with_tower):
+    shared = one(with_tower, effective_bits=6)
+    assert shared.effective_bits <= 6.0001
+    assert bits_over(shared, tower=True) != pytest.approx(6, abs=1e-3)
+
+
+def test_a_budget_of_a_tower_that_was_not_scored_is_refused(source, with_tower):
+    with pytest.raises(UserError, match=r"vision_bits=12, but the run scored no vision tower; score"):
+        one(source, effective_bits=9, vision_bits=12)
+    with pytest.raises(UserError, match="vision_bits=12 goes with effective_bits"):
+        one(with_tower, budget_gib=1, vision_bits=12)
+    with pytest.raises(UserError, match="vision_bits=2 cannot be reached"):
+        one(with_tower, effective_bits=6, vision_bits=2)
+
+
 def test_a_blocks_score_is_the_sum_of_its_groups(source):
     sums = block_scores(source.groups, source.scores)
     assert sums[3] == pytest.approx(source.scores[12:16].sum())

@@ -50,6 +50,6 @@ def _parameters(result: Validation, settings: ValidateSettings) -> dict[str, str
         "eff.rows": str(result.data.rows),
         "eff.measured_dtype": result.dtype,
         "eff.disable_one": str(settings.disable_one).lower(),
-        "eff.rankers": ",".join(settings.rankers),
+        "eff.rankers": ",".join(one.name for one in result.predictions[1:]),
         "eff.kv_cache": "+".join(one.format for one in result.kv) or "none",
     }

@@ -197,7 +197,10 @@ def _rendered(chat: Pictured, processor: ProcessorMixin) -> tuple[str, Callable[
                     )
                 )
             except Exception as error:  # templates raise what they like
-                raise UserError(f"{chat.where}: the chat template fails on it ({first_line(error)})") from None
+                raise UserError(
+                    f"{chat.where}: the chat template fails on it ({first_line(error)}); use the chat template that "
+                    "came with the model's processor"
+                ) from None
 
         text = render(chat.messages, False)
         starts = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _PARTS = ("image_processor", "tokenizer")
+_LACKING = re.compile(r"Missing optional dependencies: ([\w, -]+)")
 
 
 def reader_for(
@@ -72,6 +74,10 @@ def load_processor(resolved: ResolvedModel, tokenizer: PreTrainedTokenizerBase) 
     except ImportError as error:
         raise UserError(f"the processor of {source} needs a package ({first_line(error)}); install it") from None
     except Exception as error:  # the readers of processor files raise whatever a damaged one makes of them
+        if lacking := _LACKING.search(str(error)):  # transformers has a ValueError for that
+            raise UserError(
+                f"the processor of {source} needs {lacking[1]}, which is not installed; install it"
+            ) from None
         raise UserError(
             f"{source} holds no processor that can be read ({first_line(error)}); put the processor files of the model "
             "into the checkpoint"

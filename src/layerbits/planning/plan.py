@@ -201,6 +201,7 @@ _SINGLE = {"quant_pair": "quant_pairs", "quant_granularity": "quant_granularitie
 
 
 def _work(planned: Plan) -> tuple[Work, Needs, QuantizerSettings]:
+    from layerbits.inputs.patches import most_patches
     from layerbits.planning.sample import Work
     from layerbits.scoring.placement import needs_of
     from layerbits.scoring.quantizers import distinct_settings
@@ -213,7 +214,8 @@ def _work(planned: Plan) -> tuple[Work, Needs, QuantizerSettings]:
     work = Work(planned.resolved, planned.scored, configs, shapes, spec.method, spec.draws, planned.device)
     tokens = max(rows * length for rows, length in shapes)
     settings = distinct_settings(list(configs.values()))
-    return work, needs_of(planned.resolved, planned.scored, tokens, settings), settings
+    patches = most_patches((s for b in planned.calibration.score for s in b.segments), planned.resolved.config)
+    return work, needs_of(planned.resolved, planned.scored, tokens, settings, patches), settings
 
 
 def _free(planned: Plan) -> tuple[float, float]:

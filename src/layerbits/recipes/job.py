@@ -79,6 +79,7 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
         UserError: Whatever can be known to fail by now, with what to change.
     """
     from layerbits.inputs.loading import empty_model
+    from layerbits.inputs.models import vision_linears
 
     settings, notes = _with_recipe(settings, recipe)
     cache = kv_name(recipe.cache_settings)
@@ -88,7 +89,13 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
     elif cache == NO_CACHE:
         cache = AUTO  # what was priced
     bench = workbench(settings)
-    space = lay_out(recipe, empty_model(bench.resolved), bench.linears)
+    empty = empty_model(bench.resolved)
+    space = lay_out(recipe, empty, bench.linears)
+    if settings.model.vision and not set(space.scored) & set(vision_linears(empty)):
+        notes.append(
+            f"recipe {recipe.name} leaves the vision tower out, so model.vision=true scores nothing of it; take the "
+            "tower's patterns out of the recipe's disabled layers"
+        )
     checked: dict[int, tuple[Candidate, Capability]] = {}
     for c, candidate in enumerate(space.candidates):
         mine = [m for slot in space.slots if c in slot.choices for m in slot.modules]

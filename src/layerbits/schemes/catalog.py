@@ -48,6 +48,8 @@ class SchemeSpec:
         score_samples: Captions that they should have been measured on; another number gets a note.
         control: ``random`` or ``first_last``: made for each of the other schemes, with its bits.
         seeds: Of the control, one each.
+        vision_bits: Budget of the groups of the vision tower, over which alone it counts, as ``effective_bits`` then
+            counts over all others; ``None`` = one budget for all.
     """
 
     name: str
@@ -61,6 +63,7 @@ class SchemeSpec:
     control: str | None = None
     seeds: tuple[int, ...] = (0,)
     budget_gib: tuple[float, ...] = ()
+    vision_bits: float | None = None
 
     def __post_init__(self) -> None:
         """Checks the choices.
@@ -78,6 +81,12 @@ class SchemeSpec:
             raise UserError(f"scheme {self.name} needs either a budget (effective_bits, budget_gib) or control")
         if wrong := [b for b in self.budget_gib if not 0 < b < math.inf]:
             raise UserError(f"scheme {self.name}: budget_gib={wrong[0]:g} is no number of GiB; use one above 0")
+
+        if self.vision_bits is not None and self.budget_gib:
+            raise UserError(
+                f"scheme {self.name}: vision_bits={self.vision_bits:g} goes with effective_bits; budget_gib counts the "
+                "tower with everything else"
+            )
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
@@ -103,7 +112,7 @@ class SchemeSpec:
                     given = values[key]
                     several = given if isinstance(given, list | tuple) else [given]
                     values[key] = tuple(kind(value) for value in several)
-            for key, kind in (("coverage", float), ("score_samples", int)):
+            for key, kind in (("coverage", float), ("score_samples", int), ("vision_bits", float)):
                 if values.get(key) is not None:
                     values[key] = kind(values[key])
         except (TypeError, ValueError):

@@ -9,9 +9,10 @@ import numpy as np
 
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.errors import UserError
-from layerbits.results.assignment import UNQUANTIZED_BITS, Assignment
+from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import CandidateInfo, FloatArray, costs, effective_bits
 from layerbits.schemes import solver
+from layerbits.schemes.budgets import parts
 from layerbits.schemes.byte_budget import not_exported, solved_in_bytes
 from layerbits.schemes.catalog import Budget, SchemeSpec
 from layerbits.schemes.controls import control
@@ -64,6 +65,7 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
             "objective": spec.objective,
             "candidates": [c.name for c in candidates],
         }
+        how |= {} if spec.vision_bits is None else {"vision_bits": spec.vision_bits}
         more = notes
         if spec.coverage is not None:
             blocks = covered_blocks(source.groups, values, spec.coverage, spec.coverage_order)
@@ -98,7 +100,13 @@ def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[Assignm
     bits = _bits([source.candidates[c] for c in columns])
     if spec.budget_gib:
         return solved_in_bytes(source, columns, solver.problem(values, bits, _costs(source)), spec.budgets)
-    return [s.assignment for s in solver.pareto(values, bits, _costs(source), spec.effective_bits)]
+    names, weights = list(bits), np.asarray(_costs(source))
+    positions = np.full((len(spec.effective_bits), len(source.groups)), UNQUANTIZED)
+    for part in parts(spec, source.groups):
+        found = solver.pareto(values[part.at], bits, weights[part.at].tolist(), part.budgets, part.key)
+        for row, solution in zip(positions, found, strict=True):
+            row[part.at] = solution.assignment.positions(names)
+    return [Assignment.at(row.tolist(), names) for row in positions]
 
 
 def controls_of(spec: SchemeSpec, reference: Scheme, source: Source) -> list[Scheme]:

@@ -82,11 +82,14 @@ class SchemeSettings:
         shared = {
             "candidates": [] if candidates == ["all"] else candidates,
             "objective": config["objective"],
+            "vision_bits": _vision_bits(config.get("vision_bits")),
         }
         base = SchemeSpec.from_mapping({"name": "bits", "effective_bits": budgets or [16], **shared})
         named = load_specs([*listed(config["schemes"]), *listed(config["controls"])], folder)
         if config["coverage_order"] not in _NONE:
             named = [_ordered(spec, config["coverage_order"]) for spec in named]
+        if (tower := base.vision_bits) is not None:
+            named = [spec if spec.control else replace(spec, vision_bits=tower) for spec in named]
         # A budget has its number in its name even when it is the only one.
         own = []
         if budgets or gib:
@@ -122,6 +125,15 @@ def _cost_model(value: object) -> str | None:
     if value not in COST_MODELS:
         raise UserError(f"cost_model={value} is not known; use one of {', '.join(COST_MODELS)}, or none")
     return str(value)
+
+
+def _vision_bits(value: object) -> float | None:
+    if value in _NONE:
+        return None
+    try:
+        return float(str(value))
+    except ValueError:
+        raise UserError(f"vision_bits={value} is not a number; give bits per weight of the vision tower") from None
 
 
 def _ordered(spec: SchemeSpec, order: str) -> SchemeSpec:

@@ -102,7 +102,11 @@ def best_choice(stated: Problem, budget: float) -> IntArray:
 
 
 def pareto(
-    scores: FloatArray, bits: Mapping[str, float], weights: Sequence[float], budgets: Sequence[float]
+    scores: FloatArray,
+    bits: Mapping[str, float],
+    weights: Sequence[float],
+    budgets: Sequence[float],
+    key: str = "effective_bits",
 ) -> list[Solution]:
     """Least score sum under each of some budgets.
 
@@ -111,13 +115,14 @@ def pareto(
         bits: Candidate → bits.
         weights: ``[G]``.
         budgets: Effective bits, at most (:data:`TOLERANCE`).
+        key: What the user calls them.
 
     Raises:
         UserError: A budget is out of the feasible range.
     """
     stated = problem(scores, bits, weights)
     for budget in budgets:
-        check(stated, budget)
+        check(stated, budget, key)
     slopes = _slopes(stated)
     return [stated.solution(_solve(stated, slopes, budget)) for budget in budgets]
 
@@ -154,8 +159,13 @@ def relaxed(scores: FloatArray, bits: Sequence[float], weights: Sequence[float],
     return np.where(at == padded.shape[2] - 1, UNQUANTIZED, at).astype(np.int64)
 
 
-def check(stated: Problem, budget: float) -> None:
+def check(stated: Problem, budget: float, key: str = "effective_bits") -> None:
     """Checks a budget of effective bits.
+
+    Args:
+        stated: The problem.
+        budget: Effective bits.
+        key: What the user calls them.
 
     Raises:
         UserError: It is out of the feasible range.
@@ -164,7 +174,7 @@ def check(stated: Problem, budget: float) -> None:
     if not floor - TOLERANCE <= budget <= UNQUANTIZED_BITS:
         why = f"; {stated.stuck} groups without a finite score stay unquantized" if stated.stuck else ""
         raise UserError(
-            f"effective_bits={budget:g} cannot be reached: the feasible range is {floor:.4g} to "
+            f"{key}={budget:g} cannot be reached: the feasible range is {floor:.4g} to "
             f"{UNQUANTIZED_BITS:g}{why}; choose a number between"
         )
 

@@ -19,6 +19,7 @@ import pandas as pd
 from layerbits.results.assignment import UNQUANTIZED, IntArray
 from layerbits.results.bootstrap import FEWEST, SUPPORTED, draw, resampled
 from layerbits.results.result import FloatArray, costs
+from layerbits.schemes.budgets import parts
 from layerbits.schemes.catalog import Budget, SchemeSpec
 from layerbits.schemes.coverage import covered_blocks
 from layerbits.schemes.make import scheme_name, solved
@@ -123,7 +124,7 @@ def sureness(specs: Sequence[SchemeSpec], source: Source, draws: int = DRAWS, se
         if spec.control is not None or spec.budget_gib:
             continue
         columns = source.columns(spec.candidates)
-        key = (*columns, *spec.effective_bits)
+        key = (*columns, *spec.effective_bits, spec.vision_bits or 0.0)
         if key not in known:  # specs that differ in coverage alone share their solutions
             drawn = _drawn(source.sample_kl, tokens, source.predicted_kl, columns, weights)
             known[key] = drawn, [_solved(spec, source, columns, values) for values in drawn]
@@ -166,7 +167,7 @@ def _of_spec(
                 regret=float(lost.mean()),
                 regret_high=float(np.quantile(lost, 0.95)),
                 predicted_kl=_damage(source.predicted_kl[:, columns], own[at]),
-                needed=_needed(spec, source, columns, drawn, budget, captions),
+                needed=_needed(spec, source, columns, drawn, at, captions),
             )
         )
     return results
@@ -199,19 +200,23 @@ def _damage(values: FloatArray, choice: IntArray) -> float:
 
 
 def _needed(
-    spec: SchemeSpec, source: Source, columns: list[int], drawn: FloatArray, budget: float, captions: int
+    spec: SchemeSpec, source: Source, columns: list[int], drawn: FloatArray, budget: int, captions: int
 ) -> float:
     """Captions with which 95 % of the choices would be stable, by bisection on a scale of powers of two.
 
     The variance of a mean over ``m`` captions goes with ``1 / m``, so the noise of the draws is scaled by its root. The
-    choices are those of the relaxed problem, some of which the exact solver makes differently to use up the budget.
+    choices are those of the relaxed problem, some of which the exact solver makes differently to use up the budget
+    (``budget``: its number).
     """
     base = np.maximum(source.predicted_kl[:, columns], 0.0)
     noise, count = drawn - drawn.mean(axis=0), len(columns)
-    bits, weights = [source.candidates[c].bits for c in columns], costs(source.groups, source.cost_model)
+    bits, weights = [source.candidates[c].bits for c in columns], np.array(costs(source.groups, source.cost_model))
+    shared = parts(spec, source.groups)
 
     def choices(values: FloatArray) -> IntArray:
-        solved = relaxed(values, bits, weights, budget)
+        solved = np.full(values.shape[:2], UNQUANTIZED)
+        for part in shared:
+            solved[:, part.at] = relaxed(values[:, part.at], bits, weights[part.at].tolist(), part.budgets[budget])
         return np.array([_covered(spec, source, v, c) for v, c in zip(values, solved, strict=True)])
 
     own = choices(base[None])[0]

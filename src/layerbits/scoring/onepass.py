@@ -21,6 +21,7 @@ import torch
 
 from layerbits.inputs.calibration import Batch
 from layerbits.inputs.kinds import place_of
+from layerbits.inputs.patches import most_patches
 from layerbits.progress import part_done, planned
 from layerbits.results.kv_cache import KvScore
 from layerbits.results.result import FloatArray
@@ -61,7 +62,10 @@ def score(job: ScoringJob, memory: MemoryPlan | None = None) -> Scores:
     taps = Taps(model, search.names, search.settings)
     largest = max(s.input_ids.numel() for b in batches for s in b.segments)
     if memory is None:
-        memory = plan_memory(model, taps.footprints(largest), largest, len(search.settings.weights), job.memory)
+        patches = most_patches((s for b in batches for s in b.segments), model.config)
+        memory = plan_memory(
+            model, taps.footprints(largest, patches), largest, len(search.settings.weights), job.memory
+        )
     taps.keep_weights, taps.keep_experts = memory.keep_weights, memory.keep_experts
     log = StepLog(job.workdir, job.fingerprint)
 

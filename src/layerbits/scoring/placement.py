@@ -26,6 +26,7 @@ def in_host_memory(
     device: str,
     wanted: str,
     settings: QuantizerSettings = UNQUANTIZED,
+    patches: int = 0,
 ) -> bool:
     """Whether a model must be loaded with its weights in host memory.
 
@@ -36,6 +37,7 @@ def in_host_memory(
         device: ``cpu``, ``cuda`` or ``cuda:<n>``.
         wanted: A memory mode; ``auto`` says yes where ``lean`` does not fit the GPU.
         settings: Distinct quantizer settings of the candidates.
+        patches: Of the pictures of the segment that has most.
 
     Raises:
         UserError: ``offload`` is wanted and host memory is too small for it.
@@ -43,7 +45,7 @@ def in_host_memory(
     """
     if wanted not in ("auto", "offload") or (wanted == "auto" and (device == "cpu" or resolved.spec.device_map)):
         return False
-    needs = needs_of(resolved, scored, tokens, settings)
+    needs = needs_of(resolved, scored, tokens, settings, patches)
     if wanted == "auto":
         if needs.device_bytes("lean") <= HEADROOM * free_bytes(torch.device(device)) or not needs.model.block:
             return False
@@ -63,10 +65,14 @@ def in_host_memory(
 
 
 def needs_of(
-    resolved: ResolvedModel, scored: Sequence[str], tokens: int, settings: QuantizerSettings = UNQUANTIZED
+    resolved: ResolvedModel,
+    scored: Sequence[str],
+    tokens: int,
+    settings: QuantizerSettings = UNQUANTIZED,
+    patches: int = 0,
 ) -> Needs:
     """What a pass will take, from the shapes of the model alone; arguments as of :func:`in_host_memory`."""
     model = empty_model(resolved)
     # quantizers say nothing of memory, and some cannot be made where there are no weights
-    footprints = Taps(model, scored, UNQUANTIZED).footprints(tokens)
+    footprints = Taps(model, scored, UNQUANTIZED).footprints(tokens, patches)
     return Needs.of(model, footprints, tokens, len(settings.weights))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -87,9 +88,25 @@ class Taps:
         self._tower = set(in_tower(model, names))
         self.images = ImageInputs()
 
-    def footprints(self, tokens: int) -> list[ModuleFootprint]:
-        """What each module takes for a segment of some tokens."""
-        return [tap.footprint(tokens) for tap in self.taps]
+    def footprints(self, tokens: int, patches: int = 0) -> list[ModuleFootprint]:
+        """What each module takes for a segment.
+
+        Args:
+            tokens: Of the segment.
+            patches: Of its pictures: what a vision tower's modules see instead.
+        """
+        if not patches:
+            return [tap.footprint(tokens) for tap in self.taps]
+        return [
+            self._of_patches(tap, tokens, patches) if tap.name in self._tower else tap.footprint(tokens)
+            for tap in self.taps
+        ]
+
+    @staticmethod
+    def _of_patches(tap: Tap, tokens: int, patches: int) -> ModuleFootprint:
+        found = tap.footprint(patches)
+        per_token = [-(-n * patches // tokens) for n in (found.kept, found.moved)]  # rounded up
+        return replace(found, kept=per_token[0], moved=per_token[1])
 
     def calibrate(self, batches: Sequence[Batch], need_logits: bool, pictured: bool = False) -> None:
         """Finds the static input ranges, all of them in one forward over the batches.

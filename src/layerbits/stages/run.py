@@ -78,6 +78,7 @@ def load_model(plan: Plan) -> LoadedModel:
 
 
 def _in_host_memory(plan: Plan, device: str) -> bool:
+    from layerbits.inputs.patches import most_patches
     from layerbits.scoring.placement import in_host_memory
     from layerbits.scoring.quantizers import distinct_settings
 
@@ -89,7 +90,9 @@ def _in_host_memory(plan: Plan, device: str) -> bool:
         return False
     rows = (*plan.calibration.calib, *plan.calibration.score)
     tokens = max(s.input_ids.numel() for b in rows for s in b.segments)
-    return in_host_memory(plan.resolved, plan.scored, tokens, device, spec.memory, distinct_settings(together))
+    patches = most_patches((s for b in rows for s in b.segments), plan.resolved.config)
+    settings = distinct_settings(together)
+    return in_host_memory(plan.resolved, plan.scored, tokens, device, spec.memory, settings, patches)
 
 
 def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outcome]:

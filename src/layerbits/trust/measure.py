@@ -15,15 +15,16 @@ from layerbits.probing.unquantized import UnquantizedLogits
 from layerbits.progress import progress
 from layerbits.results.bootstrap import standard_error
 from layerbits.results.kv_cache import KvScore
-from layerbits.results.result import FloatArray
+from layerbits.results.result import VISION_KINDS, FloatArray
 from layerbits.scoring.features import kept_features
 from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.norms import fused_norms
 from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search
-from layerbits.scoring.suffix import Perturbation, SuffixRunner, find_blocks
+from layerbits.scoring.suffix import Blocks, Perturbation, SuffixRunner, find_blocks
 from layerbits.trust.agreement import Captions
 from layerbits.trust.kv_cache import KvValidation
+from layerbits.trust.whole import WholeForwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,15 +95,16 @@ def measure_damage(
     kl, change, floor, together, all_but = [], [], [], [], []
     samples = 1 + max(int(s.sample.max()) for b in batches for s in b.segments)
     with fused_norms(model), kept_features(model, batches, search.names):
-        blocks = find_blocks(model, search.names, batches[0])
+        tower = any(group.kind in VISION_KINDS for group in search.groups)
+        blocks = None if tower else find_blocks(model, search.names, batches[0])
         for batch in progress(batches, "measuring"):
             owner = np.concatenate([s.sample[s.loss_mask].numpy() for s in batch.segments])
-            runner = SuffixRunner(model, blocks, batch)
+            runner = _runner(model, blocks, batch)
             damage, changed = _measured(runner, [*alone, *recomputed])
             kl.append(_by_caption(damage[: len(groups)], owner, samples))
             change.append(changed[: len(groups)].sum(axis=1))
             floor.append(damage[len(groups) :].sum(axis=1))
-            runner = SuffixRunner(model, blocks, batch, background=everything)
+            runner = _runner(model, blocks, batch, everything)
             damage, _ = _measured(runner, [alone[0], *(spared if disable_one else [])])
             together.append(_by_caption(damage[:1], owner, samples)[:, 0])
             all_but.append(_by_caption(damage[1:], owner, samples))
@@ -189,7 +191,18 @@ def measure_kv(
     return tuple(results)
 
 
-def _measured(runner: SuffixRunner, perturbations: Sequence[Perturbation]) -> tuple[FloatArray, FloatArray]:
+def _runner(
+    model: PreTrainedModel, blocks: Blocks | None, batch: Batch, background: Perturbation | None = None
+) -> SuffixRunner | WholeForwards:
+    """What measures on a batch: from a group's block on, or in whole where a vision tower is scored."""
+    if blocks is None:
+        return WholeForwards(model, batch, background)
+    return SuffixRunner(model, blocks, batch, background)
+
+
+def _measured(
+    runner: SuffixRunner | WholeForwards, perturbations: Sequence[Perturbation]
+) -> tuple[FloatArray, FloatArray]:
     """``[P, n]`` KL divergence and loss change per loss token."""
     kl, change = runner.measure(perturbations)
     return kl.double().cpu().numpy(), change.double().cpu().numpy()

@@ -33,6 +33,9 @@ IN_NATS = ("gradient", "gradient_token", "fisher", "kl_div")
 """Rankers that predict nats per token. The two errors are cheap baselines: a mean squared error of the weights, and
 one of the outputs relative to their power."""
 
+OF_TOWERS = ("gradient", "weight_mse", "output_mse")
+"""Those that score a vision tower too: the others sum over tokens, or run from one decoder block to the next."""
+
 
 @dataclass(frozen=True)
 class Ranking:

@@ -17,7 +17,7 @@ from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
 from layerbits.plain import Composed
-from layerbits.results.result import FloatArray, SensitivityResult
+from layerbits.results.result import VISION_KINDS, FloatArray, SensitivityResult
 from layerbits.stages.run import load_model, scoring_job
 from layerbits.trust.agreement import Captions
 from layerbits.trust.kv_cache import wanted_scores
@@ -73,7 +73,7 @@ def validate(
     from layerbits.scoring.precision import computing, plan_precision
     from layerbits.scoring.search import Search
     from layerbits.trust.measure import kv_caches, measure_damage, measure_kv
-    from layerbits.trust.rankers import IN_NATS, rank
+    from layerbits.trust.rankers import IN_NATS, OF_TOWERS, rank
 
     priced = wanted_scores(reference, result.kv_cache, settings.kv_cache)
     planned = plan_of_run(reference, result, settings.device, configs)
@@ -113,7 +113,12 @@ def validate(
     measured = 0 if result.measured_se is None else int(np.isfinite(result.measured_se).sum())
     how = f"{result.method}, {measured} groups measured" if measured else result.method
     own = Prediction(how, result.predicted_kl, True, _captions(result), math.nan)
-    rankings = [rank(name, job, linears, search) for name in settings.rankers]
+    rankers = settings.rankers
+    if any(group.kind in VISION_KINDS for group in search.groups):
+        rankers = tuple(name for name in rankers if name in OF_TOWERS)
+        if less := [name for name in settings.rankers if name not in rankers]:
+            print(f"{', '.join(less)} cannot score a vision tower and are left out", flush=True)
+    rankings = [rank(name, job, linears, search) for name in rankers]
     seconds["rank"] = sum(r.seconds for r in rankings)
     again = next((r.predicted for r in rankings if r.name == result.method), None) if measured == 0 else None
     return Validation(
