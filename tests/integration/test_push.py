@@ -15,7 +15,7 @@ from layerbits import tracking
 from layerbits.errors import UserError
 from layerbits.jobs import Tracker
 from layerbits.tracking import process_watchdog, session, store
-from layerbits.tracking.made import Made, Registration
+from layerbits.tracking.made import Data, Made, Measured, Registration
 from layerbits.tracking.settings import TrackingSpec
 from tests.integration.tracking_support import small_result, write_folder
 
@@ -95,6 +95,22 @@ def test_every_kind_of_result_is_pushed_once(client, uri, tmp_path, kind):
     assert {file.path for file in client.list_artifacts(run_id)} == {"result.md", "run.json"}
     assert tracking.push(folder, uri) == run_id
     assert len(client.search_runs(["1"])) == 1
+
+
+def test_pushed_schemes_are_logged_models_that_can_be_searched(client, uri, tmp_path):
+    data = (Data({"name": "rows", "digest": "d", "source_type": "code", "source": "{}"}, "evaluation"),)
+    for name, identity, gib, kl in (("a", "a1", 2.5, 0.02), ("b", "b1", 2.9, 0.01), ("c", "c1", 3.5, 0.001)):
+        exported = Measured(
+            f"tiny {name}", identity, ("kl",), values={"gib": gib}, tags={"checkpoint.path": f"/{name}"}
+        )
+        tracking.push(without_logging(tmp_path / name, "export", measured=(exported,)), uri)
+        probed = Measured(f"tiny {name}", identity, (), "rows", {"probed_kl": kl})
+        folder = without_logging(tmp_path / name, "probe", data=data, measured=(probed,))
+        assert tracking.push(folder, uri) == tracking.push(folder, uri)
+    best, other = client.search_logged_models(["1"], "metrics.gib < 3", order_by=[{"field_name": "metrics.probed_kl"}])
+    assert [(one.name, one.tags["checkpoint.path"]) for one in (best, other)] == [("tiny b", "/b"), ("tiny a", "/a")]
+    numbers = {metric.key: (metric.value, metric.dataset_name) for metric in best.metrics}
+    assert numbers == {"kl": (0.5, None), "gib": (2.9, None), "probed_kl": (0.01, "rows")}
 
 
 def test_a_check_that_failed_is_pushed_as_failed(client, uri, tmp_path):
