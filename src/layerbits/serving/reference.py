@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from layerbits.scoring.divergence import exact_divergence
+from layerbits.scoring.steps import predictions
 from layerbits.serving.distributions import Events
 from layerbits.serving.gain_score_test import GainScores, gain_scores
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -36,15 +38,11 @@ class Whole:
 
     def at(self, events: Events) -> FloatArray:
         """Those of some events."""
-        import torch
-
         selected = self.logprobs[torch.from_numpy(events.position), torch.from_numpy(events.token)]
         return np.asarray(selected.double().numpy())
 
     def kl(self, other: Whole) -> FloatArray:
         """KL divergence of another from this one at each position, over the whole vocabulary, nats."""
-        from layerbits.scoring.divergence import exact_divergence
-
         return np.asarray(exact_divergence(self.logprobs, other.logprobs).numpy())
 
 
@@ -144,8 +142,6 @@ def replicas(
 
     The others start from embeddings that are off by up to a unit in the last place, after which they round elsewhere.
     """
-    import torch
-
     with rounding(model, dtype):
         first = logprobs(model, batches)
         mean = first.logprobs.exp()
@@ -157,10 +153,6 @@ def replicas(
 
 def logprobs(model: PreTrainedModel, batches: Sequence[Batch]) -> Whole:
     """What a model tells of the texts."""
-    import torch
-
-    from layerbits.scoring.steps import predictions
-
     with torch.no_grad():
         pieces = [predictions(model, s)[0].float().log_softmax(-1).cpu() for batch in batches for s in batch.segments]
     return Whole(torch.cat(pieces))
@@ -169,8 +161,6 @@ def logprobs(model: PreTrainedModel, batches: Sequence[Batch]) -> Whole:
 @contextmanager
 def rounding(model: PreTrainedModel, dtype: str) -> Iterator[None]:
     """Rounds what every module without children returns, as a runtime does that computes in that dtype."""
-    import torch
-
     narrow = getattr(torch, dtype)
     leaves = [m for m in model.modules() if not list(m.children())]
 
@@ -187,8 +177,6 @@ def rounding(model: PreTrainedModel, dtype: str) -> Iterator[None]:
 
 @contextmanager
 def _jitter(model: PreTrainedModel, dtype: str, seed: int) -> Iterator[None]:
-    import torch
-
     unit = torch.finfo(getattr(torch, dtype)).eps
     generator = torch.Generator().manual_seed(seed)
 

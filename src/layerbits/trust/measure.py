@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from layerbits.candidates.kv_cache import KV_FORMATS
 from layerbits.errors import UserError
@@ -84,8 +85,6 @@ def measure_damage(
     Raises:
         Unsupported: The model cannot be run from a block on.
     """
-    import torch
-
     groups = range(len(search.groups))
     alone = [linears.quantized(search, g, candidate) for g in groups]
     everything = {name: forward for one in alone for name, forward in one.items()}

@@ -8,9 +8,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import nn
 
 from layerbits.errors import UserError
 from layerbits.inputs.offload import offloaded
@@ -23,10 +24,6 @@ from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search, step_of
 from layerbits.scoring.steps import calibration_forward
 from layerbits.trust.agreement import Captions
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
 
 RANKERS = ("gradient", "gradient_token", "fisher", "kl_div", "weight_mse", "output_mse")
 IN_NATS = ("gradient", "gradient_token", "fisher", "kl_div")
@@ -113,8 +110,6 @@ def gradient_token(job: ScoringJob, linears: ReplacedLinears, search: Search) ->
 
 
 def _weight_mse(linears: ReplacedLinears, search: Search) -> FloatArray:
-    import torch
-
     errors = np.zeros(len(search.groups))
     with torch.no_grad():
         for g, group in enumerate(search.groups):
@@ -124,8 +119,6 @@ def _weight_mse(linears: ReplacedLinears, search: Search) -> FloatArray:
 
 
 def _output_mse(job: ScoringJob, linears: ReplacedLinears, search: Search) -> FloatArray:
-    import torch
-
     model = job.loaded.model
     errors, powers = (np.zeros(len(search.groups)) for _ in range(2))
 

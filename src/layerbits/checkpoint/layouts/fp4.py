@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
 from layerbits.checkpoint.layouts.base import Layout, Scale
-
-if TYPE_CHECKING:
-    import torch
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -23,7 +20,5 @@ def nvfp4(tensor: str, second: Scale) -> Layout:
 
 
 def _unpack(stored: torch.Tensor) -> torch.Tensor:
-    import torch
-
     table = torch.tensor([*_E2M1, *(-v for v in _E2M1)], device=stored.device)
     return table[torch.stack([stored & 15, stored >> 4], -1).flatten(1).long()]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
 from layerbits.checkpoint.layouts.base import Layout, Scale
-
-if TYPE_CHECKING:
-    import torch
 
 
 def int4_rows(block: int, scale: Scale) -> Layout:
@@ -16,7 +13,5 @@ def int4_rows(block: int, scale: Scale) -> Layout:
 
 
 def _unpack(stored: torch.Tensor) -> torch.Tensor:
-    import torch
-
     codes = torch.stack([stored & 15, stored >> 4], 1).flatten(0, 1).to(torch.int8)
     return torch.where(codes > 7, codes - 16, codes).float()

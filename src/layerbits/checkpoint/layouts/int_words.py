@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+
+import torch
 
 from layerbits.checkpoint.layouts.base import Layout, Scale
-
-if TYPE_CHECKING:
-    import torch
 
 
 def int_words(bits: int, block: int | None, scale: Scale) -> Layout:
@@ -20,8 +18,6 @@ def int_words(bits: int, block: int | None, scale: Scale) -> Layout:
 @functools.cache
 def _unpack(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
     def unpack(stored: torch.Tensor) -> torch.Tensor:
-        import torch
-
         shifts = torch.arange(0, 32, bits, device=stored.device, dtype=torch.int32)
         codes = (stored[..., None] >> shifts) & ((1 << bits) - 1)
         return (codes - (1 << (bits - 1))).flatten(1).float()
