@@ -149,7 +149,7 @@ def _metadata(card: str) -> dict[str, object]:
     """The front matter of a card; nothing where there is none that can be read."""
     match = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(\n|$)", card, flags=re.DOTALL)
     try:
-        found = yaml.safe_load(match[1]) if match else None
+        metadata = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}
-    return dict(found) if isinstance(found, Mapping) else {}
+    return dict(metadata) if isinstance(metadata, Mapping) else {}

@@ -96,10 +96,10 @@ class Export:
             "probed_kl": metrics.get("probe/kl", math.nan),
         }
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        found = [Measured(name, self.scheme.digest, about, values=finite, tags=self.tags)]
+        measurements = [Measured(name, self.scheme.digest, about, values=finite, tags=self.tags)]
         if self.data and on_rows:
-            found.append(Measured(name, self.scheme.digest, on_rows, self.data[0].fields["name"]))
-        return tuple(found)
+            measurements.append(Measured(name, self.scheme.digest, on_rows, self.data[0].fields["name"]))
+        return tuple(measurements)
 
     @property
     def parameters(self) -> dict[str, str]:

@@ -94,14 +94,7 @@ def scheme_rows(run: RawRun, prefix: str) -> list[tuple[str | None, JsonObject]]
         scheme, _, number = key.removeprefix(prefix).rpartition("/")
         if key.startswith(prefix) and scheme:
             rows.setdefault(scheme, {})[number] = value
-    facts = {
-        "run_id": run.run_id,
-        "run_name": run.info.get("run_name"),
-        "source_run_id": run.tags.get("source_run_id"),
-        "model": run.params.get("eff.model"),
-        "start_time": run.info.get("start_time"),
-        "kv_cache": run.params.get("eff.kv_cache"),
-    }
+    facts = {**run.facts, "kv_cache": run.params.get("eff.kv_cache")}
     return [
         (run.tags.get(f"{DIGEST_TAG}{scheme}"), {**facts, "scheme": scheme, **numbers})
         for scheme, numbers in sorted(rows.items())

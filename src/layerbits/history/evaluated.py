@@ -110,16 +110,9 @@ def rows_of(run: RawRun) -> list[dict[str, object]]:
             rows.setdefault((task, scheme), {})[number] = value
         elif key.startswith(_PREFIX) and parts[1:] == ["documents"]:
             documents[parts[0]] = value
-    facts = {
-        "run_id": run.run_id,
-        "run_name": run.info.get("run_name"),
-        "source_run_id": run.tags.get("source_run_id"),
-        "model": run.params.get("eff.model"),
-        "start_time": run.info.get("start_time"),
-    }
     return [
         {
-            **facts,
+            **run.facts,
             "task": task,
             "scheme": scheme,
             "digest": run.tags.get(f"{DIGEST_TAG}{scheme}"),

@@ -54,6 +54,17 @@ class RawRun:
         """Its id."""
         return str(self.info["run_id"])
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What rows of a run made from others begin with."""
+        return {
+            "run_id": self.run_id,
+            "run_name": self.info.get("run_name"),
+            "source_run_id": self.tags.get("source_run_id"),
+            "model": self.params.get("eff.model"),
+            "start_time": self.info.get("start_time"),
+        }
+
 
 def connect(tracking_uri: str | None) -> str:
     """The URI of the store to read, after asking whether it answers.

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from layerbits.plain import JsonObject
+from layerbits.plain import JsonObject, finite
 from layerbits.report.wording import config_words, stability_words
 from layerbits.results.frames import groups_for_share, listed
 from layerbits.results.modality import Modality
@@ -40,19 +40,19 @@ def json_report(result: SensitivityResult) -> JsonObject:
         "calibration": {
             **asdict(cal),
             "batch_loss_tokens": list(cal.batch_loss_tokens),
-            "padding_share": _number(cal.padding_share),
+            "padding_share": finite(cal.padding_share),
         },
         "method": result.method,
         "engine": result.engine,
         "seed": result.seed,
         "device": result.device,
         "recipe": {
-            "target_bits": _number(allocation.target_bits),
-            "effective_bits": _number(allocation.effective_bits),
-            "effective_bits_modelopt": _number(allocation.effective_bits_modelopt),
-            "effective_bits_active": _number(allocation.effective_bits_active),
+            "target_bits": finite(allocation.target_bits),
+            "effective_bits": finite(allocation.effective_bits),
+            "effective_bits_modelopt": finite(allocation.effective_bits_modelopt),
+            "effective_bits_active": finite(allocation.effective_bits_active),
             "cost_model": allocation.cost_model,
-            "score": _number(allocation.score),
+            "score": finite(allocation.score),
             "groups": len(result.groups),
             "quantized_groups": None if kept is None else len(result.groups) - len(kept),
             "unquantized_modules": None if kept is None else [m for g in kept for m in g.modules],
@@ -77,7 +77,7 @@ def _baseline(result: SensitivityResult) -> JsonObject | None:
     baseline = result.baseline
     if baseline is None:
         return None
-    loss, guessing = _number(baseline.loss_per_token), baseline.guessing
+    loss, guessing = finite(baseline.loss_per_token), baseline.guessing
     return {"loss_per_token": loss, "vocabulary": baseline.vocabulary, "guessing": guessing}
 
 
@@ -95,8 +95,8 @@ def _modality(result: SensitivityResult, modality: Modality) -> dict[str, object
     return {
         "image_tokens": modality.image_tokens,
         "tokens": modality.tokens,
-        "share": _number(modality.whole(result.predicted_kl)),
-        "clipped": _number(modality.clipped),
+        "share": finite(modality.whole(result.predicted_kl)),
+        "clipped": finite(modality.clipped),
         "ranges": [asdict(r) for r in modality.ranges],
     }
 
@@ -114,9 +114,9 @@ def _candidate(result: SensitivityResult) -> JsonObject:
             "kind": row["kind"],
             "modules": row["modules"],
             "weights": row["weights"],
-            "predicted_kl": _number(row["predicted_kl"]),
-            "score": _number(row["score"]),
-            "share": _number(row["score"] / total) if total > 0 else None,
+            "predicted_kl": finite(row["predicted_kl"]),
+            "score": finite(row["score"]),
+            "share": finite(row["score"] / total) if total > 0 else None,
         }
         if result.baseline is not None:
             layer["believable"] = row["believable"]
@@ -125,10 +125,10 @@ def _candidate(result: SensitivityResult) -> JsonObject:
         if assignment:
             layer["chosen"] = assignment[position[row["layer"]]]
         if result.intervals is not None:
-            layer |= {"low": _number(row["low"]), "high": _number(row["high"])}
+            layer |= {"low": finite(row["low"]), "high": finite(row["high"])}
             layer |= {name: row[name] for name in ("rank_low", "rank_high", "tied")}
         if result.modality is not None:
-            layer |= {name: _number(row[name]) for name in ("image_share", "image_low", "image_high")}
+            layer |= {name: finite(row[name]) for name in ("image_share", "image_low", "image_high")}
         layers.append(layer)
     kinds = [
         {
@@ -150,8 +150,8 @@ def _candidate(result: SensitivityResult) -> JsonObject:
         "words": config_words(info.config),
         "config_hash": info.config_hash,
         "adjustments": list(info.adjustments),
-        "bits": _number(info.bits),
-        "bits_modelopt": _number(info.bits_modelopt),
+        "bits": finite(info.bits),
+        "bits_modelopt": finite(info.bits_modelopt),
         "predicted_kl_sum": _sum(kl),
         "score_sum": _sum(scores),
         "nonfinite": int((~np.isfinite(scores)).sum()),
@@ -202,9 +202,5 @@ def _entry(n: NonFinite) -> str:
 
 def _sum(values: FloatArray) -> float | None:
     """Sum of the finite values; ``None`` where there is none, which is not the same as zero."""
-    finite = values[np.isfinite(values)]
-    return float(finite.sum()) if finite.size else None
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    counted = values[np.isfinite(values)]
+    return float(counted.sum()) if counted.size else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from layerbits.plain import JsonMapping
+from layerbits.plain import JsonMapping, finite
 
 if TYPE_CHECKING:
     from layerbits.results.result import Group
@@ -97,7 +97,7 @@ class Modality:
         return {
             "image_tokens": self.image_tokens,
             "tokens": self.tokens,
-            **{name: _to_json(getattr(self, name)) for name in ("share", "low", "high")},
+            **{name: finite(getattr(self, name).tolist()) for name in ("share", "low", "high")},
             "ranges": [asdict(r) for r in self.ranges],
         }
 
@@ -133,7 +133,3 @@ def modality_of(
             low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
             low, high = np.minimum(low, share), np.maximum(high, share)
     return Modality(image_tokens, tokens, share, low, high, tuple(ranges))
-
-
-def _to_json(values: FloatArray) -> list[float | None]:
-    return [float(v) if np.isfinite(v) else None for v in values]

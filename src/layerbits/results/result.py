@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layerbits.errors import UserError
-from layerbits.plain import Composed, JsonObject
+from layerbits.plain import Composed, JsonObject, finite
 from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import BaselineLoss
 from layerbits.results.intervals import Intervals
@@ -295,7 +295,7 @@ class SensitivityResult:
                 **(self.intervals.row(g, keys) if self.intervals else {}),
                 **(self.modality.row(g) if self.modality else {}),
                 **({"believable": not bool(beyond[g])} if self.baseline else {}),
-                **({} if self.measured_se is None else {"measured_se": _known(self.measured_se[g])}),
+                **({} if self.measured_se is None else {"measured_se": finite(float(self.measured_se[g]))}),
             }
             for rank, g in enumerate(order, start=1)
         ]
@@ -314,10 +314,6 @@ class SensitivityResult:
             if math.isfinite(value) and total > 0:
                 shares[group.kind] += value / total
         return {kind: shares[kind] for kind in KINDS if kind in shares}
-
-
-def _known(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def costs(groups: Sequence[Group], cost_model: str) -> list[float]:

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
-from layerbits.candidates.linear import E4M3, E8M0, FP4, FP8, INPUT, WEIGHT, BlockSizes, block_lengths, read_config
+from layerbits.candidates.linear import E4M3, E8M0, FP4, FP8, INPUT, WEIGHT, block_lengths, read_config
 from layerbits.errors import Unsupported
 from layerbits.plain import JsonMapping, JsonObject
 from layerbits.results.result import CandidateInfo
+from layerbits.schemes.ptq_recipe import integer_dimensions
 from layerbits.schemes.scheme import Scheme
 
 _VISION = ("re:.*visual.*", "re:.*vision_tower.*", "re:.*vision_model.*", "re:.*multi_modal_projector.*")
@@ -60,11 +61,8 @@ def compressor_recipe_yaml(scheme: Scheme) -> str:
     Raises:
         Unsupported: As :func:`compressor_recipe`.
     """
-    head = (
-        f"# {scheme.name} of {scheme.model.name} (revision {scheme.model.revision}), scheme digest {scheme.digest}.\n"
-        '#   oneshot(model="MODEL", recipe="THIS_FILE", dataset=...)\n'
-    )
-    return head + yaml.safe_dump(compressor_recipe(scheme), sort_keys=False, width=120)
+    usage = '#   oneshot(model="MODEL", recipe="THIS_FILE", dataset=...)\n'
+    return scheme.heading + usage + yaml.safe_dump(compressor_recipe(scheme), sort_keys=False, width=120)
 
 
 def _arguments(info: CandidateInfo, name: str) -> JsonObject:
@@ -96,7 +94,7 @@ def _arguments(info: CandidateInfo, name: str) -> JsonObject:
 def _one(cfg: JsonMapping, quantizer: str) -> JsonObject | None:
     bits = cfg.get("num_bits", 8)
     blocks = cfg.get("block_sizes") or {}
-    lengths = {int(k): v for k, v in block_lengths({"block_sizes": _integers(blocks)}).items()}
+    lengths = {int(k): v for k, v in block_lengths({"block_sizes": integer_dimensions(blocks)}).items()}
     scale = tuple(blocks["scale_bits"]) if blocks.get("scale_bits") else None
     number = sum(bits) + 1 if isinstance(bits, tuple | list) else bits
     if isinstance(bits, tuple | list) and tuple(bits) not in (FP8, FP4):
@@ -122,10 +120,6 @@ def _one(cfg: JsonMapping, quantizer: str) -> JsonObject | None:
     if axis is None:
         return made | {"strategy": "tensor", "dynamic": dynamic}
     return made | {"strategy": "channel", "dynamic": False} if quantizer == WEIGHT and axis == 0 else None
-
-
-def _integers(blocks: JsonMapping) -> BlockSizes:
-    return {int(k) if str(k).lstrip("-").isdigit() else k: v for k, v in blocks.items()}
 
 
 def _patterns(modules: Sequence[str]) -> list[str]:

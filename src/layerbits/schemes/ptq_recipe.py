@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
-from layerbits.candidates.linear import INPUT, QUANTIZERS, WEIGHT, Cfg, read_config
+from layerbits.candidates.linear import INPUT, QUANTIZERS, WEIGHT, BlockSizes, Cfg, read_config
 from layerbits.errors import Unsupported
 from layerbits.results.result import CandidateInfo
 from layerbits.schemes.scheme import Scheme
@@ -57,11 +57,8 @@ def ptq_recipe_yaml(scheme: Scheme) -> str:
     Raises:
         Unsupported: As :func:`ptq_recipe`.
     """
-    head = (
-        f"# {scheme.name} of {scheme.model.name} (revision {scheme.model.revision}), scheme digest {scheme.digest}.\n"
-        "#   python hf_ptq.py --pyt_ckpt_path MODEL --recipe THIS_FILE --export_path OUT\n"
-    )
-    return head + yaml.dump(ptq_recipe(scheme), Dumper=_Dumper, sort_keys=False, width=120)
+    usage = "#   python hf_ptq.py --pyt_ckpt_path MODEL --recipe THIS_FILE --export_path OUT\n"
+    return scheme.heading + usage + yaml.dump(ptq_recipe(scheme), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def calibration(candidates: Sequence[CandidateInfo], name: str) -> object:
@@ -113,8 +110,13 @@ def _spelled(cfg: Cfg | list[Cfg]) -> object:
         return [_spelled(stage) for stage in cfg]
     spelled = cfg.copy()
     if blocks := spelled.get("block_sizes"):
-        spelled["block_sizes"] = {int(k) if str(k).lstrip("-").isdigit() else k: v for k, v in blocks.items()}
+        spelled["block_sizes"] = integer_dimensions(blocks)
     return spelled
+
+
+def integer_dimensions(blocks: BlockSizes) -> BlockSizes:
+    """Block sizes with their dimensions as integers, which JSON keeps as text."""
+    return {int(k) if str(k).lstrip("-").isdigit() else k: v for k, v in blocks.items()}
 
 
 def _listed(value: object) -> object:

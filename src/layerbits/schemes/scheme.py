@@ -110,6 +110,11 @@ class Scheme:
         return [m for g, name in zip(self.groups, self.assignment, strict=True) if name is None for m in g.modules]
 
     @property
+    def heading(self) -> str:
+        """The first line of a file that is made of it."""
+        return f"# {self.name} of {self.model.name} (revision {self.model.revision}), scheme digest {self.digest}.\n"
+
+    @property
     def kv_predicted_kl(self) -> float:
         """What its KV cache costs, nats per token; NaN where no run priced that."""
         return 0.0 if self.kv_cache == NO_CACHE else self.kv_prices.get(self.kv_cache, math.nan)

@@ -28,10 +28,10 @@ def otherwise_on_gpu(labels: Iterable[Label], environment: Environment) -> str:
     if target is None:
         return ""
     version = environment.version.split("+")[0]
-    found = {label.algo: kernel(label.format, label.algo, target, version) for label in labels}
+    answers = {label.algo: kernel(label.format, label.algo, target, version) for label in labels}
     told = [
         f"{algo} is {one.computed}{f' ({one.name})' if one.name else ''}"
-        for algo, one in sorted(found.items())
+        for algo, one in sorted(answers.items())
         if one.computed.state in (OTHERWISE, MISSING)
     ]
     return f"on this GPU ({target}) {'; '.join(told)}" if told else ""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
 
 import yaml
 
 from layerbits.atomic import dated, whole_folder, write_json
 from layerbits.config import Settings
+from layerbits.plain import finite
 from layerbits.report import write_report
 from layerbits.results.manifest import to_manifest
 from layerbits.results.result import SensitivityResult
@@ -68,11 +68,7 @@ def solver_state(result: SensitivityResult) -> dict[str, object]:
         "method": result.method,
         "candidates": {info.name: {"bits": info.bits, "config_hash": info.config_hash}},
         "groups": [{"layer": g.key, "modules": list(g.modules), "weights": g.weights} for g in result.groups],
-        "scores": {info.name: _finite(result.scores.tolist())},
-        "predicted_kl": {info.name: _finite(result.predicted_kl.tolist())},
+        "scores": {info.name: finite(result.scores.tolist())},
+        "predicted_kl": {info.name: finite(result.predicted_kl.tolist())},
         "recipe": manifest["recipe"],
     }
-
-
-def _finite(values: list[float]) -> list[float | None]:
-    return [v if math.isfinite(v) else None for v in values]

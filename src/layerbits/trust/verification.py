@@ -13,6 +13,7 @@ import numpy as np
 
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.errors import UserError
+from layerbits.plain import finite_object
 from layerbits.results.result import SensitivityResult
 from layerbits.trust.reproduce import identity, load_run, plan_of_run
 
@@ -98,14 +99,13 @@ class Verification:
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON data; what is not finite is ``None``."""
-        finite = {name: value if math.isfinite(value) else None for name, value in self.metrics().items()}
         return {
             "source_run_id": self.source,
             "device": self.device,
             "passed": self.passed,
             "sentence": self.sentence,
             "layer": self.layer,
-            **{name.removeprefix("verify/"): value for name, value in finite.items()},
+            **{name.removeprefix("verify/"): value for name, value in finite_object(self.metrics()).items()},
             "moved": [asdict(m) for m in self.moved],
             "same": dict(self.same),
             "changed": {name: list(both) for name, both in self.changed.items()},
