@@ -51,11 +51,11 @@ def expert_linears(model: PreTrainedModel) -> list[ExpertLinear]:
     Raises:
         Unsupported: A checkpoint of this architecture keeps them in another layout.
     """
-    found = []
+    linears = []
     for name, experts in named_experts(model).items():
         for projection, (rows, _) in zip(experts.projections, experts.shapes, strict=True):
-            found += _linears(model, name, experts, projection, rows)
-    return found
+            linears += _linears(model, name, experts, projection, rows)
+    return linears
 
 
 def split_experts(checkpoint: Checkpoint, linears: Sequence[ExpertLinear]) -> Checkpoint:
@@ -115,10 +115,10 @@ def _linears(model: PreTrainedModel, name: str, experts: Experts, projection: st
         prefix = source.removesuffix(f".{projection}")
         return [ExpertLinear(name, projection, e, a, b, f"{prefix}.{e}.{leaf}", source) for e, a, b, leaf in wanted]
     by_rows: Mapping[tuple[int, ...], str] = {tuple(numbers): key for key, numbers in held.items()}
-    found = []
+    linears = []
     for e, a, b, _ in wanted:
         source = by_rows.get(tuple(range(e * rows + a, e * rows + b)), "")
         if not source.endswith(".weight"):
             raise Unsupported(f"{full} is stored in another layout than a linear per expert; it cannot be exported")
-        found.append(ExpertLinear(name, projection, e, a, b, source.removesuffix(".weight"), source))
-    return found
+        linears.append(ExpertLinear(name, projection, e, a, b, source.removesuffix(".weight"), source))
+    return linears

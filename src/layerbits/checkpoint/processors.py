@@ -145,10 +145,10 @@ class Record:
 
 def records() -> list[Record]:
     """The classes of processors that were asked, the least first."""
-    told = json.loads(DATA.read_text())
+    data = json.loads(DATA.read_text())
     return [
         Record(Processor.from_json(r["processor"]), r["source"], r["found"], tuple(Figures(**c) for c in r["checks"]))
-        for r in told
+        for r in data
     ]
 
 

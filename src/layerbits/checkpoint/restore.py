@@ -194,7 +194,9 @@ def _rounding(checkpoint: Checkpoint, layer: str, label: Label) -> Change:
     scale = None if label.input_scale is None else checkpoint.rows(f"{layer}.{label.input_scale.part}")
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
-        found = quantize_input(x, label, scale)
-        return x + (found - x).detach() if x.requires_grad else found  # the gradient as if there was no rounding
+        quantized = quantize_input(x, label, scale)
+        return (
+            x + (quantized - x).detach() if x.requires_grad else quantized
+        )  # the gradient as if there was no rounding
 
     return rounded

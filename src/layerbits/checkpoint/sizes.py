@@ -124,7 +124,7 @@ def _weights(
     for one in expert_linears(model):
         tensor = getattr(model.get_submodule(one.module), one.projection)
         experts.setdefault(one.module, []).append((one.stop - one.start, tensor.shape[-1], tensor.dtype.itemsize))
-    found = []
+    sizes = []
     for group in groups:
         mine: list[tuple[int, int, int]] = []
         for module in group.modules:
@@ -137,8 +137,8 @@ def _weights(
             # A convolution's shape is of its outputs and its width: all of its weights count in the first.
             numbers = model.get_submodule(module).weight.numel()
             mine.append((numbers // linears[module][0][1], linears[module][0][1], size))
-        found.append(mine)
-    return found
+        sizes.append(mine)
+    return sizes
 
 
 def _whole(resolved: ResolvedModel, model: PreTrainedModel, format: str) -> int:

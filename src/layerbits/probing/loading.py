@@ -107,14 +107,14 @@ def prepare(scheme: Scheme) -> Prepared:
     resolved = resolve(ModelSpec.from_mapping(scheme.settings["model"]))
     scheme.check_revision(resolved.revision)
     data = scheme.calibration
-    told = scheme.settings["dataset"]
-    captions = load_dataset(data.dataset, data.size, told.get("path"), told.get("share"))
+    dataset = scheme.settings["dataset"]
+    captions = load_dataset(data.dataset, data.size, dataset.get("path"), dataset.get("share"))
     if captions.digest != data.digest:
         raise UserError(
             f"the captions of {data.dataset} {data.size} have changed since they were scored "
             f"({captions.digest} instead of {data.digest}); restore the file, or score again"
         )
     tokenizer = load_tokenizer(resolved)
-    reader = reader_for(captions, resolved, tokenizer, told.get("min_pixels"), told.get("max_pixels"))
+    reader = reader_for(captions, resolved, tokenizer, dataset.get("min_pixels"), dataset.get("max_pixels"))
     rows = rows_of(captions.captions, tokenizer, reader, *data.row_shape)
     return Prepared(scheme, resolved, tokenizer, captions, rows, reader)

@@ -172,14 +172,16 @@ class ProbeResult:
     def comparisons(self) -> list[Comparison]:
         """Each scheme against its controls, then against that with the next fewer bits and the same KV cache."""
         by_name = {s.scheme: s for s in self.schemes}
-        found = [self._compared(by_name[s.control_of], s, "control") for s in self.schemes if s.control_of in by_name]
+        comparisons = [
+            self._compared(by_name[s.control_of], s, "control") for s in self.schemes if s.control_of in by_name
+        ]
         own = sorted((s for s in self.schemes if s.control_of is None), key=lambda s: (s.kv_cache, -s.effective_bits))
-        found += [
+        comparisons += [
             self._compared(more, fewer, "fewer bits")
             for more, fewer in pairwise(own)
             if fewer.kv_cache == more.kv_cache and fewer.effective_bits < more.effective_bits
         ]
-        return found
+        return comparisons
 
     def _compared(self, lower: SchemeProbe, higher: SchemeProbe, why: str) -> Comparison:
         sums = np.subtract(higher.caption_kl, lower.caption_kl)

@@ -70,10 +70,10 @@ def probe_schemes(
     data = prepared.scheme.calibration
     packing, scored_len, _ = data.row_shape
     length = scored_len if seq_len is None else _checked_length(seq_len, prepared.resolved.config)
-    found = probe_texts(prepared.captions, texts)
-    reader = None if found.own else prepared.reader
-    batches = held_out_rows(found.texts, prepared.tokenizer, packing, length, batch_size, rows, reader)
-    what = Rows(found.name, packing, length, sum(b.rows for b in batches), tokens=0, sources=found.in_rows(rows))
+    source = probe_texts(prepared.captions, texts)
+    reader = None if source.own else prepared.reader
+    batches = held_out_rows(source.texts, prepared.tokenizer, packing, length, batch_size, rows, reader)
+    what = Rows(source.name, packing, length, sum(b.rows for b in batches), tokens=0, sources=source.in_rows(rows))
     loaded = prepared.load(device)
     return probe(loaded.model, loaded.info, schemes, prepared.calibration, batches, what, provenance(root), dtype)
 

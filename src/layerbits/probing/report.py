@@ -27,7 +27,7 @@ def markdown(result: ProbeResult) -> str:
     """A row per scheme, the unquantized model and the noise floor below, and what can be told apart."""
     d, comparisons = result.data, result.comparisons()
     verdicts = Counter(c.verdict for c in comparisons)
-    found = ", ".join(f"{verdicts[v]} {v}" for v in ("confirmed", "contradicted", "undecided"))
+    counts = ", ".join(f"{verdicts[v]} {v}" for v in ("confirmed", "contradicted", "undecided"))
     rounding = (
         f"{len(result.above_floor)} of {len(result.schemes)} schemes can be told from the rounding of {result.dtype}; "
         "dtype=float32 tells more."
@@ -37,7 +37,7 @@ def markdown(result: ProbeResult) -> str:
         *([rounding] if result.dtype not in ("", "float32") else []),
         f"{result.model.name} ({result.model.dtype}{measured}), {d.rows} held-out rows of {d.dataset} "
         f"({d.packing}, {d.seq_len} tokens), {d.tokens:,} tokens of {len(result.caption_tokens)} captions counted",
-        *([f"Of {len(comparisons)} expected differences (below): {found}."] if comparisons else []),
+        *([f"Of {len(comparisons)} expected differences (below): {counts}."] if comparisons else []),
         "",
         "| scheme | bits | perplexity | KL (nats/token) | ± SE | p99 KL | predicted KL | measured / predicted | "
         "top-1 agreement | logit MSE | max error |",
@@ -102,17 +102,17 @@ def measured(result: ProbeResult) -> tuple[Measured, ...]:
     """Which of the metrics are of which scheme, and what its logged model is searched by."""
     (rows,) = data(result)
     metrics = result.metrics()
-    found = []
+    parts = []
     for one in result.schemes:
         prefix = f"probe/{one.scheme}/"
         name = f"{result.model.name} {one.scheme}"
         about = tuple(key for key in metrics if key.startswith(prefix) and key.removeprefix(prefix) in _OF_THE_SCHEME)
         on_rows = tuple(key for key in metrics if key.startswith(prefix) and key not in about)
         own = {key.removeprefix(prefix): metrics[key] for key in about}
-        found.append(Measured(name, one.digest, about, values=own))
+        parts.append(Measured(name, one.digest, about, values=own))
         kl = {"probed_kl": metrics[f"{prefix}kl"]} if f"{prefix}kl" in metrics else {}
-        found.append(Measured(name, one.digest, on_rows, rows.fields["name"], kl))
-    return tuple(found)
+        parts.append(Measured(name, one.digest, on_rows, rows.fields["name"], kl))
+    return tuple(parts)
 
 
 def figure(result: ProbeResult) -> Figure:
@@ -165,11 +165,11 @@ def write_probe(result: ProbeResult, root: Path) -> Path:
 
 def _caches(result: ProbeResult) -> dict[str, list[str]]:
     """Format of the KV cache → the schemes that have it."""
-    found: dict[str, list[str]] = {}
+    schemes: dict[str, list[str]] = {}
     for scheme in result.schemes:
         if scheme.kv_cache != NO_CACHE:
-            found.setdefault(scheme.kv_cache, []).append(scheme.scheme)
-    return found
+            schemes.setdefault(scheme.kv_cache, []).append(scheme.scheme)
+    return schemes
 
 
 def _by_modality(result: ProbeResult) -> list[str]:
@@ -205,8 +205,8 @@ def _sliced(result: ProbeResult) -> list[str]:
     ]
     for scheme in result.schemes:
         d = scheme.difference
-        found = {one.name: f"{one.kl:.3g}" for one in d.slices}
-        cells = " | ".join(found.get(name, "–") for name in names)
+        cells_by_name = {one.name: f"{one.kl:.3g}" for one in d.slices}
+        cells = " | ".join(cells_by_name.get(name, "–") for name in names)
         lines.append(f"| {scheme.scheme} | {d.kl_median:.3g} | {d.kl_p90:.3g} | {d.kl_p99:.3g} | {cells} |")
     return [*lines, ""]
 

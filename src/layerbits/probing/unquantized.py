@@ -141,8 +141,8 @@ def _predicted(model: PreTrainedModel, segment: Segment, row_by_row: bool = Fals
     """Logits and next tokens of a segment's counted positions."""
     if not row_by_row:
         return predictions(model, segment)
-    found = [predictions(model, row) for row in _rows(segment)]
-    return torch.cat([logits for logits, _ in found]), torch.cat([targets for _, targets in found])
+    pieces = [predictions(model, row) for row in _rows(segment)]
+    return torch.cat([logits for logits, _ in pieces]), torch.cat([targets for _, targets in pieces])
 
 
 def _rows(segment: Segment) -> list[Segment]:

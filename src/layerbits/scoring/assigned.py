@@ -74,10 +74,10 @@ def find_ranges(model: PreTrainedModel, assignments: Sequence[Configs], batches:
     settings = quantizers.distinct_settings(list(configs.values()))
     taps = Taps(model, names, settings)
     taps.calibrate(batches, need_logits=output_head(model) in names)
-    found = taps.ranges()
+    ranges = taps.ranges()
     return {
         tap.name: {
-            _range_key(settings, i, site): found[name] for name, site, i, _ in tap.range_names() if name in found
+            _range_key(settings, i, site): ranges[name] for name, site, i, _ in tap.range_names() if name in ranges
         }
         for tap in taps.taps
     }
