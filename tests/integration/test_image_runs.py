@@ -4,6 +4,8 @@ import csv
 import json
 
 import pytest
+from mlflow import MlflowClient
+from PIL import Image
 
 from layerbits.inputs.drawn import embedded
 from layerbits.results.manifest import load_manifest
@@ -160,6 +162,46 @@ def test_a_recipe_that_leaves_the_tower_out_says_so(tmp_path_factory, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "leaves the vision tower out, so model.vision=true scores nothing of it" in done.stderr
+
+
+def test_a_run_on_pictures_is_evaluated_on_words(with_tower, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    done = start(
+        "evaluate", f"run_id={with_tower}", "schemes=none", "effective_bits=9", "vision_bits=12", "tasks=cloze",
+        "limit=8", "rows=2", "device=cpu", "tracking=none", f"output_root={tmp_path}",
+        LAYERBITS_CACHE=tmp_path / "cache", HF_HOME=tmp_path / "hf",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("tmp/evaluation_*/evaluation.json")
+    found = json.loads(file.read_text())
+    (scheme,) = found["schemes"]
+    assert scheme["kl"] > 0
+    changes = [
+        abs(a["log_odds"] - b["log_odds"])
+        for a, b in zip(found["unquantized"]["cloze"]["answers"], scheme["tasks"]["cloze"]["answers"], strict=True)
+    ]
+    assert len(changes) == 8
+    assert min(changes) > 0
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [("missing.png", "missing.png (LIST row 2): there is no such file"), ("ok.png", "its words contain <|image_pad|>")],
+)
+def test_a_bad_row_ends_a_run_in_one_line(tmp_path_factory, tmp_path, picture, words):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "ok.png")
+    rows = [{"image": "ok.png", "text": "a red square"}, {"image": picture, "text": "a <|image_pad|> square"}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    done = start(
+        "sensitivity", "model=hf", f"model.path={checkpoint('qwen2_5_vl', tmp_path_factory)}", "dataset=image_text",
+        f"dataset.path={tmp_path}/list.jsonl", "dataset.size=2", "device=cpu", f"output_root={tmp_path}/out",
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert words.replace("LIST", f"{tmp_path}/list.jsonl") in line
+    (run_of_it,) = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_runs(["1"])
+    assert (run_of_it.info.status, run_of_it.data.tags["outcome"]) == ("FAILED", "failed")
 
 
 def test_a_tower_without_pictures_is_refused(tmp_path_factory, tmp_path):

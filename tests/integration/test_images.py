@@ -296,15 +296,22 @@ def test_a_processor_that_needs_a_package_names_it(tmp_path):
         load_processor(resolved, load_tokenizer(resolved))
 
 
-def test_a_template_without_a_place_for_the_picture_is_told():
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}",
+         r"has 0 places .* for 1 pictures"),
+        ("{% for m in messages %}{{ m.role }", r"fails on it \(.*\); use the chat template that came with"),
+    ],
+)  # fmt: skip
+def test_a_template_without_a_place_for_the_picture_is_told(template, words):
     _, _, reader = subject("qwen2_5_vl")
-    blind = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
-    template, reader.processor.chat_template = reader.processor.chat_template, blind
+    own, reader.processor.chat_template = reader.processor.chat_template, template
     try:
-        with pytest.raises(UserError, match=r"embedded picture 1: the chat template has 0 places .* for 1 pictures"):
+        with pytest.raises(UserError, match=f"embedded picture 1: the chat template {words}"):
             picture_batches(embedded(1), reader, 1, [0])
     finally:
-        reader.processor.chat_template = template
+        reader.processor.chat_template = own
 
 
 def test_words_with_the_mark_of_a_picture_are_told():
