@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.singleton import Singleton
@@ -19,6 +19,9 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
 from layerbits import entry
 from layerbits.errors import UserError
+
+if TYPE_CHECKING:
+    from submitit import Job
 
 try:
     from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf, SlurmQueueConf
@@ -68,7 +71,7 @@ if SlurmLauncher is not None:
                     job.cancel(check=False)
                 raise
 
-        def _submit(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:
+        def _submit(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Job]:
             import submitit
 
             Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
@@ -94,7 +97,7 @@ if SlurmLauncher is not None:
                 ) from None
 
 
-def _wait(jobs: Sequence[Any], names: Sequence[str]) -> list[JobReturn]:
+def _wait(jobs: Sequence[Job], names: Sequence[str]) -> list[JobReturn]:
     from layerbits.tracking.queue import GONE, states
 
     ended: dict[int, JobReturn] = {}
@@ -117,7 +120,7 @@ def _wait(jobs: Sequence[Any], names: Sequence[str]) -> list[JobReturn]:
 _MAY_BE_LATE = ("COMPLETED", "UNKNOWN")
 
 
-def _result(job: Any, name: str) -> JobReturn:
+def _result(job: Job, name: str) -> JobReturn:
     import submitit
 
     try:
@@ -131,7 +134,7 @@ def _result(job: Any, name: str) -> JobReturn:
     return found
 
 
-def _dead(job: Any, name: str, state: str) -> JobReturn:
+def _dead(job: Job, name: str, state: str) -> JobReturn:
     from layerbits.tracking.dead_jobs import record_dead
 
     reason = f"Slurm job {job.job_id} ended as {state} without a result; its output is {job.paths.stderr}"

@@ -86,7 +86,7 @@ class ExportRuns(Protocol):
     def __call__(self, scheme: Scheme, export: Callable[[], Export]) -> None:
         """Exports a scheme and logs it."""
 
-    def again(self, scheme: Scheme, folder: Path) -> None:
+    def log_earlier(self, scheme: Scheme, folder: Path) -> None:
         """Logs what an earlier start of the same job has exported."""
 
 
@@ -108,7 +108,7 @@ def run_exports(schemes: Sequence[Scheme], settings: ExportSettings, log: Export
     root = settings.folder(schemes[0].model.name if schemes else "")
     done = [s for s in schemes if is_exported(root / s.name, s, settings.format)]
     for scheme in done:
-        log.again(scheme, root / scheme.name)
+        log.log_earlier(scheme, root / scheme.name)
     schemes = [scheme for scheme in schemes if scheme not in done]
     if done and not schemes:
         return

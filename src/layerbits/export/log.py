@@ -63,7 +63,7 @@ class ExportLog:
             )
             run.log(self._with_registration(record, scheme, said))
 
-    def again(self, scheme: Scheme, folder: Path) -> None:
+    def log_earlier(self, scheme: Scheme, folder: Path) -> None:
         """Logs and registers an export that an earlier start of the same job left, where that is missing.
 
         Raises:
