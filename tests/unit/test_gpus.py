@@ -10,12 +10,14 @@ import pytest
 from layerbits import sensitivity
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.capability import Capability
-from layerbits.candidates.shipped import load_overlays, load_pairs
+from layerbits.candidates.shipped import load_overlays, load_pairs, shipped_configs
 from layerbits.checkpoint.gpus import AMPERE, BLACKWELL, GENERATIONS, HOPPER, TARGETS, generation, kernel
 from layerbits.checkpoint.label import COMPRESSED, MODELOPT
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
+from layerbits.commands.grid import say_served
 from layerbits.errors import UserError
 from layerbits.export.target import as_served, find_target
+from layerbits.grid import cells
 from layerbits.serving import gpu
 from layerbits.serving.environment import Environment
 
@@ -138,3 +140,18 @@ def test_what_is_said_of_a_candidate_stands_before_the_pass_and_in_the_result(mo
     (before,) = passes
     assert before.startswith("warning: known\nwarning: on Hopper vLLM 0.26.0 does not compute wfp4_afp4 (NVFP4)")
     assert [line.split(" vLLM")[0] for line in result.warnings] == ["known", "on Hopper"]
+
+
+def test_a_grid_says_what_is_computed_of_each_of_its_candidates_once(capsys):
+    settings = SimpleNamespace(fp4="nvfp4", experimental=False)
+    wanted = cells(["wfp8_afp8", "wint4_afp16"], ["default", "a_per_token_dynamic"], ["small", "medium"])
+    say_served(wanted, settings, shipped_configs(), HOPPER)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.search(r"computes (\S+) ", line)[1] for line in lines] == [
+        "wfp8_afp8",
+        "wfp8_afp8/a_per_token_dynamic",
+        "wint4_afp16",
+        "wint4_afp16/a_per_token_dynamic",
+    ]
+    say_served(wanted, settings, shipped_configs(), None)
+    assert capsys.readouterr().err == ""

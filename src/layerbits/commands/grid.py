@@ -31,7 +31,7 @@ def grid(config: Composed, root: Path) -> None:
         axis(config["quant_granularities"], configs / "quant_granularity"),
         axis(config["dataset_sizes"], configs, known_sizes=True),
     )
-    _say_served(wanted, settings, configs, find_target(str(config["target"])))
+    say_served(wanted, settings, configs, find_target(str(config["target"])))
     tracker = Tracker(settings.tracking, root)
     with (
         tracker.parent(f"grid {settings.model.name}") as parent,
@@ -47,7 +47,7 @@ def grid(config: Composed, root: Path) -> None:
     entry.failed.extend(outcome.reason for outcome in outcomes if outcome.status == "failed")
 
 
-def _say_served(wanted: Sequence[Cell], settings: Settings, configs: Path, target: str | None) -> None:
+def say_served(wanted: Sequence[Cell], settings: Settings, configs: Path, target: str | None) -> None:
     """Says what the GPU that will serve computes of the candidates; one that does not exist says so in its turn."""
     said: dict[str, None] = {}
     for cell in wanted if target is not None else ():
