@@ -8,7 +8,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.tracking_support import ROOT, environment
+from tests.integration.tracking_support import ROOT, environment, free_port
 
 BINARIES = Path("/usr/lib/postgresql")
 CHROMIUM = shutil.which("chromium")
@@ -33,12 +32,6 @@ NOISE = ("/ajax-api/2.0/mlflow/users/current", "ResizeObserver loop completed wi
 # The UI opens its assistant on the first visit, over a quarter of the page.
 NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')"
 PASSWORD = "of-a-test"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.tracking_support import free_port
+
 _NEEDED = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "squeue")
 _CONF = """
 ClusterName=test
@@ -60,7 +62,9 @@ class Slurm:
             (self.folder / name).mkdir()
         self.folder.chmod(0o755)
         (self.folder / "slurm.conf").write_text(
-            _CONF.format(host=socket.gethostname().partition(".")[0], folder=self.folder, ports=_free_ports())
+            _CONF.format(
+                host=socket.gethostname().partition(".")[0], folder=self.folder, ports=(free_port(), free_port())
+            )
         )
         self("mungekey", "--create", f"--keyfile={self.folder}/munge.key")
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
@@ -100,10 +104,3 @@ def slurm():
             yield made
         finally:
             made.stop()
-
-
-def _free_ports() -> list[int]:
-    with socket.socket() as a, socket.socket() as b:
-        for one in (a, b):
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in (a, b)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -111,13 +112,20 @@ def write_folder(result, folder: Path) -> Path:
     return folder
 
 
+def free_port() -> int:
+    """A port below those that the kernel gives to connections: none of them takes it before the server does."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Server:
     """``mlflow server`` on a SQLite store; ``start`` again after ``kill`` keeps port and store."""
 
     def __init__(self, store: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._store = store
         self._process = None
