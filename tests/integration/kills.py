@@ -209,8 +209,16 @@ def imported() -> None:
     import layerbits.tracking.log  # noqa: F401
 
 
-def run(moments: int, seed: int, folder: Path, store: str, reference: Job, say: Callable[[str], None]) -> list[Trial]:
-    """Kills ``moments`` runs, one phase after the other, and starts each again."""
+def run(
+    moments: int,
+    seed: int,
+    folder: Path,
+    store: str,
+    settings: Sequence[str],
+    reference: Job,
+    say: Callable[[str], None],
+) -> list[Trial]:
+    """Kills ``moments`` runs of some settings, one phase after the other, and starts each again."""
     lasting = times(reference)
     say("seconds of a whole run: " + ", ".join(f"{phase} {lasting[phase]:.1f}" for phase in PHASES))
     (result,) = reference.finished()
@@ -218,7 +226,7 @@ def run(moments: int, seed: int, folder: Path, store: str, reference: Job, say: 
     while len(found) < moments:
         # All phases as often: the late ones are short, but each has its own way to be left half done.
         phase = PHASES[(len(found) * 2 + seed) % len(PHASES)]
-        job = Job(folder / f"trial-{len(found)}-{draw.random():.8f}", store, SMALL)
+        job = Job(folder / f"trial-{len(found)}-{draw.random():.8f}", store, settings)
         done = trial(job, phase, draw.random() * lasting[phase], store, result)
         if done is None:
             say(f"a run ended before it was killed in {phase}; drawn again")
@@ -242,7 +250,9 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-once", action="store_true", help="two processes with the same parameters as well")
+    parser.add_argument("settings", nargs="*", help="more of a run, as model=hf")
     options = parser.parse_args()
+    settings = (*SMALL, *options.settings)
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         del os.environ[name]
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for each other crawl on a busy machine
@@ -252,12 +262,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="layerbits-kills-") as name:
         folder = Path(name)
         store = open_store(f"sqlite:///{folder}/mlflow.db", folder)
-        reference = Job(folder / "reference", store, SMALL)
-        found = run(options.moments, options.seed, folder, store, reference, lambda line: print(line, flush=True))
+        reference = Job(folder / "reference", store, settings)
+        found = run(
+            options.moments, options.seed, folder, store, settings, reference, lambda line: print(line, flush=True)
+        )
         print(f"{sum(not done.wrong for done in found)} of {len(found)} equal", flush=True)
         both = []
         if options.at_once:
-            both = at_once(Job(folder / "at-once", store, SMALL), reference.finished()[0])
+            both = at_once(Job(folder / "at-once", store, settings), reference.finished()[0])
             print(f"two at once: {both or 'equal'}")
         wrong = [line for done in found for line in done.wrong] + both + still_running(store) + logged(store)
         print("\n".join(wrong), end="")

@@ -28,7 +28,9 @@ def job(tmp_path_factory):
     """The runs and the folder of the recipe."""
     folder = tmp_path_factory.mktemp("recipe")
     store = f"sqlite:///{folder}/mlflow.db"
-    done = start("sensitivity", f"recipe={RECIPE}", f"tracking.uri={store}", f"output_root={folder}/out")
+    done = start(
+        "sensitivity", f"recipe={RECIPE}", "dataset.size=8", f"tracking.uri={store}", f"output_root={folder}/out"
+    )
     assert done.returncode == 0, done.stderr
     client = MlflowClient(store)
     (experiment,) = [e for e in client.search_experiments() if e.name == "layerbits"]

@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 
 def run(model, folder, recipe, *more):
-    given = ("model=hf", f"model.path={model}", "model.dtype=float32", "dataset.size=32", "autoquant.seq_len=32")
+    given = ("model=hf", f"model.path={model}", "model.dtype=float32", "dataset.size=8", "autoquant.seq_len=32")
     store = f"tracking.uri=sqlite:///{folder}/mlflow.db"
     return start("sensitivity", f"recipe={recipe}", *given, store, f"output_root={folder}/out", *more)
 
