@@ -1,4 +1,4 @@
-"""A model with an assignment on it: the only place that puts quantizers on a model's linears, and takes them off.
+"""A model with an assignment on it: the place that puts quantizers on a model's linears, and takes them off.
 
 An assignment gives some linears a ModelOpt configuration each, by full name. A linear gets a forward of its own that
 quantizes its input and its weight; the weight itself is never written. So several assignments take turns on one
@@ -6,6 +6,9 @@ loaded model, and without one it computes bit for bit what it did before.
 
 In three steps: :func:`find_ranges` runs the unquantized model on the calibration rows, :func:`calibrated` makes the
 quantizers of each linear, and :class:`AssignedModel` puts them on the model.
+
+One exception: where each row of a batch has another group quantized (``kl_div``, ``refine``, ``validate``),
+:mod:`layerbits.scoring.suffix` puts the same quantized forwards on, row by row.
 """
 
 from __future__ import annotations
