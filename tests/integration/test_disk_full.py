@@ -131,7 +131,7 @@ def test_exports_that_were_done_before_the_disk_was_full_are_not_in_the_way(tmp_
     settings = ExportSettings(plan.target.parent, tmp_path, "auto", "cpu", None, 0, False, None)
     again = Mock(side_effect=lambda *_: pytest.fail("exported again"))
     run_exports([plan.scheme], settings, again)
-    again.again.assert_called_once_with(plan.scheme, plan.target)
+    again.log_earlier.assert_called_once_with(plan.scheme, plan.target)
     assert not is_exported(plan.target, replace(plan.scheme, kv_cache="fp8"), "auto")
     another = planned("llama", tmp_path / "another", down=fp8).scheme
     assert not is_exported(plan.target, another, "auto")
