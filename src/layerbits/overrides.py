@@ -19,7 +19,7 @@ PATHS = frozenset(
     {
         *("model.path", "dataset.path", "autoquant.checkpoint", "output_root", "export_root", "report_only"),
         *("checkpoint", "path", "recipe", "vllm.python", "vllm.plugin", "run_id", "scheme_files", "measured"),
-        *("task_path", "texts"),
+        *("task_path", "texts", "costs"),
     }
 )
 """Keys whose value may be a path: ``~`` is the home directory."""
@@ -36,7 +36,7 @@ NAMES = frozenset(
 LISTS = frozenset(
     {
         *("run_id", "scheme_files", "measured", "schemes", "controls", "candidates", "rankers"),
-        *("effective_bits", "budget_gib"),
+        *("effective_bits", "budget_gib", "budget_ms"),
         *("quant_pairs", "quant_granularities", "dataset_sizes", "recipe_overrides", "tasks", "texts"),
         "speed.batches",
     }

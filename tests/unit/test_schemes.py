@@ -417,6 +417,7 @@ def settings_of(**changes):
     config = {
         "run_id": "abc", "schemes": "none", "controls": "none", "effective_bits": "none", "candidates": "all",
         "budget_gib": "none", "context": 0, "concurrency": 1,
+        "budget_ms": "none", "step": "decode:1", "costs": "none",
         "objective": "score", "coverage_order": "none", "pareto": 0, "output_root": "outputs",
         "tracking": {"enabled": False, "uri": None, "experiment": "x", "run_name": None, "system_metrics": False},
     }  # fmt: skip

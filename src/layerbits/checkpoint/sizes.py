@@ -40,13 +40,27 @@ def with_sizes(source: Source, load: Load) -> Source:
     Raises:
         UserError: The scores do not say how to find the model, it has changed since, or the load is more than it takes.
     """
+    resolved, model, linears = scored_model(source, "budget_gib")
+    return replace(source, sizes=sizes_of(resolved, model, linears, source, load))
+
+
+def scored_model(source: Source, needed_by: str) -> tuple[ResolvedModel, PreTrainedModel, dict[str, Shapes]]:
+    """The model that was scored, without numbers, and its scored linears; no weight is read.
+
+    Args:
+        source: The scores.
+        needed_by: What the user asked for.
+
+    Raises:
+        UserError: The scores do not say how to find the model, or it has changed since.
+    """
     from layerbits.inputs.loading import empty_model
     from layerbits.inputs.model_spec import ModelSpec
     from layerbits.inputs.models import resolve, scored_linears
 
     if "model" not in source.settings:
         raise UserError(
-            "budget_gib needs the model, and the scores do not say how to load it; "
+            f"{needed_by} needs the model, and the scores do not say how to load it; "
             "score it with experiments/sensitivity.py"
         )
     resolved = resolve(ModelSpec.from_mapping(source.settings["model"]))
@@ -56,8 +70,7 @@ def with_sizes(source: Source, load: Load) -> Source:
             f"{resolved.revision}; score this one, or use the model that was scored"
         )
     model = empty_model(resolved)
-    linears = scored_linears(model, resolved.spec)
-    return replace(source, sizes=sizes_of(resolved, model, linears, source, load))
+    return resolved, model, scored_linears(model, resolved.spec)
 
 
 def sizes_of(

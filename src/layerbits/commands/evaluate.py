@@ -6,12 +6,12 @@ from pathlib import Path
 
 from layerbits.answers.report import data, markdown, measured, parameters, remarks, tags, write_evaluation
 from layerbits.answers.settings import evaluate_settings
-from layerbits.checkpoint.sizes import with_sizes
 from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
 from layerbits.plain import Composed
 from layerbits.schemes.request import SchemeRequest
+from layerbits.serving.counted import measuring
 from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
@@ -26,7 +26,7 @@ def evaluate(config: Composed, root: Path) -> None:
     def make(uri: str | None) -> Made:
         from layerbits.answers.job import evaluate_schemes
 
-        schemes = requested_schemes(wanted, uri, with_sizes)
+        schemes = requested_schemes(wanted, uri, measuring(uri, root))
         result = evaluate_schemes(schemes, settings, config["device"], root)
         folder = write_evaluation(result, output)
         text = markdown(result)

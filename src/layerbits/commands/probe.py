@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from layerbits.checkpoint.sizes import with_sizes
 from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
@@ -13,6 +12,7 @@ from layerbits.probing.report import data, markdown, measured, parameters, write
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.settings import listed_paths, whole
 from layerbits.scoring.precision import check_dtype
+from layerbits.serving.counted import measuring
 from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
@@ -30,7 +30,7 @@ def probe(config: Composed, root: Path) -> None:
     def make(uri: str | None) -> Made:
         from layerbits.probing.probe import probe_schemes
 
-        schemes = requested_schemes(wanted, uri, with_sizes)
+        schemes = requested_schemes(wanted, uri, measuring(uri, root))
         result = probe_schemes(schemes, rows, batch_size, config["device"], root, dtype, seq_len, texts)
         folder = write_probe(result, output)
         text = markdown(result)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from layerbits.checkpoint.sizes import with_sizes
 from layerbits.errors import UserError
 from layerbits.export.target import as_served, find_target
 from layerbits.history.evaluated import verdicts
@@ -18,6 +17,7 @@ from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import excludes, markdown, metrics, parameters
 from layerbits.schemes.settings import SchemeSettings, listed_paths
 from layerbits.schemes.sureness import sureness
+from layerbits.serving.counted import measuring
 from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
@@ -30,10 +30,11 @@ def scheme(config: Composed, root: Path) -> None:
     if len(probes) > 1:
         raise UserError(f"measured={','.join(probes)} names several probes; give one")
     measured = probes[0] if probes else None
-    target = find_target(str(config["target"]))
+    named = str(config["target"])
+    target = find_target(named)
 
     def make(uri: str | None, said: Mapping[str, str]) -> Made:
-        source = settings.applied(load_scores(settings.references, uri), with_sizes)
+        source = settings.applied(load_scores(settings.references, uri), measuring(uri, root, named))
         made = make_schemes(settings.specs, source)
         points = curve(settings.base, source, settings.pareto) if settings.pareto else []
         sure = sureness(settings.specs, source)

@@ -99,7 +99,7 @@ def pareto(
             several budgets), unless some cost the same (repeats). Where there is a column ``served_kl`` and the
             damage is a KL too, diamonds show what a runtime was measured to serve.
         value: Column of the damage.
-        cost: Column of the cost: ``bits``, or ``gib``, ``served_gib`` and ``decode_ms`` of
+        cost: Column of the cost: ``bits``, or ``gib``, ``ms``, ``served_gib`` and ``decode_ms`` of
             :func:`layerbits.history.schemes`.
         label: Words for the damage with its unit; by default from the column name.
         title: Above the figure.

@@ -81,6 +81,7 @@ LABELS = {
     "gib": "Checkpoint and KV cache, GiB",
     "served_gib": "Weights in vLLM, GiB",
     "decode_ms": "Decode step in vLLM, ms",
+    "ms": "Step in vLLM as predicted, ms",
 }
 FONT = 9
 

@@ -29,8 +29,8 @@ def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -
         latest serve check of the same scheme in the experiment measured it in a runtime; NaN without one),
         ``served_gib`` (weights in vLLM) and ``decode_ms`` (a decode step at the smallest batch) likewise, ``answers``
         (the verdict of the latest evaluation of the same scheme, in words; missing without one), and the
-        numbers that were logged of it (``bits``, ``score``, ``predicted_kl``, ``kv_predicted_kl``, ``gib`` where a
-        budget counted it, …), missing where a run has none. Without rows where no such run exists.
+        numbers that were logged of it (``bits``, ``score``, ``predicted_kl``, ``kv_predicted_kl``, ``gib`` and ``ms``
+        where a budget counted them, …), missing where a run has none. Without rows where no such run exists.
 
     Raises:
         UserError: The store cannot be read, or there is no such experiment.

@@ -13,9 +13,9 @@ from layerbits.history.source import connect, get_run, search
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 from layerbits.schemes.additivity import Factor, factors_of
+from layerbits.schemes.counted import Measure
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.scheme import Scheme
-from layerbits.schemes.sizes import Measure
 from layerbits.schemes.source import Source, combine
 
 
@@ -71,7 +71,7 @@ def requested_schemes(request: SchemeRequest, tracking_uri: str | None, measure:
     Args:
         request: What is asked for.
         tracking_uri: The store of the runs.
-        measure: Finds the bytes of schemes, where a budget counts them.
+        measure: Finds the bytes and seconds of schemes, where a budget counts them.
 
     Raises:
         UserError: No such file or run, or schemes that cannot be made of it.

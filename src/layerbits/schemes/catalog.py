@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from pathlib import Path
 
 import yaml
@@ -21,16 +22,18 @@ OBJECTIVES = ("score", "predicted_kl")
 
 @dataclass(frozen=True)
 class Budget:
-    """What a scheme may take at most: bits per weight, GiB of a server's memory, or both."""
+    """What a scheme may take at most: bits per weight, GiB of a server's memory, milliseconds of a step of it."""
 
     bits: float | None = None
     gib: float | None = None
+    ms: float | None = None
 
     @property
     def name(self) -> str:
-        """Of the budget, as a part of the names of schemes: ``6``, ``gib_3`` or ``6_gib_3``."""
+        """Of the budget, as a part of the names of schemes: ``6``, ``gib_3``, ``ms_4`` or ``6_gib_3_ms_4``."""
         bits = [] if self.bits is None else [f"{self.bits:g}"]
-        return "_".join([*bits, *([] if self.gib is None else [f"gib_{self.gib:g}"])])
+        amounts = (("gib", self.gib), ("ms", self.ms))
+        return "_".join([*bits, *(f"{unit}_{amount:g}" for unit, amount in amounts if amount is not None)])
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class SchemeSpec:
     Attributes:
         effective_bits: Budgets in bits per weight; a scheme each.
         budget_gib: Budgets in GiB of a server's memory; a scheme each, and one for each pair where both are given.
+        budget_ms: Budgets in milliseconds of a step, likewise.
         coverage: Share of the blocks that keep the solver's decisions; ``None`` = all, and what is outside of blocks.
         coverage_order: Which blocks those are (:data:`~layerbits.schemes.coverage.ORDERS`).
         candidates: Names or quant pairs that groups may choose among; none = all that the source scored.
@@ -63,6 +67,7 @@ class SchemeSpec:
     control: str | None = None
     seeds: tuple[int, ...] = (0,)
     budget_gib: tuple[float, ...] = ()
+    budget_ms: tuple[float, ...] = ()
     vision_bits: float | None = None
 
     def __post_init__(self) -> None:
@@ -77,21 +82,25 @@ class SchemeSpec:
                 raise UserError(f"scheme {self.name}: {key}={getattr(self, key)} is not known; use {known}")
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise UserError(f"scheme name {self.name!r} must be letters, digits, '_', '-' and '.' only")
-        if bool(self.effective_bits or self.budget_gib) == bool(self.control):
-            raise UserError(f"scheme {self.name} needs either a budget (effective_bits, budget_gib) or control")
-        if wrong := [b for b in self.budget_gib if not 0 < b < math.inf]:
-            raise UserError(f"scheme {self.name}: budget_gib={wrong[0]:g} is no number of GiB; use one above 0")
-
-        if self.vision_bits is not None and self.budget_gib:
+        if bool(self.effective_bits or self.budget_gib or self.budget_ms) == bool(self.control):
             raise UserError(
-                f"scheme {self.name}: vision_bits={self.vision_bits:g} goes with effective_bits; budget_gib counts the "
+                f"scheme {self.name} needs either a budget (effective_bits, budget_gib, budget_ms) or control"
+            )
+        for key, unit in (("budget_gib", "GiB"), ("budget_ms", "milliseconds")):
+            if wrong := [b for b in getattr(self, key) if not 0 < b < math.inf]:
+                raise UserError(f"scheme {self.name}: {key}={wrong[0]:g} is no number of {unit}; use one above 0")
+        if self.vision_bits is not None and (self.budget_gib or self.budget_ms):
+            key = "budget_gib" if self.budget_gib else "budget_ms"
+            raise UserError(
+                f"scheme {self.name}: vision_bits={self.vision_bits:g} goes with effective_bits; {key} counts the "
                 "tower with everything else"
             )
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
         """What a scheme each is made for."""
-        return tuple(Budget(bits, gib) for bits in self.effective_bits or (None,) for gib in self.budget_gib or (None,))
+        amounts = (self.effective_bits, self.budget_gib, self.budget_ms)
+        return tuple(Budget(*each) for each in product(*(several or (None,) for several in amounts)))
 
     @classmethod
     def from_mapping(cls, mapping: JsonMapping) -> SchemeSpec:
@@ -106,8 +115,8 @@ class SchemeSpec:
             raise UserError(f"scheme {name}: unknown {', '.join(unknown)}; it has the keys {', '.join(known)}")
         values = {**mapping, "name": str(name)}
         try:
-            kinds = (("effective_bits", float), ("budget_gib", float), ("candidates", str), ("seeds", int))
-            for key, kind in kinds:
+            budgets = ((key, float) for key in ("effective_bits", "budget_gib", "budget_ms"))
+            for key, kind in (*budgets, ("candidates", str), ("seeds", int)):
                 if key in values:
                     given = values[key]
                     several = given if isinstance(given, list | tuple) else [given]

@@ -13,9 +13,9 @@ from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignme
 from layerbits.results.result import CandidateInfo, FloatArray, costs, effective_bits
 from layerbits.schemes import solver
 from layerbits.schemes.budgets import parts
-from layerbits.schemes.byte_budget import not_exported, solved_in_bytes
 from layerbits.schemes.catalog import Budget, SchemeSpec
 from layerbits.schemes.controls import control
+from layerbits.schemes.cost_budgets import not_counted, solved_in_costs
 from layerbits.schemes.coverage import covered_blocks
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source
@@ -61,6 +61,7 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
             "method": "budget",
             **({} if budget.bits is None else {"target_effective_bits": budget.bits}),
             **({} if budget.gib is None else {"target_gib": budget.gib}),
+            **_timed(source, budget),
             "cost_model": source.cost_model,
             "objective": spec.objective,
             "candidates": [c.name for c in candidates],
@@ -98,8 +99,8 @@ def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[Assignm
     """
     columns = source.columns(spec.candidates)
     bits = _bits([source.candidates[c] for c in columns])
-    if spec.budget_gib:
-        return solved_in_bytes(source, columns, solver.problem(values, bits, _costs(source)), spec.budgets)
+    if spec.budget_gib or spec.budget_ms:
+        return solved_in_costs(source, columns, solver.problem(values, bits, _costs(source)), spec.budgets)
     names, weights = list(bits), np.asarray(_costs(source))
     positions = np.full((len(spec.effective_bits), len(source.groups)), UNQUANTIZED)
     for part in parts(spec, source.groups):
@@ -146,10 +147,11 @@ def curve(spec: SchemeSpec, source: Source, points: int) -> list[dict[str, float
     rows = []
     for budget, solution in zip(budgets, solver.pareto(values, bits, weights, budgets), strict=True):
         at = source.scored(solution.assignment)
-        size = {} if source.sizes is None else source.sizes.record(solution.assignment)
+        counted = source.counted(solution.assignment)
+        amounts = {key: counted[key] for key in ("gib", "ms") if key in counted}
         rows.append(
             {
-                **({"gib": size["gib"]} if size else {}),
+                **amounts,
                 "target_bits": budget,
                 "bits": solution.bits,
                 "score": float(source.scores[at].sum()),
@@ -198,7 +200,7 @@ def scheme_of(
         notes=notes,
         kv_cache=source.kv_cache,
         kv_prices=source.kv_prices,
-        size={} if source.sizes is None else source.sizes.record(assignment),
+        size=source.counted(assignment),
     )
 
 
@@ -211,8 +213,8 @@ def _notes(
         if bad:
             shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             notes.append(f"{info.name} has no finite score for {shown}: not eligible there")
-    if spec.budget_gib:
-        notes += not_exported(source, candidates)
+    if spec.budget_gib or spec.budget_ms:
+        notes += not_counted(source, candidates)
     if spec.method is not None and spec.method != source.method:
         notes.append(f"made for scores by method={spec.method}; these are by {source.method}")
     if len(source.kv_prices) > 1 and source.kv_cache == NO_CACHE:
@@ -222,6 +224,13 @@ def _notes(
     if spec.score_samples is not None and spec.score_samples != scored:
         notes.append(f"made for scores on {spec.score_samples} captions; these are on {scored}")
     return tuple(notes)
+
+
+def _timed(source: Source, budget: Budget) -> dict[str, object]:
+    """What a budget in milliseconds was, and of what."""
+    if budget.ms is None or source.times is None:
+        return {}
+    return {"target_ms": budget.ms, "step": source.times.step.name, "timed_on": source.times.where}
 
 
 def _explained(spec: SchemeSpec, blocks: Sequence[int], source: Source) -> str:

@@ -63,18 +63,19 @@ def markdown(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Se
     active = any(row["bits_active"] not in (None, row["bits"]) for row in records)
     more = " bits of active weights |" if active else ""
     caches = any(row["kv_cache"] != NO_CACHE for row in records)
-    beside, sized = bool(known), any(scheme.size for scheme in schemes)
+    beside, sized, timed = bool(known), *(any(key in scheme.size for scheme in schemes) for key in ("gib", "ms"))
     lines = [
         f"| scheme | bits |{more} ModelOpt's bits | quantized groups | raw score | predicted KL (nats/token) |"
         f"{' expected by measured schemes |' * beside}{' KV cache | its predicted KL |' * caches}"
-        f"{' GiB | of that KV cache |' * sized} digest |",
-        f"|---|---|{'---|' * active}---|---|---|---|{'---|' * beside}{'---|---|' * caches}{'---|---|' * sized}---|",
+        f"{' GiB | of that KV cache |' * sized}{' ms a step | unquantized |' * timed} digest |",
+        f"|---|---|{'---|' * active}---|---|---|---|{'---|' * beside}{'---|---|' * (caches + sized + timed)}---|",
     ]
     for scheme, row in zip(schemes, records, strict=True):
         units = f" {_number(row['bits_active'], '.3f')} |" if active else ""
         same = f" (= {row['same_as']})" if row["same_as"] else ""
         cache = f" {row['kv_cache']} | {_number(row['kv_predicted_kl'], '.4g')} |" if caches else ""
         size = f" {_number(row.get('gib'), '.4g')} | {_number(row.get('kv_cache_gib'), '.4g')} |" if sized else ""
+        size += f" {_number(row.get('ms'), '.4g')} | {_number(row.get('unquantized_ms'), '.4g')} |" if timed else ""
         lines.append(
             f"| {row['scheme']} | {row['bits']:.3f} |{units} {_number(row['bits_modelopt'], '.3f')} | "
             f"{row['quantized_groups']} of {row['groups']} | {row['score']:.4g} | "
@@ -100,8 +101,8 @@ def metrics(schemes: Sequence[Scheme], sure: Sequence[Sureness] = (), known: Seq
     values = {f"scheme/{row['scheme']}/{name}": row[name] for row in records for name in names}
     cached = [row for row in records if row["kv_cache"] != NO_CACHE]
     values |= {f"scheme/{row['scheme']}/kv_predicted_kl": row["kv_predicted_kl"] for row in cached}
-    sizes = ("gib", "weights_gib", "kv_cache_gib")
-    values |= {f"scheme/{scheme.name}/{name}": scheme.size[name] for scheme in schemes if scheme.size for name in sizes}
+    sizes = ("gib", "weights_gib", "kv_cache_gib", "ms", "linears_ms", "unquantized_ms")
+    values |= {f"scheme/{s.name}/{name}": s.size[name] for s in schemes for name in sizes if name in s.size}
     for scheme in schemes:
         if (kl := expected(scheme, known)) is not None:
             values[f"scheme/{scheme.name}/expected_kl"], values[f"scheme/{scheme.name}/expected_kl_se"] = kl

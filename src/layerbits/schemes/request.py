@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerbits.plain import Composed
+from layerbits.schemes.counted import Measure
 from layerbits.schemes.kv_cache import AUTO, kv_choice, with_cache
 from layerbits.schemes.make import make_schemes
 from layerbits.schemes.scheme import Scheme, load_scheme
 from layerbits.schemes.settings import SchemeSettings, listed_paths, source_name
-from layerbits.schemes.sizes import Measure
 from layerbits.schemes.source import Source
 
 
@@ -48,7 +48,7 @@ class SchemeRequest:
         """Reads them from the files, or makes them.
 
         Args:
-            measure: Finds the bytes of schemes, where a budget counts them.
+            measure: Finds the bytes and seconds of schemes, where a budget counts them.
             source: The scores of the settings' runs; ``None`` where there are files.
 
         Raises:

@@ -11,8 +11,10 @@ from layerbits.paths import split_at_commas, user_path
 from layerbits.plain import Composed
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.catalog import Budget, SchemeSpec, load_specs
+from layerbits.schemes.cost_table import MEASURE, Step
+from layerbits.schemes.counted import Counted, Measure, Timed
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
-from layerbits.schemes.sizes import Load, Measure
+from layerbits.schemes.sizes import Load
 from layerbits.schemes.source import Source
 
 _NONE = (None, "", "none", "null")
@@ -30,6 +32,7 @@ class SchemeSettings:
         kv_cache: What the schemes do to keys and values; ``auto`` = the one format that the runs priced, if any.
         pareto: Points of the curve; 0 = none.
         load: What budgets in GiB count beside the weights.
+        timed: What budgets in milliseconds count; ``None`` = there are none.
     """
 
     references: tuple[str, ...]
@@ -40,6 +43,7 @@ class SchemeSettings:
     kv_cache: str
     output_root: Path
     load: Load = field(default_factory=Load)
+    timed: Timed | None = None
 
     @property
     def source_name(self) -> str:
@@ -51,7 +55,7 @@ class SchemeSettings:
 
         Args:
             source: Of :attr:`references`.
-            measure: Finds the bytes of schemes, where a budget counts them.
+            measure: Finds the bytes and seconds of schemes, where a budget counts them.
 
         Raises:
             UserError: As ``measure``.
@@ -61,7 +65,8 @@ class SchemeSettings:
             cost_model=self.cost_model or source.cost_model,
             kv_cache=chosen_cache(self.kv_cache, source.kv_prices),
         )
-        return measure(chosen, self.load) if any(spec.budget_gib for spec in self.specs) else chosen
+        counted = Counted(self.load if any(spec.budget_gib for spec in self.specs) else None, self.timed)
+        return chosen if counted == Counted() else measure(chosen, counted)
 
     @classmethod
     def from_config(cls, config: Composed, folder: Path) -> SchemeSettings:
@@ -78,7 +83,7 @@ class SchemeSettings:
         if not references:
             raise UserError("set run_id to the id of a sensitivity run, or to the folder of its result")
         candidates = listed(config["candidates"])
-        budgets, gib = listed(config["effective_bits"]), listed(config["budget_gib"])
+        budgets, gib, ms = (listed(config[key]) for key in ("effective_bits", "budget_gib", "budget_ms"))
         shared = {
             "candidates": [] if candidates == ["all"] else candidates,
             "objective": config["objective"],
@@ -92,14 +97,14 @@ class SchemeSettings:
             named = [spec if spec.control else replace(spec, vision_bits=tower) for spec in named]
         # A budget has its number in its name even when it is the only one.
         own = []
-        if budgets or gib:
-            asked = {"name": "bits", "effective_bits": budgets, "budget_gib": gib, **shared}
+        if budgets or gib or ms:
+            asked = {"name": "bits", "effective_bits": budgets, "budget_gib": gib, "budget_ms": ms, **shared}
             spec = SchemeSpec.from_mapping(asked)
             own = [_of_budget(spec, budget) for budget in spec.budgets]
         specs = (*named, *own)
         points = whole("pareto", config["pareto"])
         if not specs and points < 1:
-            raise UserError("nothing to make: name schemes, or set effective_bits, budget_gib or pareto")
+            raise UserError("nothing to make: name schemes, or set effective_bits, budget_gib, budget_ms or pareto")
         return cls(
             references=tuple(references),
             specs=specs,
@@ -109,14 +114,26 @@ class SchemeSettings:
             kv_cache=kv_choice(config.get("kv_cache", AUTO)),
             output_root=user_path(config["output_root"]),
             load=Load(whole("context", config["context"]), whole("concurrency", config["concurrency"])),
+            timed=_timed(config) if any(spec.budget_ms for spec in specs) else None,
         )
 
 
 def _of_budget(spec: SchemeSpec, budget: Budget) -> SchemeSpec:
     """The spec with one of its budgets, and a name that says it."""
     name = budget.name if budget.bits is None else f"{spec.name}_{budget.name}"
-    bits, gib = (() if number is None else (number,) for number in (budget.bits, budget.gib))
-    return replace(spec, name=name, effective_bits=bits, budget_gib=gib)
+    bits, gib, ms = (() if number is None else (number,) for number in (budget.bits, budget.gib, budget.ms))
+    return replace(spec, name=name, effective_bits=bits, budget_gib=gib, budget_ms=ms)
+
+
+def _timed(config: Composed) -> Timed:
+    """What budgets in milliseconds count.
+
+    Raises:
+        UserError: No table of costs is named, or the step is not known.
+    """
+    if config["costs"] in _NONE:
+        raise UserError(f"budget_ms needs costs=FILE or the id of a run of -e costs; {MEASURE}")
+    return Timed(Step.parse(str(config["step"])), str(config["costs"]))
 
 
 def _cost_model(value: object) -> str | None:

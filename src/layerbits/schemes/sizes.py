@@ -6,18 +6,14 @@ The numbers are made by :mod:`layerbits.checkpoint.sizes`, which knows how weigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.results.assignment import Assignment
 from layerbits.results.result import FloatArray
-
-if TYPE_CHECKING:
-    from layerbits.schemes.source import Source
 
 GIB = 2.0**30
 
@@ -44,10 +40,6 @@ class Load:
             raise UserError(f"context={self.context} is not a number of tokens; use 0 for none")
         if self.concurrency < 1:
             raise UserError(f"concurrency={self.concurrency} is not a number of requests; use 1 or more")
-
-
-Measure = Callable[["Source", Load], "Source"]
-"""Gives a source its sizes."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from layerbits.results.kv_cache import kv_sums
 from layerbits.results.result import CalibrationInfo, CandidateInfo, FloatArray, Group, ModelInfo, SensitivityResult
 from layerbits.schemes.kv_cache import AUTO, chosen_cache
 from layerbits.schemes.sizes import Sizes
+from layerbits.schemes.times import Times
 
 SETTINGS = ("model", "dataset", "autoquant", "fp4", "seed")
 """Parts of a run's configuration that load its model and data again."""
@@ -40,6 +41,7 @@ class Source:
         sample_tokens: ``[S]`` loss tokens of each caption, ``None`` likewise.
         settings: The parts of the first run's configuration that load model and data.
         sizes: Bytes of its schemes; ``None`` where no budget needs them.
+        times: Seconds of a step under its schemes; ``None`` likewise.
     """
 
     run_ids: tuple[str, ...]
@@ -58,6 +60,12 @@ class Source:
     sample_kl: FloatArray | None = None
     sample_tokens: IntArray | None = None
     sizes: Sizes | None = None
+    times: Times | None = None
+
+    def counted(self, assignment: Assignment) -> dict[str, float]:
+        """What a scheme takes, of what budgets count: :meth:`Sizes.record` and :meth:`Times.record`."""
+        sizes = {} if self.sizes is None else self.sizes.record(assignment)
+        return sizes | ({} if self.times is None else self.times.record(assignment))
 
     def columns(self, names: Sequence[str]) -> list[int]:
         """Positions of the candidates with these names or quant pairs; all without a name.

@@ -121,7 +121,7 @@ def sureness(specs: Sequence[SchemeSpec], source: Source, draws: int = DRAWS, se
     known: dict[tuple[float, ...], tuple[FloatArray, list[list[IntArray]]]] = {}
     results = []
     for spec in specs:
-        if spec.control is not None or spec.budget_gib:
+        if spec.control is not None or spec.budget_gib or spec.budget_ms:
             continue
         columns = source.columns(spec.candidates)
         key = (*columns, *spec.effective_bits, spec.vision_bits or 0.0)
