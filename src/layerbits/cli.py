@@ -118,6 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--arguments", default="", help="further arguments of the server, in one text")
     serve.add_argument("--measure", action="store_true", help="time it and print speed and memory, instead of serving")
 
+    costs = command("costs", _costs, "measure the times of vLLM's linears on this card, for schemes by budget_ms")
+    costs.add_argument("runs", metavar="RUN", nargs="+", help="sensitivity runs: id, result folder or manifest.json")
+    costs.add_argument("--batches", default="1,8,32", help="requests at once of decode steps (1,8,32)")
+    costs.add_argument("--prefill", default="512,2048", help="lengths of prompts, or none (512,2048)")
+    costs.add_argument("--repeats", type=int, default=25, help="of each linear (25)")
+    costs.add_argument("--python", help="a Python that has vLLM; else that of .venv-vllm, which `make vllm` makes")
+    costs.add_argument("--arguments", default="", help="further arguments of vLLM's engine, in one text")
+    costs.add_argument("-o", "--output", type=Path, default=Path("costs.json"), help="file to write (costs.json)")
+
     view = command("view", _view, "print the link of each experiment's comparison view in the UI")
     view.add_argument("--port", type=int, default=5000, help="of the UI on a database; a server has its own (5000)")
 
@@ -231,6 +240,24 @@ def _serve(options: argparse.Namespace) -> int:
         measure(options.checkpoint, options.python, options.plugin, arguments, options.tracking_uri)
         return 0
     serve(options.checkpoint, options.port, options.python, options.plugin, arguments, options.tracking_uri)
+    return 0
+
+
+def _costs(options: argparse.Namespace) -> int:
+    from tempfile import TemporaryDirectory
+
+    from layerbits.history.scheme_inputs import load_scores
+    from layerbits.paths import user_path
+    from layerbits.serving.costs import CostRequest, in_words, measure_costs
+    from layerbits.serving.environment import find_environment
+    from layerbits.serving.server import Launch
+
+    asked = CostRequest.of(options.batches, options.prefill, options.repeats)
+    source = load_scores(options.runs, options.tracking_uri)
+    launch = Launch(find_environment(options.python, Path.cwd()), arguments=tuple(shlex.split(options.arguments)))
+    with TemporaryDirectory() as work:
+        table = measure_costs(source, asked, launch, Path(work))
+    print(f"{in_words(table)}\ncosts: {table.save(user_path(options.output))}")
     return 0
 
 

@@ -38,7 +38,7 @@ LISTS = frozenset(
         *("run_id", "scheme_files", "measured", "schemes", "controls", "candidates", "rankers"),
         *("effective_bits", "budget_gib", "budget_ms"),
         *("quant_pairs", "quant_granularities", "dataset_sizes", "recipe_overrides", "tasks", "texts"),
-        "speed.batches",
+        *("speed.batches", "batches", "prefill"),
     }
 )
 """Keys whose value is a list in one text, where Hydra alone would read a sweep."""

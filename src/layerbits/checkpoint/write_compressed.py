@@ -8,9 +8,9 @@ kernels that scored. Nothing of the loaded model is changed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -33,6 +33,19 @@ if TYPE_CHECKING:
 Tensors = Iterator[tuple[str, torch.Tensor]]
 
 
+class Labelled(Protocol):
+    """A quantized linear: its names in memory and in the source, and its label."""
+
+    @property
+    def module(self) -> str: ...  # noqa: D102
+
+    @property
+    def stored(self) -> str: ...  # noqa: D102
+
+    @property
+    def label(self) -> Label: ...  # noqa: D102
+
+
 def write_compressed(
     model: PreTrainedModel, layers: Sequence[ScoredLayer], folder: Path, source: Checkpoint, on_disk: Mapping[str, str]
 ) -> None:
@@ -51,7 +64,7 @@ def write_compressed(
     write_config(
         source.folder,
         folder,
-        _quantization_config(model, layers, on_disk, carried),
+        quantization_config(model, layers, on_disk, carried),
         str(model.dtype).removeprefix("torch."),
         type(model).__name__,
     )
@@ -117,9 +130,17 @@ def _tensors(
         # what else the model does not load stays behind
 
 
-def _quantization_config(
-    model: PreTrainedModel, layers: Sequence[ScoredLayer], on_disk: Mapping[str, str], carried: Sequence[str]
+def quantization_config(
+    model: PreTrainedModel, layers: Sequence[Labelled], on_disk: Mapping[str, str], carried: Sequence[str]
 ) -> JsonObject:
+    """What ``config.json`` says of the quantization.
+
+    Args:
+        model: The whole model, with numbers or without.
+        layers: The quantized linears.
+        on_disk: From :func:`layerbits.inputs.names.names_on_disk`.
+        carried: Modules for multi-token prediction.
+    """
     import compressed_tensors
     from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStatus
 
@@ -136,16 +157,36 @@ def _quantization_config(
         config_groups=dict(groups),
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=[*_ignored(model, layers, on_disk), *(rf"re:{re.escape(module)}(\..*)?$" for module in carried)],
+        ignore=[
+            *_ignored(model, {layer.module for layer in layers}, on_disk),
+            *(rf"re:{re.escape(module)}(\..*)?$" for module in carried),
+        ],
     )
     return {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
 
 
-def _ignored(model: PreTrainedModel, layers: Sequence[ScoredLayer], on_disk: Mapping[str, str]) -> list[str]:
-    """Linears that stay as they are, by both of their names; all of a tower without a quantized one by a pattern."""
-    quantized = {layer.module for layer in layers}
+def _ignored(model: PreTrainedModel, quantized: Collection[str], on_disk: Mapping[str, str]) -> list[str]:
+    towers, names = left_alone(model, quantized, on_disk)
+    return [rf"re:(.*\.)?{name}\..*" if name in towers else name for name in names]
+
+
+def left_alone(
+    model: PreTrainedModel, quantized: Collection[str], on_disk: Mapping[str, str]
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Linears that stay as they are.
+
+    Args:
+        model: The whole model, with numbers or without.
+        quantized: Names in memory of the others.
+        on_disk: From :func:`layerbits.inputs.names.names_on_disk`.
+
+    Returns:
+        Words in the names of modules without a quantized linear, and, in model order, these and both names of each
+        other linear.
+    """
     words = {word for name in quantized for word in name.split(".")}
     ignored: dict[str, None] = {}
+    towers: dict[str, None] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)  # routers are linears to a runtime, whatever their class is
         if isinstance(module, torch.nn.Embedding) or getattr(weight, "ndim", 0) != 2 or name in quantized:
@@ -153,8 +194,8 @@ def _ignored(model: PreTrainedModel, layers: Sequence[ScoredLayer], on_disk: Map
         parts = name.split(".")
         tower = next((part for part in parts[:-1] if part not in words), None)
         if tower is not None and not tower.isdigit():
-            ignored[rf"re:(.*\.)?{tower}\..*"] = None
+            towers[tower] = ignored[tower] = None
             continue
         stored = on_disk.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         ignored |= dict.fromkeys((stored, name))
-    return list(ignored)
+    return frozenset(towers), tuple(ignored)

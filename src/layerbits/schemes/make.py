@@ -144,7 +144,7 @@ def curve(spec: SchemeSpec, source: Source, points: int) -> list[dict[str, float
     values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
     bits, weights = _bits([source.candidates[c] for c in columns]), _costs(source)
     budgets = np.linspace(solver.problem(values, bits, weights).floor, UNQUANTIZED_BITS, points).tolist()
-    rows = []
+    rows: list[dict[str, float]] = []
     for budget, solution in zip(budgets, solver.pareto(values, bits, weights, budgets), strict=True):
         at = source.scored(solution.assignment)
         counted = source.counted(solution.assignment)

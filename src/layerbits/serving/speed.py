@@ -151,8 +151,6 @@ def measure_speed(launch: Launch, folder: Path, what: str, asked: SpeedRequest, 
         UserError: It was not done in ``launch.seconds``, or the model has fewer positions.
     """
     _check_positions(folder, asked)
-    name = what.replace(" ", "_")
-    request, answer, log = (work / f"speed_{name}.{end}" for end in ("request.json", "json", "log"))
     data: Mapping[str, object] = {
         "arguments": _arguments(launch, folder, asked),
         "batches": asked.batches,
@@ -161,6 +159,25 @@ def measure_speed(launch: Launch, folder: Path, what: str, asked: SpeedRequest, 
         "warmup": _WARMUP,
         "repeats": asked.repeats,
     }
+    return Speed.from_json(run_worker(launch, data, what, work), asked.prompt_tokens)
+
+
+def run_worker(launch: Launch, data: Mapping[str, object], what: str, work: Path) -> JsonObject:
+    """Runs :mod:`layerbits.serving.speed_worker` in vLLM's Python.
+
+    Args:
+        launch: The environment and how long it may take.
+        data: The request.
+        what: What is timed, in a word.
+        work: Folder for the request, the answer and vLLM's log, named after ``what``.
+
+    Raises:
+        Refused: vLLM ended; in its own words.
+        UserError: It was not done in ``launch.seconds``.
+    """
+    name = what.replace(" ", "_")
+    request, answer, log = (work / f"speed_{name}.{end}" for end in ("request.json", "json", "log"))
+    answer.unlink(missing_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     request.write_text(json.dumps(data), "utf-8")
     print(f"vLLM is timed on {what}; its log is {log}", flush=True)
@@ -175,7 +192,8 @@ def measure_speed(launch: Launch, folder: Path, what: str, asked: SpeedRequest, 
             ) from None
         if not answer.is_file():
             raise refusal(process, log)
-    return Speed.from_json(json.loads(answer.read_text("utf-8")), asked.prompt_tokens)
+    made: JsonObject = json.loads(answer.read_text("utf-8"))
+    return made
 
 
 def _arguments(launch: Launch, folder: Path, asked: SpeedRequest) -> Sequence[str]:

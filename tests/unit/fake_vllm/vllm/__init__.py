@@ -1,6 +1,8 @@
 """An engine whose requests take a known time, without a model."""
 
+import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -21,14 +23,21 @@ class LLM:
         if mode == "never":
             time.sleep(300)
         self.longest = max_model_len
+        self.config = json.loads((Path(model) / "config.json").read_text())
         config = SimpleNamespace(
             cache_config=SimpleNamespace(num_gpu_blocks=10, block_size=16),
-            model_config=SimpleNamespace(enforce_eager=enforce_eager, get_vocab_size=lambda: 100),
+            model_config=SimpleNamespace(enforce_eager=enforce_eager, dtype=torch.bfloat16, get_vocab_size=lambda: 100),
         )
         self.llm_engine = SimpleNamespace(vllm_config=config, model_config=config.model_config)
+        if mode == "no_int4" and '"num_bits": 4' in json.dumps(self.config):
+            raise ValueError("no kernel for INT4 here")
 
     def apply_model(self, function):
-        """Of a linear that shares its weight with another."""
+        """Of linears as the config has them; of one that shares its weight with another, where it has none."""
+        if "hidden_size" in self.config:
+            from vllm.model_executor.layers.linear import blocks
+
+            return [function(blocks(self.config))]
         first, second = torch.nn.Linear(16, 32, bias=False), torch.nn.Linear(16, 32, bias=False)
         second.weight = torch.nn.Parameter(first.weight.data)
         return [function(torch.nn.ModuleList([first, second]))]

@@ -14,9 +14,10 @@ class EngineArgs:
         parser.add_argument("--max-model-len", type=int)
         parser.add_argument("--enforce-eager", action="store_true")
         parser.add_argument("--mode", default="well")
-        for ignored in ("--dtype", "--max-num-seqs"):
+        for ignored in ("--dtype", "--max-num-seqs", "--max-num-batched-tokens", "--load-format"):
             parser.add_argument(ignored)
-        parser.add_argument("--no-enable-prefix-caching", action="store_true")
+        for ignored in ("--no-enable-prefix-caching", "--skip-tokenizer-init"):
+            parser.add_argument(ignored, action="store_true")
         return parser
 
     @classmethod

