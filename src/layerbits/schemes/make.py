@@ -148,7 +148,7 @@ def curve(spec: SchemeSpec, source: Source, points: int) -> list[dict[str, float
     for budget, solution in zip(budgets, solver.pareto(values, bits, weights, budgets), strict=True):
         at = source.scored(solution.assignment)
         counted = source.counted(solution.assignment)
-        amounts = {key: counted[key] for key in ("gib", "ms") if key in counted}
+        amounts: dict[str, float] = {key: counted[key] for key in ("gib", "ms") if key in counted}
         rows.append(
             {
                 **amounts,
