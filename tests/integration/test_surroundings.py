@@ -71,6 +71,11 @@ def test_a_report_is_rebuilt(folder):
         ("serve_check", ("checkpoint={}/none",), "{}/none"),
         ("import_results", ("path={}/none",), "{}/none"),
         ("scheme", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
+        (
+            "scheme",
+            ("run_id={}/result", "schemes=none", "budget_ms=4", "costs={}/none.json"),
+            "no costs at {}/none.json",
+        ),
     ],
 )
 def test_what_is_missing_is_one_line_that_names_the_path(folder, script, arguments, line):

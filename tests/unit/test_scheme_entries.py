@@ -1,4 +1,4 @@
-"""The entry points ``scheme``, ``probe`` and ``evaluate`` of MLproject against the configurations they start from."""
+"""Entry points of MLproject against the configurations that they start from."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from hydra import compose, initialize_config_dir
 ROOT = Path(__file__).parents[2]
 ENTRIES = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
 
+NAMES = ("scheme", "probe", "evaluate", "costs")
 
-@pytest.fixture(
-    params=[("scheme", "schemes"), ("probe", "probe"), ("evaluate", "evaluate")], ids=["scheme", "probe", "evaluate"]
-)
+
+@pytest.fixture(params=[(name, "schemes" if name == "scheme" else name) for name in NAMES], ids=NAMES)
 def entry(request):
     name, config = request.param
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

@@ -16,7 +16,7 @@ from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.cost_table import PLAIN, CostTable, LinearTime, Refused, Step, StepTime
 from layerbits.schemes.counted import Counted, Timed
 from layerbits.schemes.make import curve, make_schemes
-from layerbits.schemes.report import markdown, metrics
+from layerbits.schemes.report import markdown, metrics, parameters
 from layerbits.schemes.scheme import load_scheme
 from layerbits.schemes.sizes import Load, Sizes, Stored
 from layerbits.schemes.source import combine
@@ -293,6 +293,8 @@ def test_milliseconds_are_in_the_report_the_metrics_the_file_and_the_curve(found
     assert values["scheme/mine/ms"] == scheme.size["ms"]
     assert values["scheme/mine/unquantized_ms"] == pytest.approx(0.5)
     assert "scheme/mine/gib" not in values
+    said = parameters([SchemeSpec("mine", budget_ms=(0.48,))], source)
+    assert (said["eff.step"], said["eff.timed_on"]) == ("decode:8", "NVIDIA H200, vllm 0.26.0")
     assert load_scheme(scheme.save(tmp_path / "scheme.json")).size == scheme.size
     points = curve(SchemeSpec("mine", effective_bits=(9.0,)), source, 5)
     assert points[-1]["ms"] == pytest.approx(0.5)

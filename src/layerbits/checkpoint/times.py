@@ -64,7 +64,7 @@ def times_of(linears: Mapping[str, Shapes], source: Source, step: Step, table: C
     for format in names:
         columns = []
         for info in source.candidates:
-            label, why = _runs(info, format, table)
+            label, why = _runs(info, format, shapes, table)
             refused[info.name] += [why] if label is None else []
             columns.append(
                 [_seconds(label, a, b or (), step, table) for a, b in zip(shapes, timed, strict=True)]
@@ -134,8 +134,10 @@ def _check_model(shapes: Sequence[Shape], table: CostTable) -> None:
             )
 
 
-def _runs(info: CandidateInfo, format: str, table: CostTable) -> tuple[Label | None, str]:
-    """The label of a candidate that vLLM runs, or ``None`` and why it does not.
+def _runs(
+    info: CandidateInfo, format: str, shapes: Sequence[Sequence[Shape]], table: CostTable
+) -> tuple[Label | None, str]:
+    """The label of a candidate that vLLM runs on some groups, or ``None`` and why it does not.
 
     Raises:
         UserError: The table does not know.
@@ -147,6 +149,8 @@ def _runs(info: CandidateInfo, format: str, table: CostTable) -> tuple[Label | N
         return None, "it cannot be exported"
     if not reads(label):
         return None, f"vLLM does not read it ({label.algo})"
+    if not any(mine and all(fits(label, shape) for shape in mine) for mine in shapes):
+        return None, f"no linear has whole blocks of {label.algo}"
     layout = (format, label.algo)
     if layout in table.words:
         return None, f"vLLM does not run {label.algo} on {table.device}: {table.words[layout]}"

@@ -239,8 +239,10 @@ def _linears(
         Refused: vLLM does not load it, or leaves all of it unquantized; in its words.
     """
     name = "-".join(filter(None, layout))
-    linears = [modules for modules, _ in model.groups] if label is None else model.fitting(label)
-    folder = write_stand_in(work / name, model.resolved, model.dtype, blocks, label, linears)
+    labels = {} if label is None else {module: label for modules in model.fitting(label) for module in modules}
+    if label is not None and not labels:
+        return "", []
+    folder = write_stand_in(work / name, model.resolved, model.dtype, blocks, labels)
     longest = max(128, *asked.tokens)
     arguments = [
         *("--model", str(folder), "--dtype", model.dtype, "--enforce-eager", "--max-num-seqs", "1"),

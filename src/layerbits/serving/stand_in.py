@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from layerbits.checkpoint.config_file import FILE
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _TEXT = ("text_config", "llm_config", "language_config")
 _BLOCKS = "num_hidden_layers"
+NOTHING: Mapping[str, Label] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,7 @@ def write_stand_in(
     resolved: ResolvedModel,
     dtype: str,
     blocks: int,
-    label: Label | None = None,
-    linears: Sequence[Sequence[str]] = (),
+    labels: Mapping[str, Label] = NOTHING,
 ) -> Path:
     """Writes the folder.
 
@@ -80,8 +81,8 @@ def write_stand_in(
         resolved: The model.
         dtype: Of what is not quantized, as torch names it.
         blocks: How many of its decoder blocks, the first ones.
-        label: How linears are stored; ``None`` = nothing is quantized.
-        linears: Names in memory of those that are, group by group; later blocks are left out.
+        labels: Name in memory of each quantized linear → how it is stored; all of one format, in ModelOpt's all alike.
+            Those of later blocks are left out.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -93,8 +94,8 @@ def write_stand_in(
         part.pop("quantization_config", None)
     made["dtype"] = dtype
     _write(folder, made)
-    if label is not None:
-        made["quantization_config"] = _quantization(folder, resolved, label, linears)
+    if labels:
+        made["quantization_config"] = _quantization(folder, resolved, labels)
         _write(folder, made)
     return folder
 
@@ -120,9 +121,7 @@ def _shortened(config: JsonObject, blocks: int) -> JsonObject:
     return made
 
 
-def _quantization(
-    folder: Path, resolved: ResolvedModel, label: Label, linears: Sequence[Sequence[str]]
-) -> Mapping[str, object]:
+def _quantization(folder: Path, resolved: ResolvedModel, labels: Mapping[str, Label]) -> Mapping[str, object]:
     from layerbits.checkpoint.write_compressed import left_alone, quantization_config
     from layerbits.inputs.loading import empty_model
     from layerbits.inputs.models import resolve
@@ -131,12 +130,13 @@ def _quantization(
     spec = replace(resolved.spec, path=str(folder), revision=None, random_weights=True)
     model = empty_model(resolve(spec))
     there = {name for name, _ in model.named_modules()}
-    quantized = [name for group in linears for name in group if name in there]
+    quantized = {name: label for name, label in labels.items() if name in there}
     on_disk = names_on_disk(model)
-    if label.format == MODELOPT:
+    if any(label.format == MODELOPT for label in quantized.values()):
+        (algo,) = {label.algo for label in quantized.values()}
         towers, names = left_alone(model, quantized, on_disk)
         ignore = [f"*{name}.*" if name in towers else name for name in names]
-        return {"quant_method": "modelopt", "quant_algo": label.algo, "ignore": ignore}
-    stored = [on_disk[f"{name}.weight"].removesuffix(".weight") for name in quantized]
-    layers = [Stored(name, where, label) for name, where in zip(quantized, stored, strict=True)]
+        return {"quant_method": "modelopt", "quant_algo": algo, "ignore": ignore}
+    stored = {name: on_disk[f"{name}.weight"].removesuffix(".weight") for name in quantized}
+    layers = [Stored(name, stored[name], label) for name, label in quantized.items()]
     return quantization_config(model, layers, on_disk, ())
