@@ -105,7 +105,6 @@ class _Model:
     layouts: Mapping[Layout, Label]
     blocks: int
     needed: int
-    pictures: bool
     positions: int | None
 
     @classmethod
@@ -131,7 +130,6 @@ class _Model:
             layouts,
             block_count(config),
             1 + max(first.values()),
-            has_pictures(config),
             positions(config),
         )
 
@@ -179,7 +177,9 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
     blocks = model.measured_blocks(launch.environment.on_cpu)
     try:
         device, linears = _linears(model, PLAIN, None, blocks, asked, launch, work)
-        steps = _steps(model, asked, launch, work)
+        whole = write_stand_in(work / "whole", model.resolved, model.dtype, model.blocks)
+        without = replace(launch, arguments=(*without_weights(model.resolved), *launch.arguments))
+        steps = time_steps(whole, asked, without, work)
     except server.Refused as words:
         raise UserError(f"vLLM does not run the unquantized model: {words}; its log is in {work}") from None
     refused = []
@@ -248,7 +248,7 @@ def _linears(
         *("--model", str(folder), "--dtype", model.dtype, "--enforce-eager", "--max-num-seqs", "1"),
         *("--max-model-len", "128", "--max-num-batched-tokens", str(longest)),
         *([] if launch.environment.on_cpu else ["--kv-cache-memory-bytes", str(_KV_BYTES)]),
-        *_without_weights(model),
+        *without_weights(model.resolved),
         *launch.arguments,
     ]
     data = {
@@ -272,10 +272,19 @@ def _row(row: JsonObject, layout: Layout) -> LinearTime:
     return LinearTime(row["rows"], row["columns"], *layout, row["kernel"], row["tokens"], *times, row["graph"])
 
 
-def _steps(model: _Model, asked: CostRequest, launch: Launch, work: Path) -> list[tuple[Step, Sequence[float]]]:
-    """Seconds of the steps of the whole unquantized model; decode steps follow the longest prompt."""
-    folder = write_stand_in(work / "whole", model.resolved, model.dtype, model.blocks)
-    launch = replace(launch, arguments=(*_without_weights(model), *launch.arguments))
+def time_steps(folder: Path, asked: CostRequest, launch: Launch, work: Path) -> list[tuple[Step, Sequence[float]]]:
+    """Seconds of the steps of a whole model; decode steps follow the longest prompt.
+
+    Args:
+        folder: What vLLM loads.
+        asked: Which steps.
+        launch: The environment, and arguments of the engine.
+        work: Folder for answers and vLLM's logs.
+
+    Raises:
+        Refused: vLLM ended; in its own words.
+        UserError: It was not done in ``launch.seconds``.
+    """
     repeats = max(3, asked.repeats // 5)
     steps: list[tuple[Step, Sequence[float]]] = []
     longest = max(asked.prefill, default=_CONTEXT)
@@ -283,7 +292,7 @@ def _steps(model: _Model, asked: CostRequest, launch: Launch, work: Path) -> lis
         decoding = asked.batches if length == longest else ()
         batches = tuple(sorted({1, *decoding})) if length in asked.prefill else decoding
         request = SpeedRequest(batches, length, _NEW_TOKENS if decoding else 1, repeats)
-        speed = measure_speed(launch, folder, f"steps after {length} tokens", request, work)
+        speed = measure_speed(launch, folder, f"{folder.name} after {length} tokens", request, work)
         steps += _of_speed(speed, length in asked.prefill, decoding)
     return steps
 
@@ -319,7 +328,8 @@ def _counts(model: _Model, known: set[Shape]) -> Counter[Shape]:
     return counts
 
 
-def _without_weights(model: _Model) -> tuple[str, ...]:
-    pictures = ("--language-model-only",) if model.pictures else ()
-    trust = ("--trust-remote-code",) if model.resolved.spec.trust_remote_code else ()
+def without_weights(resolved: ResolvedModel) -> tuple[str, ...]:
+    """Arguments of an engine on a folder without weights."""
+    pictures = ("--language-model-only",) if has_pictures(read_json(small_files(resolved) / FILE)) else ()
+    trust = ("--trust-remote-code",) if resolved.spec.trust_remote_code else ()
     return ("--load-format", "dummy", "--skip-tokenizer-init", *pictures, *trust)

@@ -93,6 +93,10 @@ def write_stand_in(
         part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
         part.pop("quantization_config", None)
     made["dtype"] = dtype
+    if not made.get("architectures"):
+        from layerbits.inputs.loading import empty_model
+
+        made["architectures"] = [type(empty_model(resolved)).__name__]
     _write(folder, made)
     if labels:
         made["quantization_config"] = _quantization(folder, resolved, labels)
