@@ -26,7 +26,7 @@ def evaluate(config: Composed, root: Path) -> None:
     def make(uri: str | None) -> Made:
         from layerbits.answers.job import evaluate_schemes
 
-        schemes = requested_schemes(wanted, uri, measuring(uri, root))
+        schemes = requested_schemes(wanted, uri, measuring(uri, root, str(config["target"])))
         result = evaluate_schemes(schemes, settings, config["device"], root)
         folder = write_evaluation(result, output)
         text = markdown(result)

@@ -30,7 +30,7 @@ def probe(config: Composed, root: Path) -> None:
     def make(uri: str | None) -> Made:
         from layerbits.probing.probe import probe_schemes
 
-        schemes = requested_schemes(wanted, uri, measuring(uri, root))
+        schemes = requested_schemes(wanted, uri, measuring(uri, root, str(config["target"])))
         result = probe_schemes(schemes, rows, batch_size, config["device"], root, dtype, seq_len, texts)
         folder = write_probe(result, output)
         text = markdown(result)

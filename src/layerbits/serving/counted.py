@@ -26,6 +26,9 @@ def measuring(uri: str | None, root: Path, target: str = NO_TARGET) -> Measure:
         uri: The store that runs of costs are read from.
         root: The project's folder.
         target: The GPU that will serve, as users name it; ``none`` and ``auto`` are the one of this machine.
+
+    Returns:
+        What raises :class:`UserError` where there is no such table, or where it is of another card or vLLM.
     """
 
     def measure(source: Source, counted: Counted) -> Source:
