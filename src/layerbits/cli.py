@@ -247,8 +247,6 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _costs(options: argparse.Namespace) -> int:
-    from tempfile import TemporaryDirectory
-
     from layerbits.history.scheme_inputs import load_scores
     from layerbits.paths import user_path
     from layerbits.schemes.settings import listed
@@ -265,9 +263,9 @@ def _costs(options: argparse.Namespace) -> int:
     else:
         raise UserError("--candidates goes with one model; leave it out for runs")
     launch = Launch(find_environment(options.python, Path.cwd()), arguments=tuple(shlex.split(options.arguments)))
-    with TemporaryDirectory() as work:
-        table = measure_costs(source, asked, launch, Path(work))
-    print(f"{in_words(table)}\ncosts: {table.save(user_path(options.output))}")
+    output = user_path(options.output)
+    table = measure_costs(source, asked, launch, output.with_name(f"{output.name}.work"))
+    print(f"{in_words(table)}\ncosts: {table.save(output)}")
     return 0
 
 

@@ -163,6 +163,7 @@ def test_a_vllm_that_does_not_start_is_one_line(tmp_path, python):
     source = source_in(tmp_path / "source", FP8)
     with pytest.raises(UserError, match="vLLM does not run the unquantized model: ValueError: no such kernel"):
         measure_costs(source, ASKED, Launch(python, arguments=("--mode", "dies")), tmp_path / "work")
+    assert "no such kernel" in (tmp_path / "work" / "speed_unquantized.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,7 @@ def test_the_command_writes_the_file(tmp_path, python, capsys):
             "--repeats", "3", "--python", str(python.python), "-o", str(tmp_path / "costs.json"),
         ])  # fmt: skip
     assert ended.value.code == 0
+    assert not (tmp_path / "costs.json.work").exists()
     table = CostTable.load(tmp_path / "costs.json")
     assert {row.tokens for row in table.linears} == {2}
     assert f"costs: {tmp_path / 'costs.json'}" in capsys.readouterr().out

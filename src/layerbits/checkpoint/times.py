@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.checkpoint.label import FORMATS, MODELOPT, Label
 from layerbits.checkpoint.runtimes import reads
 from layerbits.checkpoint.sizes import scored_model
@@ -60,7 +59,7 @@ def times_of(linears: Mapping[str, Shapes], source: Source, step: Step, table: C
     plain = np.array([sum(table.seconds(s, PLAIN, step.tokens) for s in found or ()) for found in timed])
     formats = {}
     refused: dict[str, list[str]] = {info.name: [] for info in source.candidates}
-    names = (MODELOPT,) if source.kv_cache != NO_CACHE else FORMATS
+    names = (MODELOPT,) if source.kv_cache == "fp8" else FORMATS
     for format in names:
         columns = []
         for info in source.candidates:

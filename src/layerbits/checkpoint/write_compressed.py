@@ -37,13 +37,16 @@ class Labelled(Protocol):
     """A quantized linear: its names in memory and in the source, and its label."""
 
     @property
-    def module(self) -> str: ...  # noqa: D102
+    def module(self) -> str:
+        """Name in memory."""
 
     @property
-    def stored(self) -> str: ...  # noqa: D102
+    def stored(self) -> str:
+        """Name in the source."""
 
     @property
-    def label(self) -> Label: ...  # noqa: D102
+    def label(self) -> Label:
+        """How it is stored."""
 
 
 def write_compressed(

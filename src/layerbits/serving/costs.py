@@ -6,6 +6,7 @@ vLLM loads blocks of the model with random weights, once for each layout, and so
 from __future__ import annotations
 
 import math
+import shutil
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -161,7 +162,7 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
         source: Groups and candidates of the runs.
         asked: What to time.
         launch: The environment with vLLM, and further arguments.
-        work: Folder for the models that stand in, the answers and vLLM's logs.
+        work: Folder for the models that stand in, the answers and vLLM's logs; removed when all is measured.
 
     Raises:
         UserError: The model cannot be found, has routed experts, or vLLM does not run it even unquantized.
@@ -189,6 +190,7 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
         except server.Refused as words:
             print(f"vLLM does not run {' '.join(layout)}: {words}", flush=True)
             refused.append(Refused(*layout, str(words)))
+    shutil.rmtree(work)
     counts = _counts(model, {(row.rows, row.columns) for row in linears})
     table = CostTable(
         device=device,
