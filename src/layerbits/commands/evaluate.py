@@ -11,7 +11,7 @@ from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
 from layerbits.plain import Composed
 from layerbits.schemes.request import SchemeRequest
-from layerbits.serving.counted import measuring
+from layerbits.serving.find_costs import measuring
 from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec

@@ -10,7 +10,7 @@ from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import Tracker
 from layerbits.plain import Composed
 from layerbits.schemes.request import SchemeRequest
-from layerbits.serving.counted import measuring
+from layerbits.serving.find_costs import measuring
 from layerbits.tracking.settings import TrackingSpec
 
 

@@ -12,7 +12,7 @@ from layerbits.probing.report import data, markdown, measured, parameters, write
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.settings import listed_paths, whole
 from layerbits.scoring.precision import check_dtype
-from layerbits.serving.counted import measuring
+from layerbits.serving.find_costs import measuring
 from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec

@@ -17,7 +17,7 @@ from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import excludes, markdown, metrics, parameters
 from layerbits.schemes.settings import SchemeSettings, listed_paths
 from layerbits.schemes.sureness import sureness
-from layerbits.serving.counted import measuring
+from layerbits.serving.find_costs import measuring
 from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec

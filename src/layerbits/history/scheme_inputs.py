@@ -13,7 +13,7 @@ from layerbits.history.source import connect, get_run, search
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 from layerbits.schemes.additivity import Factor, factors_of
-from layerbits.schemes.counted import Measure
+from layerbits.schemes.budget_kinds import Measure
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.scheme import Scheme
 from layerbits.schemes.source import Source, combine

@@ -10,9 +10,9 @@ from layerbits.errors import UserError
 from layerbits.paths import split_at_commas, user_path
 from layerbits.plain import Composed
 from layerbits.results.result import COST_MODELS
+from layerbits.schemes.budget_kinds import Counted, Measure, Timed
 from layerbits.schemes.catalog import Budget, SchemeSpec, load_specs
 from layerbits.schemes.cost_table import MEASURE, Step
-from layerbits.schemes.counted import Counted, Measure, Timed
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
 from layerbits.schemes.sizes import Load
 from layerbits.schemes.source import Source

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 
 from layerbits.checkpoint.gpus import kernel
@@ -51,10 +52,8 @@ def check_card(checkpoint: Checkpoint, environment: Environment, arguments: Sequ
     card = None if environment.on_cpu else _card_bytes()
     if card is None:
         return
-    size, cards = sum(map(_in_vllm, checkpoint.entries.values())), 1
-    for option in ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"):
-        cards *= int(_option(arguments, option, 1))
-    share = _option(arguments, "--gpu-memory-utilization", _USED)
+    size = sum(map(_in_vllm, checkpoint.entries.values()))
+    cards, share = _given(arguments)
     if size > card * cards * share:
         raise UserError(
             f"{checkpoint.folder} has {size / GIB:.1f} GiB of weights, and vLLM takes {share:g} of {cards} x "
@@ -75,13 +74,14 @@ def _card_bytes() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def _option(arguments: Sequence[str], name: str, default: float) -> float:
-    """The number that an option of the server has, as ``--name N`` or ``--name=N``."""
-    for at, word in enumerate(arguments):
-        given = arguments[at + 1] if word == name and at + 1 < len(arguments) else word.removeprefix(f"{name}=")
-        if word == name or word.startswith(f"{name}="):
-            try:
-                return float(given)
-            except ValueError:
-                return default
-    return default
+def _given(arguments: Sequence[str]) -> tuple[int, float]:
+    """Number of cards that the server's arguments ask for, and the share of their memory; vLLM reads them again."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", "-pp", type=int, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=_USED)
+    try:
+        found, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:  # vLLM says what is wrong with them
+        return 1, _USED
+    return found.tensor_parallel_size * found.pipeline_parallel_size, found.gpu_memory_utilization

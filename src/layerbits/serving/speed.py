@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerbits.checkpoint.config_file import FILE
 from layerbits.errors import UserError
+from layerbits.inputs.files import read_json
 from layerbits.plain import JsonObject
 from layerbits.serving import speed_worker
 from layerbits.serving.server import Launch, refusal, started
 from layerbits.serving.settings import SpeedRequest
+from layerbits.serving.stand_in import positions
 
 GIB = 1 << 30
 _WARMUP = 2
@@ -206,10 +209,9 @@ def _arguments(launch: Launch, folder: Path, asked: SpeedRequest) -> Sequence[st
 
 
 def _check_positions(folder: Path, asked: SpeedRequest) -> None:
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    positions = (config.get("text_config") or config).get("max_position_embeddings")
-    if positions is not None and asked.length > positions:
+    most = positions(read_json(folder / FILE))
+    if most is not None and asked.length > most:
         raise UserError(
             f"speed.prompt_tokens={asked.prompt_tokens} and speed.new_tokens={asked.new_tokens} need {asked.length} "
-            f"positions, and {folder.name} has {positions}; lower one of them"
+            f"positions, and {folder.name} has {most}; lower one of them"
         )

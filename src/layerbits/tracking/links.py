@@ -103,19 +103,9 @@ def values_of(
     """
     from mlflow.entities import Metric
 
-    digests = {one.fields["name"]: one.fields["digest"] for one in data}
     steps = {identity: step for step, identity in enumerate(dict.fromkeys(one.identity for one in measured))}
     return [
-        Metric(
-            key,
-            value,
-            now,
-            steps[one.identity],
-            model_id=ids[one.identity],
-            dataset_name=one.dataset or None,
-            dataset_digest=digests.get(one.dataset),
-            run_id=run_id,
-        )
+        Metric(key, value, now, steps[one.identity], **_about(one, run_id, data, ids))
         for one in measured
         if one.identity in ids
         for key, value in one.values.items()
@@ -137,23 +127,24 @@ def linked(
     """
     from mlflow.entities import Metric
 
-    digests = {one.fields["name"]: one.fields["digest"] for one in data}
     about = {key: one for one in measured if one.identity in ids for key in one.metrics}
     return [
         metric
         if (one := about.get(metric.key)) is None
-        else Metric(
-            metric.key,
-            metric.value,
-            metric.timestamp,
-            metric.step,
-            model_id=ids[one.identity],
-            dataset_name=one.dataset or None,
-            dataset_digest=digests.get(one.dataset),
-            run_id=run_id,
-        )
+        else Metric(metric.key, metric.value, metric.timestamp, metric.step, **_about(one, run_id, data, ids))
         for metric in metrics
     ]
+
+
+def _about(one: Measured, run_id: str, data: Sequence[Data], ids: Mapping[str, str]) -> dict[str, str | None]:
+    """What a metric is of: fields of MLflow's entity."""
+    digests = {each.fields["name"]: each.fields["digest"] for each in data}
+    return {
+        "model_id": ids[one.identity],
+        "dataset_name": one.dataset or None,
+        "dataset_digest": digests.get(one.dataset),
+        "run_id": run_id,
+    }
 
 
 def remark(client: MlflowClient, experiment: str, remarks: Mapping[str, str]) -> None:

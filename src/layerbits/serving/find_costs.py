@@ -11,8 +11,8 @@ from layerbits.errors import Skipped, UserError
 from layerbits.export.target import NO_TARGET, THIS_MACHINE
 from layerbits.history.derived import artifact
 from layerbits.paths import exists
+from layerbits.schemes.budget_kinds import Counted, Measure
 from layerbits.schemes.cost_table import FILE, MEASURE, CostTable
-from layerbits.schemes.counted import Counted, Measure
 from layerbits.schemes.source import Source
 from layerbits.serving.environment import Environment, find_environment
 
