@@ -16,13 +16,21 @@ from transformers import PreTrainedTokenizerFast
 from layerbits import history
 from layerbits.errors import Skipped, UserError
 from layerbits.inputs.captions import load_captions
+from layerbits.jobs import Tracker
 from layerbits.results.experiment import made_by
+from layerbits.schemes.scheme import load_scheme
 from layerbits.serving import environment
+from layerbits.serving.check import ServeCheck
 from layerbits.serving.environment import Environment, find_environment
-from layerbits.serving.job import Checker, Target
+from layerbits.serving.job import Checker, Target, logged_model
 from layerbits.serving.runtime import Started
 from layerbits.serving.server import Launch, Refused, serving
 from layerbits.serving.settings import ServeSettings
+from layerbits.serving.speed import Speed, Speeds, Timing
+from layerbits.serving.verdict import DIVERGES, LOADS
+from layerbits.tracking.contract import held_out_data
+from layerbits.tracking.made import Data, Made
+from layerbits.tracking.settings import TrackingSpec
 from tests.unit.test_serving import processes
 
 from .entries import start
@@ -60,7 +68,9 @@ def exported(tmp_path_factory):
         "dataset": {"name": "text_file", "path": str(lines), "packing": "packed"},
     }
     data = replace(scheme.calibration, dataset="text_file", size="16", digest=captions.digest)
-    replace(scheme, name="int8", calibration=data, settings=settings).save(folder / "int8.json")
+    scheme = replace(scheme, name="int8", calibration=data, settings=settings, size={"ms": 4.5, "unquantized_ms": 6.0})
+    how = {**scheme.how, "step": "decode:8", "timed_on": "NVIDIA H200, vllm 0.26.0"}
+    replace(scheme, how=how).save(folder / "int8.json")
     done = start("export", f"scheme_files={folder}/int8.json", f"export_root={folder}/exports", *common(folder))
     assert done.returncode == 0, done.stderr
     return folder, made_by(folder / "exports" / "int8").run_id
@@ -122,6 +132,41 @@ def test_speed_and_memory_are_logged_of_both_models(exported, python):
     assert "| decode step at batch 4, ms |" in ended.stdout
     logs = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"speed_int8.json", "speed_the_unquantized_model.log"} <= logs
+
+
+def test_schemes_are_searched_by_what_is_predicted_and_what_was_measured_of_their_speed(exported):
+    folder, _ = exported
+    store = f"sqlite:///{folder}/mlflow.db"
+    scheme = load_scheme(folder / "int8.json")
+    faster = replace(scheme, name="faster", kv_cache="fp8")  # another digest: another logged model
+    tracker = Tracker(TrackingSpec(True, store, "layerbits", None, False), folder)
+    for one, seconds in ((scheme, 5e-3), (faster, 2e-3)):
+        speed = Speed("NVIDIA H200", 2.5, 1000, True, 512, (Timing(8, (0.1,), (9.0,)), Timing(2, (0.01,), (seconds,))))
+        done = ServeCheck(folder, "d", (), LOADS, "", speeds=Speeds(speed, speed), runtime={"vllm": "0.26.0"})
+        made = folder / f"served_{one.name}"
+        made.mkdir()
+        with tracker.run(f"serve check of {one.name}", "serve_check") as run:
+            data = (Data(held_out_data("text_file", {}), "evaluation"),)
+            run.log(Made(made, done.metrics, data=data, measured=logged_model(one, done, data)))
+    client = MlflowClient(store)
+
+    def named(condition, key):
+        found = client.search_logged_models(["1"], condition, order_by=[{"field_name": f"metrics.{key}"}])
+        return [model.name for model in found]
+
+    assert named("metrics.served_gib < 3", "decode_ms") == ["tiny faster", "tiny int8"]
+    assert named("metrics.decode_ms < 4", "decode_ms") == ["tiny faster"]
+    assert named("metrics.gib < 3 AND tags.`predicted_ms.step` = 'decode:8'", "predicted_ms") == ["tiny int8"]
+    (known,) = client.search_logged_models(["1"], "metrics.predicted_ms < 5")
+    numbers = {metric.key: metric.value for metric in known.metrics}
+    assert (numbers["predicted_ms"], numbers["decode_ms"], numbers["prefill_tokens_per_second"]) == (4.5, 5.0, 102400.0)
+    assert known.tags["predicted_ms.on"] == "NVIDIA H200, vllm 0.26.0"
+    assert (known.tags["decode_ms.batch"], known.tags["decode_ms.on"]) == ("2", "NVIDIA H200, vllm 0.26.0")
+    refused = ServeCheck(folder, "d", (), DIVERGES, "", speeds=Speeds(speed, speed))
+    assert [one.values for one in logged_model(scheme, refused, (Data({"name": "x"}, ""),))] == [
+        {"bits": scheme.effective_bits},
+        {},
+    ]
 
 
 def test_the_speed_of_a_running_server_is_not_asked(exported):
@@ -279,11 +324,13 @@ def test_history_has_the_latest_kl_that_was_served_of_the_same_scheme(made_store
     digests = {"mlflow.layerbits.scheme.a": "d1", "mlflow.layerbits.scheme.b": "d2"}
     run("schemes", tags=digests, scheme__a__bits=8.0, scheme__b__bits=9.0)
     speeds = {"speed__weights_gib": 1.5, "speed__batch_8__decode_ms": 4.0, "speed__batch_1__decode_ms": 3.0}
+    speeds |= {"speed__batch_8__prefill_tokens_per_second": 900.0, "speed__batch_1__prefill_tokens_per_second": 700.0}
     run("serve_check", params={"eff.scheme_digest": "d1"}, serve__kl=1.0, **speeds)
     for kl, outcome in ((0.5, "ok"), (0.25, "ok"), (9.0, "failed")):
         run("serve_check", outcome, params={"eff.scheme_digest": "d1"}, serve__kl=kl)
     found = history.schemes("mine", tracking_uri=store).set_index("scheme")
     assert found.loc["a", "served_kl"] == 0.25
+    assert found.loc["a", "prefill_tokens_per_second"] == 700.0
     assert found.loc["a", ["served_gib", "decode_ms"]].tolist() == [1.5, 3.0]  # of an earlier one; the smallest batch
     assert math.isnan(found.loc["b", "served_kl"])
 

@@ -275,13 +275,30 @@ def test_only_what_budgets_need_is_measured(found):
     settings_of(budget_gib="4").applied(found, lambda source, counted: asked.append(counted) or source)
     settings_of(effective_bits="9").applied(found, lambda source, counted: asked.append(counted) or source)
     assert asked == [Counted(None, Timed(Step("decode", 1), "abc")), Counted(Load(), None)]
+    settings_of(effective_bits="9", costs="abc").applied(found, lambda source, counted: asked.append(counted) or source)
+    assert asked[2] == asked[0]
+
+
+def test_schemes_under_other_budgets_are_timed_where_costs_are_named(found):
+    source = timed(found)
+    scheme = one(source, effective_bits=9)
+    assert scheme.assignment == one(found, effective_bits=9).assignment
+    assert scheme.size["ms"] == pytest.approx(1000 * source.times.seconds(scheme.assignment))
+    assert (scheme.how["step"], scheme.how["timed_on"]) == ("decode:8", "NVIDIA H200, vllm 0.26.0")
+    assert "target_ms" not in scheme.how
+    without = tuple(row for row in TABLE.linears if row.label != INT4[1])
+    table = replace(TABLE, linears=without, refused=(Refused(*INT4, "no kernel for SM 90"),))
+    unsaid = one(timed(found, table), effective_bits=5)  # needs INT4, which this vLLM does not run
+    assert found.candidates[1].name in unsaid.assignment.used
+    assert "ms" not in unsaid.size
+    assert not any("budget_ms" in note for note in unsaid.notes)
 
 
 def test_the_scores_must_say_how_to_find_the_model(found, tmp_path, monkeypatch):
     monkeypatch.setattr("layerbits.serving.find_costs.card", lambda: None)
     TABLE.save(tmp_path / "costs.json")
     measure = measuring(None, tmp_path)
-    with pytest.raises(UserError, match="budget_ms needs the model"):
+    with pytest.raises(UserError, match="costs needs the model"):
         measure(replace(found, settings={}), Counted(timed=Timed(DECODE, str(tmp_path / "costs.json"))))
 
 

@@ -31,7 +31,7 @@ def with_times(source: Source, step: Step, table: CostTable) -> Source:
     Raises:
         UserError: The scores do not say how to find the model, it has changed since, or as :func:`times_of`.
     """
-    _, _, linears = scored_model(source, "budget_ms")
+    _, _, linears = scored_model(source, "costs")
     return replace(source, times=times_of(linears, source, step, table))
 
 
@@ -92,7 +92,7 @@ def group_shapes(groups: Sequence[Group], linears: Mapping[str, Shapes]) -> list
             if len(linears[module]) > 1:
                 raise UserError(
                     f"{group.key} holds routed experts, whose time depends on the routing; use effective_bits or "
-                    "budget_gib"
+                    "budget_gib, without costs"
                 )
         found.append(tuple(linears[module][0] for module in group.modules))
     return found

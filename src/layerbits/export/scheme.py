@@ -93,6 +93,7 @@ class Export:
             "bits": self.scheme.effective_bits,
             "gib": self.proof.record.bytes / GIB,
             "predicted_kl": self.scheme.predicted_kl,
+            "predicted_ms": self.scheme.size.get("ms", math.nan),
             "probed_kl": metrics.get("probe/kl", math.nan),
         }
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
@@ -126,7 +127,15 @@ class Export:
             "checkpoint.path": str(self.folder),
             "checkpoint.digest": record.weights,
             "checkpoint.labels": ", ".join(f"{label} x {n}" for label, n in record.labels.items()),
+            **self._timed,
         }
+
+    @property
+    def _timed(self) -> dict[str, str]:
+        """Which step its predicted milliseconds are of, and where; nothing where no table of costs was named."""
+        how, known = self.scheme.how, "ms" in self.scheme.size
+        keys = {"predicted_ms.step": "step", "predicted_ms.on": "timed_on"}
+        return {tag: str(how[key]) for tag, key in keys.items() if known and key in how}
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from layerbits.history.source import RawRun, connect, experiment_id, fetch, get_
 from layerbits.plain import JsonObject
 from layerbits.tracking.contract import DIGEST_TAG
 
-_STEP = re.compile(r"speed/batch_\d+/decode_ms")
+_STEP = re.compile(r"speed/batch_(\d+)/decode_ms")
 _PREFIXES = {"schemes": "scheme/", "probe": "probe/"}
-_SERVED = ("served_kl", "served_gib", "decode_ms")
+_SERVED = ("served_kl", "served_gib", "decode_ms", "prefill_tokens_per_second")
 _FACTS = ("run_id", "run_name", "source_run_id", "model", "start_time", "kv_cache", "scheme", *_SERVED, "answers")
 
 
@@ -27,10 +27,12 @@ def schemes(experiment: str = "layerbits", *, tracking_uri: str | None = None) -
         A row per run and scheme: ``run_id``, ``run_name``, ``source_run_id`` (several separated by commas), ``model``,
         ``start_time`` in UTC, ``kv_cache`` of the run's schemes, ``scheme``, ``served_kl`` (nats per token, as the
         latest serve check of the same scheme in the experiment measured it in a runtime; NaN without one),
-        ``served_gib`` (weights in vLLM) and ``decode_ms`` (a decode step at the smallest batch) likewise, ``answers``
+        ``served_gib`` (weights in vLLM), ``decode_ms`` (a decode step at the smallest batch) and
+        ``prefill_tokens_per_second`` (prompt tokens at that batch) likewise, ``answers``
         (the verdict of the latest evaluation of the same scheme, in words; missing without one), and the
-        numbers that were logged of it (``bits``, ``score``, ``predicted_kl``, ``kv_predicted_kl``, ``gib`` and ``ms``
-        where a budget counted them, …), missing where a run has none. Without rows where no such run exists.
+        numbers that were logged of it (``bits``, ``score``, ``predicted_kl``, ``kv_predicted_kl``, ``gib`` where a
+        budget counted it, ``ms`` where a table of costs was named, …), missing where a run has none. Without rows where
+        no such run exists.
 
     Raises:
         UserError: The store cannot be read, or there is no such experiment.
@@ -116,12 +118,18 @@ def _measured(run: RawRun) -> tuple[str | None, dict[str, float]]:
 
 
 def served_values(metrics: Mapping[str, float]) -> dict[str, float]:
-    """What a serve check measured in a runtime: ``served_kl``, ``served_gib`` and ``decode_ms``, as far as it did.
+    """What a serve check measured in a runtime, as far as it did.
 
     Args:
         metrics: Of its run.
+
+    Returns:
+        ``served_kl`` (nats per token), ``served_gib``, and of the smallest batch ``decode_ms`` and
+        ``prefill_tokens_per_second``.
     """
-    steps = {key: value for key, value in metrics.items() if _STEP.fullmatch(key)}
-    smallest = min(steps, key=lambda key: int(key.split("/")[1].removeprefix("batch_")), default="")
-    keys = {"served_kl": "serve/kl", "served_gib": "speed/weights_gib", "decode_ms": smallest}
+    keys = {"served_kl": "serve/kl", "served_gib": "speed/weights_gib"}
+    batches = [int(match[1]) for match in map(_STEP.fullmatch, metrics) if match]
+    if batches:
+        smallest = f"speed/batch_{min(batches)}"
+        keys |= {name: f"{smallest}/{name}" for name in ("decode_ms", "prefill_tokens_per_second")}
     return {name: metrics[key] for name, key in keys.items() if key in metrics}

@@ -1,4 +1,4 @@
-"""What budgets of schemes count beside bits."""
+"""What is counted of schemes beside bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timed:
-    """What a budget in milliseconds counts.
+    """Which milliseconds are counted.
 
     Attributes:
         step: The step.
@@ -32,7 +32,7 @@ class Counted:
 
     Attributes:
         load: Bytes under this load; ``None`` = no budget counts them.
-        timed: Seconds of a step; ``None`` likewise.
+        timed: Seconds of a step; ``None`` = no table of costs is named.
     """
 
     load: Load | None = None
@@ -40,4 +40,4 @@ class Counted:
 
 
 Measure = Callable[["Source", Counted], "Source"]
-"""Gives a source what its budgets count."""
+"""Gives a source the bytes and seconds of its schemes."""

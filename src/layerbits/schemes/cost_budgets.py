@@ -11,7 +11,7 @@ from layerbits.errors import UserError
 from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment, IntArray
 from layerbits.results.result import CandidateInfo, FloatArray
 from layerbits.schemes import solver
-from layerbits.schemes.catalog import Budget
+from layerbits.schemes.catalog import Budget, SchemeSpec
 from layerbits.schemes.sizes import GIB, Sizes
 from layerbits.schemes.source import Source
 from layerbits.schemes.times import MS, Times
@@ -122,13 +122,13 @@ def solved_in_costs(
     return assignments
 
 
-def not_counted(source: Source, candidates: Sequence[CandidateInfo]) -> list[str]:
-    """A note for each candidate that a budget in GiB or ms cannot count."""
+def not_counted(spec: SchemeSpec, source: Source, candidates: Sequence[CandidateInfo]) -> list[str]:
+    """A note for each candidate that the budgets of a spec in GiB or ms cannot count."""
     notes = []
-    if source.sizes is not None:
+    if spec.budget_gib and source.sizes is not None:
         names = source.sizes.missing([source.candidates.index(c) for c in candidates])
         notes += [f"{n} cannot be exported, so its bytes are not known: not eligible under budget_gib" for n in names]
-    if source.times is not None:
+    if spec.budget_ms and source.times is not None:
         refused = source.times.refused
         notes += [f"{c.name}: {refused[c.name]}: not eligible under budget_ms" for c in candidates if c.name in refused]
     return notes

@@ -61,7 +61,7 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
             "method": "budget",
             **({} if budget.bits is None else {"target_effective_bits": budget.bits}),
             **({} if budget.gib is None else {"target_gib": budget.gib}),
-            **_timed(source, budget),
+            **({} if budget.ms is None else {"target_ms": budget.ms}),
             "cost_model": source.cost_model,
             "objective": spec.objective,
             "candidates": [c.name for c in candidates],
@@ -195,7 +195,7 @@ def scheme_of(
         else UNQUANTIZED_BITS - saved_modelopt / source.all_weights,
         predicted_kl=float(source.predicted_kl[at].sum()),
         score=float(source.scores[at].sum()),
-        how=dict(how),
+        how={**how, **_timed(source)},
         settings=source.settings,
         notes=notes,
         kv_cache=source.kv_cache,
@@ -213,8 +213,7 @@ def _notes(
         if bad:
             shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
             notes.append(f"{info.name} has no finite score for {shown}: not eligible there")
-    if spec.budget_gib or spec.budget_ms:
-        notes += not_counted(source, candidates)
+    notes += not_counted(spec, source, candidates)
     if spec.method is not None and spec.method != source.method:
         notes.append(f"made for scores by method={spec.method}; these are by {source.method}")
     if len(source.kv_prices) > 1 and source.kv_cache == NO_CACHE:
@@ -226,11 +225,9 @@ def _notes(
     return tuple(notes)
 
 
-def _timed(source: Source, budget: Budget) -> dict[str, object]:
-    """What a budget in milliseconds was, and of what."""
-    if budget.ms is None or source.times is None:
-        return {}
-    return {"target_ms": budget.ms, "step": source.times.step.name, "timed_on": source.times.where}
+def _timed(source: Source) -> dict[str, object]:
+    """What the milliseconds of its schemes are of."""
+    return {} if source.times is None else {"step": source.times.step.name, "timed_on": source.times.where}
 
 
 def _explained(spec: SchemeSpec, blocks: Sequence[int], source: Source) -> str:

@@ -43,8 +43,8 @@ class Scheme:
         effective_bits_active: Weight storage bits per weight that a token uses; NaN in a file of an earlier version.
         kv_cache: Format of keys and values (:data:`~layerbits.candidates.kv_cache.KV_FORMATS`), in no bits and sums.
         kv_prices: Such a format → nats per token that it costs, for those that the runs priced.
-        size: What it takes of a server's memory and time, as :meth:`layerbits.schemes.source.Source.counted` has it;
-            empty where no budget counted it.
+        size: What it takes of a server's memory and time, as :meth:`layerbits.schemes.source.Source.counted` has it:
+            bytes where a budget counted them, milliseconds where a table of costs was named.
     """
 
     name: str

@@ -32,7 +32,7 @@ class SchemeSettings:
         kv_cache: What the schemes do to keys and values; ``auto`` = the one format that the runs priced, if any.
         pareto: Points of the curve; 0 = none.
         load: What budgets in GiB count beside the weights.
-        timed: What budgets in milliseconds count; ``None`` = there are none.
+        timed: Which milliseconds schemes are given, and what budgets count of them; ``None`` = none.
     """
 
     references: tuple[str, ...]
@@ -55,7 +55,7 @@ class SchemeSettings:
 
         Args:
             source: Of :attr:`references`.
-            measure: Finds the bytes and seconds of schemes, where a budget counts them.
+            measure: Finds the bytes and seconds of schemes.
 
         Raises:
             UserError: As ``measure``.
@@ -114,7 +114,7 @@ class SchemeSettings:
             kv_cache=kv_choice(config.get("kv_cache", AUTO)),
             output_root=user_path(config["output_root"]),
             load=Load(whole("context", config["context"]), whole("concurrency", config["concurrency"])),
-            timed=_timed(config) if any(spec.budget_ms for spec in specs) else None,
+            timed=_timed(config, needed=any(spec.budget_ms for spec in specs)),
         )
 
 
@@ -125,13 +125,15 @@ def _of_budget(spec: SchemeSpec, budget: Budget) -> SchemeSpec:
     return replace(spec, name=name, effective_bits=bits, budget_gib=gib, budget_ms=ms)
 
 
-def _timed(config: Composed) -> Timed:
-    """What budgets in milliseconds count.
+def _timed(config: Composed, needed: bool) -> Timed | None:
+    """Which milliseconds schemes are given, where a table of costs is named.
 
     Raises:
-        UserError: No table of costs is named, or the step is not known.
+        UserError: None is named and it is needed, or the step is not known.
     """
     if config["costs"] in _NONE:
+        if not needed:
+            return None
         raise UserError(f"budget_ms needs costs=FILE or the id of a run of -e costs; {MEASURE}")
     return Timed(Step.parse(str(config["step"])), str(config["costs"]))
 

