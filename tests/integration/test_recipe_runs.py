@@ -90,6 +90,23 @@ def test_a_fixed_part_with_a_kv_cache_goes_through_the_job_and_into_the_scheme(m
     assert "keeps keys and values quantized while it scores" in refused.stderr
 
 
+def test_what_the_gpu_computes_of_each_format_stands_before_the_pass_and_in_the_reports(model, tmp_path):
+    done = run(model, tmp_path, "general/auto_quantize/nvfp4_fp8_at_5p4bits", "target=h200")
+    assert done.returncode == 0, done.stderr
+    _, made = results(tmp_path)
+    said = [line.removeprefix("warning: ") for line in done.stderr.splitlines() if "on Hopper vLLM" in line]
+    fp4, fp8 = sorted(said, key=lambda line: "wfp8_afp8 (FP8)" in line)
+    assert "does not compute wfp4_afp4 (NVFP4) as it is scored" in fp4
+    assert "computes wfp8_afp8 (FP8) as it is scored" in fp8
+    assert done.stderr.index(fp4) < done.stderr.index("scoring:")  # the bar of the pass
+    text = (made / "recipe.md").read_text()
+    assert f"As served:\n\n- {said[0]}\n- {said[1]}\n" in text
+    for name, line in (("wfp4_afp4", fp4), ("wfp8_afp8", fp8)):
+        (report,) = (tmp_path / "out" / "tmp").glob(f"{name}*/report/layer-sensitivity-report.md")
+        assert line in report.read_text()
+    assert "As served" not in made.joinpath("schemes.md").read_text()
+
+
 def test_a_formats_run_is_not_verified_on_its_own(model, tmp_path):
     done = run(model, tmp_path, "general/auto_quantize/nvfp4_fp8_at_5p4bits", "tracking=none")
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ def sensitivity(config: Composed, root: Path) -> None:
     elif settings.recipe:
         from layerbits.recipes.log import recipe_job
 
-        recipe_job(settings, root)
+        recipe_job(settings, root, lambda info: as_served([info], target))
     else:
         _score(settings, root, target)
 

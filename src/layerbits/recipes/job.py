@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from layerbits.recipes.solve import solve_like_modelopt, solve_recipe
 from layerbits.recipes.space import RecipeSpace, lay_out
 from layerbits.results.assignment import Assignment
 from layerbits.results.bootstrap import with_intervals
-from layerbits.results.result import FloatArray, SensitivityResult, effective_bits
+from layerbits.results.result import CandidateInfo, FloatArray, SensitivityResult, effective_bits
 from layerbits.schemes.kv_cache import AUTO
 from layerbits.schemes.solver import Solution
 from layerbits.stages.plan import Held, Plan
@@ -41,6 +41,7 @@ class RecipePlan:
         passes: One for all candidates that are scored together, and one for each that ModelOpt alone can calibrate.
         kv_cache: The KV cache of its schemes; ``auto`` where the recipe has none.
         notes: What the user should know.
+        served: What was asked to be said of its candidates beforehand, a line each.
     """
 
     settings: Settings
@@ -48,6 +49,7 @@ class RecipePlan:
     passes: tuple[Plan, ...]
     kv_cache: str
     notes: tuple[str, ...]
+    served: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,16 @@ class RecipeOutcome:
         return {o.result.candidate.name: o.result for o in self.outcomes}
 
 
-def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
+def plan_recipe(
+    settings: Settings, recipe: LoadedRecipe, about: Callable[[CandidateInfo], Sequence[str]] | None = None
+) -> RecipePlan:
     """Checks a recipe on a model before anything heavy is loaded.
+
+    Args:
+        settings: Of the run.
+        recipe: The recipe.
+        about: What a reader should know of a candidate beforehand, a line each: said before the pass, and in the
+            report of its run.
 
     Raises:
         UserError: Whatever can be known to fail by now, with what to change.
@@ -97,10 +107,13 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
             "tower's patterns out of the recipe's disabled layers"
         )
     checked: dict[int, tuple[Candidate, Capability]] = {}
+    served: dict[str, None] = {}
     for c, candidate in enumerate(space.candidates):
         mine = [m for slot in space.slots if c in slot.choices for m in slot.modules]
         if mine:
-            checked[c] = candidate, bench.check(candidate, mine)
+            capability, said = bench.check(candidate, mine), () if about is None else tuple(about(candidate.info))
+            checked[c] = candidate, replace(capability, notes=(*capability.notes, *said))
+            served |= dict.fromkeys(said)
     scored = sorted({c for slot in space.searched for c in slot.choices})
     for c in scored:
         check_target(space.candidates[c], settings.autoquant.effective_bits)
@@ -114,7 +127,7 @@ def plan_recipe(settings: Settings, recipe: LoadedRecipe) -> RecipePlan:
             "leave that format out, or run the recipe with hf_ptq.py"
         )
     passes = [bench.plan([checked[c] for c in part], space.scored, held) for part in [together, *alone] if part]
-    return RecipePlan(settings, space, tuple(passes), cache, (*notes, *space.notes))
+    return RecipePlan(settings, space, tuple(passes), cache, (*notes, *space.notes), tuple(served))
 
 
 def run_recipe(plan: RecipePlan, root: Path) -> RecipeOutcome:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
 
 from layerbits.config import Settings
 from layerbits.jobs import Tracker, note
-from layerbits.recipes.job import RecipeOutcome, plan_recipe, run_recipe
-from layerbits.recipes.recipe import LoadedRecipe, load_recipe
+from layerbits.recipes.job import RecipeOutcome, RecipePlan, plan_recipe, run_recipe
+from layerbits.recipes.recipe import load_recipe
 from layerbits.recipes.report import markdown, record
 from layerbits.recipes.schemes import recipe_schemes
+from layerbits.results.result import CandidateInfo
 from layerbits.schemes.folder import write_schemes
 from layerbits.schemes.report import metrics
 from layerbits.schemes.scheme import Scheme
@@ -24,12 +26,13 @@ from layerbits.tracking.made import Made
 KIND = "recipe"
 
 
-def recipe_job(settings: Settings, root: Path) -> None:
+def recipe_job(settings: Settings, root: Path, about: Callable[[CandidateInfo], Sequence[str]] | None = None) -> None:
     """Reads, checks, scores, answers and logs the recipe of some settings.
 
     Args:
         settings: With a ``recipe``.
         root: Project folder.
+        about: As of :func:`layerbits.recipes.job.plan_recipe`.
 
     Raises:
         UserError: Whatever is wrong with the recipe, on this model or at all.
@@ -44,7 +47,7 @@ def recipe_job(settings: Settings, root: Path) -> None:
     name = f"{settings.model.name} {recipe.short_name} {settings.dataset.size}"
     tags = {"recipe": recipe.name, "recipe_digest": recipe.digest}
     with tracker.parent(name, KIND, tags) as parent:
-        outcome = _scored(settings, recipe, root)
+        outcome = _scored(plan_recipe(settings, recipe, about), root)
         runs = {}
         for candidate, folder in _written(outcome).items():
             result = outcome.results[candidate]
@@ -78,11 +81,10 @@ def parameters(outcome: RecipeOutcome) -> dict[str, str]:
     return {f"eff.{key}": str(value) for key, value in values.items() if value is not None}
 
 
-def _scored(settings: Settings, recipe: LoadedRecipe, root: Path) -> RecipeOutcome:
-    plan = plan_recipe(settings, recipe)
-    shown = dict.fromkeys((*plan.notes, *plan.passes[0].calibration.warnings))
+def _scored(plan: RecipePlan, root: Path) -> RecipeOutcome:
+    shown = dict.fromkeys((*plan.notes, *plan.served, *plan.passes[0].calibration.warnings))
     for line in shown:
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {line}", file=sys.stderr, flush=True)
     return run_recipe(plan, root)
 
 

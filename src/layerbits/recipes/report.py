@@ -35,6 +35,8 @@ def markdown(outcome: RecipeOutcome, schemes: Sequence[Scheme]) -> str:
     if outcome.stock is not None:
         lines += _check(outcome, outcome.stock)
     lines += [f"- {note}" for note in outcome.plan.notes]
+    if outcome.plan.served:
+        lines += [*([""] if lines[-1] else []), "As served:", "", *(f"- {line}" for line in outcome.plan.served)]
     return "\n".join(lines).rstrip() + "\n"
 
 
