@@ -15,6 +15,7 @@ from layerbits.paths import user_path
 from layerbits.plain import Composed
 from layerbits.results.naming import run_name
 from layerbits.results.result import COST_MODELS
+from layerbits.schemes.budgets import tower_budget
 from layerbits.tracking.settings import TrackingSpec
 
 METHODS = ("gradient", "fisher", "kl_div")
@@ -53,6 +54,8 @@ class AutoQuantSpec:
     """How to score: the ``autoquant`` group.
 
     Attributes:
+        vision_bits: Budget of a scored vision tower alone, beside which ``effective_bits`` counts over all other
+            groups; ``None`` = they share ``effective_bits``.
         num_score_samples: Captions to score on, a prefix of the calibration captions; ``None`` = all.
         draws: Passes of ``method=fisher``, each with predicted tokens drawn anew.
         cost_model: What ``effective_bits`` counts: ``weight`` = all weights alike, ``active_moe`` = routed experts by
@@ -78,6 +81,7 @@ class AutoQuantSpec:
     active_expert_ratio: float | None = None
     kv_cache: tuple[str, ...] = ()
     refine: int | str = 0
+    vision_bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class Settings:
                 )
         autoquant["kv_cache"] = _kv_formats(autoquant)
         autoquant["refine"] = _refine(config)
+        autoquant["vision_bits"] = _vision_bits(config)
         _choice("autoquant.cost_model", autoquant.get("cost_model", "weight"), COST_MODELS)
         _choice("autoquant.method", autoquant["method"], METHODS)
         _choice("autoquant.engine", autoquant["engine"], ENGINES)
@@ -199,6 +204,21 @@ def _refine(config: Composed) -> int | str:
     if _named(config, "recipe") is not None:
         raise UserError("a recipe holds groups quantized while others are scored; use autoquant.refine=none")
     return "auto" if value == "auto" else int(value)
+
+
+def _vision_bits(config: Composed) -> float | None:
+    """The budget of the vision tower alone; a record of an earlier version has none."""
+    bits = tower_budget(config["autoquant"].get("vision_bits"), "autoquant.vision_bits")
+    if bits is None:
+        return None
+    if not config["model"].get("vision"):
+        raise UserError(
+            f"autoquant.vision_bits={bits:g} is the budget of a vision tower, which model.vision=true scores; set that "
+            "too, or use vision_bits=none"
+        )
+    if _named(config, "recipe") is not None:
+        raise UserError("a recipe has one budget, which counts the vision tower too; use autoquant.vision_bits=none")
+    return bits
 
 
 def _check_vision(dataset: str, autoquant: Composed) -> None:

@@ -208,7 +208,7 @@ class _Grid:
         for cell in wanted:
             try:
                 candidate = candidate_of(cell, settings, self._configs)
-                check_target(candidate, settings.autoquant.effective_bits)
+                check_target(candidate, settings.autoquant.effective_bits, settings.autoquant.vision_bits)
                 checked = candidate, bench.check(candidate)
             except UserError as error:
                 self._refuse(cell, "unsupported" if isinstance(error, Unsupported) else "failed", str(error))

@@ -23,7 +23,7 @@ def plan(settings: Settings) -> Plan:
         UserError: Whatever can be known to fail by now, with what to change.
     """
     candidate = resolve_candidate(settings.quant_pair, settings.overlay, settings.fp4, settings.experimental)
-    check_target(candidate, settings.autoquant.effective_bits)
+    check_target(candidate, settings.autoquant.effective_bits, settings.autoquant.vision_bits)
     bench = workbench(settings)
     return bench.plan([(candidate, bench.check(candidate))])
 

@@ -2,9 +2,12 @@
 
 import csv
 import json
+from unittest import mock
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
+from modelopt.torch.utils.serialization import safe_load
 from PIL import Image
 
 from layerbits.inputs.drawn import embedded
@@ -120,6 +123,82 @@ def test_a_validation_measures_words_after_pictures(tmp_path_factory, tmp_path):
 def with_tower(tmp_path_factory):
     """A run that scored its vision tower."""
     return run(checkpoint("qwen3_vl", tmp_path_factory), tmp_path_factory.mktemp("tower"), "model.vision=true")
+
+
+@pytest.fixture(scope="module")
+def with_budgets(tmp_path_factory):
+    """Runs that scored a tower under some budgets of its own, by budget."""
+    folder = checkpoint("qwen3_vl", tmp_path_factory)
+    return {
+        (bits, *more): run(
+            folder, tmp_path_factory.mktemp("budget"), "model.vision=true", "autoquant.effective_bits=9",
+            f"autoquant.vision_bits={bits}", *more,
+        )
+        for bits, more in ((12, ()), (12, ("autoquant.engine=stock",)), (16, ()))
+    }  # fmt: skip
+
+
+def test_a_run_gives_its_tower_a_budget_of_its_own(with_tower, with_budgets):
+    own, stock, none = map(load_manifest, with_budgets.values())
+    shared = load_manifest(with_tower)
+    tower = np.array([g.kind in VISION_KINDS for g in own.groups])
+    weights = np.array([g.weights for g in own.groups])
+    for result, most in ((own, (12, 9)), (none, (16, 9))):
+        bits = np.array([16.0 if n is None else result.candidate.bits for n in result.allocation.assignment])
+        for part, budget in ((tower, most[0]), (~tower, most[1])):
+            assert (bits * weights)[part].sum() <= (budget + 1e-6) * weights[part].sum()
+    quantized = np.array([n is not None for n in own.allocation.assignment])
+    assert quantized[tower].any()
+    assert quantized[~tower].any()
+    assert not any(n for n, inside in zip(none.allocation.assignment, tower, strict=True) if inside)
+    assert stock.allocation.assignment == own.allocation.assignment
+    np.testing.assert_array_equal(own.scores, shared.scores)
+    for folder, result in zip(with_budgets.values(), (own, stock, none), strict=True):
+        state = safe_load(folder / "autoquant" / "autoquant_state.pt")
+        best = state["best"]["recipe"]
+        modules = [s["module_names"] for n, s in state["candidate_stats"].items() if best[n].num_bits < 16]
+        pairs = zip(result.groups, result.allocation.assignment, strict=True)
+        assert sorted(map(tuple, modules)) == sorted(group.modules for group, name in pairs if name is not None)
+    assert len({r.tags["cell"] for r in (own, none, shared)}) == 3  # a grid takes none for another
+    assert len({r.tags["fingerprint"] for r in (own, none, shared)}) == 1  # and scores them once
+
+
+def test_a_run_and_a_scheme_solve_the_same_budgets(with_budgets, tmp_path):
+    result = with_budgets[(12,)]
+    done = start(
+        "scheme", f"run_id={result}", "schemes=none", "controls=none", "effective_bits=9", "vision_bits=12", "pareto=0",
+        "tracking=none", f"output_root={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("tmp/*/schemes/bits_9.json")
+    assert load_scheme(file).assignment == load_manifest(result).allocation.assignment
+    report = (result / "report" / "layer-sensitivity-report.md").read_text()
+    assert "target of 9 over all but the vision tower and 12 over the tower (they take " in report
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["autoquant.vision_bits=12"], "which model.vision=true scores"),
+        (
+            ["model.vision=true", "autoquant.vision_bits=5"],
+            "vision_bits=5 cannot be reached: the floor of wfp8_afp8",
+        ),
+        (
+            ["model.vision=true", "autoquant.vision_bits=12", "model.exclude=[model.visual]"],
+            "vision_bits=12, but no vision tower is scored",
+        ),
+    ],
+)
+def test_a_tower_budget_out_of_place_is_refused_before_the_model_is_loaded(tmp_path_factory, tmp_path, given, words):
+    folder = checkpoint("qwen3_vl", tmp_path_factory)
+    with mock.patch("layerbits.stages.run.load_model", side_effect=AssertionError("loaded")):
+        done = start(
+            "sensitivity", "model=hf", f"model.path={folder}", "dataset=image_text", "dataset.size=2", "device=cpu",
+            "tracking=none", f"output_root={tmp_path}", *given,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr
 
 
 def test_a_scheme_with_a_tower_is_probed(with_tower, tmp_path):

@@ -213,6 +213,8 @@ def test_a_target_out_of_reach_names_the_floor(target):
         UserError, match=r"cannot be reached: the floor of wint4_afp16 is 4.125 .* choose a number between"
     ):
         check_target([candidate("wfp8_afp8"), candidate("wint4_afp16")], target)
+    with pytest.raises(UserError, match=rf"vision_bits={target:g} cannot be reached: the floor of wint4_afp16"):
+        check_target(candidate("wint4_afp16"), 8, target)
 
 
 def outputs(base, config, batches):

@@ -143,7 +143,7 @@ def test_names_of_the_server_name_no_files(tmp_path):
     cache.add([row])
     assert cache.runs(evil)["run_id"].to_pylist() == [evil]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert [path.parent.parent for path in files] == [tmp_path / "cache" / "history" / "5"]
+    assert [path.parent.parent for path in files] == [tmp_path / "cache" / "history" / "6"]
 
 
 def test_a_damaged_file_of_the_cache_is_dropped(tmp_path):

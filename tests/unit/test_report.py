@@ -14,6 +14,7 @@ from layerbits.atomic import atomic
 from layerbits.errors import UserError
 from layerbits.report import files, json_report, markdown_report, note, rebuild, write_report
 from layerbits.report.wording import config_words, modules_words, quantizer_words
+from layerbits.results.assignment import Assignment
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import NonFinite
@@ -79,6 +80,25 @@ def test_both_counts_of_bits_are_told(make_result):
     assert f"**Effective bits {result.allocation.effective_bits:.3f}**" in text
     assert f"ModelOpt counts {result.allocation.effective_bits_modelopt:.3f}" in text
     assert "wfp4_afp16 4.25 (ModelOpt 4)" in text
+
+
+def test_the_budget_of_a_tower_is_told_beside_the_other(make_result):
+    shared = make_result(pair="wfp4_afp16", blocks=4, target_bits=6.0)
+    groups = tuple(replace(g, block=None, kind="vision_fc1") if g.block == 3 else g for g in shared.groups)
+    names = ["wfp4_afp16" if g.kind != "vision_fc1" or g.key.endswith("down") else None for g in groups]
+    apart = replace(shared.allocation, vision_bits=14.0, assignment=Assignment(names))
+    result = replace(shared, groups=groups, allocation=apart)
+    weights = {g.key.split(".")[1]: g.weights for g in groups if g.kind == "vision_fc1"}
+    tower = 16 - 11.75 * weights["down"] / sum(weights.values())
+    words = f"6 over all but the vision tower and 14 over the tower (they take 4.250 and {tower:.3f})"
+    assert words in markdown_report(result)
+    assert words in note(result)
+    recipe = json_report(result)["recipe"]
+    assert (recipe["vision_bits"], recipe["other_effective_bits"]) == (14, 4.25)
+    assert recipe["vision_effective_bits"] == pytest.approx(tower)
+    assert "vision_bits" not in json_report(shared)["recipe"]
+    unknown = markdown_report(replace(result, allocation=replace(apart, assignment=Assignment())))
+    assert "14 over the tower:" in unknown
 
 
 def test_warnings_stand_before_every_number(make_result):

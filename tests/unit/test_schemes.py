@@ -91,7 +91,7 @@ def test_a_shared_budget_is_no_two(with_tower):
 
 
 def test_a_budget_of_a_tower_that_was_not_scored_is_refused(source, with_tower):
-    with pytest.raises(UserError, match=r"vision_bits=12, but the run scored no vision tower; score"):
+    with pytest.raises(UserError, match=r"vision_bits=12, but no vision tower is scored; score"):
         one(source, effective_bits=9, vision_bits=12)
     with pytest.raises(UserError, match="vision_bits=12 goes with effective_bits"):
         one(with_tower, budget_gib=1, vision_bits=12)

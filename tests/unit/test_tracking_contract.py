@@ -9,6 +9,7 @@ import pytest
 
 from layerbits.results.assignment import Assignment
 from layerbits.results.bootstrap import with_intervals
+from layerbits.results.manifest import from_manifest, to_manifest
 from layerbits.results.result import Group
 from layerbits.tracking import contract
 from tests.integration.tracking_support import KINDS, small_result, write_folder
@@ -53,6 +54,14 @@ def test_parameters_are_those_of_the_contract(result):
         "eff.dtype": "float32",
         "eff.device": "cpu",
     }
+
+
+def test_the_budget_of_a_tower_is_a_parameter_and_in_the_manifest(result):
+    apart = replace(result, allocation=replace(result.allocation, vision_bits=12.5))
+    assert contract.parameters(apart)["eff.vision_bits"] == "12.5"
+    assert from_manifest(to_manifest(apart)).allocation.vision_bits == 12.5
+    assert "vision_bits" not in to_manifest(result)["recipe"]
+    assert from_manifest(to_manifest(result)).allocation.vision_bits is None
 
 
 def test_summary_counts_and_sums(result):

@@ -133,19 +133,27 @@ def aliases(candidates: Sequence[Candidate]) -> dict[str, str]:
     return result
 
 
-def check_target(candidates: Candidate | Sequence[Candidate], target: float) -> None:
-    """Checks a budget of effective bits against what the candidates can reach.
+def check_target(
+    candidates: Candidate | Sequence[Candidate], target: float, vision_target: float | None = None
+) -> None:
+    """Checks budgets of effective bits against what the candidates can reach.
+
+    Args:
+        candidates: What groups may be quantized with.
+        target: Bits per weight.
+        vision_target: The same of a vision tower with a budget of its own.
 
     Raises:
         UserError: Below the storage bits of the smallest candidate, or above 16.
     """
     candidates = [candidates] if isinstance(candidates, Candidate) else candidates
     smallest = min((c.info for c in candidates), key=lambda info: info.bits)
-    if not smallest.bits <= target <= UNQUANTIZED_BITS:
-        raise UserError(
-            f"effective_bits={target:g} cannot be reached: the floor of {smallest.name} is {smallest.bits:g} "
-            f"(all linears quantized) and {UNQUANTIZED_BITS:g} is none; choose a number between"
-        )
+    for key, bits in (("effective_bits", target), ("vision_bits", vision_target)):
+        if bits is not None and not smallest.bits <= bits <= UNQUANTIZED_BITS:
+            raise UserError(
+                f"{key}={bits:g} cannot be reached: the floor of {smallest.name} is {smallest.bits:g} "
+                f"(all linears quantized) and {UNQUANTIZED_BITS:g} is none; choose a number between"
+            )
 
 
 def _canonical_entry(entry: JsonObject) -> JsonObject:

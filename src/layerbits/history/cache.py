@@ -21,7 +21,7 @@ from layerbits.atomic import atomic
 from layerbits.cache import cache_dir
 from layerbits.history.rows import RUN_SCHEMA, SCHEMA, is_later
 
-_FORMAT = "5"  # another schema of the files is another folder
+_FORMAT = "6"  # another schema of the files is another folder
 _MANY = 40  # files, then they become one
 
 

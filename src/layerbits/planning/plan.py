@@ -160,7 +160,7 @@ def _planned(overrides: Sequence[str], configs: Path) -> tuple[Plan, list[str]]:
     for cell in wanted:
         try:
             candidate = candidate_of(cell, settings, configs)
-            check_target(candidate, settings.autoquant.effective_bits)
+            check_target(candidate, settings.autoquant.effective_bits, settings.autoquant.vision_bits)
             if not scored_together(candidate):
                 raise Unsupported("it needs ModelOpt's own calibration, one candidate a pass")
             checked.setdefault(candidate.info.config_hash, (candidate, bench.check(candidate)))

@@ -10,9 +10,17 @@ import numpy as np
 
 from layerbits.plain import JsonObject, finite
 from layerbits.report.wording import config_words, stability_words
+from layerbits.results.assignment import UNQUANTIZED_BITS
 from layerbits.results.frames import groups_for_share, listed
 from layerbits.results.modality import Modality
-from layerbits.results.result import FloatArray, NonFinite, SensitivityResult, by_kind
+from layerbits.results.result import (
+    VISION_KINDS,
+    FloatArray,
+    NonFinite,
+    SensitivityResult,
+    by_kind,
+    effective_bits,
+)
 from layerbits.results.routing import FLOOR, coverage, coverage_words
 
 SCHEMA_VERSION = 1
@@ -52,6 +60,7 @@ def json_report(result: SensitivityResult) -> JsonObject:
             "effective_bits_modelopt": finite(allocation.effective_bits_modelopt),
             "effective_bits_active": finite(allocation.effective_bits_active),
             "cost_model": allocation.cost_model,
+            **_tower(result),
             "score": finite(allocation.score),
             "groups": len(result.groups),
             "quantized_groups": None if kept is None else len(result.groups) - len(kept),
@@ -70,6 +79,20 @@ def json_report(result: SensitivityResult) -> JsonObject:
         "tags": dict(result.tags),
         "provenance": dict(result.provenance),
     }
+
+
+def _tower(result: SensitivityResult) -> JsonObject:
+    """The vision tower's own budget, and effective bits of the tower and of all else; empty where they share one."""
+    allocation, groups = result.allocation, result.groups
+    if allocation.vision_bits is None:
+        return {}
+    found: JsonObject = {"vision_bits": allocation.vision_bits}
+    if allocation.assignment:
+        bits = [UNQUANTIZED_BITS if name is None else result.candidate.bits for name in allocation.assignment]
+        for key, inside in (("vision_effective_bits", True), ("other_effective_bits", False)):
+            at = [i for i, group in enumerate(groups) if (group.kind in VISION_KINDS) == inside]
+            found[key] = effective_bits([groups[i] for i in at], [bits[i] for i in at], allocation.cost_model)
+    return found
 
 
 def _baseline(result: SensitivityResult) -> JsonObject | None:

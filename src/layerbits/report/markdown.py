@@ -63,7 +63,7 @@ def note(result: SensitivityResult) -> str:
         f"{_k(calibration['score_rows'])} rows, {_k(calibration['loss_tokens'], ',')} loss tokens{_loss(data)}",
         f"Effective bits {_k(recipe['effective_bits'], '.3f')} (ModelOpt counts "
         f"{_k(recipe['effective_bits_modelopt'], '.3f')}{_active(recipe)}), target "
-        f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
+        f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}{_tower(recipe)}: "
         f"{_quantized(recipe)} groups quantized",
     ]
     lines += _picture_lines(data.get("modality"))
@@ -95,6 +95,15 @@ def _unit(recipe: JsonMapping) -> str:
     return " of active weights" if recipe["cost_model"] == "active_moe" else ""
 
 
+def _tower(recipe: JsonMapping) -> str:
+    """The budget of the vision tower alone, where it has one, and what each of the two takes."""
+    if recipe.get("vision_bits") is None:
+        return ""
+    own = f" over all but the vision tower and {recipe['vision_bits']:g} over the tower"
+    taken, rest = recipe.get("vision_effective_bits"), recipe.get("other_effective_bits")
+    return own if taken is None else f"{own} (they take {rest:.3f} and {taken:.3f})"
+
+
 def _attention(sentences: Sequence[str]) -> list[str]:
     if not sentences:
         return []
@@ -119,7 +128,7 @@ def _headline(data: JsonMapping) -> Iterator[str]:
     counts = f"{c['name']} {_k(c['bits'], 'g')} (ModelOpt {_k(c['bits_modelopt'], 'g')})"
     yield (
         f"**Effective bits {_k(recipe['effective_bits'], '.3f')}**{_active(recipe)} for a target of "
-        f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}: "
+        f"{_k(recipe['target_bits'], 'g')}{_unit(recipe)}{_tower(recipe)}: "
         f"the solver quantized {_quantized(recipe)} groups. ModelOpt counts "
         f"{_k(recipe['effective_bits_modelopt'], '.3f')} for the same choice. Ours is weight storage per weight, block "
         "scales included, over the groups of this search. ModelOpt's takes the smaller of weight and activation bits, "

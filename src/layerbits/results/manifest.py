@@ -193,9 +193,11 @@ def load_manifest(path: str | Path) -> SensitivityResult:
 
 
 def allocation_json(allocation: Allocation) -> JsonObject:
-    """An allocation as a manifest has it: its assignment is called ``chosen`` there."""
+    """An allocation as a manifest has it: ``chosen`` for its assignment, ``vision_bits`` where there are any."""
     return {
-        "chosen" if name == "assignment" else name: value for name, value in finite_object(asdict(allocation)).items()
+        "chosen" if name == "assignment" else name: value
+        for name, value in finite_object(asdict(allocation)).items()
+        if name != "vision_bits" or value is not None
     }
 
 

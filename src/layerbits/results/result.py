@@ -155,6 +155,8 @@ class Allocation:
         effective_bits_active: Weight storage bits per weight that a token uses (``cost_model=active_moe``); NaN where
             an earlier version did not tell it.
         cost_model: One of :data:`COST_MODELS`.
+        vision_bits: Budget of the vision tower alone, beside which ``target_bits`` counts over all other groups;
+            ``None`` = they share it.
     """
 
     target_bits: float
@@ -164,6 +166,7 @@ class Allocation:
     score: float
     effective_bits_active: float = math.nan
     cost_model: str = "weight"
+    vision_bits: float | None = None
 
 
 @dataclass(frozen=True)

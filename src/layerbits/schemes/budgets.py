@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.results.assignment import IntArray
-from layerbits.results.result import VISION_KINDS, Group
-from layerbits.schemes.catalog import SchemeSpec
+from layerbits.results.assignment import UNQUANTIZED, Assignment, IntArray
+from layerbits.results.result import VISION_KINDS, FloatArray
+from layerbits.schemes import solver
+
+_NONE = (None, "", "none", "null")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Part:
 
     Attributes:
         at: Their positions.
-        budgets: Effective bits over them, one per budget of the spec.
+        budgets: Effective bits over them, one per budget that was asked for.
         key: What the user calls them.
     """
 
@@ -28,26 +30,75 @@ class Part:
     key: str = "effective_bits"
 
 
-def parts(spec: SchemeSpec, groups: Sequence[Group]) -> list[Part]:
-    """What the solver solves apart.
+def parts(effective_bits: Sequence[float], vision_bits: float | None, kinds: Sequence[str]) -> list[Part]:
+    """What a solver solves apart.
 
     Args:
-        spec: Its budgets.
-        groups: ``[G]``.
+        effective_bits: Budgets in bits per weight.
+        vision_bits: Budget of the vision tower alone, the same beside each of those, which then count over all other
+            groups; ``None`` = all groups share a budget.
+        kinds: ``[G]`` kinds of the groups.
 
     Raises:
-        UserError: The vision tower has a budget of its own, and none or nothing else was scored.
+        UserError: The vision tower has a budget of its own, and none or nothing else is scored.
     """
-    if spec.vision_bits is None:
-        return [Part(np.arange(len(groups)), spec.effective_bits)]
-    tower = np.array([group.kind in VISION_KINDS for group in groups])
-    if not tower.any() or tower.all():
-        what = "no vision tower" if not tower.any() else "nothing but a vision tower"
+    if vision_bits is None:
+        return [Part(np.arange(len(kinds)), tuple(effective_bits))]
+    tower = np.array([kind in VISION_KINDS for kind in kinds])
+    if not tower.any():
         raise UserError(
-            f"vision_bits={spec.vision_bits:g}, but the run scored {what}; score with model.vision=true, or leave "
+            f"vision_bits={vision_bits:g}, but no vision tower is scored; score with model.vision=true, or leave "
             "vision_bits out"
         )
+    if tower.all():
+        raise UserError(
+            f"vision_bits={vision_bits:g}, but nothing but a vision tower is scored; give its budget as effective_bits"
+        )
     return [
-        Part(np.flatnonzero(~tower), spec.effective_bits),
-        Part(np.flatnonzero(tower), (spec.vision_bits,) * len(spec.effective_bits), "vision_bits"),
+        Part(np.flatnonzero(~tower), tuple(effective_bits)),
+        Part(np.flatnonzero(tower), (vision_bits,) * len(effective_bits), "vision_bits"),
     ]
+
+
+def solve_parts(
+    values: FloatArray, bits: Mapping[str, float], weights: Sequence[float], shared: Sequence[Part]
+) -> list[Assignment]:
+    """Least sum under each budget, each part alone.
+
+    Args:
+        values: ``[G, C]`` what is summed; a candidate is not eligible for a group where it is not finite.
+        bits: Candidate → weight storage bits per weight.
+        weights: ``[G]`` what each group counts.
+        shared: From :func:`parts`.
+
+    Returns:
+        The assignment of each budget.
+
+    Raises:
+        UserError: A budget is infeasible.
+    """
+    names, counted = list(bits), np.asarray(weights)
+    positions = np.full((len(shared[0].budgets), len(values)), UNQUANTIZED)
+    for part in shared:
+        found = solver.pareto(values[part.at], bits, counted[part.at].tolist(), part.budgets, part.key)
+        for row, solution in zip(positions, found, strict=True):
+            row[part.at] = solution.assignment.positions(names)
+    return [Assignment.at(row.tolist(), names) for row in positions]
+
+
+def tower_budget(value: object, key: str) -> float | None:
+    """A vision tower's own budget as it is written in a configuration; ``None`` = it has none.
+
+    Args:
+        value: A number or ``none``.
+        key: What the user calls it.
+
+    Raises:
+        UserError: It is no number.
+    """
+    if value in _NONE:
+        return None
+    try:
+        return float(str(value))
+    except ValueError:
+        raise UserError(f"{key}={value} is not a number; give bits per weight of the vision tower") from None

@@ -9,10 +9,10 @@ import numpy as np
 
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.errors import UserError
-from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment
+from layerbits.results.assignment import UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import CandidateInfo, FloatArray, costs, effective_bits
 from layerbits.schemes import solver
-from layerbits.schemes.budgets import parts
+from layerbits.schemes.budgets import parts, solve_parts
 from layerbits.schemes.catalog import Budget, SchemeSpec
 from layerbits.schemes.controls import control
 from layerbits.schemes.cost_budgets import not_counted, solved_in_costs
@@ -101,13 +101,8 @@ def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[Assignm
     bits = _bits([source.candidates[c] for c in columns])
     if spec.budget_gib or spec.budget_ms:
         return solved_in_costs(source, columns, solver.problem(values, bits, _costs(source)), spec.budgets)
-    names, weights = list(bits), np.asarray(_costs(source))
-    positions = np.full((len(spec.effective_bits), len(source.groups)), UNQUANTIZED)
-    for part in parts(spec, source.groups):
-        found = solver.pareto(values[part.at], bits, weights[part.at].tolist(), part.budgets, part.key)
-        for row, solution in zip(positions, found, strict=True):
-            row[part.at] = solution.assignment.positions(names)
-    return [Assignment.at(row.tolist(), names) for row in positions]
+    shared = parts(spec.effective_bits, spec.vision_bits, [g.kind for g in source.groups])
+    return solve_parts(values, bits, _costs(source), shared)
 
 
 def controls_of(spec: SchemeSpec, reference: Scheme, source: Source) -> list[Scheme]:

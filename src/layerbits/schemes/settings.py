@@ -11,6 +11,7 @@ from layerbits.paths import split_at_commas, user_path
 from layerbits.plain import Composed
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budget_kinds import Counted, Measure, Timed
+from layerbits.schemes.budgets import tower_budget
 from layerbits.schemes.catalog import Budget, SchemeSpec, load_specs
 from layerbits.schemes.cost_table import MEASURE, Step
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
@@ -87,7 +88,7 @@ class SchemeSettings:
         shared = {
             "candidates": [] if candidates == ["all"] else candidates,
             "objective": config["objective"],
-            "vision_bits": _vision_bits(config.get("vision_bits")),
+            "vision_bits": tower_budget(config.get("vision_bits"), "vision_bits"),
         }
         base = SchemeSpec.from_mapping({"name": "bits", "effective_bits": budgets or [16], **shared})
         named = load_specs([*listed(config["schemes"]), *listed(config["controls"])], folder)
@@ -144,15 +145,6 @@ def _cost_model(value: object) -> str | None:
     if value not in COST_MODELS:
         raise UserError(f"cost_model={value} is not known; use one of {', '.join(COST_MODELS)}, or none")
     return str(value)
-
-
-def _vision_bits(value: object) -> float | None:
-    if value in _NONE:
-        return None
-    try:
-        return float(str(value))
-    except ValueError:
-        raise UserError(f"vision_bits={value} is not a number; give bits per weight of the vision tower") from None
 
 
 def _ordered(spec: SchemeSpec, order: str) -> SchemeSpec:

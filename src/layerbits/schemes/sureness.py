@@ -211,7 +211,7 @@ def _needed(
     base = np.maximum(source.predicted_kl[:, columns], 0.0)
     noise, count = drawn - drawn.mean(axis=0), len(columns)
     bits, weights = [source.candidates[c].bits for c in columns], np.array(costs(source.groups, source.cost_model))
-    shared = parts(spec, source.groups)
+    shared = parts(spec.effective_bits, spec.vision_bits, [g.kind for g in source.groups])
 
     def choices(values: FloatArray) -> IntArray:
         solved = np.full(values.shape[:2], UNQUANTIZED)

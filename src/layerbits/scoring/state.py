@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
@@ -168,6 +168,30 @@ def without_quantizers(state: SearchState) -> SearchState:
     small = state.copy()
     small.pop("quantizer_states", None)
     return small
+
+
+def with_choice(state: SearchState, quantized: Collection[tuple[str, ...]]) -> SearchState:
+    """A search state of one candidate with another recipe under ``best`` than ModelOpt's solver made.
+
+    Args:
+        state: The state.
+        quantized: Modules of each decision that is quantized; the others stay as they are.
+    """
+    stats = state["candidate_stats"]
+    recipe = {
+        name: next(f for f in s["formats"] if (f.num_bits < 16) == (tuple(s["module_names"]) in quantized))
+        for name, s in stats.items()
+    }
+    at = {name: stats[name]["formats"].index(form) for name, form in recipe.items()}
+    spent = sum(stats[name]["costs"][i] for name, i in at.items())
+    chosen = state.copy()
+    chosen["best"] = {
+        "recipe": recipe,
+        "constraints": {"effective_bits": spent / state["cost_denominator"] * 16},
+        "score": sum(stats[name]["scores"][i] for name, i in at.items()),
+        "is_satisfied": True,
+    }
+    return chosen
 
 
 def stats_entry(

@@ -37,6 +37,7 @@ from layerbits.results.result import (
 )
 from layerbits.results.routing import coverage_warnings
 from layerbits.stages.plan import Plan
+from layerbits.stages.tower import with_tower_budget
 from layerbits.stages.workbench import scored_together
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def run(plan: Plan, root: Path, loaded: LoadedModel | None = None) -> list[Outco
     engine = "stock" if alone else plan.settings.autoquant.engine
     if engine == "stock" and offloaded(loaded.model) is not None:
         raise Unsupported(_STOCK_OFFLOAD)
-    scores = _scores(plan, loaded, engine)
+    scores = with_tower_budget(_scores(plan, loaded, engine), plan)
     scored = _Scored.of(plan, loaded, engine, alone, scores)
     facts = provenance(root)
     return [
@@ -348,6 +349,7 @@ def _allocation(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuan
         score=float(sum(s for s, flag in zip(raw, flags, strict=True) if flag and math.isfinite(s))),
         effective_bits_active=effective_bits(scores.groups, bits, "active_moe"),
         cost_model=spec.cost_model,
+        vision_bits=spec.vision_bits,
     )
 
 

@@ -38,6 +38,7 @@ from layerbits.inputs.processor import reader_for
 from layerbits.inputs.rows import calibration_of
 from layerbits.inputs.ties import tied_linears
 from layerbits.provenance import provenance
+from layerbits.schemes.budgets import parts
 from layerbits.scoring import refine
 from layerbits.scoring.state import decisions
 from layerbits.stages.plan import Held, Plan
@@ -133,10 +134,13 @@ class Workbench:
             held: What stays quantized meanwhile.
 
         Raises:
-            UserError: More groups are to be measured than there are.
+            UserError: More groups are to be measured than there are, or a vision tower has a budget of its own and
+                none is scored.
         """
         scored = scored or self.scored(candidates[0][0])
-        if wanted := self.settings.autoquant.refine:
+        spec = self.settings.autoquant
+        parts([spec.effective_bits], spec.vision_bits, [self.kinds[name] for name in scored])
+        if wanted := spec.refine:
             groups = decisions(self.empty, unscored_patterns(self.empty, set(scored)))
             refine.check(wanted, sum(decision.searched for decision in groups))
         versions = provenance(Path.cwd())
@@ -168,7 +172,8 @@ class Workbench:
         spec = self.settings.autoquant
         unit = [] if spec.cost_model == "weight" else [[spec.cost_model, self.active_ratio]]
         refined = [["refine", spec.refine]] if spec.refine else []
-        return _digest([*self._identity([candidate], scored, held), spec.effective_bits, *unit, *refined])
+        tower = [] if spec.vision_bits is None else [["vision_bits", spec.vision_bits]]
+        return _digest([*self._identity([candidate], scored, held), spec.effective_bits, *unit, *refined, *tower])
 
     def _identity(
         self,

@@ -89,6 +89,7 @@ def parameters(result: SensitivityResult) -> dict[str, str]:
         "draws": _draws(result),
         "engine": result.engine,
         "target_effective_bits": result.allocation.target_bits,
+        "vision_bits": result.allocation.vision_bits,
         "cost_model": result.allocation.cost_model,
         "seed": result.seed,
         "exclude": ",".join(result.settings.get("model", {}).get("exclude") or ()),
