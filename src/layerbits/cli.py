@@ -250,9 +250,10 @@ def _costs(options: argparse.Namespace) -> int:
     from layerbits.history.scheme_inputs import load_scores
     from layerbits.paths import user_path
     from layerbits.schemes.settings import listed
-    from layerbits.serving.costs import CostRequest, in_words, measure_costs
+    from layerbits.serving.costs import in_words, measure_costs
     from layerbits.serving.environment import find_environment
     from layerbits.serving.server import Launch
+    from layerbits.serving.settings import CostRequest
     from layerbits.serving.unscored import unscored
 
     asked = CostRequest.of(options.batches, options.prefill, options.repeats)

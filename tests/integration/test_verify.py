@@ -16,7 +16,7 @@ from layerbits.inputs import smollm2
 from layerbits.inputs.captions import load_captions
 from layerbits.results.manifest import load_manifest
 from layerbits.trust.reproduce import load_run
-from layerbits.trust.verification import BOUNDS, check, compare, verify
+from layerbits.trust.verification import BOUNDS, bound_of, check, check_device, compare, verify
 
 from .entries import start
 from .scoring_support import everyday_tokens, knowing, tiny_model
@@ -65,7 +65,8 @@ def folder(scored, tmp_path):
 
 
 def again(reference, scored, tmp_path, bound="auto", device="recorded"):
-    return verify(str(reference), bound, device, CONFIGS, tmp_path / "out", ROOT, scored["uri"])
+    before = load_run(str(reference), scored["uri"])
+    return verify(str(reference), before, bound_of(bound), device, CONFIGS, tmp_path / "out", ROOT)
 
 
 def test_a_cell_of_a_grid_comes_out_identical_alone(verified):
@@ -162,14 +163,14 @@ def test_an_imported_run_cannot_be_repeated(scored, folder):
 
 
 @pytest.mark.parametrize("bound", ["-1", "nan", "much"])
-def test_a_bound_that_is_none_is_refused_at_once(bound, scored, tmp_path):
+def test_a_bound_that_is_none_is_refused(bound):
     with pytest.raises(UserError, match=f"bound={bound}"):
-        again("nowhere", scored, tmp_path, bound)
+        bound_of(bound)
 
 
-def test_an_unknown_device_is_refused_at_once(scored, tmp_path):
+def test_an_unknown_device_is_refused():
     with pytest.raises(UserError, match="device=tpu"):
-        again("nowhere", scored, tmp_path, device="tpu")
+        check_device("tpu")
 
 
 def test_a_run_of_another_device_is_held_to_the_bound_of_a_gpu(scored, folder, tmp_path):

@@ -9,7 +9,7 @@ from layerbits.inputs.calibration import Segment
 from layerbits.inputs.captions import CaptionSet
 from layerbits.inputs.pictures import Pictured
 from layerbits.probing.slices import confidences, places, slices
-from layerbits.probing.texts import probe_texts
+from layerbits.probing.texts import probe_texts, read_texts
 
 
 def test_the_mean_of_a_slice_is_of_its_tokens_alone():
@@ -34,7 +34,7 @@ def test_texts_of_ones_own_take_turns_without_what_was_calibrated_on(tmp_path):
     (tmp_path / "code.txt").write_text("def f():\nA  Dog runs.\nreturn 1\n")
     (tmp_path / "web.txt").write_text("hello\n")
     captions = CaptionSet("everyday", "small", ("a dog runs.",), ("held out",), "d")
-    found = probe_texts(captions, [str(tmp_path / "code.txt"), str(tmp_path / "web.txt")])
+    found = probe_texts(captions, read_texts([str(tmp_path / "code.txt"), str(tmp_path / "web.txt")]))
     assert found.texts == ("def f():", "hello", "return 1")
     assert found.sources == found.in_rows(8) == ("code", "web", "code")
     assert (found.name, found.own) == ("code,web", True)
@@ -63,7 +63,7 @@ def test_texts_that_cannot_be_measured_on_are_refused(tmp_path, names, words):
     (tmp_path / "known.txt").write_text("A dog runs.\n")
     captions = CaptionSet("everyday", "small", ("a dog runs.",), (), "d")
     with pytest.raises(UserError, match=words):
-        probe_texts(captions, [str(tmp_path / name) for name in names])
+        probe_texts(captions, read_texts([str(tmp_path / name) for name in names]))
 
 
 def test_a_place_is_a_share_of_the_row_without_its_padding():

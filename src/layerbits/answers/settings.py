@@ -10,7 +10,7 @@ from layerbits.errors import UserError
 from layerbits.paths import user_path
 from layerbits.plain import Composed
 from layerbits.schemes.settings import listed, whole
-from layerbits.scoring.precision import check_dtype
+from layerbits.scoring.settings import check_dtype
 
 _NONE = (None, "", "none", "null")
 
@@ -45,7 +45,7 @@ class EvaluateSettings:
         rows: Held-out rows that the KL divergence is measured on; 0 = it is not.
         margin: Loss of accuracy that is allowed, a share.
         predict: Whether the change of each document's log-odds is predicted per group too.
-        dtype: What the model computes in, one of :data:`layerbits.scoring.precision.DTYPES`.
+        dtype: What the model computes in, one of :data:`layerbits.scoring.settings.DTYPES`.
         endpoint: Server that is asked too; ``None`` = none.
         endpoint_model: Name of the model there; ``None`` = the only one.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from layerbits.errors import UserError
-from layerbits.inputs.weights import INDEXES, WEIGHTS, weight_files, weight_map
+from layerbits.inputs.weights import INDEXES, safetensors_files, weight_map
 from layerbits.plain import JsonObject
 
 PIECE = 1 << 20
@@ -120,9 +120,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: No safetensors files, a shard is missing, or a file is truncated or damaged.
     """
-    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
-    if not files:
-        raise UserError(f"{folder} holds no {WEIGHTS[0]}; save the model with save_pretrained")
+    files = safetensors_files(folder)
     entries: dict[str, Entry] = {}
     for file in files:
         header = _header(file)

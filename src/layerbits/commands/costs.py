@@ -11,11 +11,11 @@ from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
 from layerbits.plain import Composed
 from layerbits.schemes.cost_table import FILE, CostTable
-from layerbits.schemes.settings import listed_paths, source_name
-from layerbits.serving.costs import CostRequest, in_words, measure_costs
+from layerbits.schemes.settings import runs_of, source_name
+from layerbits.schemes.source import Source
 from layerbits.serving.environment import find_environment
 from layerbits.serving.server import Launch
-from layerbits.serving.settings import positive
+from layerbits.serving.settings import CostRequest, positive
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
@@ -24,7 +24,7 @@ _NONE = (None, "", "none", "null")
 
 def costs(config: Composed, root: Path) -> None:
     """Reads the runs, measures, writes and logs the table."""
-    references = listed_paths(config["run_id"])
+    references = runs_of(config["run_id"])
     asked = CostRequest.of(config["batches"], config["prefill"], config["repeats"])
     vllm = {key: None if value in _NONE else str(value) for key, value in config["vllm"].items()}
     launch = Launch(
@@ -35,19 +35,24 @@ def costs(config: Composed, root: Path) -> None:
     output = user_path(config["output_root"])
 
     def make(uri: str | None) -> Made:
-        source = load_scores(references, uri)
-        final = dated(output, f"costs_{source.model.name}")
-        with whole_folder(final) as partial:
-            table = measure_costs(source, asked, launch, final.with_name(f"{final.name}.work"))
-            table.save(partial / FILE)
-            text = in_words(table)
-            (partial / "costs.md").write_text(text, "utf-8")
-        print(f"\n{text}\ncosts: {final}")
-        tags = {"source_run_id": ",".join(source.run_ids), "costs.device": table.device, **note(text)}
-        return Made(final, _metrics(table), _parameters(table), tags)
+        return _measured(load_scores(references, uri), asked, launch, output)
 
     name = f"costs of {source_name(references)}"
     run_job(TrackingSpec.from_config(config), root, name, "costs", make, system_metrics=True)
+
+
+def _measured(source: Source, asked: CostRequest, launch: Launch, output: Path) -> Made:
+    from layerbits.serving.costs import in_words, measure_costs
+
+    final = dated(output, f"costs_{source.model.name}")
+    with whole_folder(final) as partial:
+        table = measure_costs(source, asked, launch, final.with_name(f"{final.name}.work"))
+        table.save(partial / FILE)
+        text = in_words(table)
+        (partial / "costs.md").write_text(text, "utf-8")
+    print(f"\n{text}\ncosts: {final}")
+    tags = {"source_run_id": ",".join(source.run_ids), "costs.device": table.device, **note(text)}
+    return Made(final, _metrics(table), _parameters(table), tags)
 
 
 def _metrics(table: CostTable) -> dict[str, float]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from layerbits.export.job import ExportSettings, run_exports
-from layerbits.export.log import ExportLog, check_registered_name
+from layerbits.export.settings import ExportSettings
 from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import Tracker
 from layerbits.plain import Composed
 from layerbits.schemes.request import SchemeRequest
+from layerbits.schemes.scheme import Scheme
 from layerbits.serving.find_costs import measuring
 from layerbits.tracking.settings import TrackingSpec
 
@@ -21,5 +22,12 @@ def export(config: Composed, root: Path) -> None:
     tracker = Tracker(TrackingSpec.from_config(config), root)
     with tracker.parent(f"export of {wanted.source_name}", "exports"):
         schemes = requested_schemes(wanted, tracker.uri, measuring(tracker.uri, root, str(config["target"])))
-        check_registered_name(settings, schemes[0].model.name if schemes else "")
-        run_exports(schemes, settings, ExportLog(settings, tracker, root))
+        settings.check_registered(schemes[0].model.name if schemes else "")
+        _export(schemes, settings, tracker, root)
+
+
+def _export(schemes: Sequence[Scheme], settings: ExportSettings, tracker: Tracker, root: Path) -> None:
+    from layerbits.export.job import run_exports
+    from layerbits.export.log import ExportLog
+
+    run_exports(schemes, settings, ExportLog(settings, tracker, root))

@@ -9,9 +9,10 @@ from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
 from layerbits.plain import Composed
 from layerbits.probing.report import data, markdown, measured, parameters, write_probe
+from layerbits.probing.texts import read_texts
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.settings import listed_paths, whole
-from layerbits.scoring.precision import check_dtype
+from layerbits.scoring.settings import check_device, check_dtype
 from layerbits.serving.find_costs import measuring
 from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
@@ -22,16 +23,16 @@ def probe(config: Composed, root: Path) -> None:
     """Makes or reads the schemes, measures them, writes and logs the result."""
     wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")
     rows, batch_size = (whole(key, config[key]) for key in ("rows", "batch_size"))
-    dtype = check_dtype(str(config["dtype"]))
+    dtype, device = check_dtype(str(config["dtype"])), check_device(config["device"])
     seq_len = None if config["seq_len"] in (None, "none") else whole("seq_len", config["seq_len"])
-    texts = listed_paths(config["texts"])
+    texts = read_texts(listed_paths(config["texts"]))
     output = user_path(config["output_root"])
 
     def make(uri: str | None) -> Made:
         from layerbits.probing.probe import probe_schemes
 
         schemes = requested_schemes(wanted, uri, measuring(uri, root, str(config["target"])))
-        result = probe_schemes(schemes, rows, batch_size, config["device"], root, dtype, seq_len, texts)
+        result = probe_schemes(schemes, rows, batch_size, device, root, dtype, seq_len, texts)
         folder = write_probe(result, output)
         text = markdown(result)
         print(f"\n{text}\nprobe: {folder}")

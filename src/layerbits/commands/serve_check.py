@@ -10,8 +10,8 @@ from pathlib import Path
 from layerbits.errors import Skipped, UserError
 from layerbits.jobs import Tracker, note, refusal
 from layerbits.plain import Composed
-from layerbits.serving.job import Checker, Target, find_targets
 from layerbits.serving.settings import ServeSettings
+from layerbits.serving.targets import Target, find_targets
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
@@ -21,13 +21,15 @@ def serve_check(config: Composed, root: Path) -> None:
     settings = ServeSettings.from_config(config)
     tracker = Tracker(TrackingSpec.from_config(config), root)
     targets = find_targets(settings, tracker.uri)
-    checker = Checker(settings, root)
     several = len(targets) > 1
     with tracker.parent(f"serve checks of {settings.source}", "serve_checks") if several else nullcontext():
-        _check_each(checker, targets, tracker)
+        _check_each(targets, settings, tracker, root)
 
 
-def _check_each(checker: Checker, targets: Sequence[Target], tracker: Tracker) -> None:
+def _check_each(targets: Sequence[Target], settings: ServeSettings, tracker: Tracker, root: Path) -> None:
+    from layerbits.serving.job import Checker
+
+    checker = Checker(settings, root)
     failed = []
     for target in targets:
         try:

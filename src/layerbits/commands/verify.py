@@ -11,22 +11,21 @@ from layerbits.provenance import provenance
 from layerbits.schemes.settings import one_run, source_name
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
+from layerbits.trust.reproduce import load_run, scored_run
+from layerbits.trust.verification import bound_of, check, check_device, verify
 
 
 def verification(config: Composed, root: Path) -> None:
     """Repeats the run, writes and logs the comparison; fails where it is beyond the bound."""
-    from layerbits.trust.reproduce import scored_run
-    from layerbits.trust.verification import check, verify
-
     reference = one_run(config["run_id"])
+    bound, device = bound_of(str(config["bound"])), check_device(config["device"])
     output = user_path(config["output_root"])
     tracker = Tracker(TrackingSpec.from_config(config), root)
     scored = scored_run(reference, tracker.uri)
     tags = {"source_run_id": scored}
     with tracker.run(f"verification of {source_name([reference])}", "verify", tags, system_metrics=True) as run:
-        result, folder = verify(
-            scored, str(config["bound"]), config["device"], root / "configs", output, root, tracker.uri
-        )
+        before = load_run(scored, tracker.uri)
+        result, folder = verify(scored, before, bound, device, root / "configs", output, root)
         text = result.markdown()
         print(f"\n{text}\nverification: {folder}")
         tags = {**tags, **provenance(root), **note(text)}

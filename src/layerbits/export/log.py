@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from layerbits.export.card import write_card
-from layerbits.export.job import ExportSettings, show
+from layerbits.export.job import show
 from layerbits.export.scheme import Export, NotProven
+from layerbits.export.settings import ExportSettings
 from layerbits.history.evaluated import answers_of, verdicts
 from layerbits.history.probed import probed_kl
 from layerbits.jobs import JobRun, Tracker, note
@@ -132,18 +133,6 @@ class ExportLog:
             return {}
         kl = probed_kl(run.session.tracking_uri, run.session.experiment_id, scheme.name, scheme.digest)
         return {} if kl is None else {"probe/kl": kl}
-
-
-def check_registered_name(settings: ExportSettings, model: str) -> None:
-    """Checks the name to register checkpoints under before anything is exported.
-
-    Raises:
-        UserError: MLflow does not take it.
-    """
-    from layerbits.tracking.registry import check_name
-
-    if settings.register:
-        check_name(settings.registered_model or model)
 
 
 def _numbers(metrics: Mapping[str, float], keys: Mapping[str, str]) -> dict[str, str]:

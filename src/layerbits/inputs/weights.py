@@ -36,6 +36,18 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
+def safetensors_files(folder: Path) -> list[Path]:
+    """The safetensors files of :func:`weight_files`.
+
+    Raises:
+        UserError: There are none, or as :func:`weight_files`.
+    """
+    files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+    if not files:
+        raise UserError(f"{folder} holds no {WEIGHTS[0]}; save the model with save_pretrained")
+    return files
+
+
 def read_header(file: Path) -> Header:
     """The tensors of a weight file without their numbers.
 

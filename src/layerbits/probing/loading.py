@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
 from layerbits.schemes.scheme import Scheme
+from layerbits.scoring.settings import check_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,9 +52,7 @@ class Prepared:
         from layerbits.inputs.models import scored_linears
         from layerbits.scoring.placement import in_host_memory
 
-        if device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device={device} is not known; use auto, cpu or cuda")
-        if device == "cuda" and not torch.cuda.is_available():
+        if check_device(device) == "cuda" and not torch.cuda.is_available():
             raise UserError("device=cuda, but PyTorch sees no GPU here; use device=cpu or a machine with one")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from layerbits.errors import UserError
 from layerbits.probing.measured import Difference, ProbeResult, Rows, SchemeProbe
 from layerbits.results.result import ModelInfo
+from layerbits.scoring.settings import check_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ def probe_schemes(
     root: Path,
     dtype: str = "auto",
     seq_len: int | None = None,
-    texts: Sequence[str] = (),
+    texts: Mapping[str, Sequence[str]] | None = None,
 ) -> ProbeResult:
     """Finds the model and the held-out rows of some schemes, and measures them, and each of their KV caches alone.
 
@@ -49,9 +50,10 @@ def probe_schemes(
         batch_size: Rows a forward.
         device: ``auto``, ``cpu`` or ``cuda``.
         root: Project folder, for the git commit.
-        dtype: What to measure in, one of :data:`layerbits.scoring.precision.DTYPES`.
+        dtype: What to measure in, one of :data:`layerbits.scoring.settings.DTYPES`.
         seq_len: Tokens a row; ``None`` = as the schemes were scored on.
-        texts: Files of texts to measure on, as :func:`layerbits.probing.texts.probe_texts`; none = what was held out.
+        texts: Texts of one's own to measure on, of :func:`layerbits.probing.texts.read_texts`; none = what was held
+            out.
 
     Raises:
         UserError: No scheme, schemes of several models, rows longer than the model's positions, or what
@@ -62,7 +64,6 @@ def probe_schemes(
     from layerbits.probing.texts import probe_texts
     from layerbits.provenance import provenance
     from layerbits.schemes.kv_cache import toggles
-    from layerbits.scoring.precision import check_dtype
 
     check_dtype(dtype)
     schemes = [*schemes, *toggles(schemes)]
@@ -165,7 +166,7 @@ def probe(
         batches: Held-out batches.
         data: What the batches are, for the record; its tokens are counted here.
         provenance: Versions and hardware.
-        dtype: What to measure in, one of :data:`layerbits.scoring.precision.DTYPES`.
+        dtype: What to measure in, one of :data:`layerbits.scoring.settings.DTYPES`.
 
     Raises:
         UserError: A scheme is of another revision or does not fit the model, the model's logits are not finite, or

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -40,34 +40,46 @@ class ProbeTexts:
         return (*shown, *(plain or ["everyday"] * len(held_out_captions(self.texts))))
 
 
-def probe_texts(captions: CaptionSet, paths: Sequence[str] = ()) -> ProbeTexts:
-    """What a scheme can be probed on.
-
-    Args:
-        captions: Of the run that scored.
-        paths: Text files, one text a line, each a source; none = what the run held out. Files take turns, and lines
-            that the run calibrated on are left out.
+def read_texts(paths: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Text files of one's own, one text a line: name of the source → its texts.
 
     Raises:
-        UserError: A file cannot be read, two have one name, or all lines of one were calibrated on.
+        UserError: A file cannot be read, or two have one name.
     """
-    if not paths:
-        plain = captions.name if captions.name not in ("image_text", "mixed") else "everyday"
-        sources = tuple(PICTURES if isinstance(one, Pictured) else plain for one in captions.held_out)
-        return ProbeTexts(captions.name, captions.held_out, sources)
-    known = {normalised(one) for one in captions.captions if isinstance(one, str)}
-    parts: dict[str, list[str]] = {}
+    read: dict[str, tuple[str, ...]] = {}
     for path in paths:
         file = user_path(path)
         try:
             lines = read_captions(file.read_bytes(), str(file))
         except OSError as error:
             raise UserError(f"cannot read the texts in {file} ({error.strerror}); give a text file") from None
-        if file.stem in parts:
+        if file.stem in read:
             raise UserError(f"two files of texts are called {file.stem}; rename one, they are told apart by it")
-        parts[file.stem] = [line for line in lines if normalised(line) not in known]
-        if not parts[file.stem]:
-            raise UserError(f"every line of {file} was calibrated on; give other texts")
+        read[file.stem] = lines
+    return read
+
+
+def probe_texts(captions: CaptionSet, own: Mapping[str, Sequence[str]] | None = None) -> ProbeTexts:
+    """What a scheme can be probed on.
+
+    Args:
+        captions: Of the run that scored.
+        own: Of :func:`read_texts`; none = what the run held out. Sources take turns, and texts that the run
+            calibrated on are left out.
+
+    Raises:
+        UserError: All texts of a source were calibrated on.
+    """
+    if not own:
+        plain = captions.name if captions.name not in ("image_text", "mixed") else "everyday"
+        sources = tuple(PICTURES if isinstance(one, Pictured) else plain for one in captions.held_out)
+        return ProbeTexts(captions.name, captions.held_out, sources)
+    known = {normalised(one) for one in captions.captions if isinstance(one, str)}
+    parts: dict[str, list[str]] = {}
+    for name, lines in own.items():
+        parts[name] = [line for line in lines if normalised(line) not in known]
+        if not parts[name]:
+            raise UserError(f"every text of {name} was calibrated on; give other texts")
     turns = [
         (text, name)
         for row in zip_longest(*parts.values())

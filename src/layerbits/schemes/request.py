@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerbits.errors import UserError
 from layerbits.plain import Composed
 from layerbits.schemes.budget_kinds import Measure
 from layerbits.schemes.kv_cache import AUTO, kv_choice, with_cache
@@ -20,24 +21,29 @@ class SchemeRequest:
 
     Attributes:
         files: Scheme files.
+        read: Their schemes.
         settings: What to make where there are no files.
-        kv_cache: What the schemes of the files do to keys and values; ``auto`` = as they say.
     """
 
     files: tuple[str, ...]
+    read: tuple[Scheme, ...]
     settings: SchemeSettings | None
-    kv_cache: str
 
     @classmethod
     def from_config(cls, config: Composed, folder: Path) -> SchemeRequest:
         """Reads a configuration on top of ``configs/scheme_run.yaml`` with ``scheme_files``.
 
         Raises:
-            UserError: As :meth:`SchemeSettings.from_config`, where no files are given.
+            UserError: No such file, both files and runs, or as :meth:`SchemeSettings.from_config`, where no files are
+                given.
         """
         files = tuple(listed_paths(config["scheme_files"]))
-        made = None if files else SchemeSettings.from_config(config, folder)
-        return cls(files, made, kv_choice(config.get("kv_cache", AUTO)))
+        cache = kv_choice(config.get("kv_cache", AUTO))
+        if not files:
+            return cls((), (), SchemeSettings.from_config(config, folder))
+        if listed_paths(config.get("run_id")):
+            raise UserError("set run_id to runs that schemes are made from, or scheme_files to schemes: one of them")
+        return cls(files, tuple(with_cache(load_scheme(path), cache) for path in files), None)
 
     @property
     def source_name(self) -> str:
@@ -45,15 +51,15 @@ class SchemeRequest:
         return source_name(self.files) if self.settings is None else self.settings.source_name
 
     def schemes(self, measure: Measure, source: Source | None = None) -> list[Scheme]:
-        """Reads them from the files, or makes them.
+        """Those of the files, or made now.
 
         Args:
             measure: Finds the bytes and seconds of schemes, where a budget counts them.
             source: The scores of the settings' runs; ``None`` where there are files.
 
         Raises:
-            UserError: No such file, or schemes that cannot be made of the scores.
+            UserError: They cannot be made of the scores.
         """
         if self.settings is None or source is None:
-            return [with_cache(load_scheme(path), self.kv_cache) for path in self.files]
+            return [*self.read]
         return make_schemes(self.settings.specs, self.settings.applied(source, measure))

@@ -80,9 +80,7 @@ class SchemeSettings:
         Raises:
             UserError: A scheme is not known, or a value is not one of its choices.
         """
-        references = listed_paths(config["run_id"])
-        if not references:
-            raise UserError("set run_id to the id of a sensitivity run, or to the folder of its result")
+        references = runs_of(config["run_id"])
         candidates = listed(config["candidates"])
         budgets, gib, ms = (listed(config[key]) for key in ("effective_bits", "budget_gib", "budget_ms"))
         shared = {
@@ -174,6 +172,18 @@ def whole(key: str, value: object) -> int:
         return int(str(value))
     except ValueError:
         raise UserError(f"{key}={value} is not a whole number; give one") from None
+
+
+def runs_of(value: object) -> list[str]:
+    """The runs or result folders that ``run_id`` names.
+
+    Raises:
+        UserError: It names none.
+    """
+    references = listed_paths(value)
+    if not references:
+        raise UserError("set run_id to the id of a sensitivity run, or to the folder of its result")
+    return references
 
 
 def one_run(value: object) -> str:

@@ -21,12 +21,12 @@ from layerbits.inputs.offload import SLOTS, offloaded, parts_of
 from layerbits.inputs.residence import OWN_DTYPE
 from layerbits.scoring.memory import HEADROOM, LOGIT, free_bytes
 from layerbits.scoring.patches import forwards
+from layerbits.scoring.settings import check_dtype
 from layerbits.scoring.steps import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES = ("auto", "float32", "model")
 _TILES = 1 << 14  # tokens that a suffix pass runs together (layerbits.scoring.suffix)
 
 
@@ -55,24 +55,14 @@ class Precision:
         return f"{self.dtype}{how} (about {self.estimate_gb:.1f} GB, {self.free_gb:.1f} GB free)"
 
 
-def check_dtype(wanted: str) -> str:
-    """A ``dtype`` setting.
-
-    Raises:
-        UserError: It is not one of :data:`DTYPES`.
-    """
-    if wanted not in DTYPES:
-        raise UserError(f"dtype={wanted} is not known; use one of {', '.join(DTYPES)}")
-    return wanted
-
-
 def plan_precision(model: PreTrainedModel, tokens: int, wanted: str) -> Precision:
     """Chooses what a model is measured in.
 
     Args:
         model: The loaded model.
         tokens: Tokens of the largest segment.
-        wanted: One of :data:`DTYPES`; ``auto`` is float32, of the whole model where that fits, else block by block.
+        wanted: One of :data:`layerbits.scoring.settings.DTYPES`; ``auto`` is float32, of the whole model where that
+            fits, else block by block.
 
     Raises:
         UserError: float32 does not fit.

@@ -34,11 +34,10 @@ from layerbits.schemes.cost_table import (
     Step,
     StepTime,
 )
-from layerbits.schemes.settings import listed
 from layerbits.schemes.source import Source
 from layerbits.serving import server
 from layerbits.serving.server import Launch
-from layerbits.serving.settings import SpeedRequest, positive
+from layerbits.serving.settings import CostRequest, SpeedRequest
 from layerbits.serving.speed import Speed, measure_speed, run_worker
 from layerbits.serving.stand_in import block_count, has_pictures, positions, small_files, write_stand_in
 
@@ -52,41 +51,6 @@ _KV_BYTES = 1 << 28
 _WARMUP = 3
 _CONTEXT = 512
 _NEW_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class CostRequest:
-    """What to time.
-
-    Attributes:
-        batches: Requests at once of decode steps.
-        prefill: Lengths of prompts.
-        repeats: Of each linear; the whole steps are repeated a fifth as often, at least three times.
-    """
-
-    batches: tuple[int, ...]
-    prefill: tuple[int, ...]
-    repeats: int = 25
-
-    @classmethod
-    def of(cls, batches: object, prefill: object, repeats: object) -> CostRequest:
-        """Reads numbers as users write them: lists with commas.
-
-        Raises:
-            UserError: One is no positive whole number, or there is nothing to time.
-        """
-        timed, prompts = (
-            tuple(dict.fromkeys(positive(key, one) for one in listed(given)))
-            for key, given in (("batches", batches), ("prefill", prefill))
-        )
-        if not timed and not prompts:
-            raise UserError("there is nothing to time; give batches, prefill or both")
-        return cls(timed, prompts, positive("repeats", repeats))
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Numbers of tokens that enter a linear."""
-        return tuple(sorted({*self.batches, *self.prefill}))
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from layerbits.atomic import dated, write_json
-from layerbits.cache import writable_cache
 from layerbits.checkpoint.labels import read_quantization
 from layerbits.checkpoint.processors import MISSING, Processor
 from layerbits.errors import Skipped, UserError
 from layerbits.export.plan import source_folder
 from layerbits.history.derived import served_values
-from layerbits.results.experiment import made_by
 from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
 from layerbits.serving.environment import Environment, find_environment
 from layerbits.serving.gpu import check_card, otherwise_on_gpu
@@ -24,6 +22,7 @@ from layerbits.serving.runtime import Question, Remembered, Running, Runtime, St
 from layerbits.serving.server import Launch, Refused
 from layerbits.serving.settings import ServeSettings
 from layerbits.serving.speed import Speed, Speeds, measure_speed
+from layerbits.serving.targets import Target
 from layerbits.serving.verdict import DIVERGES, LOADS, REFUSED, SKIPPED
 from layerbits.tracking.contract import held_out_data
 from layerbits.tracking.made import Data
@@ -41,20 +40,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Target:
-    """A checkpoint to check, with what is known of it.
-
-    Attributes:
-        digest: Of its tensors as they were exported; ``None`` where that is not known.
-        tags: For the run.
-    """
-
-    folder: Path
-    digest: str | None
-    tags: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Checked:
     """A check, its files, and what names it in the tracking server."""
 
@@ -64,28 +49,6 @@ class Checked:
     tags: Mapping[str, str]
     data: tuple[Data, ...] = ()
     measured: tuple[MeasuredModel, ...] = ()
-
-
-def find_targets(settings: ServeSettings, uri: str | None) -> list[Target]:
-    """The checkpoints, those of a parent run of exports one by one.
-
-    Raises:
-        UserError: There is no such checkpoint.
-    """
-    if settings.checkpoint is not None:
-        made = made_by(settings.checkpoint)
-        tags = {"export_run_id": made.run_id} if made else {}
-        return [Target(settings.checkpoint, None, tags)]
-    from layerbits.history.checkpoints import export_runs, fetch_checkpoint
-    from layerbits.history.source import connect
-
-    store = connect(uri)
-    targets = []
-    for run_id in (one for given in settings.run_ids for one in export_runs(store, given)):
-        run, folder = fetch_checkpoint(store, run_id, writable_cache() / "checkpoints" / run_id)
-        tags = {key: run.tags[key] for key in ("source_run_id", "scheme") if key in run.tags}
-        targets.append(Target(folder, run.tags.get("checkpoint.digest"), {**tags, "export_run_id": run.run_id}))
-    return targets
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What is asked of serve checks: ``configs/serve_check.yaml``, read and checked."""
+"""What is asked of serve checks and of tables of costs, read and checked."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from layerbits.errors import UserError
 from layerbits.paths import user_path
 from layerbits.plain import Composed
 from layerbits.schemes.settings import listed, listed_paths
+from layerbits.scoring.settings import check_device
 
 _NONE = (None, "", "none", "null")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -145,8 +146,7 @@ class ServeSettings:
         folder = None if config["checkpoint"] in _NONE else user_path(config["checkpoint"])
         if bool(run_ids) == (folder is not None):
             raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
-        if config["device"] not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device={config['device']} is not known; use auto, cpu or cuda")
+        device = check_device(config["device"])
         if not isinstance(config["strict"], bool):
             raise UserError(f"strict={config['strict']} is not known; use true or false")
         vllm, speed = VllmSettings.from_config(config["vllm"]), SpeedRequest.from_config(config["speed"])
@@ -158,12 +158,47 @@ class ServeSettings:
             tokens=positive("tokens", config["tokens"]),
             top_k=-1 if config["top_k"] == "all" else positive("top_k", config["top_k"]),
             new_tokens=positive("new_tokens", config["new_tokens"]),
-            device=config["device"],
+            device=device,
             output_root=user_path(config["output_root"]),
             vllm=vllm,
             speed=speed,
             strict=config["strict"],
         )
+
+
+@dataclass(frozen=True)
+class CostRequest:
+    """What to time.
+
+    Attributes:
+        batches: Requests at once of decode steps.
+        prefill: Lengths of prompts.
+        repeats: Of each linear; the whole steps are repeated a fifth as often, at least three times.
+    """
+
+    batches: tuple[int, ...]
+    prefill: tuple[int, ...]
+    repeats: int = 25
+
+    @classmethod
+    def of(cls, batches: object, prefill: object, repeats: object) -> CostRequest:
+        """Reads numbers as users write them: lists with commas.
+
+        Raises:
+            UserError: One is no positive whole number, or there is nothing to time.
+        """
+        timed, prompts = (
+            tuple(dict.fromkeys(positive(key, one) for one in listed(given)))
+            for key, given in (("batches", batches), ("prefill", prefill))
+        )
+        if not timed and not prompts:
+            raise UserError("there is nothing to time; give batches, prefill or both")
+        return cls(timed, prompts, positive("repeats", repeats))
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Numbers of tokens that enter a linear."""
+        return tuple(sorted({*self.batches, *self.prefill}))
 
 
 def positive(key: str, value: object) -> int:

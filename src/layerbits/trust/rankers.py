@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,8 +24,8 @@ from layerbits.scoring.replaced import ReplacedLinears
 from layerbits.scoring.search import Search, step_of
 from layerbits.scoring.steps import calibration_forward
 from layerbits.trust.agreement import Captions
+from layerbits.trust.settings import RANKERS
 
-RANKERS = ("gradient", "gradient_token", "fisher", "kl_div", "weight_mse", "output_mse")
 IN_NATS = ("gradient", "gradient_token", "fisher", "kl_div")
 """Rankers that predict nats per token. The two errors are cheap baselines: a mean squared error of the weights, and
 one of the outputs relative to their power."""
@@ -51,7 +51,7 @@ class Ranking:
 
 
 def rank(name: str, job: ScoringJob, linears: ReplacedLinears, search: Search) -> Ranking:
-    """Scores the groups of a job that has one candidate by one of :data:`RANKERS`.
+    """Scores the groups of a job that has one candidate by one of :data:`layerbits.trust.settings.RANKERS`.
 
     Args:
         name: The ranker.
@@ -142,17 +142,3 @@ def _output_mse(job: ScoringJob, linears: ReplacedLinears, search: Search) -> Fl
         for handle in handles:
             handle.remove()
     return errors / powers
-
-
-def chosen_rankers(wanted: Sequence[str]) -> tuple[str, ...]:
-    """Names of rankers from what a user wrote: ``all``, ``none``, or a list.
-
-    Raises:
-        UserError: There is no such ranker.
-    """
-    if list(wanted) == ["all"]:
-        return RANKERS
-    for name in wanted:
-        if name not in RANKERS:
-            raise UserError(f"{name} is no ranker; use {', '.join(RANKERS)}, all or none")
-    return tuple(dict.fromkeys(wanted))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,42 +13,19 @@ import numpy as np
 import pandas as pd
 
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
-from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
-from layerbits.plain import Composed
 from layerbits.results.result import VISION_KINDS, FloatArray, SensitivityResult
 from layerbits.stages.run import load_model, scoring_job
 from layerbits.trust.agreement import Captions
 from layerbits.trust.kv_cache import wanted_scores
 from layerbits.trust.reproduce import plan_of_run
+from layerbits.trust.settings import ValidateSettings
 from layerbits.trust.validation import ABOVE_FLOOR, HeldOut, Prediction, Validation, markdown
 
 if TYPE_CHECKING:
     from layerbits.scoring.job import ScoringJob
     from layerbits.scoring.replaced import ReplacedLinears
     from layerbits.scoring.search import Search
-
-
-@dataclass(frozen=True)
-class ValidateSettings:
-    """How to validate.
-
-    Attributes:
-        rows: Held-out rows, a multiple of ``batch_size`` or fewer.
-        disable_one: Whether to measure leaving one group unquantized among quantized ones too.
-        rankers: Further metrics to rank on the rows of the run (:data:`layerbits.trust.rankers.RANKERS`).
-        device: ``auto``, ``cpu`` or ``cuda``.
-        kv_cache: Formats of the KV cache to measure block by block; ``None`` = all that the run scored.
-        dtype: What to measure in, one of :data:`layerbits.scoring.precision.DTYPES`.
-    """
-
-    rows: int
-    batch_size: int
-    disable_one: bool
-    rankers: tuple[str, ...]
-    device: str
-    kv_cache: tuple[str, ...] | None
-    dtype: str = "auto"
 
 
 def validate(
@@ -205,23 +181,3 @@ def _largest_difference(again: FloatArray, before: FloatArray) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         difference = np.abs(again - before) / np.abs(before)
     return float(np.nanmax(difference))
-
-
-def settings_of(config: Composed, rankers: Sequence[str]) -> ValidateSettings:
-    """Reads ``configs/validate.yaml``.
-
-    Raises:
-        UserError: A value is not one of its choices.
-    """
-    from layerbits.scoring.precision import check_dtype
-    from layerbits.trust.rankers import chosen_rankers
-
-    return ValidateSettings(
-        rows=int(str(config["rows"])),
-        batch_size=int(str(config["batch_size"])),
-        disable_one=bool(config["disable_one"]),
-        rankers=chosen_rankers(rankers),
-        device=str(config["device"]),
-        kv_cache=None if config["kv_cache"] == "auto" else kv_formats(config["kv_cache"]),
-        dtype=check_dtype(str(config["dtype"])),
-    )

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +14,7 @@ from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.errors import UserError
 from layerbits.plain import finite_object
 from layerbits.results.result import SensitivityResult
-from layerbits.trust.reproduce import identity, load_run, plan_of_run
-
-if TYPE_CHECKING:
-    pass
+from layerbits.trust.reproduce import identity, plan_of_run
 
 BOUNDS = {"cpu": 0.0, "cuda": 1e-3}
 """Largest relative difference of a raw score that passes: sums on a GPU, or another device, come in another order."""
@@ -187,24 +183,24 @@ def check(result: Verification) -> None:
 
 def verify(
     reference: str,
-    bound: str,
+    before: SensitivityResult,
+    bound: float | None,
     device: str,
     configs: Path,
     output_root: Path,
     root: Path,
-    tracking_uri: str | None,
 ) -> tuple[Verification, Path]:
     """Runs a past run again and writes the comparison, with the new result under ``result``.
 
     Args:
-        reference: Run id, result folder or manifest.
-        bound: Relative difference of a score that passes; ``auto`` = :data:`BOUNDS` by device, that of a GPU where the
+        reference: Run id or path of the run.
+        before: Its result.
+        bound: Relative difference of a score that passes; ``None`` = :data:`BOUNDS` by device, that of a GPU where the
             run had another device.
         device: One of :data:`DEVICES`; ``recorded`` = the one that the run had.
         configs: Folder of the config groups.
         output_root: Where the folder goes.
         root: Project folder, for the git commit.
-        tracking_uri: The store of the run.
 
     Returns:
         The comparison and its folder.
@@ -215,17 +211,13 @@ def verify(
     from layerbits.report import write_report
     from layerbits.stages.run import run
 
-    allowed = _bound(bound)
-    if device not in DEVICES:
-        raise UserError(f"device={device} is not known; use one of {', '.join(DEVICES)}")
-    before = load_run(reference, tracking_uri)
     where = before.device if device == "recorded" else device
-    if allowed is None:
-        allowed = BOUNDS[where if where == before.device else "cuda"]
+    if bound is None:
+        bound = BOUNDS[where if where == before.device else "cuda"]
     with tempfile.TemporaryDirectory(prefix="layerbits-verify-") as scratch:
         planned = plan_of_run(reference, before, where, configs, Path(scratch))
         (outcome,) = run(planned, root)
-    result = compare(reference, before, outcome.result, allowed)
+    result = compare(reference, before, outcome.result, bound)
     final = dated(output_root, f"verify_{before.run_name}")
     with whole_folder(final) as partial:
         write_report(outcome.result, partial / "result")
@@ -235,7 +227,23 @@ def verify(
     return result, final
 
 
-def _bound(value: str) -> float | None:
+def check_device(value: object) -> str:
+    """Where to repeat a run, as users say it.
+
+    Raises:
+        UserError: It is not one of :data:`DEVICES`.
+    """
+    if value not in DEVICES:
+        raise UserError(f"device={value} is not known; use one of {', '.join(DEVICES)}")
+    return str(value)
+
+
+def bound_of(value: str) -> float | None:
+    """The bound of a verification as users write it; ``None`` for ``auto``.
+
+    Raises:
+        UserError: It is no number from 0 on.
+    """
     if value == "auto":
         return None
     try:

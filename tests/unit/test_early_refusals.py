@@ -1,0 +1,110 @@
+"""Wrong input of every command is refused in its own words before torch, and before a store is opened."""
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_RUN = "set run_id to the id of"
+ONE_OF_TWO = "one of them"
+NO_SCHEME = "no scheme at /none.json"
+REFUSED = [  # command, what is typed, a part of the refusal
+    ("costs", [], NO_RUN),
+    ("costs", ["run_id=abc", "batches=x"], "batches=x is not a positive whole number"),
+    ("costs", ["run_id=abc", "batches=none", "prefill=none"], "there is nothing to time"),
+    ("costs", ["run_id=abc", "vllm.python=/none"], "vllm.python=/none is no file"),
+    ("evaluate", [], NO_RUN),
+    ("evaluate", ["run_id=abc", "rows=x"], "rows=x is not a whole number"),
+    ("evaluate", ["run_id=abc", "device=tpu"], "device=tpu is not known"),
+    ("evaluate", ["run_id=abc", "task_path=/none"], "task_path=/none is no folder"),
+    ("evaluate", ["run_id=abc", "scheme_files=/none.json"], ONE_OF_TWO),
+    ("evaluate", ["scheme_files=/none.json"], NO_SCHEME),
+    ("export", [], NO_RUN),
+    ("export", ["run_id=abc", "format=x"], "format=x is not known"),
+    ("export", ["run_id=abc", "target=x"], "target=x is not known"),
+    ("export", ["run_id=abc", "device=tpu"], "device=tpu is not known"),
+    ("export", ["run_id=abc", "register=true", "registered_model=a/b"], "registered_model=a/b is no name"),
+    ("export", ["run_id=abc", "scheme_files=/none.json"], ONE_OF_TWO),
+    ("export", ["scheme_files=/none.json"], NO_SCHEME),
+    ("grid", ["quant_pairs=x"], "quant_pair=x is not known"),
+    ("grid", ["device=tpu"], "device=tpu is not known"),
+    ("import_run", [], "no path is given"),
+    ("import_run", ["path=/none"], "there is no /none"),
+    ("probe", [], NO_RUN),
+    ("probe", ["run_id=abc", "rows=x"], "rows=x is not a whole number"),
+    ("probe", ["run_id=abc", "dtype=x"], "dtype=x is not known"),
+    ("probe", ["run_id=abc", "device=tpu"], "device=tpu is not known"),
+    ("probe", ["run_id=abc", "texts=/none.txt"], "cannot read the texts in /none.txt"),
+    ("probe", ["run_id=abc", "scheme_files=/none.json"], ONE_OF_TWO),
+    ("probe", ["scheme_files=/none.json"], NO_SCHEME),
+    ("schemes", [], NO_RUN),
+    ("schemes", ["run_id=abc", "effective_bits=x"], "effective_bits=['x'] is not a number"),
+    ("schemes", ["run_id=abc", "target=x"], "target=x is not known"),
+    ("sensitivity", ["autoquant.method=x"], "autoquant.method=x is not known"),
+    ("sensitivity", ["device=tpu"], "device=tpu is not known"),
+    ("sensitivity", ["report_only=/none"], "no manifest at /none"),
+    ("serve_check", [], ONE_OF_TWO),
+    ("serve_check", ["run_id=abc", "checkpoint=/none"], ONE_OF_TWO),
+    ("serve_check", ["checkpoint=/none", "tokens=x"], "tokens=x is not a positive whole number"),
+    ("serve_check", ["checkpoint=/none", "device=tpu"], "device=tpu is not known"),
+    ("validate", [], NO_RUN),
+    ("validate", ["run_id=abc", "rows=x"], "rows=x is not a whole number"),
+    ("validate", ["run_id=abc", "disable_one=x"], "disable_one=x is not known"),
+    ("validate", ["run_id=abc", "rankers=x"], "x is no ranker"),
+    ("validate", ["run_id=abc", "device=tpu"], "device=tpu is not known"),
+    ("verify", [], NO_RUN),
+    ("verify", ["run_id=abc", "bound=x"], "bound=x is no relative difference"),
+    ("verify", ["run_id=abc", "device=tpu"], "device=tpu is not known"),
+]
+READ = [  # without tracking: what is named is looked for, and nothing else is done
+    ("costs", ["run_id=/none"], "no manifest at /none"),
+    ("evaluate", ["run_id=/none"], "no manifest at /none"),
+    ("export", ["run_id=/none"], "no manifest at /none"),
+    ("probe", ["run_id=/none"], "no manifest at /none"),
+    ("schemes", ["run_id=/none/manifest.json"], "no manifest at /none/manifest.json"),
+    ("serve_check", ["checkpoint=/none"], "/none holds no model.safetensors"),
+    ("validate", ["run_id=/none"], "no manifest at /none"),
+    ("verify", ["run_id=/none"], "no manifest at /none"),
+]
+PROGRAM = """
+import json, sys
+from importlib import import_module
+from pathlib import Path
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from layerbits.errors import UserError
+
+root, heavy = Path(sys.argv[1]), json.loads(sys.argv[2])
+FUNCTIONS = {"validate": "validation", "verify": "verification"}
+FILES = {"import_run": "import_results", "schemes": "scheme"}
+composed = {}
+for config, overrides in json.loads(sys.argv[4]):
+    if config not in composed:
+        with initialize_config_dir(f"{root}/configs", version_base="1.3"):
+            composed[config] = compose(config, json.loads(sys.argv[3]))
+    settings = OmegaConf.merge(composed[config], OmegaConf.from_dotlist(overrides))
+    file = FILES.get(config, config)
+    command = getattr(import_module(f"layerbits.commands.{file}"), FUNCTIONS.get(file, file))
+    try:
+        command(OmegaConf.to_container(settings, resolve=True), root)
+        said = "not refused"
+    except UserError as error:
+        said = str(error)
+    print(json.dumps([said, [name for name in heavy if name in sys.modules]]))
+"""
+
+
+def check(python, heavy, cases, change):
+    typed = [(config, overrides) for config, overrides, _ in cases]
+    lines = python(PROGRAM, ROOT, *map(json.dumps, (heavy, [change], typed)))
+    for (said, loaded), (config, overrides, words) in zip(map(json.loads, lines), cases, strict=True):
+        assert words in said, (config, overrides, said)
+        assert loaded == [], (config, overrides)
+
+
+def test_wrong_values_are_refused_before_torch_and_the_store(python, tmp_path):
+    no_store = f"tracking.uri=sqlite:///{tmp_path}/none/mlflow.db"  # would be refused where it was opened
+    check(python, ["torch", "transformers", "modelopt", "mlflow", "scipy"], REFUSED, no_store)
+
+
+def test_what_is_missing_is_refused_before_torch(python):
+    check(python, ["torch", "transformers", "modelopt", "mlflow"], READ, "tracking=none")
