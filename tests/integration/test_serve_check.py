@@ -1,5 +1,6 @@
 """Serve checks from the command line, of a tiny model and a server that answers as vLLM does without being one."""
 
+import json
 import math
 import shutil
 import socket
@@ -18,6 +19,7 @@ from layerbits.errors import Skipped, UserError
 from layerbits.inputs.captions import load_captions
 from layerbits.jobs import Tracker
 from layerbits.results.experiment import made_by
+from layerbits.results.result import VISION_KINDS
 from layerbits.schemes.scheme import load_scheme
 from layerbits.serving import environment
 from layerbits.serving.check import ServeCheck
@@ -36,6 +38,8 @@ from tests.unit.test_serving import processes
 from .entries import start
 from .export_support import prepared, saved
 from .scoring_support import VOCABULARY, candidate
+from .test_image_runs import checkpoint as picture_checkpoint
+from .test_image_runs import run as picture_run
 
 FAKE = Path(__file__).parents[1] / "unit" / "fake_vllm"
 EVERY = ("qkv", "o", "gate_up", "down")
@@ -343,3 +347,41 @@ def test_a_run_is_verified_from_the_checkpoint_that_it_led_to(exported):
     assert scored_run(str(folder / "exports" / "int8"), store) == "run"  # the scheme's source
     assert scored_run("another", store) == "another"
     assert MlflowClient(store).get_run(run_id).data.tags["source_run_id"] == "run"
+
+
+def test_a_model_that_sees_pictures_is_asked_in_words_and_the_check_says_so(python, tmp_path_factory, tmp_path):
+    given = ("model.vision=true", "autoquant.vision_bits=12")
+    result = picture_run(picture_checkpoint("qwen3_vl", tmp_path_factory), tmp_path, *given)
+    exported = start(
+        "export", f"run_id={result}", "schemes=none", "effective_bits=9", "vision_bits=12", "format=compressed-tensors",
+        f"export_root={tmp_path}/exports", *common(tmp_path),
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr
+    checkpoint = tmp_path / "exports" / "bits_9"
+    scheme = load_scheme(tmp_path / "exports" / "bits_9.report" / "scheme.json")
+    chosen = zip(scheme.groups, scheme.assignment, strict=True)
+    tower = sum(group.kind in VISION_KINDS for group, name in chosen if name is not None)
+    open_question = (
+        "asked in plain text alone: how vLLM serves pictures is not checked, nor the vision tower, of which the scheme "
+        f"quantizes {tower} groups"
+    )
+    ended = start(
+        "serve_check", f"checkpoint={checkpoint}", f"vllm.python={python}", "tokens=40", "top_k=8", *common(tmp_path)
+    )
+    assert f"warning: bits_9 is {open_question}" in ended.stderr  # before vLLM is started
+    (report,) = tmp_path.glob("tmp/serve_check_*/serve_check.md")
+    assert report.read_text().splitlines()[2].endswith(f"; {open_question}")
+    assert json.loads(report.with_suffix(".json").read_text())["unasked"] == open_question
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'")
+    assert run.data.tags["serve.unasked"] == open_question
+
+
+def test_a_package_that_vllm_lacks_is_named(exported, python):
+    _, _, run = checked(exported, python, 'vllm.arguments="--mode lacks"')
+    assert (run.data.tags["serve"], run.info.status) == ("refused", "FAILED")
+    told = (
+        "ModuleNotFoundError: No module named 'torchvision'; install torchvision into vLLM's environment, in the build"
+    )
+    assert told in run.data.tags["reason"]
+    assert "serve.unasked" not in run.data.tags  # it reads text alone

@@ -380,6 +380,12 @@ def test_the_last_error_is_the_cause_and_not_what_followed_from_it(tmp_path):
         "RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert last_error(log) == "ValueError: Failed to find a kernel. Reasons: A cannot: no; B cannot: never"
+    log.write_text(
+        "(APIServer pid=1) ERROR 11-30 02:56:40 [registry.py:1120] ModuleNotFoundError: No module named 'torchvision'\n"
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+        "  Value error, Model architectures ['Qwen2_5_VL'] failed to be inspected. Please check the logs.\n"
+    )
+    assert last_error(log) == "ModuleNotFoundError: No module named 'torchvision'"
     log.write_text("no room\n")
     assert last_error(log) == "no room"
     assert last_error(log, "the server's answer") == "the server's answer"

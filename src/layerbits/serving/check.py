@@ -70,6 +70,7 @@ class ServeCheck:
         texts: Continuations.
         runtime: What served it.
         speeds: How fast, where that was asked.
+        unasked: What it was not asked, in words.
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class ServeCheck:
     texts: tuple[str, ...] = ()
     runtime: Mapping[str, str] = field(default_factory=dict)
     speeds: Speeds | None = None
+    unasked: str = ""
 
     def require(self) -> None:
         """Raises unless everything was checked and is well.
@@ -95,6 +97,11 @@ class ServeCheck:
             raise Skipped(f"{self.detail}; checked were the files alone, and they are sound")
         if self.outcome != LOADS:
             raise UserError(f"vLLM {self.outcome} {self.folder}: {self.detail}")
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words, with what it says nothing of."""
+        return f"{self.detail}; {self.unasked}" if self.unasked else self.detail
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -114,7 +121,7 @@ class ServeCheck:
     def markdown(self) -> str:
         """The report to read, the verdict first: a page of MLflow shows its first lines."""
         by = f" ({', '.join(f'{key} {value}' for key, value in self.runtime.items())})" if self.runtime else ""
-        lines = [f"# Serve check of {self.folder.name}", "", f"**{self.outcome}**{by}: {self.detail}"]
+        lines = [f"# Serve check of {self.folder.name}", "", f"**{self.outcome}**{by}: {self.sentence}"]
         if self.measured is not None:
             lines += ["", *_table(self.measured)]
         if self.speeds is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,6 +24,7 @@ from layerbits.serving.server import Launch, Refused
 from layerbits.serving.settings import ServeSettings
 from layerbits.serving.speed import Speed, Speeds, measure_speed
 from layerbits.serving.targets import Target
+from layerbits.serving.unasked import left_open
 from layerbits.serving.verdict import DIVERGES, LOADS, REFUSED, SKIPPED
 from layerbits.tracking.contract import held_out_data
 from layerbits.tracking.made import Data
@@ -89,6 +91,7 @@ class Checker:
             "serve": done.outcome,
         }
         tags |= {f"serve.{key}": value for key, value in done.runtime.items()}
+        tags |= {"serve.unasked": done.unasked} if done.unasked else {}
         parameters = {
             "eff.tokens": str(self.settings.tokens),
             "eff.top_k": str(self.settings.top_k),
@@ -113,6 +116,9 @@ class Checker:
         except Skipped as why:
             return ServeCheck(folder, digest, structure, SKIPPED, str(why))
         subject = Subject.of(read_scheme(folder), self.settings)
+        unasked = left_open(subject.prepared.scheme, subject.prepared.resolved.config)
+        if unasked:
+            print(f"warning: {folder.name} is {unasked}", file=sys.stderr, flush=True)
         runtime, plain = self._runtimes(subject)
         processor = None if installed is None else installed[1]
         labels = tuple(read_quantization(checkpoint).layers.values())
@@ -136,6 +142,7 @@ class Checker:
         done = judge(
             folder, digest, structure, served, lambda: self._measured(subject, checkpoint, unquantized, served), known
         )
+        done = replace(done, unasked=unasked)
         if self.settings.speed is None or not isinstance(runtime, Started):
             return done
         source = source_folder(subject.prepared.resolved)

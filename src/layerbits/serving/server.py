@@ -32,8 +32,11 @@ _ABOUT_OTHERS = (
     "WorkerProc init",
     "See root cause",
     "Engine process failed",
+    "failed to be inspected",
+    "1 validation error for",
     "EngineDead",
 )
+_LACKING = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 _LOADING = 0.25  # seconds between two looks
 
 
@@ -141,6 +144,8 @@ def started(command: Sequence[str], variables: Mapping[str, str], log: Path) -> 
 def refusal(process: subprocess.Popen[bytes], log: Path) -> Refused:
     """Why a process of vLLM ended, in its own words."""
     words, status = last_error(log), process.wait()
+    if lacking := _LACKING.match(words):
+        words += f"; install {lacking[1]} into vLLM's environment, in the build that fits its torch"
     if status > 128:
         return Refused(f"it {died(status - 128)}" + (f"; its last words: {words}" if words else ""))
     return Refused(words or f"it ended with status {status} and said nothing")

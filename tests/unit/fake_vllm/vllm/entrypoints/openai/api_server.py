@@ -19,6 +19,13 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 """
 
 
+LACKING = """\
+(APIServer pid=7) ERROR 11-30 02:56:40 [registry.py:1120] ModuleNotFoundError: No module named 'torchvision'
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, Model architectures ['Qwen2_5_VLForConditionalGeneration'] failed to be inspected."""
+"""What vLLM 0.32.0 says, as ``make vllm`` installs it on a CPU, of a Qwen2.5-VL."""
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
@@ -30,6 +37,8 @@ def main():
     settings, _ = parser.parse_known_args()
     if settings.mode == "dies":
         sys.exit(ROOT_CAUSE)
+    if settings.mode == "lacks":
+        sys.exit(LACKING)
     if settings.mode == "killed":
         signal.raise_signal(signal.SIGKILL)
     if settings.mode == "stubborn":
