@@ -19,7 +19,7 @@ from layerbits.inputs.loading import load
 from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve, vision_linears
 from layerbits.inputs.patches import most_patches
 from layerbits.inputs.picture_rows import Reader, picture_batches
-from layerbits.inputs.processor import load_processor
+from layerbits.inputs.processor import load_processor, missing_packages
 from layerbits.inputs.rows import rows_of
 from layerbits.results.result import VISION_KINDS
 from layerbits.scoring import kl, onepass, quantizers, stock
@@ -284,16 +284,46 @@ def test_a_folder_without_a_processor_is_told(tmp_path):
         load_processor(resolve(ModelSpec("x", str(tmp_path))), None)
 
 
+PROCESSORS = {
+    "smolvlm": ("SmolVLMProcessor", "SmolVLMImageProcessor"),
+    "idefics3": ("Idefics3Processor", "Idefics3ImageProcessor"),
+    "mistral3": ("PixtralProcessor", "PixtralImageProcessor"),
+}
+
+
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is there")
-def test_a_processor_that_needs_a_package_names_it(tmp_path):
-    build_with_processor("smolvlm", tmp_path)
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_a_processor_that_needs_a_package_names_it(family, tmp_path):
+    build_with_processor("mistral3" if family == "mistral3" else "smolvlm", tmp_path)
     for file in checkpoint("qwen2_5_vl", Path(mkdtemp())).glob("*token*"):
         shutil.copy(file, tmp_path)
-    says = {"image_processor_type": "SmolVLMImageProcessor", "processor_class": "SmolVLMProcessor"}
+    processor, images = PROCESSORS[family]
+    says = {"image_processor_type": images, "processor_class": processor, "patch_size": 14}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(says))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": processor}))
     resolved = resolve(ModelSpec("tiny", str(tmp_path)))
-    with pytest.raises(UserError, match=r"^the processor of .* needs torchvision, which is not installed; install it$"):
+    words = r"^the processor of .* needs torchvision, not installed here; add it with pip$"
+    with pytest.raises(UserError, match=words):
         load_processor(resolved, load_tokenizer(resolved))
+
+
+@pytest.mark.parametrize(
+    ("error", "packages"),
+    [
+        (ImportError("Package `num2words` is required to run SmolVLM processor."), ["num2words"]),
+        (
+            ImportError("\nA requires the Torchvision library but it was not found in your environment. Check …\n"
+                        "\nA requires the PIL library but it was not found in your environment."),
+            ["torchvision", "pil"],
+        ),
+        (ImportError("This modeling file requires the following packages that were not found in your environment: "
+                     "timm, einops. Run `pip install timm einops`"), ["timm", "einops"]),
+        (ModuleNotFoundError("No module named 'torchvision.transforms'"), ["torchvision"]),
+        (ValueError("size must contain 'shortest_edge'"), []),
+    ],
+)  # fmt: skip
+def test_packages_that_are_missing_are_read_from_an_error(error, packages):
+    assert missing_packages(error) == packages
 
 
 @pytest.mark.parametrize(

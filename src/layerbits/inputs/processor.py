@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _PARTS = ("image_processor", "tokenizer")
-_LACKING = re.compile(r"Missing optional dependencies: ([\w, -]+)")
+_LACKING = (
+    re.compile(r"Missing optional dependencies: ([\w, -]+)"),
+    re.compile(r"requires the (.+?) library but it was not found"),
+    re.compile(r"requires the following packages that were not found in your environment: ([\w, -]+)"),
+    re.compile(r"Package `([\w-]+)` is required"),
+    re.compile(r"No module named '(\w+)"),
+)
+"""How transformers, and Python, say that a package is missing."""
 
 
 def reader_for(
@@ -71,17 +78,21 @@ def load_processor(resolved: ResolvedModel, tokenizer: PreTrainedTokenizerBase) 
         return _processor(resolved, tokenizer)
     except UserError:
         raise
-    except ImportError as error:
-        raise UserError(f"the processor of {source} needs a package ({first_line(error)}); install it") from None
     except Exception as error:  # the readers of processor files raise whatever a damaged one makes of them
-        if lacking := _LACKING.search(str(error)):  # transformers has a ValueError for that
+        if lacking := missing_packages(error):  # transformers has a ValueError for that, too
             raise UserError(
-                f"the processor of {source} needs {lacking[1]}, which is not installed; install it"
+                f"the processor of {source} needs {' and '.join(lacking)}, not installed here; add it with pip"
             ) from None
         raise UserError(
             f"{source} holds no processor that can be read ({first_line(error)}); put the processor files of the model "
             "into the checkpoint"
         ) from None
+
+
+def missing_packages(error: Exception) -> list[str]:
+    """Names of the packages for which an error says that they are missing; empty where it is about something else."""
+    said = [name for pattern in _LACKING for found in pattern.findall(str(error)) for name in found.split(", ")]
+    return list(dict.fromkeys(name.lower() for name in said))
 
 
 def _processor(resolved: ResolvedModel, tokenizer: PreTrainedTokenizerBase) -> ProcessorMixin:
