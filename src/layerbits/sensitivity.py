@@ -12,7 +12,7 @@ from layerbits.config import Settings
 from layerbits.results.result import CandidateInfo, SensitivityResult
 from layerbits.stages.plan import Plan
 from layerbits.stages.run import run
-from layerbits.stages.workbench import workbench
+from layerbits.stages.workbench import device_of, workbench
 from layerbits.stages.write import write
 
 
@@ -22,6 +22,7 @@ def plan(settings: Settings) -> Plan:
     Raises:
         UserError: Whatever can be known to fail by now, with what to change.
     """
+    device_of(settings.device)  # asks torch; a candidate asks ModelOpt
     candidate = resolve_candidate(settings.quant_pair, settings.overlay, settings.fp4, settings.experimental)
     check_target(candidate, settings.autoquant.effective_bits, settings.autoquant.vision_bits)
     bench = workbench(settings)

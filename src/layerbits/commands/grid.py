@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from layerbits.grid import Cell, CellOutcome, axis, candidate_of, cells, run_gri
 from layerbits.jobs import JobRun, Tracker
 from layerbits.plain import Composed
 from layerbits.results.result import SensitivityResult
+from layerbits.stages.inputs import check_inputs
 from layerbits.tracking.made import Made
 
 
@@ -32,6 +34,8 @@ def grid(config: Composed, root: Path) -> None:
         axis(config["dataset_sizes"], configs, known_sizes=True),
     )
     say_served(wanted, settings, configs, find_target(str(config["target"])))
+    for size in dict.fromkeys(cell.dataset_size for cell in wanted):
+        check_inputs(replace(settings, dataset=replace(settings.dataset, size=size)))
     tracker = Tracker(settings.tracking, root)
     with (
         tracker.parent(f"grid {settings.model.name}") as parent,

@@ -9,6 +9,7 @@ from layerbits.config import Settings
 from layerbits.export.target import as_served, find_target
 from layerbits.jobs import Tracker
 from layerbits.plain import Composed
+from layerbits.stages.inputs import check_inputs
 
 
 def sensitivity(config: Composed, root: Path) -> None:
@@ -19,7 +20,9 @@ def sensitivity(config: Composed, root: Path) -> None:
         from layerbits.report import rebuild
 
         print(f"report: {rebuild(Path(settings.report_only), settings.output_root / 'report_only')}")
-    elif settings.recipe:
+        return
+    check_inputs(settings)
+    if settings.recipe:
         from layerbits.recipes.log import recipe_job
 
         recipe_job(settings, root, lambda info: as_served([info], target))

@@ -9,7 +9,7 @@ from pathlib import Path
 from layerbits.errors import UserError
 from layerbits.inputs.captions import HELD_OUT, SIZES, CaptionSet, count_of, load_captions
 from layerbits.inputs.drawn import embedded
-from layerbits.inputs.pictures import Pictured, digest_of_all, read_pictures
+from layerbits.inputs.pictures import Pictured, digest_of_all, no_pictures, read_pictures
 from layerbits.paths import home_path
 
 PICTURES, MIXED = "image_text", "mixed"
@@ -48,6 +48,20 @@ def load_dataset(name: str, size: str, path: str | Path | None = None, share: fl
     mixed = tuple(next(parts[0]) if picture else next(parts[1]) for picture in order)
     both = tuple(row for pair in zip(shown, texts.held_out, strict=False) for row in pair)
     return replace(texts, name=name, size=size, captions=mixed, held_out=both, digest=digest_of_all(mixed))
+
+
+def check_dataset(name: str, size: str, path: str | Path | None = None) -> None:
+    """Checks what :func:`load_dataset` reads; no picture is opened.
+
+    Raises:
+        UserError: As :func:`load_captions`, or there is no list of pictures.
+    """
+    if name not in (PICTURES, MIXED):
+        load_captions(name, size, path)
+        return
+    count_of(size)
+    if path is not None and not home_path(path).exists():
+        raise no_pictures(home_path(path))
 
 
 def has_pictures(captions: Sequence[Pictured | str]) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from layerbits.errors import UserError
 from layerbits.inputs.files import check_file, few, read_json, unreadable
 from layerbits.inputs.weights import INDEXES, WEIGHTS, check_weights, weight_files
+from layerbits.paths import home_path
 from layerbits.plain import JsonObject
 
 _READ = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
@@ -31,6 +32,12 @@ _FILES = {
     ".gz": "an archive; unpack it and give the folder",
     ".tar": "an archive; unpack it and give the folder",
 }
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder that ``model.path`` names, there or not; ``None`` for a hub id."""
+    local = home_path(path)
+    return local if os.path.lexists(local) or path.startswith((".", "/", "~")) else None
 
 
 def check_folder(folder: Path, random_weights: bool = False) -> JsonObject:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,12 @@ from layerbits.inputs.architecture import (
 from layerbits.inputs.digest import folder_digest
 from layerbits.inputs.dtype import dtype_of, hub_dtype, stored_dtype
 from layerbits.inputs.experts import fused_experts
-from layerbits.inputs.folder import check_folder
+from layerbits.inputs.folder import check_folder, local_folder
 from layerbits.inputs.language_model import find_language_model, foreign_parts, without_excluded
 from layerbits.inputs.linears import is_convolution, is_quantizable, shape_of
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.quantized import Quantization, check_quantization
 from layerbits.inputs.weights import weight_files
-from layerbits.paths import home_path
 from layerbits.plain import JsonObject
 from layerbits.results.result import ModelInfo
 
@@ -103,11 +101,11 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
         source = str(smollm2.checkpoint())
         config = AutoConfig.from_pretrained(source)
         return ResolvedModel(spec, source, smollm2.REVISION, config, dtype_of(spec.dtype, config) or torch.float32)
-    local = home_path(spec.path)
-    if os.path.lexists(local) or spec.path.startswith((".", "/", "~")):
-        said, source, folder = check_folder(local, spec.random_weights), str(local), local
+    folder = local_folder(spec.path)
+    if folder is not None:
+        said, source = check_folder(folder, spec.random_weights), str(folder)
     else:
-        said, source, folder = _hub_config(spec), spec.path, None
+        said, source = _hub_config(spec), spec.path
     quantization = None if spec.random_weights else check_quantization(said, source, folder, spec.dequantize)
     check_code(said, source, spec.trust_remote_code)
     try:

@@ -115,6 +115,11 @@ class Pictured:
         return digest.hexdigest()
 
 
+def no_pictures(path: Path) -> UserError:
+    """Says that a list or folder of pictures is not there."""
+    return UserError(f"there is no {path}; set dataset.path to a list or folder of pictures")
+
+
 def read_pictures(path: Path) -> tuple[Pictured, ...]:
     """Reads a list of pictures with words.
 
@@ -129,7 +134,7 @@ def read_pictures(path: Path) -> tuple[Pictured, ...]:
     try:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"there is no {path}; set dataset.path to a list or folder of pictures") from None
+        raise no_pictures(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); give a JSONL file in UTF-8") from None
     lines = [line for line in text.split("\n") if line.strip()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from layerbits.provenance import provenance
 from layerbits.schemes.budgets import parts
 from layerbits.scoring import refine
 from layerbits.scoring.state import decisions
+from layerbits.stages.inputs import check_disk
 from layerbits.stages.plan import Held, Plan
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ NOTHING_HELD = Held()
 
 _STEPS = 2
 """Counts how often what a step of a search checkpoint holds was corrected; older ones are not gone on from."""
-_FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B model about 100 MB
 
 
 @dataclass(frozen=True)
@@ -217,8 +216,8 @@ def workbench(settings: Settings) -> Workbench:
     """
     dataset, spec = settings.dataset, settings.autoquant
     captions = load_dataset(dataset.name, dataset.size, dataset.path, dataset.share)
-    _check_disk(settings.output_root)
-    device = _device(settings.device)
+    check_disk(settings.output_root)
+    device = device_of(settings.device)
     resolved = resolve(settings.model)
     empty = empty_model(resolved)
     linears = scored_linears(empty, settings.model)
@@ -290,17 +289,15 @@ def _digest(parts: list[object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _device(wanted: str) -> str:
+def device_of(wanted: str) -> str:
+    """``cpu`` or ``cuda``, from what a user says.
+
+    Raises:
+        UserError: There is no GPU here.
+    """
     import torch
 
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UserError("device=cuda, but PyTorch sees no GPU here; use device=cpu or a machine with one")
     return "cuda" if available and wanted != "cpu" else "cpu"
-
-
-def _check_disk(root: Path) -> None:
-    existing = next(p for p in (root, *root.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < _FREE_BYTES:
-        raise UserError(f"only {free / 1e6:.0f} MB are free at {existing}; free space or set output_root elsewhere")

@@ -1,0 +1,40 @@
+"""What a run is made of, checked before torch is imported: its captions, a local model's files, room on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from layerbits.config import Settings
+from layerbits.errors import UserError
+from layerbits.inputs.datasets import check_dataset
+from layerbits.inputs.folder import check_folder, local_folder
+
+_FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B model about 100 MB
+
+
+def check_inputs(settings: Settings) -> None:
+    """Checks what a run reads and where it writes, as far as files say it.
+
+    Raises:
+        UserError: There are no such captions or too few, the model's folder is no whole checkpoint, or the disk is
+            full.
+    """
+    dataset, model = settings.dataset, settings.model
+    check_dataset(dataset.name, dataset.size, dataset.path)
+    check_disk(settings.output_root)
+    folder = local_folder(model.path)
+    if folder is not None:
+        check_folder(folder, model.random_weights)
+
+
+def check_disk(root: Path) -> None:
+    """Checks that a result can be written below a folder.
+
+    Raises:
+        UserError: There is too little room.
+    """
+    existing = next(p for p in (root, *root.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < _FREE_BYTES:
+        raise UserError(f"only {free / 1e6:.0f} MB are free at {existing}; free space or set output_root elsewhere")
