@@ -102,6 +102,15 @@ def _parser() -> argparse.ArgumentParser:
         help="how sure the schemes of these budgets are instead, the runs' candidates together: captions drawn again, "
         "the solver each time (several: 6,9)",
     )
+    stability.add_argument(
+        "--gib", metavar="GIB", help="the same of budgets of a server's memory, alone or with --bits"
+    )
+    stability.add_argument("--context", default="0", help="tokens of a request whose keys and values --gib counts (0)")
+    stability.add_argument("--concurrency", default="1", help="requests at once (1)")
+    stability.add_argument("--ms", metavar="MS", help="the same of budgets of a step, by the table of --costs")
+    stability.add_argument("--step", default="decode:1", help="decode:BATCH or prefill:LENGTH (decode:1)")
+    stability.add_argument("--costs", default="none", help="table of times: file, or id of a run of -e costs")
+    stability.add_argument("--target", default="none", help="GPU that will serve, where that is not this machine's")
     stability.add_argument("--top", type=int, default=10, help="how many most sensitive groups are compared (10)")
     stability.add_argument("--format", choices=_FORMATS, default="table", help="csv and json have all columns")
 
@@ -195,8 +204,8 @@ def _stability(options: argparse.Namespace) -> int:
     if not runs:
         names = ("experiment", "model", "pair", "granularity")
         runs = list(history.runs(**{name: getattr(options, name) for name in names}, tracking_uri=uri)["run_id"])
-    if options.bits is not None:
-        return _scheme_stability(runs, options.bits, options.format, uri)
+    if (options.bits, options.gib, options.ms) != (None, None, None):
+        return _scheme_stability(runs, options)
     frame = stability({run: history.result(run, tracking_uri=uri) for run in runs}, options.top)
     if options.format == "table":
         frame = in_words(frame)
@@ -204,17 +213,28 @@ def _stability(options: argparse.Namespace) -> int:
     return 0
 
 
-def _scheme_stability(runs: Sequence[str], bits: str, form: str, uri: str | None) -> int:
+def _scheme_stability(runs: Sequence[str], options: argparse.Namespace) -> int:
     from layerbits.history.scheme_inputs import load_scores
-    from layerbits.schemes.catalog import SchemeSpec
+    from layerbits.schemes.settings import SchemeSettings
     from layerbits.schemes.sureness import by_group, in_words, sureness
+    from layerbits.serving.find_costs import measuring
 
-    spec = SchemeSpec.from_mapping({"name": "bits", "effective_bits": [b for b in bits.split(",") if b.strip()]})
-    sure = sureness([spec], load_scores(runs, uri))
+    settings = SchemeSettings.of_budgets(
+        runs,
+        effective_bits=options.bits,
+        budget_gib=options.gib,
+        context=options.context,
+        concurrency=options.concurrency,
+        budget_ms=options.ms,
+        step=options.step,
+        costs=options.costs,
+    )
+    measure = measuring(options.tracking_uri, Path.cwd(), options.target)
+    sure = sureness(settings.specs, settings.applied(load_scores(runs, options.tracking_uri), measure))
     if not sure:
         raise UserError("these runs keep no shares of captions, or of too few; score them on 8 captions or more")
-    frame = in_words(sure) if form == "table" else by_group(sure)
-    _print(frame, form, tuple(frame.columns))
+    frame = in_words(sure) if options.format == "table" else by_group(sure)
+    _print(frame, options.format, tuple(frame.columns))
     return 0
 
 

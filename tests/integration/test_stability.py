@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from layerbits import cli, history
 from layerbits.report import write_report
 from layerbits.results.bootstrap import with_intervals
+from layerbits.schemes.budget_kinds import Counted
+from layerbits.schemes.sizes import GIB, Load, Sizes, Stored
 from layerbits.tracking import push
 
 from .tracking_support import small_result, write_folder
@@ -72,6 +75,36 @@ def test_filters_that_find_one_run_or_none_say_so(store, capsys):
         code, told = command(capsys, "stability", *arguments, "--tracking-uri", uri)
         assert code == 2
         assert told.err.splitlines()[-1].startswith("error: rank stability compares runs")
+
+
+def test_schemes_of_budgets_of_any_kind_are_drawn_again(store, capsys, monkeypatch):
+    uri, ids = store
+    asked = []
+
+    def measuring(*arguments):
+        def measure(source, counted):
+            asked.append((*arguments, counted))
+            weights = np.array([g.weights for g in source.groups], dtype=float)[:, None]
+            names = tuple(c.name for c in source.candidates)
+            stored = Stored(0, weights * np.array([[source.candidates[0].bits / 8, 2.0]]), frozenset(names))
+            return replace(source, sizes=Sizes(names, {"compressed-tensors": stored}, 0, Load()))
+
+        return measure
+
+    monkeypatch.setattr("layerbits.serving.find_costs.measuring", measuring)
+    code, bits = command(capsys, "stability", ids[64], "--bits", "10", "--tracking-uri", uri)
+    assert (code, asked) == (0, [])
+    assert bits.out.splitlines()[1].split()[0] == "bits_10"
+    gib = sum(g.weights for g in small_result(blocks=6).groups) * 10 / 8 / GIB
+    given = ("--gib", f"{gib!r}", "--context", "64", "--target", "h200", "--tracking-uri", uri)
+    code, memory = command(capsys, "stability", ids[64], *given)
+    assert (code, asked) == (0, [(uri, Path.cwd(), "h200", Counted(Load(64, 1)))])
+    assert memory.out.splitlines()[1].split()[1:] == bits.out.splitlines()[1].split()[1:]  # the same budget
+    code, both = command(capsys, "stability", ids[64], *given, "--bits", "9,12", "--format", "json")
+    assert code == 0
+    assert {row["scheme"] for row in json.loads(both.out)} == {f"bits_9_gib_{gib:g}", f"bits_12_gib_{gib:g}"}
+    code, told = command(capsys, "stability", ids[64], "--ms", "6", "--tracking-uri", uri)
+    assert (code, told.err.splitlines()[-1][:28]) == (2, "error: budget_ms needs costs")
 
 
 def test_history_has_the_intervals_of_the_runs(store):

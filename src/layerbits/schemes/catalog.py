@@ -89,12 +89,17 @@ class SchemeSpec:
         for key, unit in (("budget_gib", "GiB"), ("budget_ms", "milliseconds")):
             if wrong := [b for b in getattr(self, key) if not 0 < b < math.inf]:
                 raise UserError(f"scheme {self.name}: {key}={wrong[0]:g} is no number of {unit}; use one above 0")
-        if self.vision_bits is not None and (self.budget_gib or self.budget_ms):
+        if self.vision_bits is not None and self.in_costs:
             key = "budget_gib" if self.budget_gib else "budget_ms"
             raise UserError(
                 f"scheme {self.name}: vision_bits={self.vision_bits:g} goes with effective_bits; {key} counts the "
                 "tower with everything else"
             )
+
+    @property
+    def in_costs(self) -> bool:
+        """Whether its budgets count GiB or milliseconds, alone or beside bits."""
+        return bool(self.budget_gib or self.budget_ms)
 
     @property
     def budgets(self) -> tuple[Budget, ...]:

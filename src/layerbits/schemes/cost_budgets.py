@@ -77,7 +77,7 @@ class _Cost:
 
 
 @dataclass(frozen=True)
-class _Limit:
+class Limit:
     """One of the budgets that hold together.
 
     Attributes:
@@ -107,19 +107,39 @@ def solved_in_costs(
     Raises:
         UserError: A budget is below what any choice takes; the floor is named in its unit.
     """
+    assignments = []
+    for problem, limits in limits_of(source, columns, stated, budgets):
+        at = _choice(problem, limits)
+        names = np.where(at == len(stated.candidates), UNQUANTIZED, at).tolist()
+        assignments.append(Assignment.at(names, stated.candidates))
+    return assignments
+
+
+def limits_of(
+    source: Source, columns: Sequence[int], stated: solver.Problem, budgets: Sequence[Budget]
+) -> list[tuple[solver.Problem, list[Limit]]]:
+    """What each budget limits, and the problem with the choices that it can count.
+
+    Args:
+        source: As of :func:`solved_in_costs`, and likewise the others.
+        columns: Positions of the candidates.
+        stated: Their scores and bits.
+        budgets: The budgets.
+
+    Raises:
+        UserError: A budget is below what any choice takes; the floor is named in its unit.
+    """
     size = None if source.sizes is None else _Cost.of_sizes(source.sizes, columns)
     time = None if source.times is None else _Cost.of_times(source.times, columns)
-    assignments = []
+    found = []
     for budget in budgets:
         asked = [
             (cost, amount)
             for cost, amount in ((size, budget.gib), (time, budget.ms))
             if cost is not None and amount is not None
         ]
-        at = _choice(stated, budget.bits, asked)
-        names = np.where(at == len(stated.candidates), UNQUANTIZED, at).tolist()
-        assignments.append(Assignment.at(names, stated.candidates))
-    return assignments
+        found.append(_limited(stated, budget.bits, asked))
+    return found
 
 
 def not_counted(spec: SchemeSpec, source: Source, candidates: Sequence[CandidateInfo]) -> list[str]:
@@ -141,26 +161,32 @@ def _scaled(costs: FloatArray) -> tuple[FloatArray, np.ndarray, float]:
     return np.where(eligible, costs, costs[:, -1:]) / scale, eligible, scale
 
 
-def _choice(stated: solver.Problem, bits: float | None, asked: Sequence[tuple[_Cost, float]]) -> IntArray:
+def _limited(
+    stated: solver.Problem, bits: float | None, asked: Sequence[tuple[_Cost, float]]
+) -> tuple[solver.Problem, list[Limit]]:
     scores = stated.scores
     for cost, _ in asked:
         scores = np.where(cost.eligible, scores, np.inf)
     stated = solver.Problem(stated.candidates, scores, stated.bits)
     for cost, amount in asked:
         cost.check(stated, amount)
-    limits = [_Limit(f"{cost.key}={amount:g}", cost.costs, cost.budget(amount), cost) for cost, amount in asked]
+    limits = [Limit(f"{cost.key}={amount:g}", cost.costs, cost.budget(amount), cost) for cost, amount in asked]
     if bits is not None:
         solver.check(stated, bits)
-        limits.insert(0, _Limit(f"effective_bits={bits:g}", stated.bits, bits))
+        limits.insert(0, Limit(f"effective_bits={bits:g}", stated.bits, bits))
+    return stated, limits
+
+
+def _choice(stated: solver.Problem, limits: Sequence[Limit]) -> IntArray:
     if len(limits) == 1:
-        return solver.best_choice(solver.Problem(stated.candidates, scores, limits[0].costs), limits[0].most)
-    choice = best_within(scores, [one.costs for one in limits], [one.most for one in limits])
+        return solver.best_choice(solver.Problem(stated.candidates, stated.scores, limits[0].costs), limits[0].most)
+    choice = best_within(stated.scores, [one.costs for one in limits], [one.most for one in limits])
     if choice is None:
         raise UserError(_apart(stated, limits))
     return choice
 
 
-def _apart(stated: solver.Problem, limits: Sequence[_Limit]) -> str:
+def _apart(stated: solver.Problem, limits: Sequence[Limit]) -> str:
     """Why budgets exclude each other: what is the least of the last one under the others."""
     *others, last = limits
     assert last.cost is not None

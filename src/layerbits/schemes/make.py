@@ -12,12 +12,12 @@ from layerbits.errors import UserError
 from layerbits.results.assignment import UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import CandidateInfo, FloatArray, costs, effective_bits
 from layerbits.schemes import solver
-from layerbits.schemes.budgets import parts, solve_parts
 from layerbits.schemes.catalog import Budget, SchemeSpec
 from layerbits.schemes.controls import control
-from layerbits.schemes.cost_budgets import not_counted, solved_in_costs
+from layerbits.schemes.cost_budgets import not_counted
 from layerbits.schemes.coverage import covered_blocks
 from layerbits.schemes.scheme import Scheme
+from layerbits.schemes.solved import solved, stored_bits
 from layerbits.schemes.source import Source
 
 
@@ -83,28 +83,6 @@ def scheme_name(spec: SchemeSpec, budget: Budget) -> str:
     return spec.name if len(spec.budgets) == 1 else f"{spec.name}_{budget.name}"
 
 
-def solved(spec: SchemeSpec, source: Source, values: FloatArray) -> list[Assignment]:
-    """What the solver makes of some values.
-
-    Args:
-        spec: Its candidates and budgets.
-        source: Groups and costs.
-        values: ``[G, C]`` what is summed, of the spec's candidates.
-
-    Returns:
-        The assignment of each budget, before its coverage leaves blocks unquantized.
-
-    Raises:
-        UserError: A budget is infeasible.
-    """
-    columns = source.columns(spec.candidates)
-    bits = _bits([source.candidates[c] for c in columns])
-    if spec.budget_gib or spec.budget_ms:
-        return solved_in_costs(source, columns, solver.problem(values, bits, _costs(source)), spec.budgets)
-    shared = parts(spec.effective_bits, spec.vision_bits, [g.kind for g in source.groups])
-    return solve_parts(values, bits, _costs(source), shared)
-
-
 def controls_of(spec: SchemeSpec, reference: Scheme, source: Source) -> list[Scheme]:
     """Controls with the bits and candidates of a scheme, one per seed."""
     made = []
@@ -137,7 +115,7 @@ def curve(spec: SchemeSpec, source: Source, points: int) -> list[dict[str, float
     """
     columns = source.columns(spec.candidates)
     values = (source.scores if spec.objective == "score" else source.predicted_kl)[:, columns]
-    bits, weights = _bits([source.candidates[c] for c in columns]), _costs(source)
+    bits, weights = stored_bits(source, columns), costs(source.groups, source.cost_model)
     budgets = np.linspace(solver.problem(values, bits, weights).floor, UNQUANTIZED_BITS, points).tolist()
     rows: list[dict[str, float]] = []
     for budget, solution in zip(budgets, solver.pareto(values, bits, weights, budgets), strict=True):
@@ -233,11 +211,3 @@ def _explained(spec: SchemeSpec, blocks: Sequence[int], source: Source) -> str:
         f"their quantized groups ({', '.join(map(str, blocks))}), the rest is left unquantized; the other reading of "
         f"coverage={spec.coverage:g} is coverage_order={other}_sensitive"
     )
-
-
-def _bits(candidates: Sequence[CandidateInfo]) -> dict[str, float]:
-    return {c.name: c.bits for c in candidates}
-
-
-def _costs(source: Source) -> list[float]:
-    return costs(source.groups, source.cost_model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from layerbits.plain import Composed
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budget_kinds import Counted, Measure, Timed
 from layerbits.schemes.budgets import tower_budget
-from layerbits.schemes.catalog import Budget, SchemeSpec, load_specs
+from layerbits.schemes.catalog import OBJECTIVES, Budget, SchemeSpec, load_specs
 from layerbits.schemes.cost_table import MEASURE, Step
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
 from layerbits.schemes.sizes import Load
@@ -70,6 +70,19 @@ class SchemeSettings:
         return chosen if counted == Counted() else measure(chosen, counted)
 
     @classmethod
+    def of_budgets(cls, references: Sequence[str], **budgets: str | None) -> SchemeSettings:
+        """Settings of the schemes of some budgets and of no others, made as ``configs/scheme_run.yaml`` makes them.
+
+        Args:
+            references: Run ids, result folders or manifests.
+            budgets: ``effective_bits``, ``budget_gib``, ``context``, … as users write them.
+
+        Raises:
+            UserError: As :meth:`from_config`.
+        """
+        return cls.from_config({**_PLAIN, "run_id": list(references), **budgets}, Path())
+
+    @classmethod
     def from_config(cls, config: Composed, folder: Path) -> SchemeSettings:
         """Reads a resolved configuration.
 
@@ -115,6 +128,13 @@ class SchemeSettings:
             load=Load(whole("context", config["context"]), whole("concurrency", config["concurrency"])),
             timed=_timed(config, needed=any(spec.budget_ms for spec in specs)),
         )
+
+
+_PLAIN: Mapping[str, object] = {
+    **dict.fromkeys(("schemes", "controls", "coverage_order", "cost_model", "vision_bits"), "none"),
+    **{"candidates": "all", "objective": OBJECTIVES[0], "kv_cache": AUTO, "pareto": 0, "output_root": "outputs"},
+}
+"""What ``configs/scheme_run.yaml`` says beside budgets, without the schemes that it names."""
 
 
 def _of_budget(spec: SchemeSpec, budget: Budget) -> SchemeSpec:

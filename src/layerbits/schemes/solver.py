@@ -127,31 +127,29 @@ def pareto(
     return [stated.solution(_solve(stated, slopes, budget)) for budget in budgets]
 
 
-def relaxed(scores: FloatArray, bits: Sequence[float], weights: Sequence[float], budget: float) -> IntArray:
+def relaxed(scores: FloatArray, costs: FloatArray, budget: float) -> IntArray:
     """Choices of many problems at once, near the optimum: each group's cheapest at the least multiplier that fits.
 
     Args:
         scores: ``[n, G, C]`` scores of ``n`` problems; a candidate is not eligible where its score is not finite.
-        bits: ``[C]``.
-        weights: ``[G]``.
-        budget: Effective bits, at most.
+        costs: ``[G, K]`` what a choice adds, unquantized last, on the scale of :attr:`Problem.bits`.
+        budget: What the sum may be at most.
 
     Returns:
         ``[n, G]`` position of the candidate, :data:`UNQUANTIZED` = none.
     """
-    share = np.asarray(weights, dtype=np.float64) / float(np.sum(weights))
-    every = share[:, None] * np.append(np.asarray(bits, dtype=np.float64), UNQUANTIZED_BITS)
     padded = np.concatenate([np.where(np.isfinite(scores), scores, np.inf), np.zeros((*scores.shape[:2], 1))], axis=2)
 
     def cheapest(multiplier: FloatArray) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-        at = (padded + multiplier[:, None, None] * every).argmin(axis=2)
-        return at, every[np.arange(len(every)), at].sum(axis=1) <= budget + TOLERANCE / 2
+        at = (padded + multiplier[:, None, None] * costs).argmin(axis=2)
+        return at, costs[np.arange(len(costs)), at].sum(axis=1) <= budget + TOLERANCE / 2
 
-    saved = UNQUANTIZED_BITS - min(bits)
+    saved = np.ptp(costs, axis=1)  # nothing where all choices of a group cost the same
     largest = np.where(np.isfinite(padded), padded, 0.0).max(axis=2)
-    high = (largest / np.maximum(share * saved, 1e-300)).max(axis=1) * 1e3 + 1e-300
-    low = high * 1e-15
-    for _ in range(60):
+    steepest = np.divide(largest, saved, out=np.zeros_like(largest), where=saved > 0)
+    high = steepest.max(axis=1) * 1e3 + 1e-300
+    low = high * 1e-24
+    for _ in range(64):
         middle = np.sqrt(low * high)
         fits = cheapest(middle)[1]
         low, high = np.where(fits, low, middle), np.where(fits, middle, high)

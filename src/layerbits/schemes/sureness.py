@@ -18,12 +18,11 @@ import pandas as pd
 
 from layerbits.results.assignment import UNQUANTIZED, IntArray
 from layerbits.results.bootstrap import FEWEST, SUPPORTED, draw, resampled
-from layerbits.results.result import FloatArray, costs
-from layerbits.schemes.budgets import parts
-from layerbits.schemes.catalog import Budget, SchemeSpec
+from layerbits.results.result import FloatArray
+from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.coverage import covered_blocks
-from layerbits.schemes.make import scheme_name, solved
-from layerbits.schemes.solver import relaxed
+from layerbits.schemes.make import scheme_name
+from layerbits.schemes.solved import Relaxed, relaxed, solved
 from layerbits.schemes.source import Source
 
 DRAWS = 100
@@ -100,8 +99,6 @@ class Sureness:
 def sureness(specs: Sequence[SchemeSpec], source: Source, draws: int = DRAWS, seed: int = 0) -> list[Sureness]:
     """Draws the captions again for every scheme of some specs; controls have nothing to be sure of.
 
-    Schemes with a budget in GiB are left out: two budgets take too long to be solved on every draw.
-
     The draws go by the predicted KL, whatever the objective: that is what captions have shares in.
 
     Args:
@@ -118,13 +115,13 @@ def sureness(specs: Sequence[SchemeSpec], source: Source, draws: int = DRAWS, se
     if source.sample_kl is None or tokens is None or np.count_nonzero(tokens) < FEWEST:
         return []
     weights = draw(len(tokens), draws, seed)
-    known: dict[tuple[float, ...], tuple[FloatArray, list[list[IntArray]]]] = {}
+    known: dict[tuple[object, ...], tuple[FloatArray, list[list[IntArray]]]] = {}
     results = []
     for spec in specs:
-        if spec.control is not None or spec.budget_gib or spec.budget_ms:
+        if spec.control is not None:
             continue
         columns = source.columns(spec.candidates)
-        key = (*columns, *spec.effective_bits, spec.vision_bits or 0.0)
+        key = (*columns, *spec.budgets, spec.vision_bits)
         if key not in known:  # specs that differ in coverage alone share their solutions
             drawn = _drawn(source.sample_kl, tokens, source.predicted_kl, columns, weights)
             known[key] = drawn, [_solved(spec, source, columns, values) for values in drawn]
@@ -150,12 +147,13 @@ def _of_spec(
     every = [[_covered(spec, source, v, c) for c in choices] for v, choices in zip(drawn, solutions, strict=True)]
     count, captions = len(columns), int(np.count_nonzero(source.sample_tokens))
     results = []
-    for at, budget in enumerate(spec.effective_bits):
+    near = relaxed(spec, source, np.maximum(source.predicted_kl[:, columns], 0.0))
+    for at, budget in enumerate(spec.budgets):
         choices = np.array([one[at] for one in every])
         lost = np.array([_damage(v, own[at]) - _damage(v, c) for v, c in zip(drawn, choices, strict=True)])
         results.append(
             Sureness(
-                scheme=scheme_name(spec, Budget(budget)),
+                scheme=scheme_name(spec, budget),
                 captions=captions,
                 draws=len(drawn),
                 choices=(*(source.candidates[c].name for c in columns), None),
@@ -167,7 +165,7 @@ def _of_spec(
                 regret=float(lost.mean()),
                 regret_high=float(np.quantile(lost, 0.95)),
                 predicted_kl=_damage(source.predicted_kl[:, columns], own[at]),
-                needed=_needed(spec, source, columns, drawn, at, captions),
+                needed=_needed(spec, source, columns, drawn, near[at], captions),
             )
         )
     return results
@@ -200,24 +198,19 @@ def _damage(values: FloatArray, choice: IntArray) -> float:
 
 
 def _needed(
-    spec: SchemeSpec, source: Source, columns: list[int], drawn: FloatArray, budget: int, captions: int
+    spec: SchemeSpec, source: Source, columns: list[int], drawn: FloatArray, near: Relaxed, captions: int
 ) -> float:
     """Captions with which 95 % of the choices would be stable, by bisection on a scale of powers of two.
 
     The variance of a mean over ``m`` captions goes with ``1 / m``, so the noise of the draws is scaled by its root. The
-    choices are those of the relaxed problem, some of which the exact solver makes differently to use up the budget
-    (``budget``: its number).
+    choices are those of the relaxed problem (``near``), some of which the exact solver makes differently to use up the
+    budget.
     """
     base = np.maximum(source.predicted_kl[:, columns], 0.0)
     noise, count = drawn - drawn.mean(axis=0), len(columns)
-    bits, weights = [source.candidates[c].bits for c in columns], np.array(costs(source.groups, source.cost_model))
-    shared = parts(spec.effective_bits, spec.vision_bits, [g.kind for g in source.groups])
 
     def choices(values: FloatArray) -> IntArray:
-        solved = np.full(values.shape[:2], UNQUANTIZED)
-        for part in shared:
-            solved[:, part.at] = relaxed(values[:, part.at], bits, weights[part.at].tolist(), part.budgets[budget])
-        return np.array([_covered(spec, source, v, c) for v, c in zip(values, solved, strict=True)])
+        return np.array([_covered(spec, source, v, c) for v, c in zip(values, near.choices(values), strict=True)])
 
     own = choices(base[None])[0]
     at = np.where(own == UNQUANTIZED, count, own)

@@ -45,6 +45,28 @@ def best_within(scores: FloatArray, costs: Sequence[FloatArray], budgets: Sequen
     return _both(scores, np.stack(costs), np.asarray(budgets, dtype=np.float64), max(least))
 
 
+def weighed(scores: FloatArray, costs: Sequence[FloatArray], budgets: Sequence[float]) -> tuple[FloatArray, float]:
+    """Several budgets as one, in the proportion in which the relaxed optimum pays for them.
+
+    Args:
+        scores: As :func:`best_within` takes them, and the others.
+        costs: Of each budget.
+        budgets: What the sums may be at most.
+
+    Returns:
+        ``[G, K]`` what a choice adds to it, and what the sum may be at most: the weighted means of the budgets.
+    """
+    if len(costs) == 1:
+        return costs[0], budgets[0]
+    every, most = np.stack(costs), np.asarray(budgets, dtype=np.float64)
+    largest = float(scores[np.isfinite(scores)].max())
+    paid = _multipliers(scores * (1e3 / (largest or 1.0)), every, most)  # so that the tolerances of HiGHS mean little
+    if paid is None or not paid.any():  # none of them is short
+        paid = np.ones(len(most))
+    share = paid / paid.sum()
+    return np.einsum("b,bgk->gk", share, every), float(share @ most)
+
+
 def _both(scores: FloatArray, costs: FloatArray, budgets: FloatArray, bound: float) -> IntArray | None:
     finite = scores[np.isfinite(scores)]
     unit = bound if bound > 0 else float(finite.max()) or 1.0
