@@ -75,7 +75,16 @@ def test_coco_gives_the_first_caption_of_each_image(tmp_path):
     [
         ({"image": "a.png"}, "row 1 lacks an image or its text"),
         ({"image": "http://somewhere/a.png", "text": "x"}, "fetch it"),
+        (
+            {"image": "data:image/png;base64," + "A" * 9999, "text": "x"},
+            r"row 1 holds a picture itself \(data:image/png;bas",
+        ),
         ({"messages": [{"role": "user", "content": "hello"}]}, "row 1 has no picture"),
+        ({"messages": [{"role": "user", "content": "hello"}], "images": None}, "row 1 has no picture"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.png"}}]}]},
+            'part of type image_url; give images as {"type": "image", "image": PATH}',
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "part of type video"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "row 1 holds no chat"),
         ({"messages": [{"role": "user", "content": "x"}], "images": ["a.png"]}, "no part of type image"),
@@ -101,6 +110,11 @@ def test_a_bad_row_is_told_with_its_number(tmp_path, row, said):
             lambda f: Image.new("RGB", (9, 9)).save(f, save_all=True, append_images=[Image.new("RGB", (9, 9), "red")]),
             "animated",
         ),
+        (
+            "pages.tif",
+            lambda f: Image.new("RGB", (9, 9)).save(f, save_all=True, append_images=[Image.new("RGB", (9, 9), "red")]),
+            r"has pages \(2 frames\)",
+        ),
     ],
 )
 def test_a_bad_picture_is_told_with_file_and_row(tmp_path, name, make, said):
@@ -110,6 +124,36 @@ def test_a_bad_picture_is_told_with_file_and_row(tmp_path, name, make, said):
     assert name in str(caught.value)
     assert "row 1" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_phones_picture_with_a_depth_map_is_the_picture(tmp_path):
+    first, depth = Image.new("RGB", (32, 24), "red"), Image.new("RGB", (16, 12))
+    first.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[depth])
+    with Image.open(tmp_path / "phone.jpg") as found:
+        assert found.n_frames == 2
+    assert pixels(tmp_path, "phone.jpg").size == (32, 24)
+
+
+def test_a_picture_with_very_many_pixels_is_read_or_refused_in_one_line(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    saved(tmp_path / "large.png", size=(30, 30))
+    assert pixels(tmp_path, "large.png").size == (30, 30)
+    assert not recwarn.list
+    saved(tmp_path / "larger.png", size=(40, 30))
+    with pytest.raises(UserError, match=r"larger.png \(.* row 1\) has more than 1,000 pixels; save it smaller"):
+        pixels(tmp_path, "larger.png")
+
+
+def test_a_path_may_be_written_as_an_address_of_a_file(tmp_path):
+    saved(tmp_path / "a.png")
+    assert pixels(tmp_path, f"file://{tmp_path}/a.png").size == (32, 24)
+
+
+def test_one_picture_of_a_chat_may_be_named_without_a_list(tmp_path):
+    saved(tmp_path / "a.png")
+    turns = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "Grey."}]
+    (row,) = read_pictures(lines(tmp_path, {"messages": turns, "images": "a.png"}))
+    assert row.pictures[0].pixels().size == (32, 24)
 
 
 def test_a_picture_is_turned_as_its_mark_says(tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,8 +26,12 @@ PROMPT = "Describe the picture."
 """What a picture with nothing but a caption is asked; the caption is the answer."""
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_WITH_COPIES = ("MPO",)
+"""Formats whose further frames are not more of the same film: a phone's JPEG with its depth map or its other lens."""
 LEAST_SIDE = 4
 """Pixels of the shorter side; below that a picture shows nothing."""
+
+_IMAGE_PART = '{"type": "image", "image": PATH}'
 
 Message = JsonMapping
 """``role`` and ``content``, a list of parts: ``{"type": "image"}`` or ``{"type": "text", "text": …}``."""
@@ -53,14 +58,20 @@ class Picture:
         from PIL import Image, ImageOps
 
         try:
-            image = self.read()
-            if (frames := getattr(image, "n_frames", 1)) > 1:
-                raise UserError(f"{self.where} is animated ({frames} frames); give a still picture")
+            with warnings.catch_warnings():  # a picture this large may still be reduced by dataset.max_pixels
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = self.read()
+            frames = 1 if image.format in _WITH_COPIES else getattr(image, "n_frames", 1)
+            if frames > 1:
+                raise UserError(f"{self.where} is animated or has pages ({frames} frames); give a still picture")
             image.load()
             image = ImageOps.exif_transpose(image)
         except FileNotFoundError:
             raise UserError(f"{self.where}: there is no such file; correct the path") from None
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        except Image.DecompressionBombError:
+            most = 2 * int(Image.MAX_IMAGE_PIXELS or 0)  # where Pillow's warning becomes an error
+            raise UserError(f"{self.where} has more than {most:,} pixels; save it smaller") from None
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
             raise UserError(f"{self.where} is no picture that can be read ({first_line(error)}); replace it") from None
         if image.mode == "CMYK":
             raise UserError(f"{self.where} is in CMYK, colours for printing; save it in RGB")
@@ -160,7 +171,8 @@ def _of_line(value: object, path: Path, number: int) -> Pictured:
 
 
 def _of_messages(value: JsonObject, path: Path, where: str) -> Pictured:
-    named = [str(n) for n in value.get("images", ())]
+    said = value.get("images") or ()
+    named = [said] if isinstance(said, str) else [str(n) for n in said]
     pictures: list[Picture] = []
     turns: list[Message] = []
     try:
@@ -171,12 +183,14 @@ def _of_messages(value: JsonObject, path: Path, where: str) -> Pictured:
             for part in parts:
                 if part["type"] == "image":
                     file = part.get("image") or part.get("path") or part.get("url") or named.pop(0)
-                    pictures.append(_file(path.parent, str(file).removeprefix("file://"), where))
+                    pictures.append(_file(path.parent, str(file), where))
                     content.append({"type": "image"})
                 elif part["type"] == "text":
                     content.append({"type": "text", "text": str(part["text"])})
                 else:
-                    raise UserError(f"{where} has a part of type {part['type']}; give images and texts alone")
+                    raise UserError(
+                        f"{where} has a part of type {part['type']}; give images as {_IMAGE_PART} and texts"
+                    )
             turns.append({"role": str(turn["role"]), "content": content})
     except (KeyError, TypeError, IndexError, AttributeError):
         raise UserError(
@@ -225,9 +239,12 @@ def _of_coco(whole: JsonObject, path: Path) -> tuple[Pictured, ...]:
 
 
 def _file(folder: Path, name: str, where: str) -> Picture:
-    path = home_path(name)
+    name = name.removeprefix("file://")
     if "://" in name:
         raise UserError(f"{where} names {name}; fetch it, and give a file on this machine")
+    if name.startswith("data:"):
+        raise UserError(f"{where} holds a picture itself ({name[:20]}…); save it as a file, and give its path")
+    path = home_path(name)
     path = path if path.is_absolute() else folder / path
     return Picture(f"{path} ({where})", partial(_open, path))
 
