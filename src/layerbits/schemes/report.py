@@ -125,8 +125,7 @@ def parameters(specs: Sequence[SchemeSpec], source: Source) -> dict[str, str]:
     values |= {"eff.model": source.model.name, "eff.model_revision": source.model.revision, "eff.method": source.method}
     values |= {"eff.cost_model": source.cost_model, "eff.kv_cache": source.kv_cache}
     values |= {"eff.dataset": data.dataset, "eff.dataset_size": data.size}
-    if source.times is not None:
-        values |= {"eff.step": source.times.step.name, "eff.timed_on": source.times.where}
+    values |= {f"eff.{key}": value for key, value in source.timed_on.items()}
     return {key: value for key, value in values.items() if value}
 
 

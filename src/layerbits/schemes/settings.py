@@ -126,7 +126,7 @@ class SchemeSettings:
             kv_cache=kv_choice(config.get("kv_cache", AUTO)),
             output_root=user_path(config["output_root"]),
             load=Load(whole("context", config["context"]), whole("concurrency", config["concurrency"])),
-            timed=_timed(config, needed=any(spec.budget_ms for spec in specs)),
+            timed=asked_times(config, needed=any(spec.budget_ms for spec in specs)),
         )
 
 
@@ -144,13 +144,17 @@ def _of_budget(spec: SchemeSpec, budget: Budget) -> SchemeSpec:
     return replace(spec, name=name, effective_bits=bits, budget_gib=gib, budget_ms=ms)
 
 
-def _timed(config: Composed, needed: bool) -> Timed | None:
+def asked_times(config: Composed, needed: bool = False) -> Timed | None:
     """Which milliseconds schemes are given, where a table of costs is named.
+
+    Args:
+        config: With ``costs`` and ``step``.
+        needed: Whether a budget counts them.
 
     Raises:
         UserError: None is named and it is needed, or the step is not known.
     """
-    if config["costs"] in _NONE:
+    if config.get("costs") in _NONE:
         if not needed:
             return None
         raise UserError(f"budget_ms needs costs=FILE or the id of a run of -e costs; {MEASURE}")

@@ -67,6 +67,11 @@ class Source:
         sizes = {} if self.sizes is None else self.sizes.record(assignment)
         return sizes | ({} if self.times is None else self.times.record(assignment))
 
+    @property
+    def timed_on(self) -> dict[str, str]:
+        """What the milliseconds of its schemes are of; empty where there are none."""
+        return {} if self.times is None else {"step": self.times.step.name, "timed_on": self.times.where}
+
     def columns(self, names: Sequence[str]) -> list[int]:
         """Positions of the candidates with these names or quant pairs; all without a name.
 

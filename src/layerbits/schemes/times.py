@@ -16,6 +16,8 @@ from layerbits.results.result import FloatArray
 from layerbits.schemes.cost_table import Step
 
 MS = 1e-3
+MILLISECONDS = ("ms", "linears_ms", "unquantized_ms")
+"""Keys of :meth:`Times.record`."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,8 @@ class Times:
         total = self.seconds(assignment)
         if math.isnan(total):
             return {}
-        return {
-            "ms": total / MS,
-            "linears_ms": (total - self.rest) / MS,
-            "unquantized_ms": self.unquantized / MS,
-        }
+        seconds = (total, total - self.rest, self.unquantized)
+        return {key: one / MS for key, one in zip(MILLISECONDS, seconds, strict=True)}
 
     @property
     def _first(self) -> FloatArray:
