@@ -1,7 +1,7 @@
 """Entry scripts from their command line, in this process: its imports are made once and not per call.
 
 What only a process of its own can show (exit codes of ``mlflow run``, signals, a fresh store) starts one with
-:func:`start_process`.
+:func:`start_process`, or :func:`start_together` one for several.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import contextlib
 import io
 import logging
 import os
+import re
 import runpy
 import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
+
+from tests.integration import one_after_another
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,3 +93,29 @@ def start_process(script: str, *arguments: object, **changes: str) -> Ended:
         command, cwd=ROOT, env=environment(**changes), capture_output=True, text=True, check=False, timeout=300
     )
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def start_together(*commands: Sequence[object], **changes: str) -> list[Ended]:
+    """As :func:`start_process`, one script after the other in one process: its imports are made once.
+
+    Args:
+        commands: Name and arguments of each script.
+        changes: Environment variables.
+    """
+    words = [str(word) for command in commands for word in ("--", *command)]
+    runner = Path(one_after_another.__file__)
+    done = subprocess.run(
+        [sys.executable, runner, *words[1:]],
+        cwd=ROOT,
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    parts = [re.split(rf"^{one_after_another.END} (\d+)\n", text, flags=re.M) for text in (done.stdout, done.stderr)]
+    ended = [
+        Ended(int(status), *both) for status, *both in zip(parts[0][1::2], parts[0][::2], parts[1][::2], strict=False)
+    ]
+    assert len(ended) == len(commands), done.stderr
+    return ended

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from layerbits.results.manifest import load_manifest
-from tests.integration.entries import start_process
+from tests.integration.entries import start_process, start_together
 from tests.integration.tracking_support import small_result, write_folder
 
 ODD = "a b, ü数 [v2] (1)=#'x"
@@ -35,10 +35,14 @@ def folder(tmp_path_factory, made_store):
     return folder
 
 
-def ended(script, folder, *arguments, **changes):
+def place(folder):
+    """Where results and runs go."""
+    return f"output_root={folder}/outputs", f"tracking.uri=sqlite:///{folder}/mlflow.db"
+
+
+def ended(script, folder, *arguments):
     """What a script prints, and that it ends without a traceback."""
-    store = f"tracking.uri=sqlite:///{folder}/mlflow.db"
-    done = start_process(script, f"output_root={folder}/outputs", store, *arguments, **SURROUNDINGS, **changes)
+    done = start_process(script, *place(folder), *arguments, **SURROUNDINGS)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -58,35 +62,33 @@ def test_a_report_is_rebuilt(folder):
     assert load_manifest(folder / "result").model.name == "tiny"
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "line"),
-    [
-        ("sensitivity", ("dataset=text_file", "dataset.path={}/c.txt"), "no caption file at {}/c.txt"),
-        ("grid", ("dataset=text_file", "dataset.path={}/c.txt", "quant_pairs=wint8_afp16"), "no caption file at"),
-        ("probe", ("scheme_files={}/none.json",), "no scheme at {}/none.json"),
-        ("evaluate", ("scheme_files={}/none.json",), ""),  # without lm-evaluation-harness it says so first
-        ("export", ("scheme_files={}/none.json", "export_root={}/export"), "no scheme at {}/none.json"),
-        ("validate", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
-        ("verify", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
-        ("serve_check", ("checkpoint={}/none",), "{}/none"),
-        ("import_results", ("path={}/none",), "{}/none"),
-        ("scheme", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
-        (
-            "scheme",
-            ("run_id={}/result", "schemes=none", "budget_ms=4", "costs={}/none.json"),
-            "no costs at {}/none.json",
-        ),
-    ],
-)
-def test_what_is_missing_is_one_line_that_names_the_path(folder, script, arguments, line):
-    done = ended(script, folder, *(argument.format(folder) for argument in arguments))
-    shown = line.format(folder).encode("ascii", "replace").decode()
+MISSING = [  # script, what is typed, a part of the refusal
+    ("sensitivity", ("dataset=text_file", "dataset.path={}/c.txt"), "no caption file at {}/c.txt"),
+    ("grid", ("dataset=text_file", "dataset.path={}/c.txt", "quant_pairs=wint8_afp16"), "no caption file at"),
+    ("probe", ("scheme_files={}/none.json",), "no scheme at {}/none.json"),
+    ("evaluate", ("scheme_files={}/none.json",), "no scheme at {}/none.json"),
+    ("export", ("scheme_files={}/none.json", "export_root={}/export"), "no scheme at {}/none.json"),
+    ("validate", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
+    ("verify", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
+    ("serve_check", ("checkpoint={}/none",), "{}/none"),
+    ("import_results", ("path={}/none",), "{}/none"),
+    ("scheme", ("run_id={}/none/manifest.json",), "no manifest at {}/none/manifest.json"),
+    ("scheme", ("run_id={}/result", "schemes=none", "budget_ms=4", "costs={}/none.json"), "no costs at {}/none.json"),
+    ("sensitivity", ("tracking=none",), "set LAYERBITS_CACHE to a folder that can be written"),  # there is no home
+]
+
+
+@pytest.fixture(scope="module")
+def refused(folder):
+    """What the scripts of :data:`MISSING` print."""
+    typed = [(script, *(argument.format(folder) for argument in arguments)) for script, arguments, _ in MISSING]
+    return start_together(*((*command, *place(folder)) for command in typed), **SURROUNDINGS)
+
+
+@pytest.mark.parametrize("number", range(len(MISSING)), ids=lambda number: MISSING[number][0])
+def test_what_is_missing_is_one_line_that_names_it(folder, refused, number):
+    done = refused[number]
+    assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 2
     (error,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
-    assert shown in error
-
-
-def test_a_cache_without_a_home_is_one_line_that_names_what_to_set(folder):
-    done = ended("sensitivity", folder, "tracking=none")
-    assert done.returncode == 2
-    assert "set LAYERBITS_CACHE to a folder that can be written" in done.stderr.splitlines()[-1]
+    assert MISSING[number][2].format(folder).encode("ascii", "replace").decode() in error

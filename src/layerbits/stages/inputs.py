@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from layerbits.cache import writable_cache
 from layerbits.config import Settings
 from layerbits.errors import UserError
 from layerbits.inputs.datasets import check_dataset
@@ -17,12 +18,14 @@ def check_inputs(settings: Settings) -> None:
     """Checks what a run reads and where it writes, as far as files say it.
 
     Raises:
-        UserError: There are no such captions or too few, the model's folder is no whole checkpoint, or the disk is
-            full.
+        UserError: There are no such captions or too few, the model's folder is no whole checkpoint, the disk is full,
+            or there is no place for a cache.
     """
     dataset, model = settings.dataset, settings.model
     check_dataset(dataset.name, dataset.size, dataset.path)
     check_disk(settings.output_root)
+    if settings.autoquant.checkpoint is None:
+        writable_cache()  # finished steps go there
     folder = local_folder(model.path)
     if folder is not None:
         check_folder(folder, model.random_weights)
