@@ -12,7 +12,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from mlflow import MlflowClient
 from transformers import AutoTokenizer
 
+from layerbits import history
 from layerbits.candidates.kv_cache import KV_FORMATS
+from layerbits.checkpoint.sizes import with_sizes
 from layerbits.errors import UserError
 from layerbits.history.probed import probed_kl
 from layerbits.history.scheme_inputs import load_scores
@@ -23,8 +25,10 @@ from layerbits.probing.apply import apply_scheme, configs_of, find_ranges
 from layerbits.probing.loading import prepare
 from layerbits.probing.probe import held_out_rows
 from layerbits.probing.unquantized import UnquantizedLogits
+from layerbits.results.assignment import Assignment
 from layerbits.schemes import load_scheme
 from layerbits.schemes.kv_cache import toggles
+from layerbits.schemes.sizes import GIB, Load
 from layerbits.scoring.assigned import fixed_quantization
 from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.steps import calibration_forward
@@ -433,6 +437,24 @@ def test_a_budget_in_gib_is_of_the_model_that_was_scored(scored, arguments, mess
     assert done.returncode == 2
     assert re.search(message, done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def test_a_scheme_by_memory_says_how_sure_it_is_in_the_report_the_figure_and_the_history(scored):
+    store, out, ids, _ = scored
+    sizes = with_sizes(load_scores([ids["grid"]], store), Load()).sizes
+    groups = len(next(iter(sizes.formats.values())).choices)
+    gib = f"{sizes.checkpoint(Assignment(['wfp8_afp8'] * groups)) / GIB:.6g}"  # of all groups in eight bits
+    asked = ("schemes=none", "controls=none", f"budget_gib={gib}", "pareto=0")
+    done = run_script("scheme", store, out, f"run_id={ids['grid']}", *asked)
+    assert done.returncode == 0, done.stderr
+    assert "## How sure" in done.stdout
+    folder = Path(done.stdout.split("schemes: ")[1].splitlines()[0])
+    (sure,) = json.loads((folder / "stability.json").read_text())
+    assert (sure["scheme"], sure["choices"]) == (f"gib_{gib}", ["wfp8_afp8", "wint4_afp16", None])
+    assert (folder / "figures" / f"stability_gib_{gib}.png").exists()
+    row = history.schemes("layerbits", tracking_uri=store).set_index("scheme").loc[f"gib_{gib}"]
+    assert row["stable_groups"] == sure["stable"]
+    assert row["regret"] == sure["regret"] >= 0
 
 
 def test_a_model_that_changed_since_it_was_scored_is_refused(scored, made):
