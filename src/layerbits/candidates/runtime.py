@@ -22,7 +22,12 @@ def runtime_config(info: CandidateInfo, device: torch.device) -> JsonObject:
     config = Format(info.format_name, normalise(info.config)).bare()
     if TOKEN_GROUP_BACKEND in str(plain(config)):
         register_backend()
-    if device.type == "cuda" and fp4.cuda_kernels_available():
+    return computed_by(config, device.type == "cuda" and fp4.cuda_kernels_available())
+
+
+def computed_by(config: JsonObject, kernels: bool) -> JsonObject:
+    """A ModelOpt config as it is computed with ModelOpt's CUDA kernels for FP4 and MXFP8, or by our backends."""
+    if kernels:
         return config
     backends.register_backends()
     return backends.with_reference_backend(config)

@@ -15,6 +15,7 @@ import numpy as np
 from layerbits.cache import writable_cache
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.capability import Capability
+from layerbits.candidates.runtime import computed_by
 from layerbits.config import AutoQuantSpec
 from layerbits.errors import Unsupported
 from layerbits.inputs.limits import check_causality, dropout_of
@@ -83,7 +84,7 @@ def _in_host_memory(plan: Plan, device: str) -> bool:
     from layerbits.scoring.placement import in_host_memory
     from layerbits.scoring.quantizers import distinct_settings
 
-    together = [_runtime_config(c, capability) for c, capability in plan.candidates if scored_together(c)]
+    together = [_search_config(c, capability) for c, capability in plan.candidates if scored_together(c)]
     spec = plan.settings.autoquant
     if spec.engine == "stock" or not together:
         if spec.memory == "offload":
@@ -316,7 +317,7 @@ def scoring_job(plan: Plan, loaded: LoadedModel, workdir: Path) -> ScoringJob:
 
 def runtime_configs(plan: Plan) -> dict[str, dict[str, object]]:
     """Search configs of a plan's candidates by name, as they run on this machine."""
-    return {c.info.name: _runtime_config(c, capability) for c, capability in plan.candidates}
+    return {c.info.name: _search_config(c, capability) for c, capability in plan.candidates}
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
@@ -353,19 +354,13 @@ def _allocation(scores: Scores, column: int, info: CandidateInfo, spec: AutoQuan
     )
 
 
-def _runtime_config(candidate: Candidate, capability: Capability) -> dict[str, object]:
-    """The search config, with our FP4 kernels named where ModelOpt's cannot run."""
-    from layerbits.candidates import backends
-
-    config = candidate.search_config()
-    if capability.fp4_numerics != "reference":
-        return config
-    backends.register_backends()
-    return backends.with_reference_backend(config)
+def _search_config(candidate: Candidate, capability: Capability) -> JsonObject:
+    """What a search takes of a candidate, as this machine computes it."""
+    return computed_by(candidate.search_config(), kernels=capability.fp4_numerics != "reference")
 
 
 def _fixed_configs(plan: Plan) -> dict[str, dict[str, object]]:
-    made = {c.info.name: _runtime_config(c, capability) for c, capability in plan.held.modules.values()}
+    made = {c.info.name: _search_config(c, capability) for c, capability in plan.held.modules.values()}
     return {module: made[c.info.name] for module, (c, _) in plan.held.modules.items()}
 
 
