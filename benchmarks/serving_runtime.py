@@ -66,8 +66,8 @@ def main() -> None:
 
 def tell(folder: Path, rows: list[list[int]], target: Path) -> None:
     """Writes position, token and log-probability of what vLLM tells, and the log-probability of the text itself."""
-    # given its size, vLLM does not profile the GPU's memory, which others on it would disturb
-    memory = {"kv_cache_memory_bytes": KV_CACHE} if torch.cuda.is_available() else {}
+    # given its size, vLLM does not profile the GPU's memory, which others on it would disturb; the share must be free
+    memory = {"kv_cache_memory_bytes": KV_CACHE, "gpu_memory_utilization": 0.05} if torch.cuda.is_available() else {}
     llm = LLM(
         model=str(folder),
         dtype="bfloat16",
