@@ -35,6 +35,7 @@ def test_a_scaled_prediction_ranks_well_and_is_off_by_its_scale():
 def test_a_ranker_without_a_unit_has_no_ratio():
     found = agreement(TRUTH, captions(TRUTH), EVERY, in_nats=False)
     assert math.isnan(found.median_ratio.value)
+    assert str(found.median_ratio) == "–"
     assert found.spearman.value > 0.9
 
 

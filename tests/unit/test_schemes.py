@@ -82,6 +82,8 @@ def test_a_tower_has_a_budget_of_its_own(with_tower):
     assert language == other  # the tower has no say in the language model
     assert (low.how["vision_bits"], low.how["target_effective_bits"]) == (12, 6)
     assert low.digest != as_it_is.digest
+    taken = f"{bits_over(low, tower=False):.3f} and {bits_over(low, tower=True):.3f}"
+    assert f"vision_bits=12 over the tower (they take {taken})" in low.notes[-1]
 
 
 def test_a_shared_budget_is_no_two(with_tower):

@@ -13,14 +13,7 @@ from layerbits.report.wording import config_words, stability_words
 from layerbits.results.assignment import UNQUANTIZED_BITS
 from layerbits.results.frames import groups_for_share, listed
 from layerbits.results.modality import Modality
-from layerbits.results.result import (
-    VISION_KINDS,
-    FloatArray,
-    NonFinite,
-    SensitivityResult,
-    by_kind,
-    effective_bits,
-)
+from layerbits.results.result import FloatArray, NonFinite, SensitivityResult, bits_apart, by_kind
 from layerbits.results.routing import FLOOR, coverage, coverage_words
 
 SCHEMA_VERSION = 1
@@ -83,15 +76,14 @@ def json_report(result: SensitivityResult) -> JsonObject:
 
 def _tower(result: SensitivityResult) -> JsonObject:
     """The vision tower's own budget, and effective bits of the tower and of all else; empty where they share one."""
-    allocation, groups = result.allocation, result.groups
+    allocation = result.allocation
     if allocation.vision_bits is None:
         return {}
     found: JsonObject = {"vision_bits": allocation.vision_bits}
     if allocation.assignment:
         bits = [UNQUANTIZED_BITS if name is None else result.candidate.bits for name in allocation.assignment]
-        for key, inside in (("vision_effective_bits", True), ("other_effective_bits", False)):
-            at = [i for i, group in enumerate(groups) if (group.kind in VISION_KINDS) == inside]
-            found[key] = effective_bits([groups[i] for i in at], [bits[i] for i in at], allocation.cost_model)
+        rest, tower = bits_apart(result.groups, bits, allocation.cost_model)
+        found |= {"vision_effective_bits": tower, "other_effective_bits": rest}
     return found
 
 

@@ -341,6 +341,26 @@ def effective_bits(groups: Sequence[Group], bits: Sequence[float], cost_model: s
     return sum(c * b for c, b in zip(counted, bits, strict=True)) / sum(counted)
 
 
+def bits_apart(groups: Sequence[Group], bits: Sequence[float], cost_model: str) -> tuple[float, float]:
+    """Effective bits of all groups but the vision tower's, and of the tower's; both have some.
+
+    Args:
+        groups: The groups.
+        bits: Bits of each group's weights.
+        cost_model: One of :data:`COST_MODELS`.
+    """
+    tower = [group.kind in VISION_KINDS for group in groups]
+    rest, own = (
+        effective_bits(
+            [g for g, mine in zip(groups, tower, strict=True) if mine == inside],
+            [b for b, mine in zip(bits, tower, strict=True) if mine == inside],
+            cost_model,
+        )
+        for inside in (False, True)
+    )
+    return rest, own
+
+
 def by_kind(groups: Sequence[Group]) -> Iterator[tuple[str, list[int]]]:
     """Kinds in block order, each with the positions of its groups."""
     for kind in KINDS:

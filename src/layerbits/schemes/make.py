@@ -10,7 +10,7 @@ import numpy as np
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.errors import UserError
 from layerbits.results.assignment import UNQUANTIZED_BITS, Assignment
-from layerbits.results.result import CandidateInfo, FloatArray, costs, effective_bits
+from layerbits.results.result import CandidateInfo, FloatArray, bits_apart, costs, effective_bits
 from layerbits.schemes import solver
 from layerbits.schemes.catalog import Budget, SchemeSpec
 from layerbits.schemes.controls import control
@@ -74,6 +74,8 @@ def from_scores(spec: SchemeSpec, source: Source) -> list[Scheme]:
             how |= {"method": "coverage", "coverage": spec.coverage, "coverage_order": spec.coverage_order}
             how |= {"blocks": blocks}
             more = (*notes, _explained(spec, blocks, source)) if spec.coverage < 1 else notes
+        if spec.vision_bits is not None:
+            more = (*more, _apart(spec.vision_bits, budget, assignment, source))
         schemes.append(scheme_of(scheme_name(spec, budget), assignment, source, how, more))
     return schemes
 
@@ -196,6 +198,16 @@ def _notes(
     if spec.score_samples is not None and spec.score_samples != scored:
         notes.append(f"made for scores on {spec.score_samples} captions; these are on {scored}")
     return tuple(notes)
+
+
+def _apart(vision_bits: float, budget: Budget, assignment: Assignment, source: Source) -> str:
+    by_name = {c.name: c.bits for c in source.candidates}
+    bits = [UNQUANTIZED_BITS if name is None else by_name[name] for name in assignment]
+    rest, tower = bits_apart(source.groups, bits, source.cost_model)
+    return (
+        f"effective_bits={budget.bits:g} is over all but the vision tower and vision_bits={vision_bits:g} over the "
+        f"tower (they take {rest:.3f} and {tower:.3f}); bits are over all groups"
+    )
 
 
 def _explained(spec: SchemeSpec, blocks: Sequence[int], source: Source) -> str:

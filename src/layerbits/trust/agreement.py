@@ -25,6 +25,8 @@ class Estimate:
     high: float = math.nan
 
     def __str__(self) -> str:
+        if not math.isfinite(self.value):
+            return "–"
         known = f" ({self.low:.2f}–{self.high:.2f})" if math.isfinite(self.low) else ""
         return f"{self.value:.2f}{known}"
 
