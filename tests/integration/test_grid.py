@@ -65,6 +65,10 @@ def test_a_second_start_skips_what_is_finished(grid):
     assert grid[2].returncode == 0, grid[2].stderr
     assert grid[2].stdout.count("skipped: finished in run") == 3
     assert "scoring:" not in grid[2].stderr
+    first, second = sorted(children(grid[0])[1], key=lambda run: run.info.start_time)
+    assert (first.info.status, first.data.tags["outcome"]) == ("FINISHED", "ok")
+    assert (second.info.status, second.data.tags["outcome"]) == ("FINISHED", "skipped")
+    assert second.data.tags["reason"] == "every cell that can be scored is finished already"
 
 
 def test_the_summary_is_on_the_terminal_and_an_artifact_of_the_parent(grid):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from layerbits import entry, tracking
 from layerbits.atomic import dated
 from layerbits.config import Settings
-from layerbits.errors import UserError
+from layerbits.errors import Skipped, UserError
 from layerbits.export.target import as_served, find_target
 from layerbits.grid import Cell, CellOutcome, axis, candidate_of, cells, run_grid, run_names, summary
 from layerbits.jobs import JobRun, Tracker
@@ -38,6 +38,7 @@ def grid(config: Composed, root: Path) -> None:
         check_inputs(replace(settings, dataset=replace(settings.dataset, size=size)))
     tracker = Tracker(settings.tracking, root)
     with (
+        suppress(Skipped),
         tracker.parent(f"grid {settings.model.name}") as parent,
         tqdm(total=len(wanted), desc="cells", unit="cell") as bar,
     ):
@@ -47,6 +48,9 @@ def grid(config: Composed, root: Path) -> None:
         _show(outcomes)
         if tracker.enabled:
             parent.log(_summary(outcomes, settings))
+        found = {outcome.status for outcome in outcomes}
+        if "skipped" in found and not found & {"ok", "failed"}:
+            raise Skipped("every cell that can be scored is finished already")
     # a queue goes by the exit status
     entry.failed.extend(outcome.reason for outcome in outcomes if outcome.status == "failed")
 

@@ -144,7 +144,8 @@ def parent_run(name: str, experiment: str = "layerbits", tags: Mapping[str, str]
 
     Its id is in the environment (``LAYERBITS_PARENT_RUN_ID``) meanwhile. It ends as its children did: FINISHED where
     none failed; FAILED where one did, with ``outcome`` partial where others succeeded; KILLED where it or one of them
-    was stopped. Tags ``children.<outcome>`` count them.
+    was stopped; skipped where :class:`~layerbits.errors.Skipped` leaves the body and no child says otherwise. Tags
+    ``children.<outcome>`` count them.
 
     Raises:
         UserError: The run cannot be started, or not be closed.
@@ -352,6 +353,9 @@ def ending_of_children(
         return Ending(stopped.status, stopped.outcome, stopped.reason, counts)
     if counts["killed"]:
         return Ending("KILLED", "killed", "a child run was stopped", counts)
+    if isinstance(error, Skipped) and not counts["ok"] and not counts["failed"]:
+        skipped = ending_of(error)
+        return Ending(skipped.status, skipped.outcome, skipped.reason, counts)
     if not counts["ok"] and (error is not None or counts["failed"] or counts["unsupported"] or not counts):
         reason = ending_of(error).reason if error is not None else "no child run succeeded"
         return Ending("FAILED", "failed", reason, counts)
