@@ -2,22 +2,25 @@
 
 python benchmarks/answers.py planted                              # regressions of 2 %: found as often as stated?
 python benchmarks/answers.py alarms FOLDER --tasks cloze,sums --limit 300   # the same model, other batch sizes
-python benchmarks/answers.py table EVALUATION.json ...            # KL against accuracy, widths, predicted changes
+python benchmarks/answers.py table EVALUATION.json ... [--out FILE]   # KL against accuracy, widths, predicted changes
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
-from layerbits.answers.evaluation import TaskAnswers, log_odds_changes
-from layerbits.answers.paired import Paired, detectable, mean_interval, power
+from layerbits.answers.evaluation import Evaluation, TaskAnswers, log_odds_changes, read_evaluation
+from layerbits.answers.paired import Interval, Paired, Verdict, detectable, mean_interval, power
+from layerbits.results.result import FloatArray
 
 NEAR_LOSSLESS = 0.02
 """Measured KL, nats per token, up to which a scheme counts as near lossless."""
@@ -50,6 +53,7 @@ def alarms(reference: str, tasks: str, limit: int, sizes: int, device: str, out:
     from layerbits.answers.harness import Harness
     from layerbits.answers.settings import TaskSettings
     from layerbits.history.scheme_inputs import load_scores
+    from layerbits.inputs.datasets import held_out_captions
     from layerbits.probing.loading import prepare
     from layerbits.schemes.catalog import SchemeSpec
     from layerbits.schemes.make import make_schemes
@@ -59,9 +63,10 @@ def alarms(reference: str, tasks: str, limit: int, sizes: int, device: str, out:
     (scheme,) = make_schemes([spec], load_scores([reference]))
     prepared = prepare(scheme)
     model = prepared.load(device, whole=True)
+    held_out = held_out_captions(prepared.captions.held_out)
     answers: dict[str, list[TaskAnswers]] = {}
     for size in range(3, 3 + sizes):
-        harness = Harness(TaskSettings(tuple(listed(tasks)), limit=limit, batch_size=size), prepared.captions.held_out)
+        harness = Harness(TaskSettings(tuple(listed(tasks)), limit=limit, batch_size=size), held_out)
         for task, found in harness.answers(harness.wrap(model.model, model.tokenizer)).items():
             answers.setdefault(task, []).append(found)
     result = {}
@@ -84,74 +89,145 @@ def alarms(reference: str, tasks: str, limit: int, sizes: int, device: str, out:
     print(json.dumps(result, indent=1))
 
 
-def table(files: list[Path]) -> None:
-    """Schemes of several evaluations in one table per task, and what KL says of accuracy."""
-    found = [json.loads(path.read_text()) for path in files]
-    for task in dict.fromkeys(t for one in found for t in one["unquantized"]):
-        rows = []
-        for one in found:
-            if task not in one["unquantized"]:
-                continue
-            before = TaskAnswers.from_json(one["unquantized"][task])
-            for scheme in one["schemes"]:
-                after = TaskAnswers.from_json(scheme["tasks"][task])
-                rows.append(_row(one, scheme, before, after, task))
-        print(f"\n**{task}**: {rows[0]['n']} documents\n")
-        print(
-            "| model | pair | bits | KL | accuracy | lost / won | difference (points) | log-odds (nats) | verdict | ρ |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|---|")
-        for row in rows:
-            print(row["line"])
-        print(f"\nwidth, paired / unpaired: median {np.median([row['width'] for row in rows]):.2f}, "
-              f"largest {max(row['width'] for row in rows):.2f}")  # fmt: skip
-        for name in dict.fromkeys(row["model"] for row in rows):
-            mine = [row for row in rows if row["model"] == name]
-            near = [row for row in mine if row["kl"] <= NEAR_LOSSLESS]
-            for what, part in (("all", mine), (f"KL ≤ {NEAR_LOSSLESS:g}", near)):
-                if len(part) >= 4:
-                    print(f"{name}, {what}: {len(part)} schemes, Spearman of KL with accuracy {_spearman(part)}")
+def table(files: list[Path], out: Path | None) -> None:
+    """Schemes of several evaluations in one table per model, and what KL says of accuracy and log-odds."""
+    found = [read_evaluation(path) for path in files]
+    rows = [row for one in found for row in _rows(one)]
+    record: dict[str, Any] = {"rows": [row.record for row in rows], "near_lossless": NEAR_LOSSLESS, "draws": DRAWS}
+    spearman = record["spearman"] = []
+    for model in dict.fromkeys(row.model for row in rows):
+        mine = [row for row in rows if row.model == model]
+        tasks = list(dict.fromkeys(row.task for row in mine))
+        _print_schemes(model, mine, tasks)
+        print("\n| task | schemes | Spearman of KL with accuracy | with log-odds |\n|---|---|---|---|")
+        for task in tasks:
+            every = [row for row in mine if row.task == task]
+            near = [row for row in every if row.kl <= NEAR_LOSSLESS]
+            for what, part in (("all", every), (f"KL ≤ {NEAR_LOSSLESS:g}", near)):
+                if len(part) < 4:
+                    continue
+                kl = np.asarray([row.kl for row in part])
+                ends = [_of_means(kl, np.stack(values)) for values in (
+                    [row.right for row in part], [row.odds for row in part if row.odds is not None])
+                    if len(values) == len(part)]  # fmt: skip
+                cells = [f"{e.value:+.2f} ({e.low:+.2f} to {e.high:+.2f})" for e in ends]
+                print(f"| `{task}` | {what}: {len(part)} | {' | '.join(cells)} |")
+                which = {"model": model, "task": task, "schemes": len(part), "which": what}
+                spearman.append(which | {k: asdict(e) for k, e in zip(("accuracy", "log_odds"), ends, strict=False)})
+    print("\n| pair | comparisons | paired / unpaired width, median (largest) | at most 1/2 | predicted against "
+          "measured log-odds, Spearman: lowest budget | all |\n|---|---|---|---|---|---|")  # fmt: skip
+    for model, pair in dict.fromkeys((row.model, row.pair) for row in rows):
+        part = [row for row in rows if (row.model, row.pair) == (model, pair)]
+        widths = [row.record["width"] for row in part]
+        rho = [row.record["predicted_spearman"]["value"] for row in part if row.record["predicted_spearman"]]
+        least = min(row.record["bits"] for row in part)
+        lowest = [f"`{row.task}` {r['value']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for row in part
+                  if row.record["bits"] == least and (r := row.record["predicted_spearman"])]  # fmt: skip
+        said = f"{', '.join(lowest)} | {min(rho):.2f} to {max(rho):.2f}" if rho else "not asked | –"
+        print(f"| {model}, `{pair}` | {len(part)} | {np.median(widths):.2f} ({max(widths):.2f}) | "
+              f"{sum(w <= 0.5 for w in widths)} | {said} |")  # fmt: skip
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _row(
-    one: dict[str, Any], scheme: dict[str, Any], before: TaskAnswers, after: TaskAnswers, task: str
-) -> dict[str, Any]:
-    right = [[a.right for a in each.answers] for each in (before, after)]
-    paired = Paired.of(*right)
-    difference = paired.difference
-    (verdict,) = [v for v in one["verdicts"] if v["task"] == task and v["scheme"] == scheme["scheme"]]
-    odds = log_odds_changes(before.answers, after.answers)
-    told, rho = "–", "–"
-    if odds is not None:
-        ends = mean_interval(odds)
-        told = f"{ends.value:+.3f} ({ends.low:+.3f} to {ends.high:+.3f})"
-        predicted = scheme.get("predicted", {}).get(task)
-        if predicted and np.ptp(predicted) and np.ptp(odds):
-            rho = f"{stats.spearmanr(predicted, odds).statistic:.2f}"
-    kl = np.nan if scheme["kl"] is None else scheme["kl"]
-    pair = Path(one["source_run_ids"][0]).name.split("_small_")[0].split("_medium_")[0]
-    return {
-        "model": one["model"]["name"],
-        "n": paired.n,
-        "kl": kl,
-        "right": np.asarray(right[1], dtype=float),
-        "width": (difference.high - difference.low) / paired.unpaired_width if paired.unpaired_width else np.nan,
-        "line": f"| {one['model']['name']} | {pair} | {scheme['effective_bits']:.2f} | {kl:.4g} | "
-        f"{100 * paired.accuracies[1]:.1f} % | {paired.lost} / {paired.won} | {100 * difference.value:+.1f} "
-        f"({100 * difference.low:+.1f} to {100 * difference.high:+.1f}) | {told} | {verdict['verdict']} | {rho} |",
-    }  # fmt: skip
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A scheme on a task: ``right`` and ``odds`` are of its ``[n]`` documents, ``record`` is what is kept of it."""
+
+    model: str
+    pair: str
+    task: str
+    kl: float
+    right: FloatArray
+    odds: FloatArray | None
+    verdict: Verdict
+    record: dict[str, Any]
 
 
-def _spearman(rows: list[dict[str, Any]]) -> str:
-    """Spearman over schemes with a 95 % interval from the documents drawn again."""
-    kl, right = np.asarray([row["kl"] for row in rows]), np.stack([row["right"] for row in rows])
-    rng = np.random.default_rng(0)
-    n = right.shape[1]
-    accuracies = np.stack([right[:, rng.integers(0, n, n)].mean(1) for _ in range(DRAWS)])
-    drawn = [stats.spearmanr(kl, a).statistic for a in accuracies if np.ptp(a)]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    value = stats.spearmanr(kl, right.mean(1)).statistic
-    return f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+def _rows(one: Evaluation) -> list[_Row]:
+    pair = Path(one.source_run_ids[0]).name.split("_small_")[0].split("_medium_")[0]
+    verdicts, rows = one.verdicts(), []
+    for scheme in one.schemes:
+        for task in one.unquantized:
+            verdict, odds = verdicts[task, scheme.scheme], one.log_odds_changes(task, scheme)
+            difference, paired, predicted = verdict.difference, verdict.paired, scheme.predicted.get(task)
+            rho = None
+            if odds is not None and predicted is not None:
+                drawn = _drawn(len(odds))
+                ends = np.quantile(_spearman(np.asarray(predicted)[drawn], odds[drawn]), [0.025, 0.975])
+                rho = {"value": one.predicted_spearman(task, scheme), "low": ends[0], "high": ends[1]}
+            record = {
+                "model": one.model.name,
+                "pair": pair,
+                "task": task,
+                "bits": scheme.effective_bits,
+                "kl": scheme.kl,
+                "kl_se": scheme.kl_se,
+                "documents": paired.n,
+                "accuracy_unquantized": paired.accuracies[0],
+                "accuracy": paired.accuracies[1],
+                "lost": paired.lost,
+                "won": paired.won,
+                "difference": asdict(difference),
+                "log_odds": None if verdict.log_odds is None else asdict(verdict.log_odds),
+                "p_value": verdict.p_value,
+                "p_holm": verdict.adjusted,
+                "verdict": verdict.words,
+                "within_margin": verdict.within_margin,
+                "width": (difference.high - difference.low) / paired.unpaired_width,
+                "predicted_spearman": rho,
+                "predicted_signs": one.predicted_flips(task, scheme) if rho else None,
+            }
+            right = np.asarray([a.right for a in scheme.tasks[task].answers], dtype=float)
+            rows.append(_Row(one.model.name, pair, task, scheme.kl, right, odds, verdict, record))
+    return rows
+
+
+def _print_schemes(model: str, rows: list[_Row], tasks: list[str]) -> None:
+    """A line per scheme: of each task accuracy, lost / won and the mean change of log-odds; and the verdicts."""
+    first = {row.task: row.record for row in reversed(rows)}
+    heads = [f"`{t}` ({first[t]['documents']}; {100 * first[t]['accuracy_unquantized']:.1f} %)" for t in tasks]
+    print(f"\n**{model}**\n\n| pair | bits | KL | {' | '.join(heads)} | worse | not worse than the margin |")
+    print("|---|---|---|" + "---|" * len(tasks) + "---|---|")
+    for pair, bits in dict.fromkeys((row.pair, row.record["bits"]) for row in rows):
+        part = {row.task: row for row in rows if (row.pair, row.record["bits"]) == (pair, bits)}
+        cells = []
+        for task in tasks:
+            one = part[task].record
+            odds = f", {one['log_odds']['value']:+.2f}" if one["log_odds"] else ""
+            cells.append(f"{100 * one['accuracy']:.1f} %, {one['lost']} / {one['won']}{odds}")
+        worse = [f"`{t}` by {row.verdict.words.split(' by ')[1].split(' points')[0]}" for t, row in part.items()
+                 if row.verdict.kind == "worse"]  # fmt: skip
+        inside = [f"`{t}`" for t, row in part.items() if row.verdict.within_margin]
+        kl = part[tasks[0]].kl
+        print(f"| `{pair}` | {bits:.2f} | {kl:.3g} | {' | '.join(cells)} | {', '.join(worse) or '–'} | "
+              f"{', '.join(inside) or '–'} |")  # fmt: skip
+
+
+def _drawn(n: int) -> NDArray[np.intp]:
+    """``[DRAWS, n]`` documents drawn with replacement, the same for all schemes."""
+    return np.random.default_rng(0).integers(0, n, (DRAWS, n))
+
+
+def _of_means(kl: FloatArray, values: FloatArray) -> Interval:
+    """Spearman over schemes of KL with the mean over documents, its 95 % interval from documents drawn again.
+
+    Args:
+        kl: ``[schemes]``.
+        values: ``[schemes, documents]``.
+    """
+    means = np.stack([one[_drawn(len(one))].mean(1) for one in values], axis=1)
+    drawn = _spearman(np.broadcast_to(kl, means.shape), means)
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return Interval(float(stats.spearmanr(kl, values.mean(1)).statistic), float(low), float(high))
+
+
+def _spearman(x: FloatArray, y: FloatArray) -> FloatArray:
+    """``[draws]`` Spearman of ``[draws, n]`` values; NaN where one of them does not vary."""
+    a, b = (stats.rankdata(v, axis=1) for v in (x, y))
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
 
 
 if __name__ == "__main__":
@@ -169,10 +245,11 @@ if __name__ == "__main__":
     job.add_argument("--out", type=Path, default=Path("alarms.json"))
     job = jobs.add_parser("table")
     job.add_argument("files", type=Path, nargs="+")
+    job.add_argument("--out", type=Path, help="also write the numbers as JSON")
     given = parser.parse_args()
     if given.job == "planted":
         planted(given.rate, given.repeats)
     elif given.job == "alarms":
         alarms(given.reference, given.tasks, given.limit, given.sizes, given.device, given.out)
     else:
-        table(given.files)
+        table(given.files, given.out)

@@ -87,6 +87,28 @@ def serving(path: Path) -> None:
     save_png(figure, path)
 
 
+def answers(path: Path) -> None:
+    """Draws accuracy differences of two pairs on an H200 against the schemes' KL, a panel per model and task."""
+    rows = json.loads((RESULTS / "2026-11-30-answers-h200.json").read_text())["rows"]
+    panels = list(dict.fromkeys((row["model"], row["task"]) for row in rows))
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    looks = {"wint4_afp16": (BLUE, "o"), "wfp8_afp8": (VERMILLION, "s")}
+    for axes, (model, task) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        axes.axhline(0, color="black", linewidth=0.8)
+        for row in rows:
+            if (row["model"], row["task"]) == (model, task):
+                color, marker = looks[row["pair"]]
+                low, value, high = (100 * row["difference"][end] for end in ("low", "value", "high"))
+                axes.plot(row["kl"], value, marker, color=color, markersize=4)
+                axes.vlines(row["kl"], low, high, color=color, linewidth=0.8)
+        axes.set(xscale="log", title=f"{task}, {model}", xlabel="measured KL (nats per token)")
+        axes.title.set_fontsize("small")
+        axes.grid(alpha=0.3)
+    figure.supylabel("accuracy difference (points), 95% intervals", fontsize="small")
+    legend_below(figure, [key(name, color=c, marker=m, linestyle="") for name, (c, m) in looks.items()])
+    save_png(figure, path)
+
+
 def _diagonal(axes: Axes) -> None:
     """Draws the line of equal values behind the points."""
     low = max(axes.get_xlim()[0], axes.get_ylim()[0])
@@ -112,6 +134,7 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "validation": partial(from_run, "validation", "figures/validation.png", _of("validate")),
     "cost": cost,
     "serving": serving,
+    "answers": answers,
 }
 """Each picture, and what writes it."""
 
