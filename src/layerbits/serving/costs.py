@@ -142,6 +142,7 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
     blocks = model.measured_blocks(launch.environment.on_cpu)
     try:
         device, linears = _linears(model, PLAIN, None, blocks, asked, launch, work)
+        counts = _counts(model, {(row.rows, row.columns) for row in linears})
         whole = write_stand_in(work / "whole", model.resolved, model.dtype, model.blocks)
         without = replace(launch, arguments=(*without_weights(model.resolved), *launch.arguments))
         steps = time_steps(whole, asked, without, work)
@@ -155,7 +156,6 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
             print(f"vLLM does not run {' '.join(layout)}: {words}", flush=True)
             refused.append(Refused(*layout, str(words)))
     shutil.rmtree(work)
-    counts = _counts(model, {(row.rows, row.columns) for row in linears})
     table = CostTable(
         device=device,
         package=launch.environment.package,
@@ -289,7 +289,10 @@ def _counts(model: _Model, known: set[Shape]) -> Counter[Shape]:
     for modules, mine in model.groups:
         found = as_fused(mine, known)
         if found is None:
-            raise UserError(f"vLLM has no linear of {', '.join(modules)} alone, so its time is not known")
+            raise UserError(
+                f"vLLM has no linear of {', '.join(modules)} alone, so its time is not known; score the model without it "
+                f"(model.exclude=[{modules[0]}], or model.lm_head=false for the output head)"
+            )
         counts.update(found)
     return counts
 
