@@ -80,6 +80,9 @@ def exported(tmp_path_factory):
     return folder, made_by(folder / "exports" / "int8").run_id
 
 
+SHORT = ("speed.prompt_tokens=20", "speed.new_tokens=5")
+
+
 def common(folder):
     return [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}", "device=cpu"]
 
@@ -126,8 +129,7 @@ def test_a_runtime_that_computes_something_else_diverges(exported, python):
 
 
 def test_speed_and_memory_are_logged_of_both_models(exported, python):
-    asked = ("speed.measure=true", "speed.batches=1,4", "speed.prompt_tokens=20", "speed.new_tokens=5")
-    ended, client, run = checked(exported, python, *asked)
+    ended, client, run = checked(exported, python, "speed.measure=true", "speed.batches=1,4", *SHORT)
     metrics = run.data.metrics
     for which in ("speed", "speed_unquantized"):
         assert metrics[f"{which}/kv_cache_tokens"] == 160
@@ -136,6 +138,20 @@ def test_speed_and_memory_are_logged_of_both_models(exported, python):
     assert "| decode step at batch 4, ms |" in ended.stdout
     logs = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"speed_int8.json", "speed_the_unquantized_model.log"} <= logs
+
+
+def test_what_was_compared_stays_where_timing_fails(exported, python):
+    _, client, run = checked(exported, python, "speed.measure=true", 'vllm.arguments="--mode untimed"', *SHORT)
+    assert run.data.metrics["serve/tokens"] >= 40
+    assert not any(key.startswith("speed/") for key in run.data.metrics)
+    report = Path(client.download_artifacts(run.info.run_id, "serve_check.md")).read_text()
+    assert "Speed and memory were not measured: vLLM cannot be timed: ValueError: no such kernel" in report
+
+
+def test_prompts_beyond_the_model_are_refused_before_it_is_served(exported, python):
+    ended, client, run = checked(exported, python, "speed.measure=true", "speed.prompt_tokens=100000")
+    assert "speed.prompt_tokens=100000 and speed.new_tokens=64 need 100065 positions" in ended.stderr
+    assert "vllm.log" not in {file.path for file in client.list_artifacts(run.info.run_id)}
 
 
 def test_schemes_are_searched_by_what_is_predicted_and_what_was_measured_of_their_speed(exported):

@@ -70,6 +70,7 @@ class ServeCheck:
         texts: Continuations.
         runtime: What served it.
         speeds: How fast, where that was asked.
+        untimed: Why not, where it was asked and failed.
         unasked: What it was not asked, in words.
     """
 
@@ -82,6 +83,7 @@ class ServeCheck:
     texts: tuple[str, ...] = ()
     runtime: Mapping[str, str] = field(default_factory=dict)
     speeds: Speeds | None = None
+    untimed: str = ""
     unasked: str = ""
 
     def require(self) -> None:
@@ -97,6 +99,8 @@ class ServeCheck:
             raise Skipped(f"{self.detail}; checked were the files alone, and they are sound")
         if self.outcome != LOADS:
             raise UserError(f"vLLM {self.outcome} {self.folder}: {self.detail}")
+        if self.untimed:
+            raise UserError(f"{self.folder} loads, and was not timed: {self.untimed}")
 
     @property
     def sentence(self) -> str:
@@ -126,6 +130,8 @@ class ServeCheck:
             lines += ["", *_table(self.measured)]
         if self.speeds is not None:
             lines += ["", *self.speeds.markdown()]
+        if self.untimed:
+            lines += ["", f"Speed and memory were not measured: {self.untimed}"]
         if self.texts:
             lines += ["", *(f"- `{text!r}`" for text in self.texts)]
         lines += ["", "## Files", ""]

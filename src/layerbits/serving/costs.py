@@ -290,8 +290,8 @@ def _counts(model: _Model, known: set[Shape]) -> Counter[Shape]:
         found = as_fused(mine, known)
         if found is None:
             raise UserError(
-                f"vLLM has no linear of {', '.join(modules)} alone, so its time is not known; score the model without it "
-                f"(model.exclude=[{modules[0]}], or model.lm_head=false for the output head)"
+                f"vLLM has no linear of {', '.join(modules)} alone, so its time is not known; score the model without "
+                f"it (model.exclude=[{modules[0]}], or model.lm_head=false for the output head)"
             )
         counts.update(found)
     return counts

@@ -22,7 +22,7 @@ from layerbits.serving.processor import ask, in_words, otherwise, why_refused
 from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
 from layerbits.serving.server import Launch, Refused
 from layerbits.serving.settings import ServeSettings
-from layerbits.serving.speed import Speed, Speeds, measure_speed
+from layerbits.serving.speed import Speed, Speeds, check_positions, measure_speed
 from layerbits.serving.targets import Target
 from layerbits.serving.unasked import left_open
 from layerbits.serving.verdict import DIVERGES, LOADS, REFUSED, SKIPPED
@@ -81,8 +81,7 @@ class Checker:
         out = dated(self.settings.output_root, f"serve_check_{target.folder.name}")
         out.mkdir(parents=True)
         done = self._checked(checkpoint, structure, digest, out)
-        write_json(out / "serve_check.json", done.to_json())
-        (out / "serve_check.md").write_text(done.markdown(), "utf-8")
+        _write(done, out)
         print(f"\n{done.markdown()}\nserve check: {out}", flush=True)
         tags = {
             **target.tags,
@@ -133,6 +132,8 @@ class Checker:
             return ServeCheck(folder, digest, structure, REFUSED, known, runtime=_about(runtime))
         if installed is not None:
             check_card(checkpoint, installed[0], self.settings.vllm.arguments)
+        if self.settings.speed is not None:
+            check_positions(folder, self.settings.speed)
         try:
             served = runtime.output(folder, folder.name, subject.question, out / "vllm.log")
         except Refused as words:
@@ -145,8 +146,12 @@ class Checker:
         done = replace(done, unasked=unasked)
         if self.settings.speed is None or not isinstance(runtime, Started):
             return done
+        _write(done, out)  # timing starts vLLM twice more: who stops it keeps what was measured
         source = source_folder(subject.prepared.resolved)
-        return replace(done, speeds=self._speeds(runtime.launch, folder, source, self.settings.speed, out))
+        try:
+            return replace(done, speeds=self._speeds(runtime.launch, folder, source, self.settings.speed, out))
+        except UserError as error:
+            return replace(done, untimed=str(error))
 
     def _speeds(self, launch: Launch, folder: Path, source: Path, asked: SpeedRequest, out: Path) -> Speeds:
         """Times both models, the unquantized one once for all checkpoints.
@@ -257,6 +262,11 @@ class Subject:
         if dtype == "auto":
             dtype = "bfloat16" if scheme.model.dtype == "float32" else scheme.model.dtype
         return cls(prepared, Question(texts, settings.top_k, settings.new_tokens), dtype)
+
+
+def _write(done: ServeCheck, out: Path) -> None:
+    write_json(out / "serve_check.json", done.to_json())
+    (out / "serve_check.md").write_text(done.markdown(), "utf-8")
 
 
 def _held_out(scheme: Scheme, settings: ServeSettings) -> tuple[Data, ...]:

@@ -165,7 +165,7 @@ def measure_speed(launch: Launch, folder: Path, what: str, asked: SpeedRequest, 
         Refused: vLLM ended; in its own words.
         UserError: It was not done in ``launch.seconds``, or the model has fewer positions.
     """
-    _check_positions(folder, asked)
+    check_positions(folder, asked)
     data: Mapping[str, object] = {
         "arguments": _arguments(launch, folder, asked),
         "batches": asked.batches,
@@ -220,7 +220,12 @@ def _arguments(launch: Launch, folder: Path, asked: SpeedRequest) -> Sequence[st
     ]
 
 
-def _check_positions(folder: Path, asked: SpeedRequest) -> None:
+def check_positions(folder: Path, asked: SpeedRequest) -> None:
+    """Checks that a model has the positions that are timed.
+
+    Raises:
+        UserError: It has fewer.
+    """
     most = positions(read_json(folder / FILE))
     if most is not None and asked.length > most:
         raise UserError(
