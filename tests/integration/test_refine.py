@@ -9,7 +9,7 @@ import torch
 from layerbits.errors import UserError
 from layerbits.results.bootstrap import standard_error
 from layerbits.scoring import kl, onepass
-from layerbits.scoring.refine import SHARE, Candidate, check, deciding, refine
+from layerbits.scoring.refine import SHARE, Candidate, _scales, check, deciding, refine
 
 from . import scoring_support as support
 
@@ -36,11 +36,27 @@ def test_the_most_sensitive_are_measured_and_the_others_scaled(passes):
         assert np.isfinite(found.measured_se[top, c]).all()
         assert np.isnan(found.measured_se[rest, c]).all()
         np.testing.assert_allclose(found.predicted_kl[top, c], measured.predicted_kl[top, c], rtol=1e-4)
-        factor = np.median(measured.predicted_kl[top, c] / scores.predicted_kl[top, c])
-        np.testing.assert_allclose(found.predicted_kl[rest, c], scores.predicted_kl[rest, c] * factor, rtol=1e-4)
-        np.testing.assert_array_equal(found.raw[rest, c], scores.raw[rest, c])  # ModelOpt's scale stays
+        factor, scales = _scales(
+            measured.predicted_kl[top, c],
+            scores.predicted_kl[top, c],
+            top.tolist(),
+            [g.kind for g in scores.groups],
+        )
+        np.testing.assert_allclose(found.predicted_kl[rest, c], (scores.predicted_kl[:, c] * scales)[rest], rtol=1e-3)
+        assert found.factors[PAIRS[c]] == pytest.approx(factor, rel=1e-4)
         order = np.argsort(found.raw[:, c]), np.argsort(found.predicted_kl[:, c])
         np.testing.assert_array_equal(*order)
+        assert np.median(found.raw[rest, c] / scores.raw[rest, c]) == pytest.approx(1, rel=0.5)  # ModelOpt's scale
+
+
+def test_predictions_are_scaled_by_kind_as_far_as_it_is_known():
+    kinds = ["qkv", "qkv", "qkv", "o", "o", "down"]
+    factor, scales = _scales(np.array([4.0, 4.0, 1.0]), np.ones(3), [0, 1, 3], kinds)
+    assert factor == 4
+    np.testing.assert_allclose(scales[:3], 4)
+    assert 1 < scales[3] == scales[4] < 4  # one group says less than all together
+    assert scales[5] == pytest.approx(4)  # of this kind nothing is known
+    assert _scales(np.ones(2) * 5, np.ones(2), [0, 1], kinds) == (1.0, pytest.approx(np.ones(6)))
 
 
 def test_captions_add_up_to_the_measured_kl_and_its_error(passes):

@@ -38,6 +38,9 @@ SHARE = 0.25
 _OFF = 2.0
 """By what factor a prediction may be off: groups so near the top may belong there."""
 
+_PRIOR = 2.0
+"""Groups that all kinds together count for in the factor of one."""
+
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -63,8 +66,8 @@ class Candidate:
 def refine(job: ScoringJob, scores: Scores, wanted: int | str) -> Scores:
     """Measures some groups of a pass and puts what was found in the place of the predictions.
 
-    What was not measured is scaled by the median of measured / predicted of what was, so that both are on one scale:
-    in nats the predictions are, in raw scores (which have a scale of their own) the measurements.
+    What was not measured is multiplied by what measured / predicted was elsewhere, by kind of linear (:func:`_scales`),
+    so that both are on one scale. Raw scores keep a scale of their own: they are the new predictions in its unit.
 
     Args:
         job: The job that was scored.
@@ -88,14 +91,13 @@ def refine(job: ScoringJob, scores: Scores, wanted: int | str) -> Scores:
     for c, name in enumerate(job.configs):
         mine = [(p, g) for p, (g, of) in enumerate(pairs) if of == c]
         at, groups = [p for p, _ in mine], [g for _, g in mine]
-        factor = _factor(kl[at], scores.predicted_kl[groups, c])
-        per_nat = np.nanmedian(scores.raw[:, c] / scores.predicted_kl[:, c])
-        factors[name] = factor
-        predicted[:, c] *= factor
+        before = scores.predicted_kl[:, c]
+        factors[name], scales = _scales(kl[at], before[groups], groups, [g.kind for g in scores.groups])
+        predicted[:, c] *= scales
         predicted[groups, c], errors[groups, c] = kl[at], error[at]
-        raw[groups, c] = kl[at] / factor * per_nat
+        raw[:, c] = predicted[:, c] / factors[name] * np.nanmedian(scores.raw[:, c] / before)
         if samples is not None:
-            samples[:, :, c] *= factor
+            samples[:, :, c] *= scales
             samples[:, groups, c] = 0.0
             samples[: len(sample_kl), groups, c] = sample_kl[:, at]
     states, flags = solved(job, Search.of(job), raw)
@@ -192,10 +194,27 @@ def _picked(scores: Scores, candidate: int, wanted: int | str) -> list[int]:
     )
 
 
-def _factor(measured: FloatArray, predicted: FloatArray) -> float:
-    """Median of measured / predicted; 1 where fewer than three are known."""
+def _scales(
+    measured: FloatArray, predicted: FloatArray, groups: Sequence[int], kinds: Sequence[str]
+) -> tuple[float, FloatArray]:
+    """What predictions are multiplied by: the median of measured / predicted, and ``[G]`` the same by kind.
+
+    A score errs by kind of linear as much as by group. The mean logarithm of a kind is drawn to the median of all, as
+    if :data:`_PRIOR` more groups of it had that; with fewer than three measured groups nothing is known.
+
+    Args:
+        measured: ``[n]`` of the measured groups.
+        predicted: ``[n]`` of the same.
+        groups: ``[n]`` which they are.
+        kinds: ``[G]`` kinds of all groups.
+    """
     known = (measured > 0) & (predicted > 0)
-    return float(np.median(measured[known] / predicted[known])) if known.sum() >= 3 else 1.0
+    if known.sum() < 3:
+        return 1.0, np.ones(len(kinds))
+    logs = np.log(measured[known] / predicted[known])
+    middle, of = float(np.median(logs)), np.array(kinds)[np.array(groups)[known]]
+    by_kind = {k: (logs[of == k].sum() + _PRIOR * middle) / ((of == k).sum() + _PRIOR) for k in set(kinds)}
+    return float(np.exp(middle)), np.exp([by_kind[k] for k in kinds])
 
 
 def _measure(job: ScoringJob, pairs: Sequence[tuple[int, int]]) -> tuple[FloatArray, FloatArray, FloatArray, Precision]:
