@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
@@ -171,6 +172,17 @@ def job(subject, folder, wanted, calibration=None, *, scored=None, method="gradi
         subject, scored or names, wanted, calibration or usual_rows(), method, 12.0, Path(folder), "fingerprint"
     )
     return replace(made, **changes)
+
+
+def reached_from_images(groups, calibration):
+    """Whether what a group computes at image positions can change a word that is predicted.
+
+    Behind its keys and values, the last block changes only the word that each position itself predicts.
+    """
+    segments = [s for batch in calibration.score for s in batch.segments]
+    predicts = any(bool((s.image_tokens[:, :-1] & s.loss_mask[:, 1:]).any()) for s in segments)
+    last = max(group.block for group in groups)
+    return np.array([predicts or group.block < last or group.kind == "qkv" for group in groups])
 
 
 def recipe(state, bits):

@@ -1,12 +1,14 @@
 """Chats about pictures through a pass: equal to ModelOpt's own search on the same batches, whatever the memory mode."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ from layerbits.scoring.steps import calibration_forward, loss_logits
 from layerbits.scoring.taps import Taps
 from tests.families import WITH_PICTURES, WITHOUT_PROCESSOR, build_with_processor, picture_batch
 
-from .scoring_support import configs, job, loaded
+from .scoring_support import configs, job, loaded, reached_from_images
 
 PAIR = "wfp8_afp8"
 PICTURES = 8
@@ -76,6 +78,7 @@ def test_a_pass_over_pictures_equals_stock(family, tmp_path):
     assert [g.key for g in one.groups] == [g.key for g in reference.groups]
     shares = one.sample_image_kl.sum(axis=0) / one.sample_kl.sum(axis=0)
     assert ((shares >= 0) & (shares < 1)).all()
+    assert ((shares[:, 0] > 0) == reached_from_images(one.groups, data)).all()
 
 
 @pytest.mark.parametrize("memory", ["lean"])
@@ -344,13 +347,24 @@ def test_a_template_without_a_place_for_the_picture_is_told(template, words):
         reader.processor.chat_template = own
 
 
-def test_words_with_the_mark_of_a_picture_are_told():
+@pytest.mark.parametrize(
+    ("family", "mark"), [("qwen2_5_vl", "<|image_pad|>"), ("gemma3", "<boi>"), ("gemma3", "<image_soft_token>")]
+)
+def test_words_with_the_mark_of_a_picture_are_told(family, mark):
     from layerbits.inputs.pictures import Pictured
 
-    _, _, reader = subject("qwen2_5_vl")
-    chat = Pictured.of_caption(embedded(1)[0].pictures[0], "before <|image_pad|> after")
-    with pytest.raises(UserError, match="its words contain"):
-        picture_batches([chat], reader, 1, [0])
+    chat = Pictured.of_caption(embedded(1)[0].pictures[0], f"before {mark} after")
+    with pytest.raises(UserError, match=f"its words contain {re.escape(mark)}, the mark"):
+        picture_batches([chat], subject(family)[2], 1, [0])
+
+
+def test_a_processor_may_name_the_token_of_the_text_as_that_of_images():
+    """As Gemma 3's does in transformers 5.17."""
+    model, tokenizer, reader = subject("gemma3")
+    later = SimpleNamespace(
+        tokenizer=tokenizer, image_token="<boi>", boi_token="<boi>", image_token_id=3, image_token_ids=[5]
+    )
+    assert Reader.of(later, model.model.config).image_token == reader.image_token == 5
 
 
 def test_a_row_beyond_the_positions_is_told():

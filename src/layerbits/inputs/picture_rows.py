@@ -77,17 +77,15 @@ class Reader:
             )
         said = getattr(config, "image_token_id", None)
         said = getattr(config, "image_token_index", None) if said is None else said
-        own = getattr(processor, "image_token_id", None)
-        if own is None:
-            own = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", None))
-        if said is not None and own != said:
+        own = _image_token(processor)
+        if own is None or said not in (None, own):
             raise UserError(
                 f"the processor marks images with token {own}, the model looks for {said}: they are not of one model; "
                 "put the model's own processor files into the checkpoint"
             )
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         positions = positions if isinstance(positions, int) else None
-        return cls(processor, int(own), min_pixels, max_pixels, positions, apart)
+        return cls(processor, own, min_pixels, max_pixels, positions, apart)
 
     def sized(self, image: Image.Image) -> Image.Image:
         """A picture within ``min_pixels`` and ``max_pixels``, its sides in the same proportion."""
@@ -139,7 +137,7 @@ def read_row(chat: Pictured, reader: Reader) -> Row:
         UserError: As :func:`picture_batches`.
     """
     processor = reader.processor
-    text, answers = _rendered(chat, processor)
+    text, answers = _rendered(chat, reader)
     images = [reader.sized(picture.pixels()) for picture in chat.pictures]
     bos = processor.tokenizer.bos_token
     special = not (bos and text.startswith(bos))
@@ -172,12 +170,14 @@ def read_row(chat: Pictured, reader: Reader) -> Row:
     return Row(ids, mask, image_mask, PictureRow(inputs, chat.where))
 
 
-def _rendered(chat: Pictured, processor: ProcessorMixin) -> tuple[str, Callable[[bool], Iterator[tuple[int, int]]]]:
+def _rendered(chat: Pictured, reader: Reader) -> tuple[str, Callable[[bool], Iterator[tuple[int, int]]]]:
     """The text of a chat, and a function that gives the tokens of its answers, counted from the end."""
+    processor = reader.processor
     token = placeholder(processor)
     tokenizer = processor.tokenizer
-    if any(token in text or (processor.image_token or token) in text for text in chat.texts):
-        raise UserError(f"{chat.where}: its words contain {token}, the mark of a picture; take it out")
+    for mark in (token, str(tokenizer.convert_ids_to_tokens(reader.image_token))):
+        if any(mark in text for text in chat.texts):
+            raise UserError(f"{chat.where}: its words contain {mark}, the mark of a picture; take it out")
     templates = [getattr(processor, "chat_template", None), getattr(tokenizer, "chat_template", None)]
     template = next((t for t in templates if t), None)
     if template is None:  # a base model: the pictures, then the words
@@ -226,6 +226,19 @@ def _rendered(chat: Pictured, processor: ProcessorMixin) -> tuple[str, Callable[
             yield len(whole) - start, len(whole) - stop
 
     return text, answers
+
+
+def _image_token(processor: ProcessorMixin) -> int | None:
+    """The token at the image positions of a row; ``None`` where the processor does not say.
+
+    In transformers 5.14 a processor's ``image_token_id`` is that token. In 5.17 Gemma 3's is the token that stands for
+    a picture before the processor sees the text, and ``image_token_ids`` has the one at image positions.
+    """
+    own = getattr(processor, "image_token_id", None)
+    if own is None:
+        own = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", None))
+    positions = [i for i in getattr(processor, "image_token_ids", None) or () if i is not None]
+    return positions[0] if positions and own not in positions else own
 
 
 def placeholder(processor: ProcessorMixin) -> str:
