@@ -281,20 +281,21 @@ def tables(record: Mapping[str, Any]) -> str:
                     for name in CALIBRATIONS
                 ]
                 lines.append(f"| {scale} | `{pair}` | {what} | {' | '.join(cells)} |")
-    lines += ["", "| scale | pair | Spearman, text / pictures | top 10 shared | image share of the score, 90% |"]
-    lines += ["|---|---|---|---|---|"]
+    header = "| scale | pair | text and pictures: Spearman | top 10 shared | text and both: Spearman | top 10 shared "
+    lines += ["", f"{header}| image share of the score, 90% |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for scale, told in record["scales"].items():
         for pair, moved in told["ranks"].items():
             share = told["image_share"]["pictures"][pair]
             ends = f"{share['share']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
-            one = moved["text_pictures"]
-            lines.append(f"| {scale} | `{pair}` | {one['spearman']:.3f} | {one['top10']} | {ends} |")
+            alike = [f"{moved[n]['spearman']:.3f} | {moved[n]['top10']}" for n in ("text_pictures", "text_both")]
+            lines.append(f"| {scale} | `{pair}` | {' | '.join(alike)} | {ends} |")
     lines += ["", "| scale | modules above 1% | mean share | largest share | median, largest ratio of magnitudes |"]
     lines += ["|---|---|---|---|---|"]
     for scale, told in record["scales"].items():
         c = told["clipped"]["both"]
         ratios = f"{c['median_ratio_of_magnitudes']:.2f}, {c['largest_ratio_of_magnitudes']:.2f}"
-        shares = f"{c['mean_share']:.2%} | {c['largest_share']:.1%}"
+        shares = f"{100 * c['mean_share']:.2g}% | {100 * c['largest_share']:.2g}%"
         lines.append(f"| {scale} | {c['modules_above_1_percent']} of {c['modules']} | {shares} | {ratios} |")
     return "\n".join(lines)
 
@@ -316,16 +317,21 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     pairs = list(next(iter(record["scales"].values()))["ranks"])
     figure, axes = panels(len(pairs), len(pairs), width=10, height=2.8)
     styles = {scale: line_style(i) for i, scale in enumerate(record["scales"])}
+    shares = {
+        (pair, scale): 100 * np.array(told["image_share"]["pictures"][pair]["by_block"])
+        for pair in pairs
+        for scale, told in record["scales"].items()
+    }
+    top = 1.05 * max(float(values.max()) for values in shares.values())
     for ax, pair in zip(axes, pairs, strict=True):
-        for scale, told in record["scales"].items():
-            values = 100 * np.array(told["image_share"]["pictures"][pair]["by_block"])
-            ax.plot(values, markersize=3, linewidth=1.2, **styles[scale])
+        for scale, style in styles.items():
+            ax.plot(shares[pair, scale], markersize=3, linewidth=1.2, **style)
         ax.set_title(pair, fontsize=FONT, loc="left")
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, top)
         plain_axes(ax, "both")
-    label_outer(axes, len(pairs), "Decoder block", "From image positions (%)")
-    legend_below(figure, [key(f"image features × {scale}", **style) for scale, style in styles.items()])
-    headline(figure, "Share of image positions in the predicted KL (untrained vision tower)")
+    label_outer(axes, len(pairs), "Decoder block", "Share of image positions (%)")
+    legend_below(figure, [key(f"spread of image features: words × {s}", **style) for s, style in styles.items()])
+    headline(figure, "How much of the predicted KL comes from image positions (the vision tower is not trained)")
     save_png(figure, path)
 
 
