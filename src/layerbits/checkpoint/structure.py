@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,13 +87,17 @@ def _real_modules(checkpoint: Checkpoint, quantization: Quantization) -> Iterato
     tails = {compressed.tail(module) for module in modules} if quantization.format == COMPRESSED else set()
     for pattern in quantization.exclude:
         # transformers may have another name for a module in memory; both are excluded, as readers go by either.
-        real = compressed.tail(pattern) in tails or any(
-            quantization.matches(n, pattern) for n in prefixes | modules | tied
-        )
-        if not real:
+        real = any(quantization.matches(n, pattern) for n in prefixes | modules | tied)
+        if not real and not _ends_as(pattern, tails):
             yield f"the excluded {pattern} matches no module"
         if wrong := next((m for m in quantization.layers if quantization.matches(m, pattern)), None):
             yield f"the excluded {pattern} matches {wrong}, which is quantized"
+
+
+def _ends_as(pattern: str, tails: Collection[tuple[str, ...]]) -> bool:
+    """Whether a name ends as a module does, in two parts of it or more: in files it may have other parts before."""
+    parts = tuple(pattern.split("."))
+    return any(parts[i:] in tails for i in range(max(1, len(parts) - 1)))
 
 
 def _covered(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:
