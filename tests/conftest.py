@@ -7,6 +7,7 @@ was imported.
 import gc
 import os
 import signal
+import sys
 import threading
 
 import psutil
@@ -23,13 +24,31 @@ def pytest_configure():
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_MANY = 100
+"""Modules that a test may import before they are taken out of garbage collection, too."""
+
+_frozen = 0
+
+
 def pytest_collection_finish():
     """Takes what is imported by now out of garbage collection.
 
     A full collection goes through all of it, in 0.4 s; ModelOpt's search asks for two.
     """
+    _freeze()
+
+
+def pytest_runtest_logfinish():
+    """Takes what a test has imported out as well: ModelOpt and transformers load most of theirs when they are used."""
+    if len(sys.modules) > _frozen + _MANY:
+        _freeze()
+
+
+def _freeze():
+    global _frozen
     gc.collect()
     gc.freeze()
+    _frozen = len(sys.modules)
 
 
 def _stopper(owner):

@@ -200,6 +200,8 @@ def logged(store: str) -> list[str]:
 def imported() -> None:
     """Imports what a run imports."""
     import hydra  # noqa: F401
+    import modelopt.torch.quantization  # noqa: F401
+    import pulp  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import layerbits.figures
