@@ -5,10 +5,10 @@
     python benchmarks/served_damage.py compare WORK --device cuda
     python benchmarks/served_damage.py record WORK --out record.json         # and prints it as a table
 
-`prepare` exports a checkpoint for each layout that is known to load on an H200 (`src/layerbits/data/gpus.json`), or
-lacked only a package. `compare` measures what `serve_check` does, on the same rows. Several processes may do either job
-at once: each takes the checkpoints whose number has its share, `--share 0/4`. A row agrees where the damage as served
-is within 10 % of that of the scheme as scored, or nearer to it than twice the runtime's noise.
+`prepare` exports a checkpoint for each layout that is known to load on an H200 (`src/layerbits/data/gpus.json`).
+`compare` measures what `serve_check` does, on the same rows. Several processes may do either job at once: each takes
+the checkpoints whose number has its share, `--share 0/4`. A row agrees where the damage as served is within 10 % of
+that of the files when PyTorch rounds as the runtime does, or no farther from it than the runtime's noise.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from layerbits.stages.workbench import workbench
 
 sys.path.insert(0, str(ROOT))
 
+from tools.docs.damage import table
 from tools.docs.exportable import exportable
 
 TOP_K, DTYPE = 1000, "bfloat16"
-MARGIN = 0.1
 DAMAGES = ("served_damage", "restored_damage", "rounded_damage", "scored_damage", "scored_damage_whole")
 DISTANCES = ("noise", "rounding_noise", "rounding", "from_restored", "from_weights")
 
@@ -57,11 +57,7 @@ def texts_of(ready: Prepared, tokens: int) -> Texts:
 
 def export_layouts(work: Path, overrides: list[str], device: str, tokens: int, share: tuple[int, int]) -> None:
     """Exports each layout that loads into a folder ``FORMAT--LABEL``, and writes the rows to ask with."""
-    loading = {
-        (row["format"], row["label"])
-        for row in json.loads(DATA.read_text())["layouts"]
-        if row["loads"] or "No module named" in row["words"]
-    }
+    loading = {(row["format"], row["label"]) for row in json.loads(DATA.read_text())["layouts"] if row["loads"]}
     bench = workbench(replace(compose(overrides), device=device))
     wanted = {
         (format, label.algo): row.candidate
@@ -141,26 +137,7 @@ def record(work: Path, out: Path, model: str, machine: str, runtime: str) -> Non
         rows.append(row)
     about = {"date": date.today().isoformat(), "model": model, "machine": machine, "runtime": runtime}
     write_json(out, {**about, "layouts": rows})
-    print(
-        "| layout | kernel | served | restored | rounded | probed | noise | within |\n|---|---|---|---|---|---|---|---|"
-    )
-    for row in rows:
-        name, kernel = f"{row['format']} {row['label']}", ", ".join(row.get("kernels", {}))
-        if "served_damage" not in row:
-            print(f"| {name} | {kernel} | {row.get('words', 'not asked')} | | | | | |")
-            continue
-        cells = (f"{row[key]['kl']:.3g} ± {row[key]['se']:.1g}" for key in ("served_damage", "restored_damage"))
-        rest = (f"{row[key]['kl']:.3g}" for key in ("rounded_damage", "scored_damage_whole", "noise"))
-        print(f"| {name} | {kernel} | {' | '.join((*cells, *rest))} | {within(row)} |")
-
-
-def within(row: dict[str, Any]) -> str:
-    """Whether the damage as served is that of the probe, or what vLLM did instead."""
-    served, probed, noise = (row[key]["kl"] for key in ("served_damage", "scored_damage", "noise"))
-    off = served / probed - 1
-    if abs(off) <= MARGIN:
-        return f"{off:+.1%}"
-    return f"{off:+.1%}, within twice the noise" if abs(served - probed) <= 2 * noise else f"**{off:+.1%}**"
+    print(table({**about, "layouts": rows}))
 
 
 def main() -> None:

@@ -34,6 +34,19 @@ def test_hopper_computes_others_as_written(algo):
     assert kernel(COMPRESSED, algo, HOPPER).computed.state == WRITTEN
 
 
+def test_hopper_rounds_the_scales_of_int4_groups_beside_fp8():
+    found = kernel(COMPRESSED, "INT4_GROUP128-FP8_TOKEN", HOPPER)
+    assert (found.computed.state, found.name) == (OTHERWISE, "CutlassW4A8LinearKernel")
+    assert "scales of the groups to FP8" in found.computed.how
+    assert found.source.endswith("mixed_precision/cutlass.py:93")
+
+
+@pytest.mark.parametrize("algo", ["FP8_TENSOR-A16", "FP8_CHANNEL-A16"])
+def test_fp8_weights_beside_16_bits_have_a_kernel_on_every_generation(algo):
+    answers = [kernel(COMPRESSED, algo, where) for where in GENERATIONS]
+    assert {(one.computed.state, one.name) for one in answers} == {(WRITTEN, "HummingFP8ScaledMMLinearKernel")}
+
+
 def test_blackwell_computes_nvfp4_and_refuses_int8():
     assert kernel(MODELOPT, "NVFP4", BLACKWELL).computed.state == WRITTEN
     assert kernel(COMPRESSED, "INT8_CHANNEL-INT8_TOKEN", BLACKWELL).computed.state == MISSING
@@ -92,6 +105,7 @@ def shipped(pair, overlay="default", fp4="mxfp4"):
         (("wfp4_afp4", "default", "nvfp4"), HOPPER, r"does not .*in 16 bits \(Marlin.*; wfp4_afp16 is computed as"),
         (("wmxfp8_amxfp8",), HOPPER, "does not compute .*; wfp8_afp8 is computed as it is scored"),
         (("wfp4_afp4", "default", "nvfp4"), BLACKWELL, "computes wfp4_afp4 .* as it is scored by Cutlass"),
+        (("wint4_afp8", "a_per_token_dynamic"), HOPPER, "scales of the groups to FP8 .*; wint4_afp16 is computed as"),
         (("wint8_aint8",), BLACKWELL, "has no kernel for it; .*; wint8_afp16 is computed as it is scored"),
         (("wfp4_afp8",), AMPERE, "what vLLM .* is not known: not read from vLLM's source"),
     ],

@@ -15,19 +15,21 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from layerbits.candidates.candidate import Candidate
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
-from layerbits.checkpoint.gpus import GENERATIONS, HOPPER, LEFT, kernel
+from layerbits.checkpoint.gpus import FP8_SCALES, GENERATIONS, HOPPER, LEFT, kernel
 from layerbits.checkpoint.gpus import VERSION as GPU_VERSION
 from layerbits.checkpoint.label import COMPRESSED, FORMATS, MODELOPT, Label
 from layerbits.checkpoint.labels import label_or_reason
 from layerbits.checkpoint.processors import MISSING, NO_KERNEL, UNKNOWN, Figures, Record, computed, records
 from layerbits.checkpoint.runtimes import VERSION, reads, vllm
+from tools.docs.damage import tables
 from tools.docs.exportable import Exportable, candidate_of, deployed_pairs, exportable, variants_of
-from tools.docs.served import Served, read_served
+from tools.docs.served import Answer, Served, read_served
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 _NAMES = {MODELOPT: "ModelOpt", COMPRESSED: "compressed-tensors"}
+_HOW = {LEFT: "activations in 16 bits", FP8_SCALES: "group scales in FP8"}
 
 
 def table() -> str:
@@ -99,7 +101,7 @@ def gpus() -> str:
             if answer.source and answer.source not in notes:
                 notes.append(answer.source)
             mark = f" ({notes.index(answer.source) + 1})" if answer.source else ""
-            how = {LEFT: "activations in 16 bits"}.get(answer.computed.how, answer.computed.state)
+            how = _HOW.get(answer.computed.how, answer.computed.state)
             cells.append(f"{how}{mark}")
         name = hopper.name.removesuffix("LinearKernel") or "–"
         rows.append(f"| `{algo}` | {_NAMES[format]} | {' | '.join(cells)} | {name} |")
@@ -111,8 +113,8 @@ def gpus() -> str:
 
 
 def serving() -> str:
-    """The tables of the page on serving: CPUs, then GPUs."""
-    return f"{processors()}\n### GPUs\n\n{gpus()}"
+    """The tables of the page on serving: CPUs, then GPUs, then the damage on a GPU."""
+    return f"{processors()}\n### GPUs\n\n{gpus()}\n### Damage on a GPU\n\n{tables()}"
 
 
 PAGES: Mapping[str, Callable[[], str]] = {"export.md": table, "serving.md": serving}
@@ -130,8 +132,9 @@ def _section(pair: QuantPair, variant: str, exported: Sequence[Exportable], serv
     """The granularities of a pair that export, and why the default does not where it does not."""
     title = f"**`{pair.name}`**" + (f", `fp4={variant}`" if variant else "")
     rows = [_row(row, label, served) for row in exported for label in row.known]
-    about = ("granularity", "bits", "format", "label", "vLLM's source", f"{served.runtime} on {served.processor}")
-    header = (*about, "served KL", "restored", "scored", "probed")
+    runtimes = (f"{served.runtime} on {served.processor}", f"vllm {GPU_VERSION} on an H200")
+    about = ("granularity", "bits", "format", "label", "vLLM's source", *runtimes)
+    header = (*about, "served KL (CPU)", "restored", "scored", "probed")
     lines = [title, ""]
     if rows:
         lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}", *rows]
@@ -141,8 +144,6 @@ def _section(pair: QuantPair, variant: str, exported: Sequence[Exportable], serv
 def _row(row: Exportable, label: Label, served: Served) -> str:
     answer, damage = served.answer(label), served.measured(label, row.candidate.info.config_hash)
     asked = "not run" if answer is None else str(answer)
-    if answer is not None and not answer.loads and reads(label):
-        asked += "; on a GPU: not run"
     kl = [""] * 4
     if damage is not None:
         kl = [
@@ -150,7 +151,15 @@ def _row(row: Exportable, label: Label, served: Served) -> str:
             *(f"{v:.4f}" for v in (damage.restored, damage.scored, damage.probed)),
         ]
     cells = (f"`{row.granularity}`", f"{row.candidate.info.bits:g}", _NAMES[label.format], f"`{label.algo}`")
-    return f"| {' | '.join((*cells, vllm(label), asked, *kl))} |"
+    return f"| {' | '.join((*cells, vllm(label), asked, _on_h200(label), *kl))} |"
+
+
+def _on_h200(label: Label) -> str:
+    """What the H200 made of a label: its words, or how it computes it."""
+    found = kernel(label.format, label.algo, HOPPER).computed
+    if found.state == MISSING:
+        return str(Answer(False, found.how))
+    return f"loads; {_HOW[found.how]}" if found.how else "loads"
 
 
 def _listed(names: set[str]) -> str:

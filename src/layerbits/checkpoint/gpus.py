@@ -1,9 +1,9 @@
 """What vLLM computes of a label on a generation of NVIDIA GPUs: as written, otherwise, or not at all.
 
 vLLM chooses a kernel by the GPU's compute capability. Where there is no kernel that rounds the activations as the label
-says, it takes one that leaves them in 16 bits, and the model that is served is not the one that was scored. Hopper was
-measured (``benchmarks/layouts_compare.py``, but for twelve kernels whose name is from the source); the others follow
-from vLLM's source, whose file and line is given.
+says, it takes one that leaves them in 16 bits, and the model that is served is not the one that was scored; one kernel
+rounds the scales of the weights. Hopper was measured, kernels and answers (``benchmarks/layouts_compare.py``); the
+others follow from vLLM's source, whose file and line is given.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ TARGETS = {"a100": AMPERE, "a10": AMPERE, "l4": ADA, "l40s": ADA, "h100": HOPPER
 """Names of GPUs, and their generation."""
 
 LEFT = "vLLM leaves the activations in 16 bits"
+FP8_SCALES = "vLLM rounds the scales of the groups to FP8"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Kernel:
 _LINEAR = "vllm/model_executor/kernels/linear"
 _SCHEMES = "vllm/model_executor/layers/quantization"
 _FP8 = ("FP8_TENSOR-FP8_*", "FP8_CHANNEL-FP8_*")
+_OTHER_WEIGHTS = {"CutlassW4A8LinearKernel": (FP8_SCALES, f"{_LINEAR}/mixed_precision/cutlass.py:93")}
+"""Kernels that change the weights when they are loaded: how, and where."""
+
 _BY_SOURCE: tuple[tuple[tuple[str, ...], Mapping[str, tuple[str, str, str]]], ...] = (
     (
         ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"),
@@ -59,10 +63,20 @@ _BY_SOURCE: tuple[tuple[tuple[str, ...], Mapping[str, tuple[str, str, str]]], ..
     (
         _FP8,
         {
-            AMPERE: (LEFT, "MarlinFP8ScaledMMLinearKernel", f"{_SCHEMES}/compressed_tensors/compressed_tensors.py:835"),
+            AMPERE: (
+                LEFT,
+                "HummingFP8ScaledMMLinearKernel",
+                f"{_SCHEMES}/compressed_tensors/compressed_tensors.py:835",
+            ),
             ADA: (WRITTEN, "CutlassFP8ScaledMMLinearKernel", f"{_LINEAR}/scaled_mm/cutlass.py:164"),
             BLACKWELL: (WRITTEN, "CutlassFP8ScaledMMLinearKernel", f"{_LINEAR}/scaled_mm/cutlass.py:164"),
         },
+    ),
+    (
+        ("FP8_TENSOR-A16", "FP8_CHANNEL-A16"),
+        dict.fromkeys(
+            (AMPERE, ADA, BLACKWELL), (WRITTEN, "HummingFP8ScaledMMLinearKernel", f"{_LINEAR}/__init__.py:381")
+        ),
     ),
     (
         ("INT8_CHANNEL-INT8_*", "INT8_TENSOR-INT8_*"),
@@ -166,9 +180,11 @@ def _measured() -> dict[tuple[str, str], Kernel]:
     for row in record["layouts"]:
         if row["loads"]:
             how = Computed(WRITTEN) if row["computed"] == WRITTEN else Computed(OTHERWISE, LEFT)
-            name = ", ".join(row["kernels"])
+            name, known = ", ".join(row["kernels"]), source
+            if name in _OTHER_WEIGHTS:
+                other, where = _OTHER_WEIGHTS[name]
+                how, known = Computed(OTHERWISE, other), f"{source}, and {where}"
         else:
-            how, name = Computed(MISSING, row["words"]), ""
-        known = f"{source}, the kernel's name from vLLM's source" if "kernel_by" in row else source
+            how, name, known = Computed(MISSING, row["words"]), "", source
         kernels[row["format"], row["label"]] = Kernel(how, name, known)
     return kernels
