@@ -2,6 +2,7 @@
 
     python benchmarks/images.py --model QWEN2_5_FOLDER --out benchmarks/results/DATE-images-GPU.json
     python benchmarks/images.py --out benchmarks/results/DATE-images-GPU.json --draw docs/figures/images.png
+    python benchmarks/images.py --model QWEN2_5_FOLDER --out RECORD.json --device cpu --ranges
 
 The model is Qwen2.5-VL's architecture with the weights of a trained Qwen2.5 (its language part is a Qwen2) and a small
 vision tower of random weights. The tower's last linear is set so that its outputs have, feature by feature, the mean
@@ -11,7 +12,8 @@ of what the pictures show: they are noise of a known size in front of words.
 For each scale, one pass per calibration (captions, pictures, both, as many samples each) scores all pairs. Measured on
 held-out pictures and captions: the KL divergence of every linear quantized, and of the half of the weights that the
 pass ranks as least sensitive. Also how ranks move, what share of a score image positions have, and what a range of
-words would clip. The record is written after every scale.
+words would clip. The record is written after every scale. ``--ranges`` runs no pass: it compares what
+enters the linears for captions and for chats about pictures, at image tokens and at the words of the chats.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ from layerbits.schemes import Scheme  # noqa: E402
 from layerbits.scoring import onepass  # noqa: E402
 from layerbits.scoring.features import kept_features, picture_inputs  # noqa: E402
 from layerbits.scoring.job import Scores, ScoringJob  # noqa: E402
+from layerbits.scoring.steps import calibration_forward  # noqa: E402
 
 PAIRS = ("wfp8_afp8", "wint8_aint8", "wfp4_afp4")
 CALIBRATIONS = ("text", "pictures", "both")
@@ -246,6 +249,49 @@ def clipping(scores: Scores) -> dict[str, Any]:
     }
 
 
+def beyond_captions(model: Any, names: Sequence[str], data: Data) -> dict[str, Any]:
+    """What ranges of captions clip of chats about pictures, at image tokens and at words, over all linears.
+
+    Returns:
+        For each: linears with more than 1% of the tokens clipped and with any, mean share, and quantiles of
+        the largest magnitude over that of captions; for words also how many of the clipped are a row's first token.
+    """
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+    def see(name: str) -> Any:
+        return lambda _module, args: seen[name].append(args[0].detach().abs().amax(-1).flatten().float().cpu())
+
+    def largest(batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+        for batch in batches:
+            calibration_forward(model, batch, False)
+        made = {name: torch.cat(parts) for name, parts in seen.items()}
+        for parts in seen.values():
+            parts.clear()
+        return made
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in names]
+    with torch.no_grad():
+        captions, chats = (largest(data.calibrations[name]) for name in ("text", "pictures"))
+    for handle in handles:
+        handle.remove()
+    segments = [s for batch in data.calibrations["pictures"] for s in batch.segments]
+    images = torch.cat([s.image_tokens.flatten() for s in segments])
+    first = torch.cat([(torch.arange(s.input_ids.shape[1]) == 0).expand_as(s.input_ids).flatten() for s in segments])
+    told: dict[str, Any] = {"linears": len(names)}
+    for what, at in (("images", images), ("words", ~images), ("words_but_first", ~images & ~first)):
+        shares = np.array([float((chats[n][at] > captions[n].max()).float().mean()) for n in names])
+        ratios = np.array([float(chats[n][at].max() / captions[n].max()) for n in names])
+        told[what] = {
+            "tokens": int(at.sum()),
+            "linears_clipped": int((shares > 0).sum()),
+            "linears_above_1_percent": int((shares > 0.01).sum()),
+            "mean_share": float(shares.mean()),
+            "ratio_10_50_90_100_percent": [float(q) for q in np.quantile(ratios, (0.1, 0.5, 0.9, 1.0))],
+            "largest": [{"linear": names[i], "ratio": float(ratios[i])} for i in np.argsort(-ratios)[:6]],
+        }
+    return told
+
+
 def image_shares(scores: Scores, rows: Sequence[Batch], names: Sequence[str]) -> dict[str, Any]:
     """Share of image positions in the summed predicted KL, and by block."""
     assert scores.sample_kl is not None
@@ -346,6 +392,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=32, help="pictures, and twice as many captions")
     parser.add_argument("--scales", default="1,4,16")
     parser.add_argument("--pairs", default=",".join(PAIRS))
+    parser.add_argument("--ranges", action="store_true", help="compare what enters the linears alone: no pass, no KL")
     arguments = parser.parse_args()
     if arguments.draw:
         record = json.loads(arguments.out.read_text())
@@ -375,6 +422,12 @@ def main() -> None:
     for scale in (float(s) for s in arguments.scales.split(",")):
         start = time.perf_counter()
         told: dict[str, Any] = {"tower": tower.scale(scale)}
+        if arguments.ranges:
+            told |= beyond_captions(model, [n for n in loaded.linears if n != "lm_head"], data)
+            record["scales"][f"{scale:g}"] = told
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+            print(scale, json.dumps(told, indent=1), flush=True)
+            continue
         passes = {name: scored(loaded, made, rows, arguments.device) for name, rows in data.calibrations.items()}
         told["loss_per_token"] = {name: scores.loss_per_token for name, scores in passes.items()}
         told["image_share"] = {n: image_shares(passes[n], data.calibrations[n], list(made)) for n in CALIBRATIONS[1:]}
