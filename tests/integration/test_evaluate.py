@@ -99,6 +99,7 @@ def test_the_run_says_what_was_asked_and_of_what(run):
     assert data.tags["outcome"] == "ok"
     assert data.params["eff.tasks"] == "cloze,colours"
     assert data.params["eff.limit"] == "16"
+    assert data.params["eff.batch_size"] == "16"  # eval_batch_size=auto, with room for all
     assert data.params["eff.harness"] == "0.4.13"
     assert "exact McNemar" in data.tags["mlflow.note.content"]
     assert "cloze: 16 documents, which show a loss of" in run["text"]

@@ -14,6 +14,7 @@ REFUSED = [  # command, what is typed, a part of the refusal
     ("costs", ["run_id=abc", "vllm.python=/none"], "vllm.python=/none is no file"),
     ("evaluate", [], NO_RUN),
     ("evaluate", ["run_id=abc", "rows=x"], "rows=x is not a whole number"),
+    ("evaluate", ["run_id=abc", "eval_batch_size=many"], "eval_batch_size=many is not a whole number"),
     ("evaluate", ["run_id=abc", "device=tpu"], "device=tpu is not known"),
     ("evaluate", ["run_id=abc", "task_path=/none"], "task_path=/none is no folder"),
     ("evaluate", ["run_id=abc", "scheme_files=/none.json"], ONE_OF_TWO),

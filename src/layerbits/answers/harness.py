@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
@@ -32,13 +33,26 @@ _SHOWN = 1000
 """Characters kept of a prompt (its end) and of an answer."""
 _EMPTY = "task {} has no documents; give it data, or leave it out"
 _SEED = 1234
-_TOGETHER = 4
+TOGETHER = 4
 """Generated answers a forward, per request of a forward."""
 
 
 def own_tasks() -> list[str]:
     """Names of the tasks that come with LayerBits."""
     return sorted(path.stem for path in OWN.glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the longest requests, each with its answer.
+
+    Attributes:
+        chosen: Of tasks whose answers are chosen by their likelihood; 0 without such a task.
+        written: Of tasks whose answers are generated, as long as they may be; 0 without such a task.
+    """
+
+    chosen: int
+    written: int
 
 
 class Harness:
@@ -72,7 +86,9 @@ class Harness:
         return {name: str(getattr(task, "VERSION", "")) for name, task in self.tasks.items()}
 
     def wrap(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> LM:
-        """A loaded model as the harness takes it.
+        """A loaded model as the harness takes it, one request a forward where the settings leave that open.
+
+        ``batch_size_per_gpu`` of what is returned may be set.
 
         Raises:
             UserError: It has no chat template, where one is asked for.
@@ -82,13 +98,15 @@ class Harness:
         if self._settings.chat_template and not getattr(tokenizer, "chat_template", None):
             raise UserError("chat_template=true, but the model's tokenizer has no chat template; set it to false")
 
-        size = self._settings.batch_size
         with _quiet():
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=size)
+            lm = HFLM(
+                pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=self._settings.batch_size or 1
+            )
         generate = lm.generate_until
 
         def generate_together(requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-            lm.batch_size_per_gpu = _TOGETHER * size
+            size = lm.batch_size_per_gpu
+            lm.batch_size_per_gpu = TOGETHER * size
             try:
                 return list(generate(requests, disable_tqdm))
             finally:
@@ -97,13 +115,16 @@ class Harness:
         lm.generate_until = generate_together  # answers hold the logits of one token each, not of the whole prompt
         return lm
 
-    def check_lengths(self, lm: LM) -> None:
+    def check_lengths(self, lm: LM) -> Lengths:
         """Checks that every prompt with its answer fits the model, which would cut it silently.
 
+        Returns:
+            Tokens of the longest.
+
         Raises:
-            UserError: One does not.
+            UserError: One does not fit.
         """
-        most = lm.max_length
+        most, chosen, written = lm.max_length, 0, 0
         for name, task in self.tasks.items():
             self.build(task, lm)
             room = 0
@@ -116,6 +137,11 @@ class Harness:
                     f"task {name} has a prompt of {longest} tokens with its answer, and the model takes {most}; "
                     "use fewer examples (num_fewshot), or leave the task out"
                 )
+            if room:
+                written = max(written, longest)
+            else:
+                chosen = max(chosen, longest)
+        return Lengths(chosen, written)
 
     def answers(self, lm: LM) -> dict[str, TaskAnswers]:
         """Puts all tasks to a model, as :meth:`each` does."""

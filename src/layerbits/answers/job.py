@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,15 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from layerbits.answers.predicted import PredictedChanges
+    from layerbits.inputs.calibration import Batch
     from layerbits.probing.apply import Ranges
     from layerbits.probing.loading import Prepared
     from layerbits.probing.measured import ProbeResult
     from layerbits.results.result import ModelInfo
     from layerbits.schemes import Scheme
-
-
-_LONG = 512
-"""Tokens of a request, for the estimate of memory."""
 
 
 def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, device: str, root: Path) -> Evaluation:
@@ -50,15 +47,17 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
 
     Raises:
         UserError: The harness is not installed, a task cannot be put, or there are too few documents to see anything;
-            all before the weights are loaded. Or as :func:`layerbits.probing.loading.prepare_together`.
+            all before the weights are loaded. Or there is too little memory; before anything is measured. Or as
+            :func:`layerbits.probing.loading.prepare_together`.
     """
+    from layerbits.answers.batch import plan_batch
     from layerbits.probing.apply import apply_scheme, find_ranges
     from layerbits.probing.loading import prepare_together
     from layerbits.probing.probe import weights_fit
     from layerbits.progress import progress
     from layerbits.provenance import provenance
     from layerbits.scoring.assigned import Made
-    from layerbits.scoring.precision import computing, plan_precision
+    from layerbits.scoring.precision import computing
 
     clock = time.perf_counter
     start = clock()
@@ -67,7 +66,11 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     check_documents(harness.documents, len({s.digest for s in schemes}) + (settings.endpoint is not None))
     loaded = prepared.load(device, whole=True)
     lm = harness.wrap(loaded.model, loaded.tokenizer)
-    harness.check_lengths(lm)
+    lengths = harness.check_lengths(lm)
+    size, precision = plan_batch(loaded.model, lengths, settings.tasks.batch_size, settings.dtype)
+    lm.batch_size_per_gpu = size
+    tasks = replace(settings.tasks, batch_size=size)
+    rows = _rows(prepared, loaded.model, settings) if settings.rows else ()
     remote = None
     if settings.endpoint is not None:
         remote = served(settings.endpoint, settings.endpoint_model, prepared.resolved.source, lm.max_length)
@@ -75,11 +78,10 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
     seconds = {"load": clock() - start}
 
     start = clock()
-    probe = _probe(prepared, loaded.model, loaded.info, schemes, settings) if settings.rows else None
+    probe = _probe(prepared, loaded.model, loaded.info, schemes, rows, settings.dtype) if rows else None
     seconds["probe"] = clock() - start
     ranges = find_ranges(loaded.model, schemes, prepared.calibration)
-    precision = plan_precision(loaded.model, settings.tasks.batch_size * _LONG, settings.dtype)
-    kept = _Kept(_key(loaded.info, precision.dtype, harness, settings.tasks))
+    kept = _Kept(_key(loaded.info, precision.dtype, harness, tasks))
     with computing(loaded.model, precision):
         start = clock()
         unquantized, _ = kept.answers("unquantized", harness.tasks, lambda tasks: harness.each(lm, tasks))
@@ -131,7 +133,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
         floor_kl=math.nan if probe is None else probe.floor.kl,
         margin=settings.margin,
         layers=_layers(predicted, schemes),
-        settings={**_settings_record(settings, harness, prepared), "dtype": precision.dtype},
+        settings={**_settings_record(replace(settings, tasks=tasks), harness, prepared), "dtype": precision.dtype},
         seconds=seconds,
         provenance=provenance(root),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -199,18 +201,34 @@ def check_same_prompts(before: Mapping[str, TaskAnswers], after: Mapping[str, Ta
             raise UserError(f"task {task} put other prompts to {name}: its prompts are drawn anew; use another task")
 
 
+def _rows(prepared: Prepared, model: PreTrainedModel, settings: EvaluateSettings) -> tuple[Batch, ...]:
+    """Held-out rows for the KL divergence, of which it is known that they fit in memory."""
+    from layerbits.probing.probe import held_out_rows
+    from layerbits.scoring.precision import plan_precision
+
+    packing, seq_len, _ = prepared.scheme.calibration.row_shape
+    held_out, rows = held_out_captions(prepared.captions.held_out), settings.rows
+    batches = held_out_rows(held_out, prepared.tokenizer, packing, seq_len, rows, rows)
+    tokens = max(s.input_ids.numel() for b in batches for s in b.segments)
+    plan_precision(model, tokens, settings.dtype, "use fewer rows (rows; 0 leaves the KL out), or dtype=model")
+    return batches
+
+
 def _probe(
-    prepared: Prepared, model: PreTrainedModel, info: ModelInfo, schemes: Sequence[Scheme], settings: EvaluateSettings
+    prepared: Prepared,
+    model: PreTrainedModel,
+    info: ModelInfo,
+    schemes: Sequence[Scheme],
+    batches: Sequence[Batch],
+    dtype: str,
 ) -> ProbeResult:
     from layerbits.probing.measured import Rows
-    from layerbits.probing.probe import held_out_rows, probe
+    from layerbits.probing.probe import probe
 
     data = prepared.scheme.calibration
     packing, seq_len, _ = data.row_shape
-    held_out, rows = held_out_captions(prepared.captions.held_out), settings.rows
-    batches = held_out_rows(held_out, prepared.tokenizer, packing, seq_len, rows, rows)
     what = Rows(data.dataset, packing, seq_len, sum(b.rows for b in batches), tokens=0)
-    return probe(model, info, schemes, prepared.calibration, batches, what, dtype=settings.dtype)
+    return probe(model, info, schemes, prepared.calibration, batches, what, dtype=dtype)
 
 
 class _Kept:

@@ -25,7 +25,7 @@ class TaskSettings:
         limit: Documents of each task, from the first on; ``None`` = all.
         num_fewshot: Examples in the prompt; ``None`` = as the task says.
         chat_template: Whether prompts go through the tokenizer's chat template.
-        batch_size: Requests a forward.
+        batch_size: Requests a forward; ``None`` = as many as there is memory for, at most 16.
     """
 
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class TaskSettings:
     limit: int | None = None
     num_fewshot: int | None = None
     chat_template: bool = False
-    batch_size: int = 16
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def evaluate_settings(config: Composed) -> EvaluateSettings:
         limit=_at_least(1, "limit", config["limit"]),
         num_fewshot=_at_least(0, "num_fewshot", config["num_fewshot"]),
         chat_template=_flag("chat_template", config["chat_template"]),
-        batch_size=_at_least(1, "eval_batch_size", config["eval_batch_size"]) or 1,
+        batch_size=_batch(config["eval_batch_size"]),
     )
     settings = EvaluateSettings(
         tasks=tasks,
@@ -111,6 +111,10 @@ def _at_least(least: int, key: str, value: object) -> int | None:
     if number < least:
         raise UserError(f"{key}={value} is too small; use {least} or more")
     return number
+
+
+def _batch(value: object) -> int | None:
+    return None if value == "auto" else _at_least(1, "eval_batch_size", value)
 
 
 def _text(value: object) -> str | None:

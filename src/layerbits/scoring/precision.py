@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from layerbits.errors import Unsupported, UserError
-from layerbits.inputs.models import language_model_linears
+from layerbits.inputs.models import language_model_linears, output_head
 from layerbits.inputs.offload import SLOTS, offloaded, parts_of
 from layerbits.inputs.residence import OWN_DTYPE
 from layerbits.scoring.memory import HEADROOM, LOGIT, free_bytes
@@ -27,7 +27,8 @@ from layerbits.scoring.steps import LOGITS_AT_ONCE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TILES = 1 << 14  # tokens that a suffix pass runs together (layerbits.scoring.suffix)
+_TILES = {"cuda": 1 << 14}  # tokens that a suffix pass runs together (layerbits.scoring.suffix), where that is much
+_REMEDY = "use fewer rows at once (batch_size), weights in host memory (autoquant.memory=offload), or dtype=model"
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,41 @@ class Precision:
     free_gb: float
 
     @property
+    def fits(self) -> bool:
+        """Whether the estimate leaves some of the free memory for the allocator and the kernels."""
+        return self.estimate_gb <= HEADROOM * self.free_gb
+
+    @property
     def words(self) -> str:
         """In a few words, for a report."""
         how = ", block by block" if self.by_block else ""
         return f"{self.dtype}{how} (about {self.estimate_gb:.1f} GB, {self.free_gb:.1f} GB free)"
 
 
-def plan_precision(model: PreTrainedModel, tokens: int, wanted: str) -> Precision:
-    """Chooses what a model is measured in.
+def plan_precision(model: PreTrainedModel, tokens: int, wanted: str, remedy: str = _REMEDY) -> Precision:
+    """Chooses what a model is measured in on rows.
 
     Args:
         model: The loaded model.
         tokens: Tokens of the largest segment.
         wanted: One of :data:`layerbits.scoring.settings.DTYPES`; ``auto`` is float32, of the whole model where that
             fits, else block by block.
+        remedy: What a refusal says is to be done.
+
+    Raises:
+        UserError: float32 does not fit.
+    """
+    return plan_work(model, lambda itemsize: _work(model, tokens, itemsize), wanted, remedy)
+
+
+def plan_work(model: PreTrainedModel, work: Callable[[int], float], wanted: str, remedy: str) -> Precision:
+    """Chooses what a model is measured in, for any work.
+
+    Args:
+        model: The loaded model.
+        work: Bytes of an activation → bytes that measuring takes beside the weights.
+        wanted: As of :func:`plan_precision`.
+        remedy: What a refusal says is to be done.
 
     Raises:
         UserError: float32 does not fit.
@@ -74,24 +96,24 @@ def plan_precision(model: PreTrainedModel, tokens: int, wanted: str) -> Precisio
     resident, whole, by_block = _weights(model)
     free = resident + sum(free_bytes(device) for device in devices)
     narrow = wanted != "model" and bool(_narrow(model.parameters()))
-    work = _work(model, tokens, 4 if narrow else own.itemsize)
+    beside = work(4 if narrow else own.itemsize)
 
     def planned(dtype: torch.dtype, block: bool, weights: float) -> Precision:
         name = str(dtype).removeprefix("torch.")
-        return Precision(name, narrow, block, (weights + work) / 1e9, free / 1e9)
+        return Precision(name, narrow, block, (weights + beside) / 1e9, free / 1e9)
 
     if not narrow:
         return planned(own, False, resident)
-    fits = [weights is not None and weights + work <= HEADROOM * free for weights in (whole, by_block)]
+    fits = [weights is not None and weights + beside <= HEADROOM * free for weights in (whole, by_block)]
     if fits[0] and whole is not None:
         return planned(torch.float32, False, whole)
     if fits[1] and by_block is not None and (wanted == "auto" or streaming is not None):
         return planned(torch.float32, True, by_block)
-    takes = [f"{(w + work) / 1e9:.1f} GB" for w in (whole, by_block) if w is not None]
+    takes = [f"{(w + beside) / 1e9:.1f} GB" for w in (whole, by_block) if w is not None]
     blocks = " (block by block dtype=auto)" if fits[1] else ""
     raise UserError(
         f"measuring in float32 takes {' or, block by block, '.join(takes)} and {free / 1e9:.1f} GB are free{blocks}; "
-        "use fewer rows at once (batch_size), weights in host memory (autoquant.memory=offload), or dtype=model"
+        f"{remedy}"
     )
 
 
@@ -193,12 +215,20 @@ def _weights(model: PreTrainedModel) -> tuple[float, float | None, float | None]
 
 
 def _work(model: PreTrainedModel, tokens: int, size: int) -> float:
-    """Bytes of the kept block inputs, of one piece of logits, and of the widest linear with its tiles."""
+    """Bytes of the kept block inputs, of one piece of logits, and of the widest linear with its tiles.
+
+    The output head is never run on several tiles at once.
+    """
     width = model.get_input_embeddings().weight.shape[1]
     vocabulary = model.get_output_embeddings().weight.shape[0]
     blocks = max(1, getattr(model.config.get_text_config(), "num_hidden_layers", 1))
     device = model.get_input_embeddings().weight.device
-    together = max(tokens, _TILES if device.type == "cuda" else 0)
-    widest = max(sum(shape) for shapes in language_model_linears(model).values() for shape in shapes)
+    together = max(tokens, _TILES.get(device.type, 0))
+    head = output_head(model)
+    widest = max(
+        (tokens if name == head else together) * sum(shape)
+        for name, shapes in language_model_linears(model).items()
+        for shape in shapes
+    )
     kept = (blocks + 1) * tokens * width * size
-    return float(kept + min(tokens * vocabulary, LOGITS_AT_ONCE) * LOGIT + 4 * together * widest * size)
+    return float(kept + min(tokens * vocabulary, LOGITS_AT_ONCE) * LOGIT + 4 * widest * size)
