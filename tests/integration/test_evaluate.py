@@ -69,7 +69,15 @@ def run(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (made,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'evaluation'")
-    return {"folder": folder, "store": store, "source": source_run, "run": made, "text": done.stdout, "client": client}
+    return {
+        "folder": folder,
+        "store": store,
+        "source": source_run,
+        "run": made,
+        "text": done.stdout,
+        "log": done.stderr,
+        "client": client,
+    }
 
 
 def test_both_tasks_are_put_to_both_schemes(run):
@@ -103,6 +111,13 @@ def test_the_run_says_what_was_asked_and_of_what(run):
     assert data.params["eff.harness"] == "0.4.13"
     assert "exact McNemar" in data.tags["mlflow.note.content"]
     assert "cloze: 16 documents, which show a loss of" in run["text"]
+
+
+def test_a_log_file_has_no_bars_of_the_harness(run):
+    assert "evaluating: 100%" in run["log"]
+    assert "requests:" not in run["log"]
+    assert "Tokenizing" not in run["log"]
+    assert "\x1b" not in run["log"]
 
 
 def test_the_documents_are_tables_of_the_run(run, monkeypatch):

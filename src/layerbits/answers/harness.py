@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +35,8 @@ _SHOWN = 1000
 """Characters kept of a prompt (its end) and of an answer."""
 _EMPTY = "task {} has no documents; give it data, or leave it out"
 _SEED = 1234
+_DRAWING = ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface")
+"""Modules with a bar of their own inside ours, which fills a log file with thousands of steps and escape sequences."""
 TOGETHER = 4
 """Generated answers a forward, per request of a forward."""
 
@@ -319,11 +323,20 @@ def _cut(task: Task, samples: Sequence[JsonMapping], lm: LM) -> int:
     return sum(len(t) >= most for t in tokens)
 
 
+def _without_bar(bar: Callable[..., object], *items: object, **how: object) -> object:
+    """What a bar makes, never drawn."""
+    return bar(*items, **{**how, "disable": True})
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what the harness and the dataset library tell of their work off the terminal."""
+    """Keeps what the harness and the dataset library tell of their work off the terminal, and bars out of log files."""
     names = ("lm_eval", "datasets", "evaluate", "transformers")
     before = {name: logging.getLogger(name).level for name in names}
+    drawing = [] if sys.stderr.isatty() else [sys.modules[name] for name in _DRAWING if name in sys.modules]
+    bars = [vars(module)["tqdm"] for module in drawing]
+    for module, bar in zip(drawing, bars, strict=True):
+        vars(module)["tqdm"] = partial(_without_bar, bar)
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -332,3 +345,5 @@ def _quiet() -> Iterator[None]:
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+        for module, bar in zip(drawing, bars, strict=True):
+            vars(module)["tqdm"] = bar

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from layerbits.scoring.patches import Forward
 
 _DOCUMENTS = {"cpu": 2, "cuda": 8}
-"""Documents a forward, with all of their choices."""
+"""Documents a forward, with all of their choices; at most half as many as there are requests a forward otherwise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ def predict_changes(lm: LM, task: Task, schemes: Sequence[Scheme], ranges: Range
     totals = {
         (owner[name], config): np.zeros(len(documents)) for name, configs in forwards.items() for config in configs
     }
-    size = _DOCUMENTS[model.device.type]
+    size = max(1, min(_DOCUMENTS[model.device.type], lm.batch_size_per_gpu // 2))
     with _Tap(model, forwards) as tap:
         for start in range(0, len(documents), size):
             for (name, config), values in tap.changes(documents[start : start + size]).items():
