@@ -18,8 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from layerbits.figures.style import BLUE, VERMILLION, key, legend_below, save_png
 from layerbits.tracking.store import open_store
+from tools.docs.damage import RECORDS, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -87,6 +90,39 @@ def serving(path: Path) -> None:
     save_png(figure, path)
 
 
+def served(path: Path) -> None:
+    """Draws the damage of two trained models in each layout as an H200 serves it against that of the files."""
+    rows = [row for file in RECORDS.glob("*-served-damage-*") for row in json.loads(file.read_text())["layouts"]]
+    rows = [row for row in rows if "served_damage" in row]
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    looks = {"loads": (BLUE, "o"), "diverges": ("black", "s"), "activations in 16 bits": (VERMILLION, "x")}
+    for row in rows:
+        color, marker = looks[verdict(row).split(" (")[0]]
+        axes.plot(row["rounded_damage"]["kl"], row["served_damage"]["kl"], marker, color=color)
+    axes.set(xscale="log", yscale="log", title="Two models in each layout in vLLM 0.26.0 on an H200")
+    axes.set(xlabel="KL of the files, both rounded (nats per token)", ylabel="KL as served (nats per token)")
+    _diagonal(axes)
+    legend_below(figure, [key(name, color=c, marker=m, linestyle="") for name, (c, m) in looks.items()])
+    save_png(figure, path)
+
+
+def budgets(path: Path) -> None:
+    """Draws the decode step of schemes by milliseconds and by bits against their predicted KL."""
+    record = json.loads((RESULTS / "2026-11-30-budget-ms-qwen3-vl-4b-h200.json").read_text())
+    rows = [row for row in record["rows"] if row["step"] == "decode:1"]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    looks = {"effective_bits": ("kl", "ms", VERMILLION), "budget_ms": ("kl_by_budget", "ms_by_budget", BLUE)}
+    for kl, ms, color in looks.values():
+        axes.plot([row[ms] for row in rows], [row[kl] for row in rows], "o-", color=color, markersize=4)
+    axes.set(yscale="log", title="Qwen3-VL-4B shape with random weights, costs of an H200")
+    axes.set(xlabel="decode step of one request (ms)", ylabel="predicted KL (nats per token)")
+    axes.grid(alpha=0.3)
+    legend_below(figure, [key(name, color=color, marker="o") for name, (_, _, color) in looks.items()])
+    save_png(figure, path)
+
+
 def answers(path: Path) -> None:
     """Draws accuracy differences of two pairs on an H200 against the schemes' KL, a panel per model and task."""
     rows = json.loads((RESULTS / "2026-11-30-answers-h200.json").read_text())["rows"]
@@ -134,6 +170,8 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "validation": partial(from_run, "validation", "figures/validation.png", _of("validate")),
     "cost": cost,
     "serving": serving,
+    "served": served,
+    "budgets": budgets,
     "answers": answers,
 }
 """Each picture, and what writes it."""
