@@ -217,6 +217,19 @@ def test_the_table_has_a_row_per_scheme_the_floor_and_the_verdicts():
         assert start in text
 
 
+def test_a_probe_of_one_caption_says_that_it_decides_nothing():
+    several = made(SCHEMES)
+    one = replace(
+        several,
+        caption_tokens=(400,),
+        schemes=tuple(replace(s, caption_kl=(sum(s.caption_kl),)) for s in several.schemes),
+    )
+    assert "Of 2 expected differences (below): 0 confirmed, 0 contradicted, 2 undecided." in markdown(one)
+    assert "400 tokens of 1 caption counted" in markdown(one)
+    assert "one has none, so no difference can be decided: give more texts" in markdown(one)
+    assert "one has none" not in markdown(several)
+
+
 def test_a_scheme_below_the_floor_is_named():
     assert "Not above the noise floor: tiny." in markdown(made([("tiny", 15.0, 1e-10, None), *SCHEMES]))
 

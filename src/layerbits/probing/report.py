@@ -33,10 +33,12 @@ def markdown(result: ProbeResult) -> str:
         "dtype=float32 tells more."
     )
     measured = "" if result.dtype in ("", result.model.dtype) else f", measured in {result.dtype}"
+    single = len(result.caption_tokens) == 1
+    alone = "; one has none, so no difference can be decided: give more texts, one a line" if single else ""
     lines = [
         *([rounding] if result.dtype not in ("", "float32") else []),
         f"{result.model.name} ({result.model.dtype}{measured}), {d.rows} held-out rows of {d.dataset} "
-        f"({d.packing}, {d.seq_len} tokens), {d.tokens:,} tokens of {len(result.caption_tokens)} captions counted",
+        f"({d.packing}, {d.seq_len} tokens), {d.tokens:,} tokens of {len(result.caption_tokens)} caption{'' if single else 's'} counted",
         *([f"Of {len(comparisons)} expected differences (below): {counts}."] if comparisons else []),
         "",
         "| scheme | bits | perplexity | KL (nats/token) | ± SE | p99 KL | predicted KL | measured / predicted | "
@@ -50,7 +52,7 @@ def markdown(result: ProbeResult) -> str:
         f"| unquantized | 16 | {result.reference_perplexity:.4f} | | | | | | | | |",
         f"| noise floor | 16 | {result.floor.perplexity:.4f} | {_kl(result.floor)} | | | {_logits(result.floor)} |",
         "",
-        f"Noise floor: {result.floor_kind}. Standard errors (SE) are over the captions.",
+        f"Noise floor: {result.floor_kind}. Standard errors (SE) are over the captions{alone}.",
         *(f"KV cache {name}: {', '.join(those)}." for name, those in _caches(result).items()),
     ]
     lines += [*_sliced(result), *_by_modality(result)]
