@@ -1,6 +1,7 @@
 """Wrong input of every command is refused in its own words before torch, and before a store is opened."""
 
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ REFUSED = [  # command, what is typed, a part of the refusal
     ("verify", ["run_id=abc", "device=tpu"], "device=tpu is not known"),
 ]
 READ = [  # without tracking: what is named is looked for, and nothing else is done
-    ("costs", ["run_id=/none"], "no manifest at /none"),
+    ("costs", ["run_id=/none", "vllm.python=FAKE"], "no manifest at /none"),
     ("evaluate", ["run_id=/none"], "no manifest at /none"),
     ("export", ["run_id=/none"], "no manifest at /none"),
     ("grid", ["dataset_sizes=x"], "dataset.size=x is not known"),
@@ -114,5 +115,9 @@ def test_wrong_values_are_refused_before_torch_and_the_store(python, tmp_path):
     check(python, ["torch", "transformers", "modelopt", "mlflow", "scipy"], REFUSED, no_store)
 
 
-def test_what_is_missing_is_refused_before_torch(python):
-    check(python, ["torch", "transformers", "modelopt", "mlflow"], READ, "tracking=none")
+def test_what_is_missing_is_refused_before_torch(python, tmp_path):
+    vllm = tmp_path / "python"
+    vllm.write_text(f'#!/bin/sh\nPYTHONPATH={Path(__file__).parent / "fake_vllm"} exec {sys.executable} "$@"\n')
+    vllm.chmod(0o755)
+    cases = [(config, [one.replace("FAKE", str(vllm)) for one in given], words) for config, given, words in READ]
+    check(python, ["torch", "transformers", "modelopt", "mlflow"], cases, "tracking=none")

@@ -34,11 +34,12 @@ def markdown(result: ProbeResult) -> str:
     )
     measured = "" if result.dtype in ("", result.model.dtype) else f", measured in {result.dtype}"
     single = len(result.caption_tokens) == 1
+    captions = "1 caption" if single else f"{len(result.caption_tokens)} captions"
     alone = "; one has none, so no difference can be decided: give more texts, one a line" if single else ""
     lines = [
         *([rounding] if result.dtype not in ("", "float32") else []),
         f"{result.model.name} ({result.model.dtype}{measured}), {d.rows} held-out rows of {d.dataset} "
-        f"({d.packing}, {d.seq_len} tokens), {d.tokens:,} tokens of {len(result.caption_tokens)} caption{'' if single else 's'} counted",
+        f"({d.packing}, {d.seq_len} tokens), {d.tokens:,} tokens of {captions} counted",
         *([f"Of {len(comparisons)} expected differences (below): {counts}."] if comparisons else []),
         "",
         "| scheme | bits | perplexity | KL (nats/token) | ± SE | p99 KL | predicted KL | measured / predicted | "
