@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from layerbits.checkpoint import compressed, reader
+from layerbits.checkpoint.compare import is_near
 from layerbits.checkpoint.dequantize import check_parts, dequantize, quantize_input
 from layerbits.checkpoint.modelopt import LABELS
 from layerbits.checkpoint.reader import open_checkpoint
@@ -166,3 +167,16 @@ def test_inputs_are_rounded_as_modelopt_does_bit_for_bit(label, dtype):
         stored = label.input_scale.stored(torch.tensor(7.0))  # some inputs lie beyond the range
         quantizer.amax = label.input_scale.range(stored)
     assert torch.equal(quantize_input(x, label, stored), quantizer(x))
+
+
+@pytest.mark.parametrize(
+    ("error", "scored", "size", "near"),
+    [
+        (1.05**2, 1.0, 0.0, True),
+        (1.06**2, 1.0, 0.0, False),
+        (2.0**-18, 0.0, 1.0, True),  # a weight that was on the grid: what a scale in bfloat16 adds
+        (2.0**-16, 0.0, 1.0, False),
+    ],
+)
+def test_a_stored_weight_may_be_off_by_the_rounding_of_its_scale(error, scored, size, near):
+    assert is_near(error, scored, size) == near

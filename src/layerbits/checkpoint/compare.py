@@ -25,6 +25,12 @@ FP32_SLACK = 2.0**-21
 """Relative difference of a product with a scale and of a quotient by its reciprocal, in float32."""
 ERROR_RATIO = 1.05
 """How much larger the error of a weight may become by the scale that it shares with others, in the Frobenius norm."""
+SCALE_ROUNDING = 2.0**-9
+"""What a scale in bfloat16 adds to the error of a weight, as a share of the weight, in the Frobenius norm.
+
+A number rounded to bfloat16 is 2^-7 / sqrt(24) off on the root of the mean square, as its mantissa is uniform over 1 to
+2, and 2^-8 at most. Beside the error of eight bits that shows where a weight was on their grid to begin with.
+"""
 
 _E4M3_NORMAL = 2.0**-6  # below it block scales have fewer digits, and a second rounding may move them by a step
 
@@ -101,7 +107,7 @@ def _compared(exported: Checkpoint, source: Checkpoint, layer: ScoredLayer, devi
     elements = source.entry(name).elements
     rows = source.entry(name).shape[0]
     identical, worst, beyond = 0, 0.0, 0
-    error, scored_error = 0.0, 0.0
+    error, scored_error, size = 0.0, 0.0, 0.0
     elsewhere = not layer.as_scored
     for start, stop in source.pieces(name):
         weight = source.rows(name, start, stop).to(device, layer.dtype)
@@ -116,16 +122,28 @@ def _compared(exported: Checkpoint, source: Checkpoint, layer: ScoredLayer, devi
             scored = fake_quantized(layer, weight, layer.weight_range, rows, start, stop, factor=1.0)
             error += float((stored - weight.float()).double().square().sum())
             scored_error += float((scored.float() - weight.float()).double().square().sum())
+            size += float(weight.double().square().sum())
     ratio = (error / scored_error) ** 0.5 if scored_error else 1.0
     if beyond:
         problem = f"{beyond} of {elements} weights of {layer.stored} are not the scored ones"
-    elif ratio > ERROR_RATIO:
+    elif not is_near(error, scored_error, size):
         problem = (
             f"{layer.stored} has {ratio:.3f} times the error of the scored weight, at most {ERROR_RATIO} is allowed"
         )
     else:
         problem = _scale_problem(exported, layer) or _input_problem(exported, layer)
     return LayerProof(layer.module, layer.candidate, label.algo, elements, identical, worst, ratio, problem)
+
+
+def is_near(error: float, scored_error: float, size: float) -> bool:
+    """Whether the error of a stored weight is that of the scored one, up to what its stored scale may add.
+
+    Args:
+        error: Sum of squares of the stored weight less the unquantized one.
+        scored_error: The same of the scored weight.
+        size: Sum of squares of the unquantized weight.
+    """
+    return error <= ERROR_RATIO**2 * scored_error or error - scored_error <= SCALE_ROUNDING**2 * size
 
 
 def compare_excluded(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from layerbits.checkpoint.compare import ERROR_RATIO, ExcludedProof, LayerProof
+from layerbits.checkpoint.compare import ERROR_RATIO, SCALE_ROUNDING, ExcludedProof, LayerProof
 from layerbits.checkpoint.config_file import ConfigProof
 from layerbits.checkpoint.logits import BOUND, DRIFT_BOUND, LogitProof
 from layerbits.checkpoint.structure import Check
@@ -170,7 +170,7 @@ class Proof:
             "Read back, dequantized with their scales and compared with ModelOpt's fake quantization of the source's",
             "weights at the stored scale: equal up to the rounding to the model's dtype, less than half a step of the",
             "format. Fused linears share a scale in NVFP4, which may make the error at most "
-            f"{ERROR_RATIO:g} times the scored one.",
+            f"{ERROR_RATIO:g} times the scored one; a scale in bfloat16 may add {SCALE_ROUNDING:.1%} of the weight.",
             "",
             "| label | linears | weights | identical in the model's dtype | worst / allowed | error / scored error |",
             "|---|---|---|---|---|---|",
