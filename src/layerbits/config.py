@@ -12,17 +12,17 @@ from layerbits.errors import UserError
 from layerbits.inputs.datasets import MIXED, PICTURES
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.paths import user_path
-from layerbits.plain import Composed
+from layerbits.plain import Composed, unset
 from layerbits.results.naming import run_name
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budgets import tower_budget
+from layerbits.scoring.settings import check_device
 from layerbits.tracking.settings import TrackingSpec
 
 METHODS = ("gradient", "fisher", "kl_div")
 ENGINES = ("onepass", "stock")
 LAYOUTS = ("tmp", "publish")
 MEMORY = ("auto", "fast", "lean", "offload")
-DEVICES = ("auto", "cpu", "cuda")
 FP4 = ("mxfp4", "nvfp4")
 
 
@@ -145,7 +145,7 @@ class Settings:
         _choice("autoquant.engine", autoquant["engine"], ENGINES)
         _choice("autoquant.memory", autoquant["memory"], MEMORY)
         _choice("output_layout", config["output_layout"], LAYOUTS)
-        _choice("device", config["device"], DEVICES)
+        check_device(config["device"])
         _choice("fp4", config["fp4"], FP4)
         if config["model"].get("vision"):
             _check_vision(config["dataset"]["name"], autoquant)
@@ -176,7 +176,7 @@ class Settings:
 
 def _named(config: Composed, key: str) -> str | None:
     value = config.get(key)  # a record of an earlier version has none
-    return None if value in (None, "", "none") else str(value)
+    return None if unset(value) else str(value)
 
 
 def _kv_formats(autoquant: Composed) -> tuple[str, ...]:

@@ -19,6 +19,11 @@ Composed: TypeAlias = JsonMapping
 """A configuration as Hydra composed it, resolved to plain data."""
 
 
+def unset(value: object) -> bool:
+    """Whether a value of a configuration stands for none: left out, empty, ``none`` or ``null``."""
+    return value in (None, "", "none", "null")
+
+
 def finite(value: object) -> object:
     """Plain data with ``None`` for the numbers that JSON cannot express, and lists for tuples."""
     if isinstance(value, float):

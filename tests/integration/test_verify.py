@@ -15,8 +15,9 @@ from layerbits.errors import UserError
 from layerbits.inputs import smollm2
 from layerbits.inputs.captions import load_captions
 from layerbits.results.manifest import load_manifest
+from layerbits.scoring.settings import check_device
 from layerbits.trust.reproduce import load_run
-from layerbits.trust.verification import BOUNDS, bound_of, check, check_device, compare, verify
+from layerbits.trust.verification import BOUNDS, DEVICES, bound_of, check, compare, verify
 
 from .entries import start
 from .scoring_support import everyday_tokens, knowing, tiny_model
@@ -170,7 +171,7 @@ def test_a_bound_that_is_none_is_refused(bound):
 
 def test_an_unknown_device_is_refused():
     with pytest.raises(UserError, match="device=tpu"):
-        check_device("tpu")
+        check_device("tpu", DEVICES)
 
 
 def test_a_run_of_another_device_is_held_to_the_bound_of_a_gpu(scored, folder, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from layerbits.checkpoint import compressed, reader
-from layerbits.checkpoint.compare import is_near
+from layerbits.checkpoint.compare import error_allowed
 from layerbits.checkpoint.dequantize import check_parts, dequantize, quantize_input
 from layerbits.checkpoint.modelopt import LABELS
 from layerbits.checkpoint.reader import open_checkpoint
@@ -179,4 +179,4 @@ def test_inputs_are_rounded_as_modelopt_does_bit_for_bit(label, dtype):
     ],
 )
 def test_a_stored_weight_may_be_off_by_the_rounding_of_its_scale(error, scored, size, near):
-    assert is_near(error, scored, size) == near
+    assert error_allowed(error, scored, size) == near

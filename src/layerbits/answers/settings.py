@@ -8,11 +8,9 @@ from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.paths import user_path
-from layerbits.plain import Composed
+from layerbits.plain import Composed, unset
 from layerbits.schemes.settings import listed, whole
 from layerbits.scoring.settings import check_dtype
-
-_NONE = (None, "", "none", "null")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def evaluate_settings(config: Composed) -> EvaluateSettings:
     names = tuple(dict.fromkeys(listed(config["tasks"])))
     if not names:
         raise UserError("tasks names no task; use tasks=cloze, or others of docs/answers.md")
-    path = None if config["task_path"] in _NONE else user_path(str(config["task_path"]))
+    path = None if unset(config["task_path"]) else user_path(str(config["task_path"]))
     if path is not None and not path.is_dir():
         raise UserError(f"task_path={path} is no folder; give one with task YAML files")
     tasks = TaskSettings(
@@ -105,7 +103,7 @@ def check_installed() -> None:
 
 
 def _at_least(least: int, key: str, value: object) -> int | None:
-    if value in _NONE:
+    if unset(value):
         return None
     number = whole(key, value)
     if number < least:
@@ -118,7 +116,7 @@ def _batch(value: object) -> int | None:
 
 
 def _text(value: object) -> str | None:
-    return None if value in _NONE else str(value)
+    return None if unset(value) else str(value)
 
 
 def _flag(key: str, value: object) -> bool:
@@ -128,7 +126,7 @@ def _flag(key: str, value: object) -> bool:
 
 
 def _margin(value: object) -> float | None:
-    if value in _NONE:
+    if unset(value):
         return None
     try:
         share = float(str(value))

@@ -126,7 +126,7 @@ def _compared(exported: Checkpoint, source: Checkpoint, layer: ScoredLayer, devi
     ratio = (error / scored_error) ** 0.5 if scored_error else 1.0
     if beyond:
         problem = f"{beyond} of {elements} weights of {layer.stored} are not the scored ones"
-    elif not is_near(error, scored_error, size):
+    elif not error_allowed(error, scored_error, size):
         problem = (
             f"{layer.stored} has {ratio:.3f} times the error of the scored weight, at most {ERROR_RATIO} is allowed"
         )
@@ -135,7 +135,7 @@ def _compared(exported: Checkpoint, source: Checkpoint, layer: ScoredLayer, devi
     return LayerProof(layer.module, layer.candidate, label.algo, elements, identical, worst, ratio, problem)
 
 
-def is_near(error: float, scored_error: float, size: float) -> bool:
+def error_allowed(error: float, scored_error: float, size: float) -> bool:
     """Whether the error of a stored weight is that of the scored one, up to what its stored scale may add.
 
     Args:

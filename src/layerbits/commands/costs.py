@@ -9,7 +9,7 @@ from layerbits.atomic import dated, whole_folder
 from layerbits.history.scheme_inputs import load_scores
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
-from layerbits.plain import Composed
+from layerbits.plain import Composed, unset
 from layerbits.schemes.cost_table import FILE, CostTable
 from layerbits.schemes.settings import runs_of, source_name
 from layerbits.schemes.source import Source
@@ -19,14 +19,12 @@ from layerbits.serving.settings import CostRequest, positive
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
-_NONE = (None, "", "none", "null")
-
 
 def costs(config: Composed, root: Path) -> None:
     """Reads the runs, measures, writes and logs the table."""
     references = runs_of(config["run_id"])
     asked = CostRequest.of(config["batches"], config["prefill"], config["repeats"])
-    vllm = {key: None if value in _NONE else str(value) for key, value in config["vllm"].items()}
+    vllm = {key: None if unset(value) else str(value) for key, value in config["vllm"].items()}
     launch = Launch(
         find_environment(vllm["python"], root),
         arguments=tuple(shlex.split(vllm["arguments"] or "")),

@@ -12,7 +12,7 @@ from layerbits.atomic import dated
 from layerbits.errors import UserError
 from layerbits.jobs import JobRun, Tracker
 from layerbits.paths import user_path
-from layerbits.plain import Composed
+from layerbits.plain import Composed, unset
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
@@ -20,10 +20,10 @@ from layerbits.tracking.settings import TrackingSpec
 
 def import_results(config: Composed, root: Path) -> None:
     """Reads the files, writes a result for each format of each, and logs those that no run has yet."""
-    if config["path"] == "none":
+    if unset(config["path"]):
         raise UserError("no path is given; set path to a quant manifest, a per-layer report, or a folder of them")
     path, output = (user_path(config[key]) for key in ("path", "output_root"))
-    model = "" if config["model_name"] in (None, "none") else str(config["model_name"])
+    model = "" if unset(config["model_name"]) else str(config["model_name"])
     imported, warnings = _read(path, output, model)
     for line in warnings:
         print(f"warning: {line}", file=sys.stderr)

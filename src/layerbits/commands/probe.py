@@ -7,7 +7,7 @@ from pathlib import Path
 from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
-from layerbits.plain import Composed
+from layerbits.plain import Composed, unset
 from layerbits.probing.report import data, markdown, measured, parameters, write_probe
 from layerbits.probing.texts import read_texts
 from layerbits.schemes.request import SchemeRequest
@@ -24,7 +24,7 @@ def probe(config: Composed, root: Path) -> None:
     wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")
     rows, batch_size = (whole(key, config[key]) for key in ("rows", "batch_size"))
     dtype, device = check_dtype(str(config["dtype"])), check_device(config["device"])
-    seq_len = None if config["seq_len"] in (None, "none") else whole("seq_len", config["seq_len"])
+    seq_len = None if unset(config["seq_len"]) else whole("seq_len", config["seq_len"])
     texts = read_texts(listed_paths(config["texts"]))
     output = user_path(config["output_root"])
 

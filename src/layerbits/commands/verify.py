@@ -9,16 +9,17 @@ from layerbits.paths import user_path
 from layerbits.plain import Composed
 from layerbits.provenance import provenance
 from layerbits.schemes.settings import one_run, source_name
+from layerbits.scoring.settings import check_device
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 from layerbits.trust.reproduce import load_run, scored_run
-from layerbits.trust.verification import bound_of, check, check_device, verify
+from layerbits.trust.verification import DEVICES, bound_of, check, verify
 
 
 def verification(config: Composed, root: Path) -> None:
     """Repeats the run, writes and logs the comparison; fails where it is beyond the bound."""
     reference = one_run(config["run_id"])
-    bound, device = bound_of(str(config["bound"])), check_device(config["device"])
+    bound, device = bound_of(str(config["bound"])), check_device(config["device"], DEVICES)
     output = user_path(config["output_root"])
     tracker = Tracker(TrackingSpec.from_config(config), root)
     scored = scored_run(reference, tracker.uri)

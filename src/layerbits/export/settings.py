@@ -10,11 +10,9 @@ from layerbits.checkpoint.label import AUTO, FORMATS
 from layerbits.errors import UserError
 from layerbits.export.target import find_target
 from layerbits.paths import user_path
-from layerbits.plain import Composed
+from layerbits.plain import Composed, unset
 from layerbits.scoring.settings import check_device
 from layerbits.tracking.registry import check_name
-
-_NONE = (None, "", "none", "null")
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,17 @@ class ExportSettings:
         if register and not config["tracking"]["enabled"]:
             raise UserError("register=true needs a tracking store; leave out tracking=none")
         root, name = config["export_root"], config["registered_model"]
-        if register and name not in _NONE:
+        if register and not unset(name):
             check_name(str(name))
         return cls(
-            root=None if root in _NONE else user_path(root),
+            root=None if unset(root) else user_path(root),
             output_root=user_path(config["output_root"]),
             format=config["format"],
             device=check_device(config["device"]),
             target=find_target(str(config["target"])),
             artifact_bytes=size,
             register=register,
-            registered_model=None if name in _NONE else str(name),
+            registered_model=None if unset(name) else str(name),
         )
 
     def folder(self, model: str) -> Path:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerbits.errors import UserError
+from layerbits.plain import unset
 from layerbits.results.assignment import UNQUANTIZED, Assignment, IntArray
 from layerbits.results.result import VISION_KINDS, FloatArray
 from layerbits.schemes import solver
-
-_NONE = (None, "", "none", "null")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def tower_budget(value: object, key: str) -> float | None:
     Raises:
         UserError: It is no number.
     """
-    if value in _NONE:
+    if unset(value):
         return None
     try:
         return float(str(value))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.paths import split_at_commas, user_path
-from layerbits.plain import Composed
+from layerbits.plain import Composed, unset
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budget_kinds import Counted, Measure, Timed
 from layerbits.schemes.budgets import tower_budget
@@ -17,8 +17,6 @@ from layerbits.schemes.cost_table import MEASURE, Step
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
 from layerbits.schemes.sizes import Load
 from layerbits.schemes.source import Source
-
-_NONE = (None, "", "none", "null")
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class SchemeSettings:
         }
         base = SchemeSpec.from_mapping({"name": "bits", "effective_bits": budgets or [16], **shared})
         named = load_specs([*listed(config["schemes"]), *listed(config["controls"])], folder)
-        if config["coverage_order"] not in _NONE:
+        if not unset(config["coverage_order"]):
             named = [_ordered(spec, config["coverage_order"]) for spec in named]
         if (tower := base.vision_bits) is not None:
             named = [spec if spec.control else replace(spec, vision_bits=tower) for spec in named]
@@ -154,7 +152,7 @@ def asked_times(config: Composed, needed: bool = False) -> Timed | None:
     Raises:
         UserError: None is named and it is needed, or the step is not known.
     """
-    if config.get("costs") in _NONE:
+    if unset(config.get("costs")):
         if not needed:
             return None
         raise UserError(f"budget_ms needs costs=FILE or the id of a run of -e costs; {MEASURE}")
@@ -162,7 +160,7 @@ def asked_times(config: Composed, needed: bool = False) -> Timed | None:
 
 
 def _cost_model(value: object) -> str | None:
-    if value in _NONE:
+    if unset(value):
         return None
     if value not in COST_MODELS:
         raise UserError(f"cost_model={value} is not known; use one of {', '.join(COST_MODELS)}, or none")
@@ -226,11 +224,11 @@ def listed_paths(value: object) -> list[str]:
     """As :func:`listed`, of run ids and paths: a comma inside a path that exists does not separate."""
     if isinstance(value, list | tuple):
         return [str(v) for v in value]
-    return [] if value in _NONE else split_at_commas(str(value))
+    return [] if unset(value) else split_at_commas(str(value))
 
 
 def listed(value: object) -> list[str]:
     """Values of a list or a comma-separated text; ``none`` is an empty list."""
     if isinstance(value, list | tuple):
         return [str(v) for v in value]
-    return [] if value in _NONE else [v for v in (part.strip() for part in str(value).split(",")) if v]
+    return [] if unset(value) else [v for v in (part.strip() for part in str(value).split(",")) if v]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from layerbits.errors import UserError
 
 DTYPES = ("auto", "float32", "model")
@@ -19,12 +21,16 @@ def check_dtype(wanted: str) -> str:
     return wanted
 
 
-def check_device(wanted: object) -> str:
+def check_device(wanted: object, known: Sequence[str] = DEVICES) -> str:
     """A ``device`` setting; whether there is a GPU is not looked at.
 
+    Args:
+        wanted: The setting.
+        known: What it may be.
+
     Raises:
-        UserError: It is not one of :data:`DEVICES`.
+        UserError: It is something else.
     """
-    if wanted not in DEVICES:
-        raise UserError(f"device={wanted} is not known; use auto, cpu or cuda")
+    if wanted not in known:
+        raise UserError(f"device={wanted} is not known; use one of {', '.join(known)}")
     return str(wanted)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.paths import user_path
-from layerbits.plain import Composed
+from layerbits.plain import Composed, unset
 from layerbits.schemes.settings import listed, listed_paths
 from layerbits.scoring.settings import check_device
 
-_NONE = (None, "", "none", "null")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -46,7 +45,7 @@ class VllmSettings:
         Raises:
             UserError: A value is not one of its choices.
         """
-        texts = {key: None if value in _NONE else str(value) for key, value in config.items()}
+        texts = {key: None if unset(value) else str(value) for key, value in config.items()}
         if texts["url"] and texts["python"]:
             raise UserError("vllm.url talks to a running server, vllm.python starts one: set one of them")
         if texts["unquantized_url"] and not texts["url"]:
@@ -143,7 +142,7 @@ class ServeSettings:
             UserError: No checkpoint or two, or a value that is not one of its choices.
         """
         run_ids = tuple(listed_paths(config["run_id"]))
-        folder = None if config["checkpoint"] in _NONE else user_path(config["checkpoint"])
+        folder = None if unset(config["checkpoint"]) else user_path(config["checkpoint"])
         if bool(run_ids) == (folder is not None):
             raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
         device = check_device(config["device"])

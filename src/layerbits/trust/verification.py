@@ -227,17 +227,6 @@ def verify(
     return result, final
 
 
-def check_device(value: object) -> str:
-    """Where to repeat a run, as users say it.
-
-    Raises:
-        UserError: It is not one of :data:`DEVICES`.
-    """
-    if value not in DEVICES:
-        raise UserError(f"device={value} is not known; use one of {', '.join(DEVICES)}")
-    return str(value)
-
-
 def bound_of(value: str) -> float | None:
     """The bound of a verification as users write it; ``None`` for ``auto``.
 
