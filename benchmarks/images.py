@@ -9,11 +9,12 @@ vision tower of random weights. The tower's last linear is set so that its outpu
 and the spread of the word embeddings times a scale: trained towers are known for more than once that. Nothing is learnt
 of what the pictures show: they are noise of a known size in front of words.
 
-For each scale, one pass per calibration (captions, pictures, both, as many samples each) scores all pairs. Measured on
-held-out pictures and captions: the KL divergence of every linear quantized, and of the half of the weights that the
-pass ranks as least sensitive. Also how ranks move, what share of a score image positions have, and what a range of
-words would clip. The record is written after every scale. ``--ranges`` runs no pass: it compares what
-enters the linears for captions and for chats about pictures, at image tokens and at the words of the chats.
+For each scale, one pass per calibration scores all pairs: captions, chats about pictures, the words of those chats
+alone, or captions and chats, as many samples each. Measured on held-out pictures and captions: the KL divergence of
+every linear quantized, and of the half of the weights that the pass ranks as least sensitive. Also how ranks move, what
+share of a score image positions have, and what a range of words would clip. The record is written after every scale.
+``--ranges`` runs no pass: it compares what enters the linears for captions and for chats about pictures, at image
+tokens and at the words of the chats.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from layerbits.candidates import backends  # noqa: E402
 from layerbits.candidates.candidate import Candidate, resolve_candidate  # noqa: E402
 from layerbits.candidates.formats import QuantPair  # noqa: E402
 from layerbits.candidates.granularity import Overlay  # noqa: E402
-from layerbits.inputs.calibration import Batch, Calibration, build_rows  # noqa: E402
+from layerbits.inputs.calibration import Batch, Calibration, Segment, build_rows  # noqa: E402
 from layerbits.inputs.captions import load_captions  # noqa: E402
 from layerbits.inputs.drawn import embedded  # noqa: E402
 from layerbits.inputs.models import LoadedModel, language_model_linears  # noqa: E402
@@ -61,12 +62,14 @@ from layerbits.scoring.job import Scores, ScoringJob  # noqa: E402
 from layerbits.scoring.steps import calibration_forward  # noqa: E402
 
 PAIRS = ("wfp8_afp8", "wint8_aint8", "wfp4_afp4")
-CALIBRATIONS = ("text", "pictures", "both")
+CALIBRATIONS = ("text", "words", "pictures", "both")
+WITH_PICTURES = CALIBRATIONS[2:]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
     "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+COMPARED = (("text", "pictures"), ("text", "both"), ("text", "words"), ("words", "pictures"))
 MARKS = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -181,11 +184,26 @@ class Data:
             return rows_of(captions, tokenizer, reader, "packed", LENGTH, BATCH)
 
         apart = embedded(600 + held)[600:]
+        pictures = rows(shown)
+        marks = [tokenizer.convert_tokens_to_ids(token) for token in MARKS.values()]
         return cls(
-            {"text": rows(texts), "pictures": rows(shown), "both": rows(both)},
+            {"text": rows(texts), "words": without(pictures, marks), "pictures": pictures, "both": rows(both)},
             rows(apart),
             build_rows(told.held_out[: 2 * held], tokenizer, "packed", LENGTH, BATCH),
         )
+
+
+def without(batches: Sequence[Batch], marks: Sequence[int]) -> tuple[Batch, ...]:
+    """Chats without their pictures: the same rows without the tokens ``marks``, each a segment of its own."""
+    made = []
+    for batch in batches:
+        rows = [s.part(slice(i, i + 1)) for s in batch.segments for i in range(len(s.input_ids))]
+        left = [~torch.isin(row.input_ids[0], torch.tensor(marks)) for row in rows]
+        made.append(Batch(tuple(
+            Segment(row.input_ids[:, kept], None, row.loss_mask[:, kept], row.sample[:, kept])
+            for row, kept in zip(rows, left, strict=True)
+        )))  # fmt: skip
+    return tuple(made)
 
 
 def candidate(pair: str) -> Candidate:
@@ -314,10 +332,8 @@ def image_shares(scores: Scores, rows: Sequence[Batch], names: Sequence[str]) ->
 
 def tables(record: Mapping[str, Any]) -> str:
     """The record as Markdown: KL by calibration, ranks, what is clipped."""
-    lines = [
-        "| scale | pair | quantized | after pictures: text | pictures | both | on text: text | pictures | both |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    names = " | ".join(CALIBRATIONS)
+    lines = [f"| scale | pair | quantized | after pictures: {names} | on text: {names} |", "|---" * 11 + "|"]
     for scale, told in record["scales"].items():
         for pair, by in told["kl"].items():
             for what in ("all", "half"):
@@ -327,14 +343,17 @@ def tables(record: Mapping[str, Any]) -> str:
                     for name in CALIBRATIONS
                 ]
                 lines.append(f"| {scale} | `{pair}` | {what} | {' | '.join(cells)} |")
-    header = "| scale | pair | text and pictures: Spearman | top 10 shared | text and both: Spearman | top 10 shared "
-    lines += ["", f"{header}| image share of the score, 90% |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    header = " | ".join(f"{a} and {b}: Spearman | top 10 shared" for a, b in COMPARED)
+    lines += [
+        "",
+        f"| scale | pair | {header} | image share of the score, 90% |",
+        "|---" * (3 + 2 * len(COMPARED)) + "|",
+    ]
     for scale, told in record["scales"].items():
         for pair, moved in told["ranks"].items():
             share = told["image_share"]["pictures"][pair]
             ends = f"{share['share']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
-            alike = [f"{moved[n]['spearman']:.3f} | {moved[n]['top10']}" for n in ("text_pictures", "text_both")]
+            alike = [f"{moved[n]['spearman']:.3f} | {moved[n]['top10']}" for n in map("_".join, COMPARED)]
             lines.append(f"| {scale} | `{pair}` | {' | '.join(alike)} | {ends} |")
     lines += ["", "| scale | modules above 1% | mean share | largest share | median, largest ratio of magnitudes |"]
     lines += ["|---|---|---|---|---|"]
@@ -430,11 +449,10 @@ def main() -> None:
             continue
         passes = {name: scored(loaded, made, rows, arguments.device) for name, rows in data.calibrations.items()}
         told["loss_per_token"] = {name: scores.loss_per_token for name, scores in passes.items()}
-        told["image_share"] = {n: image_shares(passes[n], data.calibrations[n], list(made)) for n in CALIBRATIONS[1:]}
-        told["clipped"] = {name: clipping(passes[name]) for name in CALIBRATIONS[1:]}
+        told["image_share"] = {n: image_shares(passes[n], data.calibrations[n], list(made)) for n in WITH_PICTURES}
+        told["clipped"] = {name: clipping(passes[name]) for name in WITH_PICTURES}
         told["ranks"] = {
-            pair: {f"{a}_{b}": ranks(passes[a], passes[b], c) for a, b in (("text", "pictures"), ("text", "both"))}
-            for c, pair in enumerate(made)
+            pair: {f"{a}_{b}": ranks(passes[a], passes[b], c) for a, b in COMPARED} for c, pair in enumerate(made)
         }
         told["seconds"] = {"passes": time.perf_counter() - start}
         with ExitStack() as stack:
