@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from layerbits import process
 from layerbits.errors import UserError
+from layerbits.keys import composition_error
 from layerbits.overrides import check_grammar, hydra_arguments
 from layerbits.plain import JsonObject
 
@@ -108,7 +110,9 @@ def start(job: Callable[[JsonObject, Path], object], script: str, config: str) -
 
 
 def _start(job: Callable[[JsonObject, Path], object], root: Path, config: str) -> None:
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors instead of printing several lines
     import hydra
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
     configs = root / "configs"
@@ -131,7 +135,10 @@ def _start(job: Callable[[JsonObject, Path], object], root: Path, config: str) -
             return str(error)  # a job of a queue has a process of its own: this tells the one that waits
         return None
 
-    hydra.main(version_base="1.3", config_path=str(configs), config_name=config)(task)()
+    try:
+        hydra.main(version_base="1.3", config_path=str(configs), config_name=config)(task)()
+    except HydraException as error:
+        raise composition_error(error, configs, config) from None
 
 
 def fail(error: UserError) -> None:

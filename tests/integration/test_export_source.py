@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from layerbits.checkpoint.compare import compare_excluded
 from layerbits.checkpoint.labels import read_quantization
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.restore import restore
+from layerbits.config import Settings
 from layerbits.errors import Unsupported, UserError
 from layerbits.export import job as export_job
 from layerbits.export.job import ExportSettings, run_exports
@@ -27,12 +30,13 @@ from layerbits.results.assignment import Assignment
 from layerbits.schemes import Scheme
 from layerbits.scoring.groups import named_groups
 from layerbits.scoring.state import decisions
+from layerbits.stages.workbench import workbench
 from tests.families import build
 
 from .checkpoint_support import config, save_tokenizer, sharded, tensors
 from .export_support import prepared, saved, spoil_files
 from .schemes_support import CALIBRATION, DATA, INFO
-from .scoring_support import candidate, loaded, tiny_model
+from .scoring_support import CONFIGS, candidate, loaded, tiny_model
 
 FP8 = candidate("wfp8_afp8")
 FORMATS = ("modelopt", "compressed-tensors")
@@ -369,6 +373,16 @@ def test_a_tied_head_is_named_before_scoring():
     assert tied_linears(model, ["model.layers.0.mlp.down_proj"]) == []
     (note,) = tied_linears(model, ["lm_head"])
     assert note.startswith("lm_head is model.embed_tokens, one tensor")
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_run_names_a_tied_head_only_where_it_is_scored(scored):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = compose("sensitivity", [f"model.lm_head={scored}"])
+    bench = workbench(Settings.from_config(OmegaConf.to_container(composed, resolve=True)))
+    capability = bench.check(FP8)
+    warnings = bench.plan([(FP8, capability)]).warnings(capability)
+    assert any("lm_head is model.embed_tokens, one tensor" in line for line in warnings) == scored
 
 
 def test_an_export_of_one_of_two_tied_blocks_names_both(tied_blocks, tmp_path):

@@ -56,6 +56,29 @@ def test_a_users_mistake_is_one_line_and_status_2(script, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: no such run; give another\n"
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("run_ids=3", "there is no key run_ids in configs/job.yaml; did you mean run_id?"),
+        ("id=3", "there is no key id in configs/job.yaml; choose one of run_id, deep"),
+        ("siz=3", "there is no key siz in configs/job.yaml; did you mean deep.size?"),
+        ("deep_size=3", "there is no key deep_size in configs/job.yaml; did you mean deep.size?"),
+        ("deep.other=3", "there is no key deep.other in configs/job.yaml; choose one of deep.size"),
+        ("+run_id=3", "Could not append to config. An item is already at 'run_id'."),
+    ],
+)
+@pytest.mark.parametrize("sweep", [[], ["-m"]])
+def test_a_key_that_does_not_exist_is_one_line_with_the_one_meant(
+    script, tmp_path, monkeypatch, capsys, argument, message, sweep
+):
+    with (tmp_path / "configs" / "job.yaml").open("a") as file:
+        file.write("deep: {size: 1}\n")
+    monkeypatch.setattr(sys, "argv", ["job.py", argument, *sweep])
+    with pytest.raises(SystemExit) as ended:
+        entry.start(lambda _config, _root: None, script, "job")
+    assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {message}\n")
+
+
 def test_a_failed_job_of_a_multirun_leaves_the_others(script, monkeypatch, capsys):
     seen = []
 

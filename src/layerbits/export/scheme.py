@@ -209,6 +209,8 @@ def export_scheme(
                 write_json(files / "checkpoint.json", {"path": str(plan.target), "files": sizes, **record})
         if failure is not None:
             raise NotProven(f"{failure}; the report is {report}, the checkpoint was deleted", report)
+        for file in folder.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors lets nobody but the owner read; a server may run as another user
         folder.rename(plan.target)  # also over an empty folder
     return Export(plan.scheme, plan.target, report, proof)
 

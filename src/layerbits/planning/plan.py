@@ -179,9 +179,9 @@ def _composed(overrides: Sequence[str], configs: Path) -> JsonObject:
     from omegaconf import OmegaConf
 
     from layerbits.entry import check_choices
+    from layerbits.keys import composition_error
     from layerbits.overrides import LISTS, as_typed
 
-    keys = [o.partition("=")[0] for o in overrides]
     for override in overrides:
         if "=" not in override:
             raise UserError(f"{override} is no setting; give key=value, for instance model=qwen3_vl_4b_instruct")
@@ -194,7 +194,7 @@ def _composed(overrides: Sequence[str], configs: Path) -> JsonObject:
             composed: JsonObject = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
             return composed
     except HydraException as error:
-        raise UserError(f"{', '.join(keys)}: {str(error).splitlines()[0]}") from None
+        raise composition_error(error, configs, "grid") from None
 
 
 _SINGLE = {"quant_pair": "quant_pairs", "quant_granularity": "quant_granularities", "dataset.size": "dataset_sizes"}

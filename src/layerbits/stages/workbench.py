@@ -142,6 +142,8 @@ class Workbench:
         if wanted := spec.refine:
             groups = decisions(self.empty, unscored_patterns(self.empty, set(scored)))
             refine.check(wanted, sum(decision.searched for decision in groups))
+        shared = tied_linears(self.empty, scored)
+        calibration = replace(self.calibration, warnings=(*shared, *self.calibration.warnings))
         versions = provenance(Path.cwd())
         fingerprint = _digest(
             [
@@ -158,7 +160,7 @@ class Workbench:
             self.resolved,
             self.tokenizer,
             self.reader,
-            self.calibration,
+            calibration,
             scored,
             self.device,
             fingerprint,
@@ -229,7 +231,6 @@ def workbench(settings: Settings) -> Workbench:
         captions.captions, tokenizer, reader, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
     )
     doubts = limits_of(empty, resolved.config, settings.model.name).check(calibration, tokenizer)
-    doubts = (*tied_linears(empty, linears), *doubts)
     calibration = replace(calibration, warnings=(*doubts, *calibration.warnings))
     return Workbench(settings, captions, resolved, tokenizer, reader, calibration, empty, linears, kinds, ratio, device)
 
