@@ -21,6 +21,7 @@ from layerbits.inputs.loading import load
 from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve, vision_linears
 from layerbits.inputs.patches import most_patches
 from layerbits.inputs.picture_rows import Reader, picture_batches
+from layerbits.inputs.pictures import Pictured
 from layerbits.inputs.processor import load_processor, missing_packages
 from layerbits.inputs.rows import rows_of
 from layerbits.results.result import VISION_KINDS
@@ -351,8 +352,6 @@ def test_a_template_without_a_place_for_the_picture_is_told(template, words):
     ("family", "mark"), [("qwen2_5_vl", "<|image_pad|>"), ("gemma3", "<boi>"), ("gemma3", "<image_soft_token>")]
 )
 def test_words_with_the_mark_of_a_picture_are_told(family, mark):
-    from layerbits.inputs.pictures import Pictured
-
     chat = Pictured.of_caption(embedded(1)[0].pictures[0], f"before {mark} after")
     with pytest.raises(UserError, match=f"its words contain {re.escape(mark)}, the mark"):
         picture_batches([chat], subject(family)[2], 1, [0])
@@ -369,8 +368,34 @@ def test_a_processor_may_name_the_token_of_the_text_as_that_of_images():
 
 def test_a_row_beyond_the_positions_is_told():
     _, _, reader = subject("qwen2_5_vl")
-    with pytest.raises(UserError, match="more than the 50 positions"):
-        picture_batches(embedded(1), replace(reader, positions=50, known={}), 1, [0])
+    for positions, change in ((50, "shorten its words"), (142, "lower dataset.max_pixels")):
+        with pytest.raises(UserError, match=f"more than the {positions} positions of the model; {change}"):
+            picture_batches(embedded(1), replace(reader, positions=positions, known={}), 1, [0])
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("user", "image", "What is it?"), ("assistant", " ")],
+        [("user", "Draw it."), ("assistant", "image")],
+        [("user", "image", "What is it?"), ("assistant", "A field."), ("user", "image", "And this?")],
+    ],
+)
+def test_marks_of_a_template_are_no_words_after_a_picture(turns):
+    picture = embedded(1)[0].pictures[0]
+    parts = [[{"type": "image"} if p == "image" else {"type": "text", "text": p} for p in said] for _, *said in turns]
+    messages = tuple({"role": role, "content": part} for (role, *_), part in zip(turns, parts, strict=True))
+    shown = sum(said.count("image") for _, *said in turns)
+    chat = Pictured(messages, (picture,) * shown, "list row 1")
+    with pytest.raises(UserError, match="list row 1: there are no words after the picture"):
+        picture_batches([chat], subject("qwen2_5_vl")[2], 1, [0])
+
+
+@pytest.mark.parametrize(("least", "most"), [(5, 4), (None, 0), (0, None), (10**12, None)])
+def test_numbers_of_pixels_that_leave_no_picture_are_told(least, most):
+    model, _, reader = subject("qwen2_5_vl")
+    with pytest.raises(UserError, match=f"min_pixels={least} and dataset.max_pixels={most} leave no picture"):
+        Reader.of(reader.processor, model.model.config, least, most)
 
 
 def test_another_models_processor_is_told():

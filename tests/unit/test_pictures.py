@@ -1,6 +1,7 @@
 """Lists of pictures and what is wrong with pictures: one line each, with the file and the row."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
@@ -15,6 +16,15 @@ def saved(path, mode="RGB", size=(32, 24), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, 100 if mode in ("L", "I;16") else None).save(path, **options)
     return path
+
+
+def without_size(path):
+    """A TIFF without its tag of the width: Pillow raises a TypeError."""
+    saved(path)
+    tag = (256).to_bytes(2, "little") + (4).to_bytes(2, "little")
+    data = path.read_bytes()
+    assert data.count(tag) == 1
+    path.write_bytes(data.replace(tag, (40_000).to_bytes(2, "little") + tag[2:]))
 
 
 def lines(folder, *rows):
@@ -88,12 +98,75 @@ def test_coco_gives_the_first_caption_of_each_image(tmp_path):
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "part of type video"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "row 1 holds no chat"),
         ({"messages": [{"role": "user", "content": "x"}], "images": ["a.png"]}, "no part of type image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}], "images": 5}, "row 1 holds no chat"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": {"path": "a.png"}}]}]}, "holds no chat"),
+        (
+            {
+                "messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": None}]}],
+                "images": ["a.png"],
+            },
+            "row 1 holds no chat",
+        ),
+        ({"image": "iVBORw0KGgo" + "A" * 9999, "text": "x"}, r"row 1 holds a picture itself \(iVBORw0KGgoAAAAAAAAA…"),
+        ({"image": "~nobody-of-this-name/a.png", "text": "x"}, "row 1: .* needs a home directory"),
         (["a.png"], "row 1 is no object"),
     ],
 )
 def test_a_bad_row_is_told_with_its_number(tmp_path, row, said):
     with pytest.raises(UserError, match=said):
         read_pictures(lines(tmp_path, row))
+
+
+@pytest.mark.parametrize(("line", "said"), [("{oops", "row 3 is not JSON"), ("[" * 100_000, "row 3 is not JSON")])
+def test_a_row_is_a_line_of_the_file(tmp_path, line, said):
+    file = lines(tmp_path, {"image": "a.png", "text": "one"})
+    file.write_text(file.read_text() + f"\n{line}\n")
+    with pytest.raises(UserError, match=said) as caught:
+        read_pictures(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_lines_may_be_called_json(tmp_path):
+    saved(tmp_path / "a.png")
+    file = lines(tmp_path, *({"image": "a.png", "text": text} for text in ("one", "two")))
+    assert len(read_pictures(file.rename(tmp_path / "list.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("annotations", "said"),
+    [
+        ([{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "x"}], "row 2 of its annotations is of image 2"),
+        ([{"image_id": 1, "caption": None}], "not COCO's annotation file"),
+        ([{"image_id": 1, "caption": " "}], "has no captions"),
+    ],
+)
+def test_a_bad_annotation_of_coco_is_told(tmp_path, annotations, said):
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}], "annotations": annotations}))
+    with pytest.raises(UserError, match=said):
+        read_pictures(file)
+
+
+def test_a_caption_in_another_encoding_is_told(tmp_path):
+    saved(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot read .*a\.txt \(.*\); save it as text in UTF-8"):
+        read_pictures(tmp_path)
+
+
+def test_names_in_a_folder_are_no_addresses(tmp_path):
+    for name in ("~a", "data:b"):
+        saved(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("words")
+    assert [row.pictures[0].pixels().size for row in read_pictures(tmp_path)] == [(32, 24)] * 2
+
+
+def test_a_row_that_comes_twice_counts_once(tmp_path):
+    saved(tmp_path / "a.png")
+    rows = [{"image": "a.png", "text": text} for text in ("one", "two", "one", "three")]
+    found = load_dataset("image_text", "2", lines(tmp_path, *rows))
+    assert [row.texts[-1] for row in found.captions] == ["one", "two"]
+    assert [row.texts[-1] for row in found.held_out] == ["three"]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +177,11 @@ def test_a_bad_row_is_told_with_its_number(tmp_path, row, said):
         ("words.png", lambda f: f.write_text("hello"), "no picture that can be read"),
         ("print.jpg", lambda f: saved(f, "CMYK"), "CMYK"),
         ("thin.png", lambda f: saved(f, size=(1, 50)), "1×50 pixels"),
+        ("empty.png", lambda f: f.write_bytes(b""), "no picture that can be read"),
+        ("folder.png", lambda f: f.mkdir(), r"\(a folder, a pipe or a device, not a file\)"),
+        ("pipe.png", os.mkfifo, r"\(a folder, a pipe or a device, not a file\)"),
+        ("loop.png", lambda f: f.symlink_to(f), "no picture that can be read"),
+        ("other.tif", without_size, "no picture that can be read"),
         ("deep.png", lambda f: saved(f, "I;16"), "more than 8 bits"),
         (
             "moves.gif",
@@ -199,5 +277,5 @@ def test_a_share_that_leaves_no_picture_or_no_caption_is_refused(share):
 def test_a_list_that_is_too_short_is_told(tmp_path):
     saved(tmp_path / "a.png")
     file = lines(tmp_path, {"image": "a.png", "text": "one"})
-    with pytest.raises(UserError, match="has 1 pictures"):
+    with pytest.raises(UserError, match="has 1 distinct rows with pictures"):
         load_dataset("image_text", "small", file)

@@ -9,7 +9,7 @@ from pathlib import Path
 from layerbits.errors import UserError
 from layerbits.inputs.captions import HELD_OUT, SIZES, CaptionSet, count_of, load_captions
 from layerbits.inputs.drawn import embedded
-from layerbits.inputs.pictures import Pictured, digest_of_all, no_pictures, read_pictures
+from layerbits.inputs.pictures import Pictured, digest_of_all, distinct, no_pictures, read_pictures
 from layerbits.paths import home_path
 
 PICTURES, MIXED = "image_text", "mixed"
@@ -81,10 +81,12 @@ def _texts(captions: Sequence[Pictured | str]) -> tuple[str, ...]:
 
 def _pictures(count: int, size: str, path: str | Path | None) -> tuple[tuple[Pictured, ...], tuple[Pictured, ...]]:
     """The first pictures, and those that are held out."""
-    rows = embedded(max(count, SIZES["large"]) + HELD_OUT) if path is None else read_pictures(home_path(path))
+    most = max(count, SIZES["large"]) + HELD_OUT
+    rows = embedded(most) if path is None else distinct(read_pictures(home_path(path)))
     if len(rows) < count:
         raise UserError(
-            f"{path} has {len(rows)} pictures, dataset.size={size} needs {count}; give a longer list or a smaller size"
+            f"{path} has {len(rows)} distinct rows with pictures, dataset.size={size} needs {count}; give a longer "
+            "list or a smaller size"
         )
     start = max(count, min(SIZES["large"], len(rows) - HELD_OUT))
     return rows[:count], rows[start : start + HELD_OUT]

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
 
 
+_MOST_PIXELS = 100_000_000
+"""Up to which a picture may be enlarged: 300 MB in RGB."""
+
+
 @dataclass(frozen=True)
 class Reader:
     """How pictures and words become tokens.
@@ -69,11 +73,12 @@ class Reader:
         Raises:
             UserError: The placeholder of the processor is not that of the model, or a number of pixels makes no sense.
         """
-        least, most = min_pixels or 0, max_pixels or 1 << 62
-        if least < 0 or most < 1 or least > most:
+        least = 1 if min_pixels is None else min_pixels
+        most = _MOST_PIXELS if max_pixels is None else max_pixels
+        if not 1 <= least <= min(most, _MOST_PIXELS):
             raise UserError(
-                f"dataset.min_pixels={min_pixels} and dataset.max_pixels={max_pixels} leave no picture; give "
-                "min_pixels below max_pixels"
+                f"dataset.min_pixels={min_pixels} and dataset.max_pixels={max_pixels} leave no picture; give numbers "
+                f"from 1 to {_MOST_PIXELS:,}, and min_pixels not above max_pixels"
             )
         said = getattr(config, "image_token_id", None)
         said = getattr(config, "image_token_index", None) if said is None else said
@@ -155,9 +160,11 @@ def read_row(chat: Pictured, reader: Reader) -> Row:
     if not bool(image_mask.any()):
         raise UserError(f"{chat.where}: its row has no image token; check the processor and its chat template")
     if reader.positions is not None and length > reader.positions:
+        images_only = int(image_mask.sum())
+        change = "shorten its words" if length - images_only > reader.positions else "lower dataset.max_pixels"
         raise UserError(
-            f"{chat.where}: {length:,} tokens ({int(image_mask.sum()):,} of images), more than the "
-            f"{reader.positions:,} positions of the model; lower dataset.max_pixels"
+            f"{chat.where}: {length:,} tokens ({images_only:,} of images), more than the {reader.positions:,} "
+            f"positions of the model; {change}"
         )
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for start, stop in answers(special):
@@ -166,7 +173,7 @@ def read_row(chat: Pictured, reader: Reader) -> Row:
     mask[:, : last + 1] = False
     mask &= ~image_mask
     if not bool(mask.any()):
-        raise UserError(f"{chat.where}: there are no words after the picture to take a loss on; add some")
+        raise _no_words(chat)
     return Row(ids, mask, image_mask, PictureRow(inputs, chat.where))
 
 
@@ -186,6 +193,8 @@ def _rendered(chat: Pictured, reader: Reader) -> tuple[str, Callable[[bool], Ite
         starts: list[tuple[str, str | None]]
         text, starts = token * len(chat.pictures) + words, [(token * len(chat.pictures), None)]
     else:
+        if not _says_something(chat):  # the template's own marks are no words
+            raise _no_words(chat)
         if isinstance(template, dict):
             template = template.get("default") or next(iter(template.values()))
 
@@ -248,6 +257,19 @@ def placeholder(processor: ProcessorMixin) -> str:
 
 def _text(turn: Message) -> list[JsonObject]:
     return [part for part in turn["content"] if part["type"] == "text"]
+
+
+def _says_something(chat: Pictured) -> bool:
+    """Whether there are words after the last picture: of answers, where somebody answers."""
+    answered = any(turn["role"] == "assistant" for turn in chat.messages[1:])
+    parts = [(turn["role"] == "assistant", part) for turn in chat.messages for part in turn["content"]]
+    last = max(at for at, (_, part) in enumerate(parts) if part["type"] == "image")
+    after = [part for answer, part in parts[last + 1 :] if answer or not answered]
+    return any(part["type"] == "text" and part["text"].strip() for part in after)
+
+
+def _no_words(chat: Pictured) -> UserError:
+    return UserError(f"{chat.where}: there are no words after the picture to take a loss on; add some")
 
 
 def _common(whole: Sequence[int], part: Sequence[int]) -> int:

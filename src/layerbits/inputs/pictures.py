@@ -10,6 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,8 @@ _WITH_COPIES = ("MPO",)
 """Formats whose further frames are not more of the same film: a phone's JPEG with its depth map or its other lens."""
 LEAST_SIDE = 4
 """Pixels of the shorter side; below that a picture shows nothing."""
+_LONGEST_PATH = 1000
+"""Characters; what is longer is a picture in base64."""
 
 _IMAGE_PART = '{"type": "image", "image": PATH}'
 
@@ -44,10 +47,12 @@ class Picture:
     Attributes:
         where: File, and line or row of the list that names it, for errors.
         read: Makes it, as it is in the file.
+        file: The file, where it is one of a user's list.
     """
 
     where: str
     read: Callable[[], Image.Image] = field(compare=False)
+    file: Path | None = None
 
     def pixels(self) -> Image.Image:
         """The picture in RGB, turned as its EXIF mark says; what is transparent becomes white.
@@ -66,13 +71,16 @@ class Picture:
                 raise UserError(f"{self.where} is animated or has pages ({frames} frames); give a still picture")
             image.load()
             image = ImageOps.exif_transpose(image)
+        except UserError:
+            raise
         except FileNotFoundError:
             raise UserError(f"{self.where}: there is no such file; correct the path") from None
         except Image.DecompressionBombError:
             most = 2 * int(Image.MAX_IMAGE_PIXELS or 0)  # where Pillow's warning becomes an error
             raise UserError(f"{self.where} has more than {most:,} pixels; save it smaller") from None
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise UserError(f"{self.where} is no picture that can be read ({first_line(error)}); replace it") from None
+        except Exception as error:  # decoders raise whatever a damaged file makes of them
+            why = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"{self.where} is no picture that can be read ({why}); replace it") from None
         if image.mode == "CMYK":
             raise UserError(f"{self.where} is in CMYK, colours for printing; save it in RGB")
         if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -148,14 +156,15 @@ def read_pictures(path: Path) -> tuple[Pictured, ...]:
         raise no_pictures(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); give a JSONL file in UTF-8") from None
-    lines = [line for line in text.split("\n") if line.strip()]
-    if not lines:
+    if not text.strip():
         raise UserError(f'{path} is empty; give a line {{"image": PATH, "text": CAPTION}} per picture')
-    if path.suffix == ".json" or len(lines) == 1:
-        whole = _parsed(text, str(path))
-        if isinstance(whole, dict) and "annotations" in whole:
-            return _of_coco(whole, path)
-    return tuple(_of_line(_parsed(line, f"{path} row {n}"), path, n) for n, line in enumerate(lines, start=1))
+    if '"annotations"' in text:
+        with suppress(ValueError, RecursionError):
+            whole = json.loads(text)
+            if isinstance(whole, dict) and "annotations" in whole:
+                return _of_coco(whole, path)
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return tuple(_of_line(_parsed(line, f"{path} row {n}"), path, n) for n, line in lines)
 
 
 def _of_line(value: object, path: Path, number: int) -> Pictured:
@@ -171,11 +180,11 @@ def _of_line(value: object, path: Path, number: int) -> Pictured:
 
 
 def _of_messages(value: JsonObject, path: Path, where: str) -> Pictured:
-    said = value.get("images") or ()
-    named = [said] if isinstance(said, str) else [str(n) for n in said]
     pictures: list[Picture] = []
     turns: list[Message] = []
     try:
+        said = value.get("images") or []
+        named = [_text(name) for name in ([said] if isinstance(said, str) else list(said))]
         for turn in value["messages"]:
             parts = turn["content"]
             parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
@@ -183,10 +192,10 @@ def _of_messages(value: JsonObject, path: Path, where: str) -> Pictured:
             for part in parts:
                 if part["type"] == "image":
                     file = part.get("image") or part.get("path") or part.get("url") or named.pop(0)
-                    pictures.append(_file(path.parent, str(file), where))
+                    pictures.append(_file(path.parent, _text(file), where))
                     content.append({"type": "image"})
                 elif part["type"] == "text":
-                    content.append({"type": "text", "text": str(part["text"])})
+                    content.append({"type": "text", "text": _text(part["text"])})
                 else:
                     raise UserError(
                         f"{where} has a part of type {part['type']}; give images as {_IMAGE_PART} and texts"
@@ -194,7 +203,8 @@ def _of_messages(value: JsonObject, path: Path, where: str) -> Pictured:
             turns.append({"role": str(turn["role"]), "content": content})
     except (KeyError, TypeError, IndexError, AttributeError):
         raise UserError(
-            f"{where} holds no chat that can be read; give messages with role and content, and a path for each image"
+            f"{where} holds no chat that can be read; give messages with role and content, each text and the path of "
+            "each image a string"
         ) from None
     if named:
         raise UserError(f"{where} names {named[0]}, which no part of type image of its messages shows; add one")
@@ -209,24 +219,31 @@ def _of_folder(folder: Path) -> tuple[Pictured, ...]:
         words = file.with_suffix(".txt")
         if not words.is_file():
             raise UserError(f"{file} has no {words.name} beside it; write its caption there, or take the picture away")
-        text = words.read_text("utf-8-sig", errors="replace").strip()
+        try:
+            text = words.read_text("utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {words} ({first_line(error)}); save it as text in UTF-8") from None
         if not text:
             raise UserError(f"{words} is empty; write the caption of {file.name} there")
-        rows.append(Pictured.of_caption(_file(folder, file.name, f"{folder} row {len(rows) + 1}"), text))
+        rows.append(Pictured.of_caption(_picture(file, f"{folder} row {len(rows) + 1}"), text))
     if not rows:
         raise UserError(f"{folder} has no pictures ({', '.join(SUFFIXES[:4])}, …); give a folder of pairs x.jpg, x.txt")
     return tuple(rows)
 
 
 def _of_coco(whole: JsonObject, path: Path) -> tuple[Pictured, ...]:
-    """One caption per image, the first in the file's order, as in :mod:`layerbits.inputs.coco`."""
+    """One caption per image, the first in the file's order that says something."""
+    captions: dict[str, str] = {}
     try:
-        files = {image["id"]: str(image["file_name"]) for image in whole["images"]}
-        captions: dict[str, str] = {}
-        for annotation in whole["annotations"]:
-            captions.setdefault(files[annotation["image_id"]], str(annotation["caption"]).strip())
+        files = {image["id"]: _text(image["file_name"]) for image in whole["images"]}
+        notes = [(note["image_id"], _text(note["caption"]).strip()) for note in whole["annotations"]]
     except (KeyError, TypeError):
         raise UserError(f"{path} is not COCO's annotation file of captions; give captions_train2017.json") from None
+    for n, (image, caption) in enumerate(notes, start=1):
+        if image not in files:
+            raise UserError(f"{path} row {n} of its annotations is of image {image}, which its images lack; add it")
+        if caption:
+            captions.setdefault(files[image], caption)
     if not captions:
         raise UserError(f"{path} has no captions; give captions_train2017.json")
     first = next(iter(captions))
@@ -242,24 +259,47 @@ def _file(folder: Path, name: str, where: str) -> Picture:
     name = name.removeprefix("file://")
     if "://" in name:
         raise UserError(f"{where} names {name}; fetch it, and give a file on this machine")
-    if name.startswith("data:"):
+    if name.startswith("data:") or len(name) > _LONGEST_PATH:
         raise UserError(f"{where} holds a picture itself ({name[:20]}…); save it as a file, and give its path")
-    path = home_path(name)
-    path = path if path.is_absolute() else folder / path
-    return Picture(f"{path} ({where})", partial(_open, path))
+    try:
+        path = home_path(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return _picture(path if path.is_absolute() else folder / path, where)
+
+
+def _picture(path: Path, where: str) -> Picture:
+    return Picture(f"{path} ({where})", partial(_open, path), path)
 
 
 def _open(path: Path) -> Image.Image:
     from PIL import Image
 
+    if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+        raise OSError("a folder, a pipe or a device, not a file")
     return Image.open(path)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def _parsed(text: str, where: str) -> object:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}); give one object a line") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({first_line(error)}); give one object a line") from None
+
+
+def distinct(rows: Sequence[Pictured]) -> tuple[Pictured, ...]:
+    """Without the rows that say the same about the same files as an earlier one."""
+    kept: dict[object, Pictured] = {}
+    for row in rows:
+        said = json.dumps([dict(turn) for turn in row.messages], sort_keys=True)
+        kept.setdefault((said, *(picture.file or picture.where for picture in row.pictures)), row)
+    return tuple(kept.values())
 
 
 def digest_of_all(rows: Sequence[Pictured | str]) -> str:
