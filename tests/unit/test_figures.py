@@ -29,6 +29,15 @@ def drawn_lines(ax):
     return [line for line in ax.lines if len(line.get_xdata()) > 2]
 
 
+@pytest.mark.parametrize(("chosen", "framed"), [([0, 1], 0), ([1, 1], 1)])
+def test_a_frame_around_an_unusual_choice_is_named_in_the_legend(chosen, framed):
+    shares = np.array([[0.7, 0.3], [0.2, 0.8]])
+    figure = figures.choice_strips([0, 1], ["qkv", "qkv"], [None, "wfp8_afp8"], shares, chosen)
+    words = ["most draws choose another than the scheme"] * framed
+    assert legend_words(figure) == ["unquantized", "wfp8_afp8", *words]
+    assert sum(not patch.get_facecolor()[3] for patch in figure.axes[0].patches) == framed
+
+
 @pytest.fixture
 def frame(make_result):
     return figures.tidy(make_result(blocks=6))

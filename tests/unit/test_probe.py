@@ -239,6 +239,13 @@ def test_the_figure_tells_schemes_from_controls():
     assert {"schemes", "random"} <= set(labels)
 
 
+def test_no_error_bar_is_cut():
+    ax = figure(made(SCHEMES)).axes[0]
+    ends = np.concatenate([segment[:, 1] for bars in ax.collections for segment in bars.get_segments()])
+    assert ends.max() > max(kl for _, _, kl, _ in SCHEMES)
+    assert ax.get_ylim()[1] > ends.max()
+
+
 def test_a_probe_is_written_whole(tmp_path):
     folder = write_probe(made(SCHEMES), tmp_path)
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}

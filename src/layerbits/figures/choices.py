@@ -45,6 +45,13 @@ def choice_strips(
     colors = [_NONE if name is None else COLORS[i % len(COLORS)] for i, name in enumerate(choices)]
     seen: dict[tuple[int, int], int] = {}
     crowded: dict[tuple[int, int], int] = {}
+    handles = [
+        Patch(color=colors[i], label=choices[i] or "unquantized") for i in range(len(choices)) if shares[:, i].any()
+    ]
+    odd = [int(np.argmax(own)) != choice for own, choice in zip(shares, chosen, strict=True)]
+    if any(odd):
+        label = "most draws choose another than the scheme"
+        handles.append(Patch(facecolor="none", edgecolor="black", linewidth=0.9, label=label))
     for block, kind in zip(blocks, kinds, strict=True):
         at = columns[block], rows.index(kind)
         crowded[at] = crowded.get(at, 0) + 1
@@ -57,7 +64,7 @@ def choice_strips(
         for share, color in zip(shares[group], colors, strict=True):
             ax.add_patch(Rectangle((left, bottom), wide, 0.8 * share, facecolor=color, edgecolor="none"))
             bottom += 0.8 * share
-        if int(np.argmax(shares[group])) != chosen[group]:
+        if odd[group]:
             frame = Rectangle((left, at[1] - 0.4), wide, 0.8, facecolor="none", edgecolor="black", linewidth=0.9)
             ax.add_patch(frame)
     ax.set_xlim(-0.7, width - 0.3)
@@ -68,7 +75,6 @@ def choice_strips(
     ax.set_xlabel("Decoder block", fontsize=FONT)
     ax.tick_params(labelsize=FONT - 1, length=0)
     ax.spines[:].set_visible(False)
-    used = [i for i in range(len(choices)) if shares[:, i].any()]
-    legend_below(figure, [Patch(color=colors[i], label=choices[i] or "unquantized") for i in used])
+    legend_below(figure, handles)
     headline(figure, title)
     return figure

@@ -44,7 +44,9 @@ def fetch_checkpoint(uri: str, run_id: str, to: Path) -> tuple[RawRun, Path]:
     run = get_run(uri, run_id)
     kind, outcome = run.tags.get("layerbits.kind"), run.tags.get("outcome")
     if kind != "export" or outcome != "ok":
-        what = f"an export that ended as {outcome}" if kind == "export" else f"a run of kind {kind}"
+        what = f"a run of kind {kind}" if kind else "a sensitivity run"
+        if kind == "export":
+            what = f"an export that ended as {outcome}"
         raise UserError(f"run {run_id} is {what}; give a finished run of `-e export`")
     path = Path(run.tags.get("checkpoint.path", ""))
     if (path / "config.json").is_file():

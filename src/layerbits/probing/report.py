@@ -137,9 +137,13 @@ def figure(result: ProbeResult) -> Figure:
     errors = [DECIDED * s.difference.kl_se for s in schemes]
     with own_settings():
         drawn = pareto(frame, "kl", title=title)
-        drawn.axes[0].errorbar(
+        ax = drawn.axes[0]
+        ax.errorbar(
             frame["bits"], frame["kl"], yerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=2, zorder=4
         )
+        highest = max((float(kl) + error for kl, error in zip(frame["kl"], errors, strict=True)), default=0.0)
+        if math.isfinite(highest) and highest * 1.03 > ax.get_ylim()[1]:
+            ax.set_ylim(top=highest * 1.03)  # else the bars would be cut
     return drawn
 
 
