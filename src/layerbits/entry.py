@@ -16,6 +16,7 @@ from layerbits.errors import UserError
 from layerbits.keys import composition_error
 from layerbits.overrides import check_grammar, hydra_arguments
 from layerbits.plain import JsonObject
+from layerbits.usage import usage
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -91,6 +92,8 @@ def check_launcher(arguments: Sequence[str]) -> None:
 def start(job: Callable[[JsonObject, Path], object], script: str, config: str) -> None:
     """Runs the job of an entry script on the configuration that Hydra composes from the command line.
 
+    With ``--help`` it prints the script's usage and settings instead.
+
     A :class:`UserError` ends it with one line and status 2; in a multirun (``-m``) the other jobs go on, and the
     status is 2 at the end.
 
@@ -101,6 +104,9 @@ def start(job: Callable[[JsonObject, Path], object], script: str, config: str) -
     """
     process.prepare()
     root = Path(script).resolve().parent.parent
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage(Path(script), root / "configs", config), end="")
+        return
     try:
         _start(job, root, config)
     except UserError as error:
