@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     stability.add_argument("--format", choices=_FORMATS, default="table", help="csv and json have all columns")
 
     push = command("push", _push, "log a finished result on disk; what is logged already stays as it is")
-    push.add_argument("directory", metavar="DIR", type=Path, help="folder with the manifest.json")
+    push.add_argument("directory", metavar="DIR", type=Path, help="result folder, with a manifest.json or a run.json")
     push.add_argument("--run-id", help="the run that the job had opened")
     push.add_argument("--experiment", default="layerbits", help="experiment of a new run (layerbits)")
 
@@ -130,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     costs = command("costs", _costs, "measure the times of vLLM's linears on this card, for schemes by budget_ms")
     costs.add_argument("runs", metavar="RUN", nargs="+", help="sensitivity runs: id, result folder or manifest.json")
     costs.add_argument(
-        "--candidates", help="RUN is a model that was not scored (folder or hub id); these pairs, or PAIR/GRANULARITY"
+        "--candidates",
+        help="pairs, or PAIR/GRANULARITY, of a model that was not scored; RUN is then its folder or hub id",
     )
     costs.add_argument("--batches", default="1,8,32", help="requests at once of decode steps (1,8,32)")
     costs.add_argument("--prefill", default="512,2048", help="lengths of prompts, or none (512,2048)")

@@ -70,7 +70,8 @@ def _overlaid(lines: list[str]) -> list[str]:
         elif match["comment"]:
             kept[at] = line
         else:
-            kept[at] = _SETTING.sub(lambda old, new=match: f"{new['key']}: {new['value']}{old['comment']}", kept[at])
+            comment = kept[at].partition("#")[2]
+            kept[at] = f"{line:23} #{comment}" if comment else line
     return kept
 
 

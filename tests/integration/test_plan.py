@@ -55,6 +55,13 @@ def test_the_table_has_every_mode_and_the_command(plan):
     assert "autoquant.batch_size=4" in out
 
 
+def test_one_of_a_thing_and_what_cannot_be_compared_are_said(plan):
+    _, out, _ = plan("quant_pair=wint8_afp16")
+    assert "1 candidate in one pass, 1 step of up to" in out
+    unknown = any(line.rstrip().endswith("?") for line in out.splitlines()[4:7])
+    assert unknown == ("?: there is no GPU here whose free memory could be compared" in out)
+
+
 def test_what_the_seconds_leave_out_is_said(plan):
     _, out, _ = plan("quant_pair=wint8_afp16", "autoquant.refine=auto")
     assert "not in these seconds: autoquant.refine=auto" in out

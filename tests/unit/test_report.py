@@ -68,6 +68,12 @@ def test_the_exclude_list_can_be_pasted(make_result):
     assert pasted
 
 
+def test_time_and_memory_are_in_words(make_result):
+    text = markdown_report(make_result())
+    assert "| peak memory of the process (GB) | 1.75 |" in text
+    assert not re.search(r"^\| \w+_(gb|mode|candidates) \|", text, re.MULTILINE)
+
+
 def test_an_empty_exclude_list_is_said(make_result):
     text = markdown_report(make_result(target_bits=8.0))
     assert "Every group is quantized" in section(text, "Recipe")

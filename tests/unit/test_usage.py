@@ -30,7 +30,7 @@ def test_the_help_of_a_script_has_each_of_its_keys_once_with_its_default(script)
 def test_a_value_that_a_later_file_changes_is_the_one_that_counts():
     text = usage(ROOT / "experiments/probe.py", ROOT / "configs", "probe")
     assert re.findall(r"^pareto: .*", text, re.MULTILINE) == [
-        "pareto: 0              # budgets of the Pareto curve; 0: no curve"
+        "pareto: 0               # budgets of the Pareto curve; 0: no curve"
     ]
 
 

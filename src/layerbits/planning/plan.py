@@ -117,8 +117,9 @@ def forecast(overrides: Sequence[str], configs: Path) -> Forecast:
 def in_words(prediction: Forecast) -> str:
     """A table with what is around it."""
     lines = [
-        f"{prediction.model}: {prediction.model_gb:.1f} GB of weights, {prediction.candidates} candidates in one pass, "
-        f"{prediction.steps} steps of up to {prediction.tokens} tokens",
+        f"{prediction.model}: {prediction.model_gb:.1f} GB of weights, "
+        f"{_counted(prediction.candidates, 'candidate')} in one pass, "
+        f"{_counted(prediction.steps, 'step')} of up to {prediction.tokens} tokens",
         f"seconds: {prediction.how}",
         "",
         f"{'memory':8}  {'device GB':>9}  {'host GB':>8}  {'s a step':>9}  {'the pass':>10}  fits here",
@@ -128,6 +129,8 @@ def in_words(prediction: Forecast) -> str:
             f"{row.mode:8}  {_number(row.device_gb):>9}  {row.host_gb:8.1f}  {_number(row.step_seconds):>9}  "
             f"{_duration(row.total_seconds):>10}  {row.fits}"
         )
+    if any(row.fits == "?" for row in prediction.rows):
+        lines.append("?: there is no GPU here whose free memory could be compared; on the CPU: device=cpu")
     if prediction.refine:
         lines.append(
             f"not in these seconds: autoquant.refine={prediction.refine}, which measures groups after the pass (auto: "
@@ -136,6 +139,10 @@ def in_words(prediction: Forecast) -> str:
     lines += ["", f"run it with: {prediction.command}"]
     lines += [f"refused: {line}" for line in prediction.refused]
     return "\n".join(lines)
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def _planned(overrides: Sequence[str], configs: Path) -> tuple[Plan, list[str]]:

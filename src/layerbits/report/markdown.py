@@ -28,6 +28,23 @@ _LISTED = 10
 _TIED = 3  # named a group
 _NOTHING = "nothing: the format as it is named"
 _ENDS = ("low", "high")
+_NAMES = {
+    "cell": "digest of the parameters",
+    "deployable": "a runtime serves the format",
+    "estimate_gb": "estimated peak memory (GB)",
+    "fast_estimate_gb": "estimate for memory=fast (GB)",
+    "fingerprint": "digest of the search checkpoint",
+    "fp4_numerics": "FP4 computed by",
+    "free_gb": "free memory before the pass (GB)",
+    "lean_estimate_gb": "estimate for memory=lean (GB)",
+    "memory_mode": "memory mode",
+    "offload_estimate_gb": "estimate for memory=offload (GB)",
+    "pass_candidates": "candidates in the pass",
+    "peak_gpu_gb": "peak GPU memory (GB)",
+    "peak_rss_gb": "peak memory of the process (GB)",
+    "resumed": "resumed from a search checkpoint",
+}
+"""Words of the report for tags and figures of memory, by their names in MLflow."""
 
 
 def markdown_report(result: SensitivityResult) -> str:
@@ -277,7 +294,8 @@ def _run(data: JsonMapping) -> Iterator[str]:
     model, cal = data["model"], data["calibration"]
     lineage = f", language model `{model['language_model']}`" if model["language_model"] else ""
     padding = f"{_k(cal['padding_share'], '.1%')} of the scored tokens are padding"
-    tokens = f"{_k(cal['loss_tokens'], ',')} in {_k(len(cal['batch_loss_tokens']) or None)} score batches"
+    batches = len(cal["batch_loss_tokens"])
+    tokens = f"{_k(cal['loss_tokens'], ',')} in {_k(batches or None)} score batch{'' if batches == 1 else 'es'}"
     yield "## What was run"
     yield _facts(
         [
@@ -299,7 +317,7 @@ def _run(data: JsonMapping) -> Iterator[str]:
             ],
             ["loss tokens", f"{tokens}; {padding}"],
             *([["loss per token, unquantized", _loss(data).removeprefix("; ")]] if data["baseline"] else []),
-            *([name, value] for name, value in data["tags"].items()),
+            *([_NAMES.get(name, name), value] for name, value in data["tags"].items()),
             ["made", _k(data["created"])],
         ],
     )
@@ -374,7 +392,7 @@ def _cost(data: JsonMapping) -> Iterator[str]:
     yield "## Time, memory, versions"
     rows = [[f"{phase} (s)", f"{seconds:.2f}"] for phase, seconds in data["seconds"].items()]
     rows += [["all phases (s)", f"{sum(data['seconds'].values()):.2f}"]] if rows else []
-    rows += [[name, f"{value:.2f}"] for name, value in data["memory"].items()]
+    rows += [[_NAMES.get(name, name), f"{value:.2f}"] for name, value in data["memory"].items()]
     rows += [[name.removeprefix("version."), str(value)] for name, value in data["provenance"].items()]
     yield _facts(rows)
 
