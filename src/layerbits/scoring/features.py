@@ -22,7 +22,6 @@ from layerbits.inputs.kinds import outside_of_language_model
 from layerbits.inputs.models import output_head
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 PIXELS = "pixel_values"
@@ -38,23 +37,27 @@ def picture_inputs(model: PreTrainedModel, segment: Segment) -> dict[str, torch.
     if not segment.pictures:
         return {}
     weight = model.get_input_embeddings().weight
-    made = joined([row.inputs for row in segment.pictures])
-    made = {name: v.to(weight.device, weight.dtype if v.is_floating_point() else v.dtype) for name, v in made.items()}
+    kept = _kept_by(model)
+    known = kept is not None and kept.has(segment.pictures, weight.dtype)
+
+    def given(name: str) -> torch.Tensor:
+        parts = [row.inputs[name] for row in segment.pictures]
+        dtype = weight.dtype if parts[0].is_floating_point() else parts[0].dtype
+        if known and name == PIXELS:  # nobody looks at them again: only their shape travels
+            return weight.new_zeros(()).expand(sum(map(len, parts)), *parts[0].shape[1:])
+        return torch.cat([part.to(weight.device, dtype) for part in parts])
+
+    made = {name: given(name) for name in segment.pictures[0].inputs}
     pixels = made[PIXELS]
     setattr(pixels, _ROWS, segment.pictures)
-    if torch.is_grad_enabled() and _kept_by(model) is None:  # a scored tower has no other way to a gradient
+    if torch.is_grad_enabled() and kept is None:  # a scored tower has no other way to a gradient
         pixels.requires_grad_()
     return made
 
 
-def _kept_by(model: PreTrainedModel) -> nn.Module | None:
-    """The module whose features are kept; ``None`` where they are made anew."""
-    return next((m for m in model.modules() if _METHOD in vars(m)), None)
-
-
-def joined(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows of tensors as tensors of all rows."""
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+def _kept_by(model: PreTrainedModel) -> _Kept | None:
+    """What keeps the features of a model; ``None`` where they are made anew."""
+    return next((vars(m)[_METHOD] for m in model.modules() if _METHOD in vars(m)), None)
 
 
 @contextmanager
@@ -111,9 +114,13 @@ class _Kept:
             return self._compute(*args, **kwargs)
         where = given[PIXELS].device, given[PIXELS].dtype
         if self._last is None or self._last[0] is not rows or self._last[1] != where:
-            made = [self._of(row, given) for row in rows]
-            self._last = rows, where, _mapped(_together(made), lambda t: t.to(where[0]))
+            made = [_mapped(self._of(row, given), lambda t: t.to(where[0])) for row in rows]
+            self._last = rows, where, _together(made)
         return self._last[2]
+
+    def has(self, rows: Sequence[PictureRow], dtype: torch.dtype) -> bool:
+        """Whether the features of some rows were made already."""
+        return all(dtype in self._made.get(row, ()) for row in rows)
 
     def _of(self, row: PictureRow, given: Mapping[str, torch.Tensor]) -> SimpleNamespace:
         made = self._made.setdefault(row, {})  # by dtype: a model may be measured in several
