@@ -119,13 +119,19 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--run-id", help="the run that the job had opened")
     push.add_argument("--experiment", default="layerbits", help="experiment of a new run (layerbits)")
 
-    serve = command("serve", _serve, "serve an exported checkpoint with vLLM, until it is stopped")
+    serve = command("serve", _serve, "serve an exported checkpoint with vLLM, until it is stopped, or time it")
     serve.add_argument("checkpoint", metavar="RUN", help="run id of an export, or a checkpoint's folder")
     serve.add_argument("--port", type=int, default=8000, help="on this machine (8000)")
     serve.add_argument("--python", help="a Python that has vLLM; else that of .venv-vllm, which `make vllm` makes")
     serve.add_argument("--plugin", type=Path, help="folder with a plugin of vLLM for its path")
     serve.add_argument("--arguments", default="", help="further arguments of the server, in one text")
-    serve.add_argument("--measure", action="store_true", help="time it and print speed and memory, instead of serving")
+    serve.add_argument(
+        "--measure",
+        action="store_true",
+        help="instead of serving: time it, then its unquantized model (which doubles the time); print speed and "
+        "memory, and log them as a serve check that compares nothing (only printed where there is no store, or "
+        "LayerBits did not export it)",
+    )
 
     costs = command("costs", _costs, "measure the times of vLLM's linears on this card, for schemes by budget_ms")
     costs.add_argument("runs", metavar="RUN", nargs="+", help="sensitivity runs: id, result folder or manifest.json")
@@ -257,12 +263,14 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from layerbits.serving.foreground import measure, serve
-
     arguments = shlex.split(options.arguments)
     if options.measure:
+        from layerbits.serving.measure import measure
+
         measure(options.checkpoint, options.python, options.plugin, arguments, options.tracking_uri)
         return 0
+    from layerbits.serving.foreground import serve
+
     serve(options.checkpoint, options.port, options.python, options.plugin, arguments, options.tracking_uri)
     return 0
 

@@ -2,26 +2,28 @@
 
 import json
 import math
+import os
 import shutil
 import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from layerbits import history
+from layerbits import cli, history
 from layerbits.errors import Skipped, UserError
 from layerbits.inputs.captions import load_captions
 from layerbits.jobs import Tracker
 from layerbits.results.experiment import made_by
 from layerbits.results.result import VISION_KINDS
 from layerbits.schemes.scheme import load_scheme
-from layerbits.serving import environment
+from layerbits.serving import environment, timing
 from layerbits.serving.check import ServeCheck
 from layerbits.serving.environment import Environment, find_environment
 from layerbits.serving.job import Checker, Target, logged_model
@@ -77,6 +79,7 @@ def exported(tmp_path_factory):
     replace(scheme, how=how).save(folder / "int8.json")
     done = start("export", f"scheme_files={folder}/int8.json", f"export_root={folder}/exports", *common(folder))
     assert done.returncode == 0, done.stderr
+    shutil.copy(folder / "mlflow.db", folder / "unserved.db")
     return folder, made_by(folder / "exports" / "int8").run_id
 
 
@@ -140,6 +143,131 @@ def test_speed_and_memory_are_logged_of_both_models(exported, python):
     assert {"speed_int8.json", "speed_the_unquantized_model.log"} <= logs
 
 
+def test_without_a_comparison_both_models_are_timed_and_nothing_says_that_it_answers_as_scored(exported, python):
+    ended, client, run = checked(
+        exported, python, "compare=false", "speed.measure=true", "speed.batches=4,1", *SHORT,
+        "vllm.arguments='--mode breaks'",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    tags, metrics = run.data.tags, run.data.metrics
+    assert (run.info.status, tags["outcome"], tags["serve"]) == ("FINISHED", "ok", "timed")
+    assert {"speed/weights_gib", "speed_unquantized/batch_4/decode_ms", "decode_ms"} <= set(metrics)
+    assert {key for key in metrics if key.startswith("serve")} == {"serve/structure_failed", "served_gib"}
+    assert not {"eff.tokens", "eff.top_k"} & set(run.data.params)
+    assert "it was timed, and not asked: whether it answers as scored is not known" in tags["mlflow.note.content"]
+    assert client.get_run(run.info.run_id).inputs.dataset_inputs == []
+    assert "vllm.log" not in {file.path for file in client.list_artifacts(run.info.run_id)}  # no server was started
+
+
+def test_there_is_nothing_to_do_without_a_comparison_and_times(exported):
+    ended, _, _ = checked(exported, None, "compare=false")
+    assert ended.stderr.strip() == "error: compare=false leaves nothing to do; set speed.measure=true with it"
+    ended, _, _ = checked(exported, None, "compare=never")
+    assert "compare=never is not known; use true or false" in ended.stderr
+
+
+def test_the_times_of_a_checkpoint_stay_where_its_unquantized_model_cannot_be_timed(exported, python):
+    ended, client, run = checked(
+        exported, python, "compare=false", "speed.measure=true", "speed.batches=1", *SHORT,
+        "vllm.arguments='--mode quantized'",
+    )  # fmt: skip
+    assert ended.returncode == 0
+    why = f"The unquantized model was not timed: vLLM refused {exported[0]}/source: ValueError: CUDA out of memory"
+    assert f"warning: {why}; its log is in " in ended.stderr
+    assert run.data.metrics["decode_ms"] == run.data.metrics["speed/batch_1/decode_ms"] > 0
+    assert not any(key.startswith("speed_unquantized/") for key in run.data.metrics)
+    assert why in Path(client.download_artifacts(run.info.run_id, "serve_check.md")).read_text()
+
+
+@pytest.fixture
+def place(exported, tmp_path, monkeypatch):
+    """The store before any check as that of the current folder, the export, and a run that made its scheme."""
+    for name in list(os.environ):
+        if name.startswith(("MLFLOW_", "LAYERBITS_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("LAYERBITS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(exported[0] / "unserved.db", tmp_path / "mlflow.db")
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    digest = client.get_run(exported[1]).data.params["eff.scheme_digest"]
+    tags = {"layerbits.kind": "schemes", "outcome": "ok", "mlflow.layerbits.scheme.int8": digest}
+    made = client.create_run("1", tags=tags).info.run_id
+    client.log_metric(made, "scheme/int8/bits", 8.0)
+    client.set_terminated(made)
+    yield client, exported[0] / "exports" / "int8", made
+    mlflow.set_tracking_uri(None)
+
+
+def served_of(made):
+    found = history.schemes("layerbits", tracking_uri=f"sqlite:///{Path.cwd()}/mlflow.db")
+    (row,) = found[found["run_id"] == made].to_dict("records")
+    return row
+
+
+def serve(*arguments):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["serve", *map(str, arguments)])
+    return exit.value.code
+
+
+@pytest.mark.parametrize("by", ["run", "folder"])
+def test_layerbits_serve_measure_logs_as_a_serve_check_does(by, exported, place, python, capsys):
+    client, folder, made = place
+    assert serve(exported[1] if by == "run" else folder, "--measure", "--python", python) == 0
+    assert "| decode step at batch 1, ms |" in capsys.readouterr().out
+    (run,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'")
+    assert (run.info.run_name, run.data.tags["serve"], run.data.tags["outcome"]) == ("speed of int8", "timed", "ok")
+    assert run.data.tags["export_run_id"] == exported[1]
+    row = served_of(made)
+    assert row["served_gib"] == run.data.metrics["speed/weights_gib"]
+    assert row["decode_ms"] == run.data.metrics["speed/batch_1/decode_ms"]
+    assert math.isnan(row["served_kl"])
+    (model,) = client.search_logged_models(["1"], "metrics.decode_ms > 0 AND tags.`decode_ms.batch` = '1'")
+    assert model.tags["layerbits_digest"] == run.data.params["eff.scheme_digest"]
+
+
+def test_who_stops_the_second_timing_keeps_the_first(place, python, monkeypatch, capsys):
+    client, folder, made = place
+    measure = timing.measure_speed
+
+    def stopped(launch, model, what, *others):
+        if what == "the unquantized model":
+            raise KeyboardInterrupt
+        return measure(launch, model, what, *others)
+
+    monkeypatch.setattr(timing, "measure_speed", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["serve", str(folder), "--measure", "--python", str(python)])
+    (run,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'")
+    assert (run.info.status, run.data.tags["outcome"], run.data.tags["serve"]) == ("KILLED", "killed", "timed")
+    assert run.data.metrics["speed/batch_1/decode_ms"] > 0
+    assert "The unquantized model was not timed: stopped before that" in capsys.readouterr().out
+    assert math.isnan(served_of(made)["decode_ms"])  # a check that did not end is not searched by
+    assert client.search_logged_models(["1"], "tags.`decode_ms.batch` = '1'") == []
+
+
+def test_where_there_is_no_store_it_is_timed_and_said_why_nothing_is_logged(exported, place, python, capsys):
+    _, folder, _ = place
+    Path("mlflow.db").unlink()
+    assert serve(folder, "--measure", "--python", python) == 0
+    told = capsys.readouterr().out
+    assert "| decode step at batch 1, ms |" in told
+    last = told.strip().splitlines()[-1]
+    assert last.startswith(f"not logged: there is no store here, as {Path.cwd()}/mlflow.db does not exist; name one")
+    assert last.endswith(f"(its export is in sqlite:///{exported[0]}/mlflow.db)")
+    assert not Path("mlflow.db").exists()
+
+
+def test_a_checkpoint_that_is_not_ours_is_timed_alone_and_not_logged(exported, place, python, capsys):
+    client, _, _ = place
+    source = exported[0] / "source"
+    assert serve(source, "--measure", "--python", python) == 0
+    told = capsys.readouterr().out
+    assert "decode step at batch 1, ms:" in told
+    assert f"not logged, and timed alone: {source} has no layerbits.json, so LayerBits did not export it" in told
+    assert client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'") == []
+
+
 def test_what_was_compared_stays_where_timing_fails(exported, python):
     _, client, run = checked(exported, python, "speed.measure=true", 'vllm.arguments="--mode untimed"', *SHORT)
     assert run.data.metrics["serve/tokens"] >= 40
@@ -160,7 +288,7 @@ def test_schemes_are_searched_by_what_is_predicted_and_what_was_measured_of_thei
     scheme = load_scheme(folder / "int8.json")
     faster = replace(scheme, name="faster", kv_cache="fp8")  # another digest: another logged model
     tracker = Tracker(TrackingSpec(True, store, "layerbits", None, False), folder)
-    for one, seconds in ((scheme, 5e-3), (faster, 2e-3)):
+    for one, seconds in ((scheme, 5e-3), (faster, 2e-4)):
         speed = Speed("NVIDIA H200", 2.5, 1000, True, 512, (Timing(8, (0.1,), (9.0,)), Timing(2, (0.01,), (seconds,))))
         done = ServeCheck(folder, "d", (), LOADS, "", speeds=Speeds(speed, speed), runtime={"vllm": "0.26.0"})
         made = folder / f"served_{one.name}"
@@ -175,10 +303,10 @@ def test_schemes_are_searched_by_what_is_predicted_and_what_was_measured_of_thei
         return [model.name for model in found]
 
     assert named("metrics.served_gib < 3", "decode_ms") == ["tiny faster", "tiny int8"]
-    assert named("metrics.decode_ms < 4", "decode_ms") == ["tiny faster"]
+    assert named("metrics.decode_ms < 1", "decode_ms") == ["tiny faster"]
     assert named("metrics.gib < 3 AND tags.`predicted_ms.step` = 'decode:8'", "predicted_ms") == ["tiny int8"]
     (known,) = client.search_logged_models(["1"], "metrics.predicted_ms < 5")
-    numbers = {metric.key: metric.value for metric in known.metrics}
+    numbers = {metric.key: metric.value for metric in sorted(known.metrics, key=lambda metric: metric.timestamp)}
     assert (numbers["predicted_ms"], numbers["decode_ms"], numbers["prefill_tokens_per_second"]) == (4.5, 5.0, 102400.0)
     assert known.tags["predicted_ms.on"] == "NVIDIA H200, vllm 0.26.0"
     assert (known.tags["decode_ms.batch"], known.tags["decode_ms.on"]) == ("2", "NVIDIA H200, vllm 0.26.0")
@@ -257,7 +385,7 @@ def checker(exported, tmp_path):
     vllm = dict.fromkeys(("python", "url", "unquantized_url", "model", "port", "plugin", "arguments"), "none")
     settings = {"run_id": "none", "checkpoint": str(folder), "device": "cpu", "tokens": 40, "top_k": "all"}
     settings |= {"new_tokens": 1, "output_root": tmp_path, "vllm": {**vllm, "dtype": "auto", "seconds": 1}}
-    settings |= {"speed": {"measure": False}, "strict": False}
+    settings |= {"speed": {"measure": False}, "strict": False, "compare": True}
     return Checker(ServeSettings.from_config(settings), tmp_path), folder
 
 

@@ -1,6 +1,7 @@
 """Speed of a checkpoint, measured in a process that takes a known time without being vLLM."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def test_what_is_measured_are_prefill_steps_memory_and_cache(python, checkpoint,
         assert len(timing.prefill) == len(timing.decode) == 3
         assert min(timing.prefill) >= timing.batch * 50 * PREFILL
         assert timing.decode_ms == pytest.approx(1000 * STEP, rel=0.5)  # the time of the prefill is not in it
+
+
+def test_weights_that_a_kernel_keeps_out_of_sight_are_not_known(python, checkpoint, tmp_path):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    (checkpoint / "config.json").write_text(json.dumps({**shape, "num_hidden_layers": 1}))
+    seen = measure_speed(Launch(python), checkpoint, "it", ASKED, tmp_path / "seen")
+    assert seen.weights_gib * GIB == 2 * (64 * 32 + 32 * 32 + 128 * 32 + 32 * 64) + 4 * 4  # bfloat16, and a scale each
+    packed = Launch(python, arguments=("--mode", "packed"))
+    assert math.isnan(measure_speed(packed, checkpoint, "it", ASKED, tmp_path / "packed").weights_gib)
 
 
 def test_an_engine_that_does_not_start_is_refused_in_its_words(python, checkpoint, tmp_path):

@@ -8,7 +8,7 @@ import yaml
 
 from layerbits import figures
 from layerbits.errors import UserError
-from layerbits.serving.foreground import USUAL
+from layerbits.serving.measure import USUAL
 from layerbits.serving.server import Launch
 from layerbits.serving.settings import SpeedRequest
 from layerbits.serving.speed import Speed, Speeds, Timing, measure_speed
@@ -41,6 +41,20 @@ def test_the_report_says_how_many_times_better_the_checkpoint_is():
     assert "| weights, GiB | 0.500 | 1.000 | 2.00 |" in lines
     assert "| KV cache, tokens | 3,000 | 1,000 | 3.00 |" in lines
     assert "| decode step at batch 8, ms | 2.00 (1.00 to 3.00) | 4.00 (4.00 to 4.00) | 2.00 |" in lines
+
+
+def test_weights_that_vllm_does_not_show_are_left_out():
+    packed = Speeds(speed(gib=float("nan")), speed(gib=float("nan")))
+    assert not any(key.endswith("weights_gib") for key in packed.metrics())
+    assert "| weights, GiB | not known | not known | – |" in packed.markdown()
+
+
+def test_a_checkpoint_that_was_timed_alone_has_its_numbers_and_the_reason():
+    alone = Speeds(speed(gib=0.5), alone="vLLM refused it")
+    assert alone.metrics() == speed(gib=0.5).metrics("speed")
+    lines = alone.markdown()
+    assert "| weights, GiB | 0.500 |" in lines
+    assert lines[-1] == "The unquantized model was not timed: vLLM refused it"
 
 
 def test_the_command_line_times_what_the_configuration_has_as_defaults():

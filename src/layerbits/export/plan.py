@@ -146,11 +146,16 @@ def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportP
     return plan
 
 
-def source_folder(resolved: ResolvedModel) -> Path:
+def source_folder(resolved: ResolvedModel, download: bool = True) -> Path:
     """Folder with the files of a model; from the hub, tokenizer and processor files are fetched with it.
+
+    Args:
+        resolved: The model.
+        download: Whether files of the hub that are not on this machine are fetched.
 
     Raises:
         UserError: The model has no files: its weights are random.
+        LocalEntryNotFoundError: It is not on this machine, and is not to be fetched.
     """
     if resolved.spec.random_weights:
         raise UserError(f"{resolved.spec.name} has random weights and no checkpoint; save it and score it from there")
@@ -165,6 +170,7 @@ def source_folder(resolved: ResolvedModel) -> Path:
             revision=resolved.spec.revision,
             allow_patterns=["*.safetensors", *KEPT],
             ignore_patterns=["consolidated*.safetensors"],  # Mistral's own layout of the same weights
+            local_files_only=not download,
         )
     )
 

@@ -130,6 +130,19 @@ def experiment_id(uri: str, name: str) -> str:
     return str(experiment.experiment_id)
 
 
+def experiment_name(uri: str, run_id: str) -> str:
+    """Name of the experiment that a run is in.
+
+    Raises:
+        UserError: There is no such run.
+    """
+    from mlflow import MlflowClient
+
+    run = get_run(uri, run_id)
+    with store_errors(uri):
+        return str(MlflowClient(uri).get_experiment(str(run.info["experiment_id"])).name)
+
+
 def search(
     uri: str, experiment: str, condition: str, read: Callable[[RawRun], T], few: bool = False, whole: bool = True
 ) -> list[T]:

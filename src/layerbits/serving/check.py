@@ -27,6 +27,7 @@ from layerbits.serving.verdict import (
     GAIN_BOUND,
     LOADS,
     SKIPPED,
+    TIMED,
     UNKNOWN,
     Divergence,
     Measured,
@@ -64,9 +65,9 @@ class ServeCheck:
 
     Attributes:
         structure: What its files say of themselves.
-        outcome: ``loads``, ``refused``, ``diverges`` or ``skipped``.
+        outcome: ``loads``, ``refused``, ``diverges``, ``skipped``, or ``timed`` where nothing was compared.
         detail: In words, or the runtime's own.
-        measured: ``None`` where it was not served.
+        measured: ``None`` where it was not served, or not compared.
         texts: Continuations.
         runtime: What served it.
         speeds: How fast, where that was asked.
@@ -97,7 +98,7 @@ class ServeCheck:
             raise UserError(f"{self.folder} is not sound: {failed.name} - not so: {failed.detail}; export it again")
         if self.outcome == SKIPPED:
             raise Skipped(f"{self.detail}; checked were the files alone, and they are sound")
-        if self.outcome != LOADS:
+        if self.outcome not in (LOADS, TIMED):
             raise UserError(f"vLLM {self.outcome} {self.folder}: {self.detail}")
         if self.untimed:
             raise UserError(f"{self.folder} loads, and was not timed: {self.untimed}")

@@ -1,4 +1,4 @@
-"""A checkpoint in vLLM at the command line: served until somebody stops it, or timed."""
+"""A checkpoint in vLLM at the command line, served until somebody stops it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from layerbits.cache import writable_cache
 from layerbits.checkpoint.labels import read_quantization
@@ -18,15 +17,7 @@ from layerbits.paths import user_path
 from layerbits.serving.environment import Environment, find_environment
 from layerbits.serving.gpu import check_card
 from layerbits.serving.processor import ask, in_words, otherwise
-from layerbits.serving.server import Launch, Refused, free_port
-from layerbits.serving.settings import SpeedRequest
-from layerbits.serving.speed import measure_speed
-
-USUAL = SpeedRequest(batches=(1, 8, 32), prompt_tokens=512, new_tokens=64, repeats=5)
-"""What ``--measure`` times: the defaults of ``configs/serve_check.yaml``."""
-
-ON_CPU = SpeedRequest(batches=(1,), prompt_tokens=64, new_tokens=8, repeats=3)
-"""The same where there is no GPU; the usual would take an hour."""
+from layerbits.serving.server import Launch, free_port
 
 
 def serve(
@@ -46,7 +37,7 @@ def serve(
         UserError: There is no such checkpoint, or no vLLM, or the port is in use, or this CPU cannot serve it.
     """
     free_port(port, "--port")
-    folder, launch = _prepare(reference, python, plugin, arguments, uri)
+    folder, launch = prepare(reference, python, plugin, arguments, uri)
     name = folder.name
     command = launch.command(folder, port, name)
     request = f'{{"model": "{name}", "prompt": "A man rides", "max_tokens": 16, "temperature": 0}}'
@@ -56,25 +47,7 @@ def serve(
     os.execve(command[0], command, dict(launch.variables()))
 
 
-def measure(reference: str, python: str | None, plugin: Path | None, arguments: Sequence[str], uri: str | None) -> None:
-    """Prints how fast vLLM runs a checkpoint here, and what it takes of the memory; arguments as of :func:`serve`.
-
-    Raises:
-        UserError: As of :func:`serve`, or vLLM does not load it.
-    """
-    folder, launch = _prepare(reference, python, plugin, arguments, uri)
-    with TemporaryDirectory() as work:
-        try:
-            asked = ON_CPU if launch.environment.on_cpu else USUAL
-            speed = measure_speed(launch, folder, folder.name, asked, Path(work))
-        except Refused as words:
-            raise UserError(f"vLLM does not load {folder}: {words}") from None
-    print(f"{folder.name} in {launch.environment.package} {launch.environment.version}, {speed.device}. {speed.how}")
-    for what, value in speed.rows():
-        print(f"{what + ':':<34}{value}")
-
-
-def _prepare(
+def prepare(
     reference: str, python: str | None, plugin: Path | None, arguments: Sequence[str], uri: str | None
 ) -> tuple[Path, Launch]:
     """The checkpoint's folder, and how vLLM is started on it.

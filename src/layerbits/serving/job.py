@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -15,17 +15,18 @@ from layerbits.checkpoint.processors import MISSING, Processor
 from layerbits.errors import Skipped, UserError
 from layerbits.export.plan import source_folder
 from layerbits.history.derived import served_values
-from layerbits.serving.check import ServeCheck, check_files, compare, judge, read_scheme
+from layerbits.serving.check import MANIFEST, ServeCheck, check_files, compare, judge, read_scheme
 from layerbits.serving.environment import Environment, find_environment
 from layerbits.serving.gpu import check_card, otherwise_on_gpu
 from layerbits.serving.processor import ask, in_words, otherwise, why_refused
 from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
 from layerbits.serving.server import Launch, Refused
 from layerbits.serving.settings import ServeSettings
-from layerbits.serving.speed import Speed, Speeds, check_positions, measure_speed
+from layerbits.serving.speed import check_positions
 from layerbits.serving.targets import Target
+from layerbits.serving.timing import Timer, local_source
 from layerbits.serving.unasked import left_open
-from layerbits.serving.verdict import DIVERGES, LOADS, REFUSED, SKIPPED
+from layerbits.serving.verdict import DIVERGES, LOADS, REFUSED, SKIPPED, TIMED
 from layerbits.tracking.contract import held_out_data
 from layerbits.tracking.made import Data
 from layerbits.tracking.made import Measured as MeasuredModel
@@ -37,8 +38,11 @@ if TYPE_CHECKING:
     from layerbits.schemes import Scheme
     from layerbits.serving.check import RuntimeOutput
     from layerbits.serving.reference import Plain
-    from layerbits.serving.settings import SpeedRequest
     from layerbits.serving.verdict import Measured
+
+
+NOT_COMPARED = "it was timed, and not asked: whether it answers as scored is not known"
+"""What is said of a checkpoint that nothing was compared of."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,13 @@ class Checker:
     root: Path
     _unquantized: dict[tuple[str, str], Remembered] = field(default_factory=dict)
     _plain_in_pytorch: dict[tuple[str, str], Plain] = field(default_factory=dict)
-    _unquantized_speed: dict[Path, Speed] = field(default_factory=dict)
 
-    def check(self, target: Target) -> Checked:
+    def check(self, target: Target, keep: Callable[[Checked], None] = lambda _: None) -> Checked:
         """Checks a checkpoint and writes ``serve_check.md`` and ``.json``, and the runtime's log.
+
+        Args:
+            target: The checkpoint.
+            keep: Gets what is known before each timing, which takes minutes: whoever stops one keeps that.
 
         Raises:
             UserError: It cannot be read, or something is to be corrected first.
@@ -80,9 +87,15 @@ class Checker:
             raise UserError(f"{target.folder} is not what run {run} exported (its digest differs); export it again")
         out = dated(self.settings.output_root, f"serve_check_{target.folder.name}")
         out.mkdir(parents=True)
-        done = self._checked(checkpoint, structure, digest, out)
-        _write(done, out)
-        print(f"\n{done.markdown()}\nserve check: {out}", flush=True)
+
+        def described(done: ServeCheck) -> Checked:
+            _write(done, out)
+            return self._described(target, digest, done, out)
+
+        return described(self._checked(checkpoint, structure, digest, out, lambda done: keep(described(done))))
+
+    def _described(self, target: Target, digest: str, done: ServeCheck, out: Path) -> Checked:
+        """A check as its run has it."""
         tags = {
             **target.tags,
             "checkpoint.path": str(target.folder),
@@ -91,22 +104,27 @@ class Checker:
         }
         tags |= {f"serve.{key}": value for key, value in done.runtime.items()}
         tags |= {"serve.unasked": done.unasked} if done.unasked else {}
-        parameters = {
-            "eff.tokens": str(self.settings.tokens),
-            "eff.top_k": str(self.settings.top_k),
-            "eff.runtime_dtype": self.settings.vllm.dtype,
-        }
+        parameters = {"eff.runtime_dtype": self.settings.vllm.dtype}
+        if self.settings.compare:
+            parameters |= {"eff.tokens": str(self.settings.tokens), "eff.top_k": str(self.settings.top_k)}
         data: tuple[Data, ...] = ()
         models: tuple[MeasuredModel, ...] = ()
-        if (target.folder / "layerbits.json").is_file():
+        if (target.folder / MANIFEST).is_file():
             scheme = read_scheme(target.folder)
-            data = _held_out(scheme, self.settings)
+            data = _held_out(scheme, self.settings) if self.settings.compare else ()
             models = logged_model(scheme, done, data)
             parameters |= {"eff.model": scheme.model.name, "eff.model_revision": scheme.model.revision}
             parameters |= {"eff.scheme": scheme.name, "eff.scheme_digest": scheme.digest}
         return Checked(done, out, parameters, tags, data, models)
 
-    def _checked(self, checkpoint: Checkpoint, structure: tuple[Check, ...], digest: str, out: Path) -> ServeCheck:
+    def _checked(
+        self,
+        checkpoint: Checkpoint,
+        structure: tuple[Check, ...],
+        digest: str,
+        out: Path,
+        keep: Callable[[ServeCheck], None],
+    ) -> ServeCheck:
         folder = checkpoint.folder
         if not all(check.passed for check in structure):
             return ServeCheck(folder, digest, structure, SKIPPED, "not served, as its files are not sound")
@@ -114,12 +132,14 @@ class Checker:
             installed = self._installed
         except Skipped as why:
             return ServeCheck(folder, digest, structure, SKIPPED, str(why))
-        subject = Subject.of(read_scheme(folder), self.settings)
-        unasked = left_open(subject.prepared.scheme, subject.prepared.resolved.config)
+        scheme = read_scheme(folder)
+        subject = Subject.of(scheme, self.settings) if self.settings.compare else None
+        unasked = left_open(scheme, subject.prepared.resolved.config) if subject is not None else ""
         if unasked:
             print(f"warning: {folder.name} is {unasked}", file=sys.stderr, flush=True)
-        runtime, plain = self._runtimes(subject)
+        launch = None if installed is None else self._launch(installed[0], scheme)
         processor = None if installed is None else installed[1]
+        about = {} if launch is None else Started(launch, processor).about
         labels = tuple(read_quantization(checkpoint).layers.values())
         unlike = otherwise(labels, processor)
         known = in_words(unlike, processor) if processor is not None and unlike else ""
@@ -127,46 +147,48 @@ class Checker:
             known = "; ".join(filter(None, (known, otherwise_on_gpu(labels, installed[0]))))
         if self.settings.strict and known:
             detail = f"not served, as strict=true: {known}"
-            return ServeCheck(folder, digest, structure, DIVERGES, detail, runtime=_about(runtime))
+            return ServeCheck(folder, digest, structure, DIVERGES, detail, runtime=about)
         if self.settings.vllm.plugin is None and any(answer.state == MISSING for answer in unlike.values()):
-            return ServeCheck(folder, digest, structure, REFUSED, known, runtime=_about(runtime))
+            return ServeCheck(folder, digest, structure, REFUSED, known, runtime=about)
         if installed is not None:
             check_card(checkpoint, installed[0], self.settings.vllm.arguments)
         if self.settings.speed is not None:
             check_positions(folder, self.settings.speed)
         try:
+            if subject is None:
+                assert launch is not None  # settings without a comparison are of a vLLM that is started and timed
+                assert self._timer is not None
+                detail = NOT_COMPARED + (f"; known: {known}" if known else "")
+                done = ServeCheck(folder, digest, structure, TIMED, detail, runtime=about)
+                done = self._timer.timed(done, launch, out)
+                keep(done)
+                return self._timer.beside(done, launch, lambda: local_source(scheme), out)
+            runtime, plain = self._runtimes(subject, launch, processor)
             served = runtime.output(folder, folder.name, subject.question, out / "vllm.log")
         except Refused as words:
             detail = why_refused(str(words), labels, processor)
-            return ServeCheck(folder, digest, structure, REFUSED, detail, runtime=_about(runtime))
+            return ServeCheck(folder, digest, structure, REFUSED, detail, runtime=about)
         unquantized = None if plain is None else self._plain(plain, subject, out)
         done = judge(
             folder, digest, structure, served, lambda: self._measured(subject, checkpoint, unquantized, served), known
         )
         done = replace(done, unasked=unasked)
-        if self.settings.speed is None or not isinstance(runtime, Started):
+        if self._timer is None or launch is None:
             return done
-        _write(done, out)  # timing starts vLLM twice more: who stops it keeps what was measured
-        source = source_folder(subject.prepared.resolved)
+        keep(done)
         try:
-            return replace(done, speeds=self._speeds(runtime.launch, folder, source, self.settings.speed, out))
+            done = self._timer.timed(done, launch, out)
+        except Refused as words:
+            return replace(done, untimed=f"vLLM cannot be timed: {words}; its log is in {out}")
         except UserError as error:
             return replace(done, untimed=str(error))
+        keep(done)
+        return self._timer.beside(done, launch, lambda: subject.prepared.resolved, out)
 
-    def _speeds(self, launch: Launch, folder: Path, source: Path, asked: SpeedRequest, out: Path) -> Speeds:
-        """Times both models, the unquantized one once for all checkpoints.
-
-        Raises:
-            UserError: vLLM cannot be timed.
-        """
-        plain = self._unquantized_speed.get(source)
-        try:
-            quantized = measure_speed(launch, folder, folder.name, asked, out)
-            plain = plain or measure_speed(launch, source, "the unquantized model", asked, out)
-        except Refused as words:
-            raise UserError(f"vLLM cannot be timed: {words}; its log is in {out}") from None
-        self._unquantized_speed[source] = plain
-        return Speeds(quantized, plain)
+    @cached_property
+    def _timer(self) -> Timer | None:
+        """What times checkpoints; ``None`` where that is not asked."""
+        return None if self.settings.speed is None else Timer(self.settings.speed)
 
     @cached_property
     def _installed(self) -> tuple[Environment, Processor | None] | None:
@@ -176,27 +198,28 @@ class Checker:
         environment = find_environment(self.settings.vllm.python, self.root)
         return environment, ask(environment)
 
-    def _runtimes(self, subject: Subject) -> tuple[Runtime, Runtime | None]:
+    def _launch(self, environment: Environment, scheme: Scheme) -> Launch:
+        """How vLLM is started on a scheme's checkpoint and on its unquantized model."""
+        vllm = self.settings.vllm
+        trust = ("--trust-remote-code",) if scheme.settings.get("model", {}).get("trust_remote_code") else ()
+        arguments = (*vllm.arguments, *trust)
+        dtype = _runtime_dtype(scheme, self.settings)
+        return Launch(
+            environment, dtype=dtype, port=vllm.port, plugin=vllm.plugin, arguments=arguments, seconds=vllm.seconds
+        )
+
+    def _runtimes(
+        self, subject: Subject, launch: Launch | None, processor: Processor | None
+    ) -> tuple[Runtime, Runtime | None]:
         """The runtime of a checkpoint, and that of its unquantized model where there is one."""
         vllm = self.settings.vllm
-        if vllm.url is not None:
+        if launch is None:
+            assert vllm.url is not None
             source = PurePath(subject.prepared.scheme.model.source).name
             plain = Running(vllm.unquantized_url, called=(source,)) if vllm.unquantized_url else None
             return Running(vllm.url, vllm.model), plain
-        assert self._installed is not None
-        environment, processor = self._installed
-        trust = ("--trust-remote-code",) if subject.prepared.resolved.spec.trust_remote_code else ()
-        launch = Launch(
-            environment,
-            subject.question.length,
-            self.settings.top_k,
-            subject.dtype,
-            vllm.port,
-            vllm.plugin,
-            (*vllm.arguments, *trust),
-            vllm.seconds,
-        )
-        return Started(launch, processor), Started(launch, processor)
+        started = Started(replace(launch, max_length=subject.question.length, top_k=self.settings.top_k), processor)
+        return started, started
 
     def _plain(self, runtime: Runtime, subject: Subject, out: Path) -> RuntimeOutput:
         source = source_folder(subject.prepared.resolved)
@@ -258,10 +281,15 @@ class Subject:
         packing, seq_len, _ = scheme.calibration.row_shape
         captions = held_out_captions(prepared.captions.held_out)
         texts = held_out_texts(captions, prepared.tokenizer, packing, seq_len, settings.tokens)
-        dtype = settings.vllm.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if scheme.model.dtype == "float32" else scheme.model.dtype
-        return cls(prepared, Question(texts, settings.top_k, settings.new_tokens), dtype)
+        question = Question(texts, settings.top_k, settings.new_tokens)
+        return cls(prepared, question, _runtime_dtype(scheme, settings))
+
+
+def _runtime_dtype(scheme: Scheme, settings: ServeSettings) -> str:
+    """What the runtime computes in."""
+    if settings.vllm.dtype != "auto":
+        return settings.vllm.dtype
+    return "bfloat16" if scheme.model.dtype == "float32" else scheme.model.dtype
 
 
 def _write(done: ServeCheck, out: Path) -> None:
@@ -282,20 +310,16 @@ def logged_model(scheme: Scheme, done: ServeCheck, data: Sequence[Data]) -> tupl
     Args:
         scheme: What was served.
         done: Its check; only one that ended well is searched by.
-        data: The texts.
+        data: The texts; empty where nothing was compared.
     """
     name = f"{scheme.model.name} {scheme.name}"
     speed = tuple(key for key in done.metrics if key.startswith("speed/"))
     served = tuple(key for key in done.metrics if key.startswith("serve/"))
-    values = served_values(done.metrics) if done.outcome == LOADS else {}
+    values = served_values(done.metrics) if done.outcome in (LOADS, TIMED) else {}
     kl = {key: value for key, value in values.items() if key == "served_kl"}
     others = {key: value for key, value in values.items() if key not in kl}
     tags = done.speeds.quantized.tags(done.runtime) if done.speeds is not None and others else {}
-    return (
-        MeasuredModel(name, scheme.digest, speed, values={"bits": scheme.effective_bits, **others}, tags=tags),
-        MeasuredModel(name, scheme.digest, served, data[0].fields["name"], kl),
-    )
-
-
-def _about(runtime: Runtime) -> Mapping[str, str]:
-    return runtime.about if isinstance(runtime, Started) else {}
+    timed = MeasuredModel(name, scheme.digest, speed, values={"bits": scheme.effective_bits, **others}, tags=tags)
+    if not data:
+        return (timed,)
+    return timed, MeasuredModel(name, scheme.digest, served, data[0].fields["name"], kl)

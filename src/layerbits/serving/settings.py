@@ -28,15 +28,15 @@ class VllmSettings:
         port, plugin, arguments, seconds: As :class:`layerbits.serving.server.Launch` takes them.
     """
 
-    python: str | None
-    url: str | None
-    unquantized_url: str | None
-    model: str | None
-    dtype: str
-    port: int | None
-    plugin: Path | None
-    arguments: tuple[str, ...]
-    seconds: float
+    python: str | None = None
+    url: str | None = None
+    unquantized_url: str | None = None
+    model: str | None = None
+    dtype: str = "auto"
+    port: int | None = None
+    plugin: Path | None = None
+    arguments: tuple[str, ...] = ()
+    seconds: float = 1800.0
 
     @classmethod
     def from_config(cls, config: Composed) -> VllmSettings:
@@ -110,24 +110,26 @@ class ServeSettings:
     Attributes:
         run_ids: Runs of exports.
         checkpoint: A checkpoint's folder.
+        speed: What to time; ``None`` = nothing.
         tokens: Held-out tokens to compare on, at least.
         top_k: Tokens that the runtime is to tell per position; -1 = all.
         new_tokens: Tokens to generate.
         device: Where PyTorch computes.
-        speed: What to time; ``None`` = nothing.
         strict: Whether a runtime that is known to compute something else than was scored is not even started.
+        compare: Whether what it computes is compared; without that it is timed only.
     """
 
     run_ids: tuple[str, ...]
     checkpoint: Path | None
-    tokens: int
-    top_k: int
-    new_tokens: int
-    device: str
     output_root: Path
     vllm: VllmSettings
     speed: SpeedRequest | None
+    tokens: int = 1000
+    top_k: int = 1000
+    new_tokens: int = 16
+    device: str = "auto"
     strict: bool = False
+    compare: bool = True
 
     @property
     def source(self) -> str:
@@ -146,11 +148,14 @@ class ServeSettings:
         if bool(run_ids) == (folder is not None):
             raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
         device = check_device(config["device"])
-        if not isinstance(config["strict"], bool):
-            raise UserError(f"strict={config['strict']} is not known; use true or false")
+        for key in ("strict", "compare"):
+            if not isinstance(config[key], bool):
+                raise UserError(f"{key}={config[key]} is not known; use true or false")
         vllm, speed = VllmSettings.from_config(config["vllm"]), SpeedRequest.from_config(config["speed"])
         if speed is not None and vllm.url is not None:
             raise UserError("speed.measure starts vLLM itself; set vllm.python instead of vllm.url")
+        if speed is None and not config["compare"]:
+            raise UserError("compare=false leaves nothing to do; set speed.measure=true with it")
         return cls(
             run_ids=run_ids,
             checkpoint=folder,
@@ -162,6 +167,7 @@ class ServeSettings:
             vllm=vllm,
             speed=speed,
             strict=config["strict"],
+            compare=config["compare"],
         )
 
 

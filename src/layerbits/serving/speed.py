@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -53,7 +54,7 @@ class Speed:
 
     Attributes:
         device: Name of the card, or ``cpu``.
-        weights_gib: Parameters and buffers as vLLM stores them, GiB.
+        weights_gib: Parameters and buffers as vLLM stores them, GiB; NaN where its kernels keep them out of sight.
         kv_cache_tokens: Tokens that fit beside them in vLLM's share of the memory.
         graphs: Whether decode steps run as CUDA graphs.
         prompt_tokens: Of each request.
@@ -72,7 +73,7 @@ class Speed:
         timings = (Timing(t["batch"], tuple(t["prefill"]), tuple(t["decode"])) for t in data["points"])
         return cls(
             str(data["device"]),
-            int(data["weights_bytes"]) / GIB,
+            math.nan if data["weights_bytes"] is None else int(data["weights_bytes"]) / GIB,
             int(data["kv_cache_tokens"]),
             bool(data["graphs"]),
             prompt_tokens,
@@ -99,7 +100,8 @@ class Speed:
 
     def rows(self) -> list[tuple[str, str]]:
         """What was measured and its value, in words."""
-        rows = [("weights, GiB", f"{self.weights_gib:.3f}"), ("KV cache, tokens", f"{self.kv_cache_tokens:,}")]
+        weights = f"{self.weights_gib:.3f}" if math.isfinite(self.weights_gib) else "not known"
+        rows = [("weights, GiB", weights), ("KV cache, tokens", f"{self.kv_cache_tokens:,}")]
         for timing in self.timings:
             tokens = timing.prefill_tokens_per_second(self.prompt_tokens)
             rows.append((f"prefill at batch {timing.batch}, tokens/s", f"{tokens:,.0f}"))
@@ -108,7 +110,8 @@ class Speed:
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Numbers by the names of ``docs/tracking.md``."""
-        values = {"weights_gib": self.weights_gib, "kv_cache_tokens": float(self.kv_cache_tokens)}
+        known = {"weights_gib": self.weights_gib} if math.isfinite(self.weights_gib) else {}
+        values = {**known, "kv_cache_tokens": float(self.kv_cache_tokens)}
         for timing in self.timings:
             tokens = timing.prefill_tokens_per_second(self.prompt_tokens)
             values |= {f"batch_{timing.batch}/prefill_tokens_per_second": tokens}
@@ -118,32 +121,49 @@ class Speed:
 
 @dataclass(frozen=True)
 class Speeds:
-    """A checkpoint and the unquantized model of its source, on the same card."""
+    """A checkpoint in vLLM, and the unquantized model of its source on the same card.
+
+    Attributes:
+        unquantized: ``None`` where it was not timed.
+        alone: Why not.
+    """
 
     quantized: Speed
-    unquantized: Speed
+    unquantized: Speed | None = None
+    alone: str = ""
 
     def metrics(self) -> dict[str, float]:
         """Numbers by the names of ``docs/tracking.md``."""
-        return self.quantized.metrics("speed") | self.unquantized.metrics("speed_unquantized")
+        beside = {} if self.unquantized is None else self.unquantized.metrics("speed_unquantized")
+        return self.quantized.metrics("speed") | beside
 
     def markdown(self) -> list[str]:
-        """A table: quantized, unquantized, and how many times better the first is."""
+        """A table: quantized, and where both were timed unquantized, and how many times better the first is."""
         ours, theirs = self.quantized, self.unquantized
+        lines = [f"## Speed and memory: {ours.device}", "", ours.how, ""]
+        if theirs is None:
+            rows = (f"| {what} | {value} |" for what, value in ours.rows())
+            return [*lines, "| | this checkpoint |", "|---|---:|", *rows, "", self.missing]
         better = [theirs.weights_gib / ours.weights_gib, ours.kv_cache_tokens / theirs.kv_cache_tokens]
         for a, b in zip(ours.timings, theirs.timings, strict=True):
             fast, slow = (t.prefill_tokens_per_second(ours.prompt_tokens) for t in (a, b))
             better += [fast / slow, b.decode_ms / a.decode_ms]
         columns = zip(ours.rows(), theirs.rows(), better, strict=True)
         return [
-            f"## Speed and memory: {ours.device}",
-            "",
-            ours.how,
-            "",
+            *lines,
             "| | this checkpoint | unquantized | times better |",
             "|---|---:|---:|---:|",
-            *(f"| {what} | {a} | {b} | {ratio:.2f} |" for (what, a), (_, b), ratio in columns),
+            *(f"| {what} | {a} | {b} | {_times(ratio)} |" for (what, a), (_, b), ratio in columns),
         ]
+
+    @property
+    def missing(self) -> str:
+        """That the unquantized model was not timed, and why."""
+        return f"The unquantized model was not timed: {self.alone}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if math.isfinite(ratio) else "–"
 
 
 def _spread(timing: Timing) -> str:
@@ -177,6 +197,11 @@ def measure_speed(launch: Launch, folder: Path, what: str, asked: SpeedRequest, 
     return Speed.from_json(run_worker(launch, data, what, work), asked.prompt_tokens)
 
 
+def log_of(what: str, work: Path) -> Path:
+    """File of what vLLM says while it is timed."""
+    return work / f"speed_{_file(what)}.log"
+
+
 def run_worker(launch: Launch, data: Mapping[str, object], what: str, work: Path) -> JsonObject:
     """Runs :mod:`layerbits.serving.speed_worker` in vLLM's Python.
 
@@ -190,8 +215,8 @@ def run_worker(launch: Launch, data: Mapping[str, object], what: str, work: Path
         Refused: vLLM ended; in its own words.
         UserError: It was not done in ``launch.seconds``.
     """
-    name = what.replace(" ", "_")
-    request, answer, log = (work / f"speed_{name}.{end}" for end in ("request.json", "json", "log"))
+    request, answer = (work / f"speed_{_file(what)}.{end}" for end in ("request.json", "json"))
+    log = log_of(what, work)
     answer.unlink(missing_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     request.write_text(json.dumps(data), "utf-8")
@@ -209,6 +234,10 @@ def run_worker(launch: Launch, data: Mapping[str, object], what: str, work: Path
             raise refusal(process, log)
     made: JsonObject = json.loads(answer.read_text("utf-8"))
     return made
+
+
+def _file(what: str) -> str:
+    return what.replace(" ", "_")
 
 
 def _arguments(launch: Launch, folder: Path, asked: SpeedRequest) -> Sequence[str]:

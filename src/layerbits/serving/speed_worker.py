@@ -32,7 +32,7 @@ def main(request: Path, answer: Path) -> None:
         request: JSON with ``arguments`` (vLLM's command line), ``batches``, ``prompt_tokens``, ``new_tokens``,
             ``warmup`` and ``repeats``; or ``shapes``, ``tokens`` and ``graph_tokens`` beside ``arguments``, ``warmup``
             and ``repeats``.
-        answer: JSON with ``device``, ``weights_bytes``, ``kv_cache_tokens``, ``graphs`` and, per batch size,
+        answer: JSON with ``device``, ``weights_bytes`` (or null), ``kv_cache_tokens``, ``graphs`` and, per batch size,
             ``prefill`` and ``decode``: seconds of a prefill of the batch, and of one decode step, one per repeat. Or
             ``device`` and ``linears``, see :func:`_linears`.
     """
@@ -46,9 +46,10 @@ def main(request: Path, answer: Path) -> None:
     config = llm.llm_engine.vllm_config
     cache = config.cache_config
     tokens = getattr(cache, "kv_cache_size_tokens", None) or cache.num_gpu_blocks * cache.block_size
+    parts = llm.apply_model(_weights_bytes)
     measured = {
         "device": _device(),
-        "weights_bytes": sum(llm.apply_model(_weights_bytes)),
+        "weights_bytes": None if None in parts else sum(parts),
         "kv_cache_tokens": tokens,
         "graphs": not config.model_config.enforce_eager,
         "points": [_time(llm, batch, asked) for batch in asked["batches"]],
@@ -69,8 +70,21 @@ def _engine(arguments: list[str]) -> LLM:
     return LLM(**{field.name: getattr(engine, field.name) for field in dataclasses.fields(engine) if field.init})
 
 
-def _weights_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; storage that several share counts once."""
+def _weights_bytes(model: nn.Module) -> int | None:
+    """Bytes of a model's parameters and buffers; storage that several share counts once.
+
+    Returns:
+        ``None`` where a linear has less than two bits a weight: vLLM's kernels for CPUs pack weights into memory of
+        their own, of which its modules know nothing.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+
+    for module in model.modules():
+        if isinstance(module, LinearBase):
+            rows = getattr(module, "output_size_per_partition", module.output_size)
+            columns = getattr(module, "input_size_per_partition", module.input_size)
+            if 4 * sum(t.nbytes for t in (*module.parameters(), *module.buffers())) < rows * columns:
+                return None
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
         storage = tensor.untyped_storage()

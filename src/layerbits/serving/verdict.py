@@ -11,6 +11,9 @@ from layerbits.results.result import FloatArray
 
 LOADS, REFUSED, DIVERGES, SKIPPED = "loads", "refused", "diverges", "skipped"
 
+TIMED = "timed"
+"""It was loaded and timed, and not asked: whether it answers as scored is not known."""
+
 BOUND = 2.0
 """Times what rounding explains that a served scheme may be away from what the checkpoint's files say.
 

@@ -27,6 +27,8 @@ class LinearBase(torch.nn.Module):
         self.output_size, self.input_size = rows, columns
         self.quant_method = QuantizedLinearMethod() if quantized else UnquantizedLinearMethod()
         self.scale = torch.nn.Parameter(torch.ones(1))
+        stored = torch.empty(rows, columns, dtype=torch.int8 if quantized else torch.bfloat16)
+        self.weight = torch.nn.Parameter(stored, requires_grad=False)
 
     def forward(self, x):
         assert x.shape[1] == self.input_size
