@@ -1,4 +1,7 @@
-"""What version 6ca379e wrote is read, and written again, to the byte: ``tests/golden/results`` is of its code."""
+"""What version 6ca379e wrote is read, and written again, to the byte: ``tests/golden/results`` is of its code.
+
+The Markdown reports are its own but for the names of facts and memory in their tables, which are in words since.
+"""
 
 from __future__ import annotations
 
