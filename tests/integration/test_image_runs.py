@@ -267,10 +267,14 @@ def test_a_run_on_pictures_is_evaluated_on_words(with_tower, tmp_path):
 
 @pytest.mark.parametrize(
     ("picture", "words"),
-    [("missing.png", "missing.png (LIST row 2): there is no such file"), ("ok.png", "its words contain <|image_pad|>")],
+    [
+        ("words.png", "words.png (LIST row 2) is no picture that can be read"),
+        ("ok.png", "its words contain <|image_pad|>"),
+    ],
 )
 def test_a_bad_row_ends_a_run_in_one_line(tmp_path_factory, tmp_path, picture, words):
     Image.new("RGB", (40, 40), "red").save(tmp_path / "ok.png")
+    (tmp_path / "words.png").write_text("no picture")
     rows = [{"image": "ok.png", "text": "a red square"}, {"image": picture, "text": "a <|image_pad|> square"}]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
     done = start(

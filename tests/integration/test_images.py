@@ -23,7 +23,7 @@ from layerbits.inputs.patches import most_patches
 from layerbits.inputs.picture_rows import Reader, picture_batches
 from layerbits.inputs.pictures import Pictured
 from layerbits.inputs.processor import load_processor, missing_packages
-from layerbits.inputs.rows import rows_of
+from layerbits.inputs.rows import calibration_of, rows_of
 from layerbits.results.result import VISION_KINDS
 from layerbits.scoring import kl, onepass, quantizers, stock
 from layerbits.scoring.features import kept_features
@@ -155,6 +155,21 @@ def test_the_loss_counts_the_words_of_the_answer_alone():
     words = tokenizer.decode(segment.input_ids[0][segment.loss_mask[0]])
     assert words == embedded(1)[0].texts[-1] + "<|end|>\n"
     assert not bool((segment.loss_mask & segment.image_mask).any())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"packing": "x"}, "packing=x"),
+        ({"num_score_samples": 0}, "num_score_samples=0 must be between 1 and the 2"),
+    ],
+)
+def test_rows_of_no_shape_are_refused(given, said):
+    _, tokenizer, reader = subject("qwen2_5_vl")
+    shape = {"packing": "packed", "seq_len": 32, "batch_size": 2, "num_score_samples": None}
+    with pytest.raises(UserError, match=said):
+        calibration_of(embedded(2), tokenizer, reader, **{**shape, **given})
 
 
 def test_captions_and_pictures_take_turns():
@@ -389,13 +404,6 @@ def test_marks_of_a_template_are_no_words_after_a_picture(turns):
     chat = Pictured(messages, (picture,) * shown, "list row 1")
     with pytest.raises(UserError, match="list row 1: there are no words after the picture"):
         picture_batches([chat], subject("qwen2_5_vl")[2], 1, [0])
-
-
-@pytest.mark.parametrize(("least", "most"), [(5, 4), (None, 0), (0, None), (10**12, None)])
-def test_numbers_of_pixels_that_leave_no_picture_are_told(least, most):
-    model, _, reader = subject("qwen2_5_vl")
-    with pytest.raises(UserError, match=f"min_pixels={least} and dataset.max_pixels={most} leave no picture"):
-        Reader.of(reader.processor, model.model.config, least, most)
 
 
 def test_another_models_processor_is_told():

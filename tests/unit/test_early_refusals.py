@@ -69,6 +69,11 @@ READ = [  # without tracking: what is named is looked for, and nothing else is d
     ("sensitivity", ["dataset.size=x"], "dataset.size=x is not known"),
     ("sensitivity", ["dataset.name=text_file", "dataset.path=/none.txt"], "no caption file at /none.txt"),
     ("sensitivity", ["dataset.name=image_text", "dataset.path=/none.jsonl"], "there is no /none.jsonl"),
+    ("sensitivity", ["dataset.name=image_text", "dataset.path=GONE", "dataset.size=1"], "(GONE row 1): there is no"),
+    ("sensitivity", ["dataset.name=image_text", "dataset.path=GONE", "dataset.size=9"], "has 1 distinct rows"),
+    ("sensitivity", ["dataset.name=image_text", "dataset.max_pixels=0"], "dataset.max_pixels=0 leave no picture"),
+    ("sensitivity", ["dataset.name=mixed", "dataset.share=1"], "dataset.share=1 is no share of pictures"),
+    ("sensitivity", ["dataset.name=image_text", "model.path=TEXT", "model.random_weights=true"], "has no processor"),
     ("sensitivity", ["model.path=/none"], "there is no folder /none"),
     ("serve_check", ["checkpoint=/none"], "/none holds no model.safetensors"),
     ("validate", ["run_id=/none"], "no manifest at /none"),
@@ -90,6 +95,7 @@ for config, overrides in json.loads(sys.argv[4]):
     if config not in composed:
         with initialize_config_dir(f"{root}/configs", version_base="1.3"):
             composed[config] = compose(config, json.loads(sys.argv[3]))
+        OmegaConf.set_struct(composed[config], False)  # other groups have further keys
     settings = OmegaConf.merge(composed[config], OmegaConf.from_dotlist(overrides))
     file = FILES.get(config, config)
     command = getattr(import_module(f"layerbits.commands.{file}"), FUNCTIONS.get(file, file))
@@ -119,5 +125,15 @@ def test_what_is_missing_is_refused_before_torch(python, tmp_path):
     vllm = tmp_path / "python"
     vllm.write_text(f'#!/bin/sh\nPYTHONPATH={Path(__file__).parent / "fake_vllm"} exec {sys.executable} "$@"\n')
     vllm.chmod(0o755)
-    cases = [(config, [one.replace("FAKE", str(vllm)) for one in given], words) for config, given, words in READ]
+    gone = tmp_path / "list.jsonl"
+    gone.write_text('{"image": "gone.png", "text": "words"}\n')
+
+    reads_text = tmp_path / "model"
+    reads_text.mkdir()
+    (reads_text / "config.json").write_text('{"model_type": "llama"}')
+
+    def filled(text):
+        return text.replace("FAKE", str(vllm)).replace("GONE", str(gone)).replace("TEXT", str(reads_text))
+
+    cases = [(config, [filled(one) for one in given], filled(words)) for config, given, words in READ]
     check(python, ["torch", "transformers", "modelopt", "mlflow"], cases, "tracking=none")

@@ -9,7 +9,7 @@ from PIL import Image
 from layerbits.errors import UserError
 from layerbits.inputs.datasets import load_dataset
 from layerbits.inputs.drawn import embedded
-from layerbits.inputs.pictures import Picture, Pictured, digest_of_all, read_pictures
+from layerbits.inputs.pictures import Picture, Pictured, check_pixels, digest_of_all, read_pictures
 
 
 def saved(path, mode="RGB", size=(32, 24), **options):
@@ -210,6 +210,12 @@ def test_a_phones_picture_with_a_depth_map_is_the_picture(tmp_path):
     with Image.open(tmp_path / "phone.jpg") as found:
         assert found.n_frames == 2
     assert pixels(tmp_path, "phone.jpg").size == (32, 24)
+
+
+@pytest.mark.parametrize(("least", "most"), [(5, 4), (None, 0), (0, None), (10**12, None)])
+def test_numbers_of_pixels_that_leave_no_picture_are_told(least, most):
+    with pytest.raises(UserError, match=f"min_pixels={least} and dataset.max_pixels={most} leave no picture"):
+        check_pixels(least, most)
 
 
 def test_a_picture_with_very_many_pixels_is_read_or_refused_in_one_line(tmp_path, monkeypatch, recwarn):

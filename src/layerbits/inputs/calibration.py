@@ -189,7 +189,7 @@ def build_calibration(
             f"autoquant.num_score_samples={num_score_samples} must be between 1 and the {len(captions)} calibration "
             "captions; choose another or a larger dataset.size"
         )
-    _check(packing, seq_len, batch_size)
+    check_rows(packing, seq_len, batch_size)
     samples = len(captions) if num_score_samples is None else num_score_samples
     tokens = _tokenise(captions, tokenizer, seq_len)
     calib = _batches(tokens, packing, seq_len, batch_size)
@@ -242,7 +242,7 @@ def build_rows(
     Raises:
         UserError: A parameter is out of range, or the captions hold no token to predict.
     """
-    _check(packing, seq_len, batch_size)
+    check_rows(packing, seq_len, batch_size)
     return _batches(_tokenise(captions, tokenizer, seq_len), packing, seq_len, batch_size)
 
 
@@ -254,7 +254,12 @@ def padding_share(batches: Sequence[Batch]) -> float:
     return padding / tokens
 
 
-def _check(packing: str, seq_len: int, batch_size: int) -> None:
+def check_rows(packing: str, seq_len: int, batch_size: int) -> None:
+    """Checks the shape of rows.
+
+    Raises:
+        UserError: It is none.
+    """
     if packing not in PACKINGS:
         raise UserError(f"dataset.packing={packing} is not known; use one of {', '.join(PACKINGS)}")
     if seq_len < 2:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.inputs.captions import HELD_OUT, SIZES, CaptionSet, count_of, load_captions
 from layerbits.inputs.drawn import embedded
-from layerbits.inputs.pictures import Pictured, digest_of_all, distinct, no_pictures, read_pictures
+from layerbits.inputs.pictures import Pictured, digest_of_all, distinct, read_pictures
 from layerbits.paths import home_path
 
 PICTURES, MIXED = "image_text", "mixed"
@@ -32,10 +31,33 @@ def load_dataset(name: str, size: str, path: str | Path | None = None, share: fl
     """
     if name not in (PICTURES, MIXED):
         return load_captions(name, size, path)
+    rows, held_out = _chosen(name, size, path, share)
+    return CaptionSet(name, size, rows, held_out, digest_of_all(rows))
+
+
+def check_dataset(name: str, size: str, path: str | Path | None = None, share: float | None = None) -> None:
+    """Checks what :func:`load_dataset` reads; no picture is opened.
+
+    Raises:
+        UserError: As :func:`load_captions`, or a list of pictures or a file that it names is not there.
+    """
+    if name not in (PICTURES, MIXED):
+        load_captions(name, size, path)
+        return
+    for row in _chosen(name, size, path, share)[0]:
+        if isinstance(row, Pictured):
+            for picture in row.pictures:
+                picture.check()
+
+
+_Rows = tuple[Pictured | str, ...]
+
+
+def _chosen(name: str, size: str, path: str | Path | None, share: float | None) -> tuple[_Rows, _Rows]:
+    """What a run with pictures calibrates on, and what it holds out."""
     count = count_of(size)
     if name == PICTURES:
-        rows, held_out = _pictures(count, size, path)
-        return CaptionSet(name, size, rows, held_out, digest_of_all(rows))
+        return _pictures(count, size, path)
     share = SHARE if share is None else share
     if not 0 < share < 1:
         raise UserError(f"dataset.share={share:g} is no share of pictures; give a number between 0 and 1")
@@ -46,22 +68,7 @@ def load_dataset(name: str, size: str, path: str | Path | None = None, share: fl
     texts = load_captions("everyday", str(count - sum(order)))
     parts = iter(pictures), iter(texts.captions)
     mixed = tuple(next(parts[0]) if picture else next(parts[1]) for picture in order)
-    both = tuple(row for pair in zip(shown, texts.held_out, strict=False) for row in pair)
-    return replace(texts, name=name, size=size, captions=mixed, held_out=both, digest=digest_of_all(mixed))
-
-
-def check_dataset(name: str, size: str, path: str | Path | None = None) -> None:
-    """Checks what :func:`load_dataset` reads; no picture is opened.
-
-    Raises:
-        UserError: As :func:`load_captions`, or there is no list of pictures.
-    """
-    if name not in (PICTURES, MIXED):
-        load_captions(name, size, path)
-        return
-    count_of(size)
-    if path is not None and not home_path(path).exists():
-        raise no_pictures(home_path(path))
+    return mixed, tuple(row for pair in zip(shown, texts.held_out, strict=False) for row in pair)
 
 
 def has_pictures(captions: Sequence[Pictured | str]) -> bool:

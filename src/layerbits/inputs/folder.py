@@ -14,6 +14,9 @@ from layerbits.plain import JsonObject
 _READ = {".json", ".jinja", ".model", ".txt", ".py", ".safetensors", ".bin"}
 """Kinds of files that a checkpoint is loaded from."""
 
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+"""Files of a model that sees pictures; it has one of them, or both."""
+
 # A file that only this kind of folder has (a glob), what the folder holds, and what to do instead.
 _KINDS = (
     ("model_index.json", "a diffusion pipeline", "give a language model"),
@@ -63,6 +66,19 @@ def check_folder(folder: Path, random_weights: bool = False) -> JsonObject:
         return _check_inside(folder, random_weights)
     except OSError as error:
         raise unreadable(folder, error) from None
+
+
+def check_processor(folder: Path) -> None:
+    """Looks for the processor of a vision-language model.
+
+    Raises:
+        UserError: The folder has none.
+    """
+    if not any((folder / name).is_file() for name in PROCESSORS):
+        raise UserError(
+            f"{folder} has no processor ({' or '.join(PROCESSORS)}): if its model reads text alone, use "
+            "dataset=everyday, else put the processor files of the model into the folder"
+        )
 
 
 def _check_inside(folder: Path, random_weights: bool) -> JsonObject:

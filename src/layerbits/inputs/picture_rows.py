@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, ProcessorMixin
 
 
-_MOST_PIXELS = 100_000_000
-"""Up to which a picture may be enlarged: 300 MB in RGB."""
-
-
 @dataclass(frozen=True)
 class Reader:
     """How pictures and words become tokens.
@@ -71,15 +67,8 @@ class Reader:
         """For a model's config.
 
         Raises:
-            UserError: The placeholder of the processor is not that of the model, or a number of pixels makes no sense.
+            UserError: The placeholder of the processor is not that of the model.
         """
-        least = 1 if min_pixels is None else min_pixels
-        most = _MOST_PIXELS if max_pixels is None else max_pixels
-        if not 1 <= least <= min(most, _MOST_PIXELS):
-            raise UserError(
-                f"dataset.min_pixels={min_pixels} and dataset.max_pixels={max_pixels} leave no picture; give numbers "
-                f"from 1 to {_MOST_PIXELS:,}, and min_pixels not above max_pixels"
-            )
         said = getattr(config, "image_token_id", None)
         said = getattr(config, "image_token_index", None) if said is None else said
         own = _image_token(processor)

@@ -31,6 +31,8 @@ _WITH_COPIES = ("MPO",)
 """Formats whose further frames are not more of the same film: a phone's JPEG with its depth map or its other lens."""
 LEAST_SIDE = 4
 """Pixels of the shorter side; below that a picture shows nothing."""
+_MOST_PIXELS = 100_000_000
+"""Up to which a picture may be enlarged: 300 MB in RGB."""
 _LONGEST_PATH = 1000
 """Characters; what is longer is a picture in base64."""
 
@@ -54,6 +56,24 @@ class Picture:
     read: Callable[[], Image.Image] = field(compare=False)
     file: Path | None = None
 
+    def check(self) -> None:
+        """Looks for the file, which is not opened.
+
+        Raises:
+            UserError: There is none.
+        """
+        if self.file is None:
+            return
+        try:
+            self.file.stat()
+        except FileNotFoundError:
+            raise self._gone() from None
+        except (OSError, ValueError):  # why it cannot be read is found out where it is
+            return
+
+    def _gone(self) -> UserError:
+        return UserError(f"{self.where}: there is no such file; correct the path")
+
     def pixels(self) -> Image.Image:
         """The picture in RGB, turned as its EXIF mark says; what is transparent becomes white.
 
@@ -74,7 +94,7 @@ class Picture:
         except UserError:
             raise
         except FileNotFoundError:
-            raise UserError(f"{self.where}: there is no such file; correct the path") from None
+            raise self._gone() from None
         except Image.DecompressionBombError:
             most = 2 * int(Image.MAX_IMAGE_PIXELS or 0)  # where Pillow's warning becomes an error
             raise UserError(f"{self.where} has more than {most:,} pixels; save it smaller") from None
@@ -134,9 +154,17 @@ class Pictured:
         return digest.hexdigest()
 
 
-def no_pictures(path: Path) -> UserError:
-    """Says that a list or folder of pictures is not there."""
-    return UserError(f"there is no {path}; set dataset.path to a list or folder of pictures")
+def check_pixels(least: int | None, most: int | None) -> None:
+    """Checks the limits that pictures are resized to, in pixels.
+
+    Raises:
+        UserError: No picture lies between them.
+    """
+    if not 1 <= (1 if least is None else least) <= min(_MOST_PIXELS, _MOST_PIXELS if most is None else most):
+        raise UserError(
+            f"dataset.min_pixels={least} and dataset.max_pixels={most} leave no picture; give numbers from 1 to "
+            f"{_MOST_PIXELS:,}, and min_pixels not above max_pixels"
+        )
 
 
 def read_pictures(path: Path) -> tuple[Pictured, ...]:
@@ -153,7 +181,7 @@ def read_pictures(path: Path) -> tuple[Pictured, ...]:
     try:
         text = path.read_text("utf-8-sig")
     except FileNotFoundError:
-        raise no_pictures(path) from None
+        raise UserError(f"there is no {path}; set dataset.path to a list or folder of pictures") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} ({error}); give a JSONL file in UTF-8") from None
     if not text.strip():

@@ -16,13 +16,13 @@ from layerbits.errors import UserError, first_line
 from layerbits.inputs.architecture import check_tokenizer_code, is_remote
 from layerbits.inputs.captions import CaptionSet
 from layerbits.inputs.datasets import has_pictures
+from layerbits.inputs.folder import check_processor
 from layerbits.inputs.models import ResolvedModel
 from layerbits.inputs.picture_rows import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-_FILES = ("processor_config.json", "preprocessor_config.json")
 _PARTS = ("image_processor", "tokenizer")
 _LACKING = (
     re.compile(r"Missing optional dependencies: ([\w, -]+)"),
@@ -69,10 +69,8 @@ def load_processor(resolved: ResolvedModel, tokenizer: PreTrainedTokenizerBase) 
             "vision-language model"
         )
     folder = Path(source)
-    if folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
-        raise UserError(
-            f"{source} has no processor ({' or '.join(_FILES)}); put the processor files of the model into the folder"
-        )
+    if folder.is_dir():
+        check_processor(folder)
     check_tokenizer_code(source, spec.trust_remote_code)
     try:
         return _processor(resolved, tokenizer)

@@ -14,6 +14,7 @@ from layerbits.inputs.calibration import (
     Calibration,
     build_calibration,
     build_rows,
+    check_rows,
     few_tokens_warning,
 )
 from layerbits.inputs.datasets import has_pictures
@@ -50,7 +51,8 @@ def calibration_of(
     if reader is None or not has_pictures(captions):
         texts = [caption for caption in captions if isinstance(caption, str)]
         return build_calibration(texts, tokenizer, packing, seq_len, batch_size, num_score_samples)
-    samples = num_score_samples or len(captions)
+    check_rows(packing, seq_len, batch_size)
+    samples = len(captions) if num_score_samples is None else num_score_samples
     if not 1 <= samples <= len(captions):
         raise UserError(
             f"autoquant.num_score_samples={num_score_samples} must be between 1 and the {len(captions)} of the "

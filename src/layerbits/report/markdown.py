@@ -312,7 +312,7 @@ def _run(data: JsonMapping) -> Iterator[str]:
             ],
             [
                 "rows",
-                f"{_k(cal['packing'])}, {_k(cal['seq_len'])} tokens each, {_k(cal['batch_size'])} a batch: "
+                f"{_rows(cal)}, {_k(cal['batch_size'])} a batch: "
                 f"{_k(cal['calib_rows'])} to calibrate, {_k(cal['score_rows'])} to score",
             ],
             ["loss tokens", f"{tokens}; {padding}"],
@@ -334,6 +334,15 @@ def _run(data: JsonMapping) -> Iterator[str]:
             ["adjusted", "; ".join(c["adjustments"]) or (_NOTHING if c["config_hash"] else _k(None))],
         ],
     )
+
+
+def _rows(cal: JsonMapping) -> str:
+    """How samples become rows; a chat about pictures is a row of its own length."""
+    packed = f"{_k(cal['packing'])}, {_k(cal['seq_len'])} tokens each"
+    if cal["dataset"] not in ("image_text", "mixed"):
+        return packed
+    chats = "a chat about pictures each, never cut"
+    return chats if cal["dataset"] == "image_text" else f"{chats}; captions {packed}"
 
 
 def _reading(method: str, intervals: JsonMapping | None, engine: str) -> Iterator[str]:

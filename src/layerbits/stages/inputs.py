@@ -8,8 +8,9 @@ from pathlib import Path
 from layerbits.cache import writable_cache
 from layerbits.config import Settings
 from layerbits.errors import UserError
-from layerbits.inputs.datasets import check_dataset
-from layerbits.inputs.folder import check_folder, local_folder
+from layerbits.inputs.datasets import MIXED, PICTURES, check_dataset
+from layerbits.inputs.folder import check_folder, check_processor, local_folder
+from layerbits.inputs.pictures import check_pixels
 
 _FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B model about 100 MB
 
@@ -18,17 +19,20 @@ def check_inputs(settings: Settings) -> None:
     """Checks what a run reads and where it writes, as far as files say it.
 
     Raises:
-        UserError: There are no such captions or too few, the model's folder is no whole checkpoint, the disk is full,
-            or there is no place for a cache.
+        UserError: There are no such captions or pictures or too few, the model's folder is no whole checkpoint or,
+            for pictures, has no processor, the disk is full, or there is no place for a cache.
     """
     dataset, model = settings.dataset, settings.model
-    check_dataset(dataset.name, dataset.size, dataset.path)
+    check_pixels(dataset.min_pixels, dataset.max_pixels)
+    check_dataset(dataset.name, dataset.size, dataset.path, dataset.share)
     check_disk(settings.output_root)
     if settings.autoquant.checkpoint is None:
         writable_cache()  # finished steps go there
     folder = local_folder(model.path)
     if folder is not None:
         check_folder(folder, model.random_weights)
+        if dataset.name in (PICTURES, MIXED):
+            check_processor(folder)
 
 
 def check_disk(root: Path) -> None:
