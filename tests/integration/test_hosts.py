@@ -57,11 +57,15 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 
+# A host is gone after 5 s without a sign of life (15 by default), and none is waited for longer than 6 s.
+_WAITS = "keep_alive_interval=1,keep_alive_max_attempt=5,last_call_timeout=6"
+
+
 def test_a_host_dies_half_way_and_the_other_takes_over(hosts, alone, tmp_path):
     both = [
         torchrun(
             "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=2", "--rdzv-backend=c10d",
-            "--rdzv-endpoint=10.77.0.1:29511", "--rdzv-conf=last_call_timeout=10,is_host=" + str(int(number == 1)),
+            "--rdzv-endpoint=10.77.0.1:29511", f"--rdzv-conf={_WAITS},is_host={int(number == 1)}",
             f"--local-addr=10.77.0.{number}", WORKER, tmp_path / name, *(["--dies"] if number == 2 else []),
             before=("ip", "netns", "exec", name), folder=tmp_path / name, GLOO_SOCKET_IFNAME=f"{name}v",
         )
