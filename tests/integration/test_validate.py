@@ -2,18 +2,16 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from layerbits.inputs import smollm2
 from layerbits.trust import agreement
 
 from .entries import start
-from .scoring_support import everyday_tokens, knowing, tiny_model
+from .scoring_support import small_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,11 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(tmp_path_factory):
     """A run of a tiny model, and its validation with every ranker."""
     folder = tmp_path_factory.mktemp("validate")
-    source = smollm2.checkpoint()
-    model = knowing(tiny_model("llama", vocab_size=49_152, num_hidden_layers=3), everyday_tokens())
-    model.save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, folder / "model")
+    small_checkpoint(folder / "model", num_hidden_layers=3)
     store = [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}/out"]
     scored = start(
         "sensitivity", "model=hf", f"model.path={folder}/model", "model.dtype=float32", "quant_pair=wint4_afp16",
