@@ -109,8 +109,8 @@ def small_checkpoint(folder, size="32", **changes):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2.checkpoint())
-    tokenizer.chat_template = None
     tokenizer = tokenizer.train_new_from_iterator(load_captions("everyday", "512").captions, 2048)
+    tokenizer.chat_template = None
     captions = load_captions("everyday", size).captions
     known = {t for ids in tokenizer(list(captions))["input_ids"] for t in ids} | {tokenizer.eos_token_id}
     knowing(tiny_model("llama", vocab_size=len(tokenizer), **changes), known).save_pretrained(folder)

@@ -13,13 +13,12 @@ from mlflow import MlflowClient
 from layerbits import history
 from layerbits.answers import endpoint, rows
 from layerbits.history.evaluated import answers_of
-from layerbits.inputs import smollm2
 from layerbits.results.manifest import load_manifest
 from layerbits.tracking.contract import DIGEST_TAG
 
 from .completions import completions
 from .entries import ROOT, environment, start
-from .scoring_support import everyday_tokens, knowing, tiny_model
+from .scoring_support import small_checkpoint, tiny_model
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
@@ -40,11 +39,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 def run(tmp_path_factory):
     """A run of a tiny model, its evaluation on a task of ours and on one of a folder."""
     folder = tmp_path_factory.mktemp("evaluate")
-    source = smollm2.checkpoint()
-    model = knowing(tiny_model("llama", vocab_size=49_152, num_hidden_layers=3), everyday_tokens())
-    model.save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(source / name, folder / "model")
+    small_checkpoint(folder / "model", num_hidden_layers=3)
     store = [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}/out"]
     scored = start(
         "sensitivity", "model=hf", f"model.path={folder}/model", "model.dtype=float32", "quant_pair=wint4_afp16",
@@ -239,7 +234,8 @@ def test_an_endpoint_of_something_else_is_refused(run, tmp_path, change, words, 
     if "weights" in change:
         shutil.copytree(folder, tmp_path / "model")
         folder = tmp_path / "model"
-        tiny_model("llama", vocab_size=49_152, num_hidden_layers=3).save_pretrained(folder)
+        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        tiny_model("llama", vocab_size=vocabulary, num_hidden_layers=3).save_pretrained(folder)
     with completions(folder, echo=change.get("echo", True), waits=change.get("waits", 0)) as url:
         asked = [f"endpoint_model={change['endpoint_model']}"] if "endpoint_model" in change else []
         done = evaluate(run, "tasks=cloze", "limit=12", f"endpoint={url}", *asked)
@@ -342,7 +338,7 @@ def test_layers_are_scored_for_a_task(run, tmp_path, method):
     done = start(
         "sensitivity", "model=hf", f"model.path={run['folder']}/model", "model.dtype=float32", "quant_pair=wint4_afp16",
         "dataset=task", f"dataset.path={tmp_path}/rows.jsonl", "dataset.size=16", f"autoquant.method={method}",
-        "autoquant.seq_len=160", "autoquant.draws=1", "model.random_weights=true", "tracking=none",
+        "autoquant.seq_len=320", "autoquant.draws=1", "model.random_weights=true", "tracking=none",
         f"output_root={tmp_path}/out",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

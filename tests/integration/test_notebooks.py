@@ -14,9 +14,8 @@ import nbformat
 import pytest
 
 from layerbits import history, tracking
-from layerbits.inputs import smollm2
 from tests.integration.entries import ROOT, environment, start
-from tests.integration.scoring_support import everyday_tokens, knowing, tiny_model
+from tests.integration.scoring_support import small_checkpoint
 from tests.integration.tracking_support import small_result, write_folder
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -31,10 +30,7 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("filled")
     uri = f"sqlite:///{folder}/mlflow.db"
     places = [f"tracking.uri={uri}", f"output_root={folder}/out"]
-    model = knowing(tiny_model("llama", vocab_size=49_152, num_hidden_layers=3), everyday_tokens())
-    model.save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(smollm2.checkpoint() / name, folder / "model")
+    small_checkpoint(folder / "model", num_hidden_layers=3)
 
     def run(script, *arguments):
         ended = start(script, *arguments, *places, LAYERBITS_CACHE=folder / "cache", HF_HOME=folder / "hf")

@@ -1,29 +1,25 @@
 """Whole runs of recipes that need more than the default one: ModelOpt's own search, a KV cache, a format on its own."""
 
 import json
-import shutil
 
 import pytest
 import yaml
 from mlflow import MlflowClient
 
-from layerbits.inputs import smollm2
 from layerbits.recipes.recipe import load_recipe
 
 from .entries import start
 from .recipes_support import made_recipe
-from .scoring_support import everyday_tokens, knowing, tiny_model
+from .scoring_support import small_checkpoint
 
 CAST = {"num_bits": "e4m3", "use_constant_amax": True}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A tiny model with the default model's tokenizer."""
+    """A tiny model with a small tokenizer."""
     folder = tmp_path_factory.mktemp("recipe_runs") / "model"
-    knowing(tiny_model("llama", vocab_size=49_152), everyday_tokens()).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(smollm2.checkpoint() / name, folder)
+    small_checkpoint(folder)
     return folder
 
 

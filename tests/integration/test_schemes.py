@@ -35,7 +35,7 @@ from layerbits.scoring.steps import calibration_forward
 
 from .entries import start
 from .schemes_support import CALIBRATION, INFO, logits, probed, scheme_of
-from .scoring_support import candidate, everyday_tokens, knowing, random_segment, search_config, tiny_model
+from .scoring_support import candidate, random_segment, search_config, small_checkpoint, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -260,12 +260,9 @@ def runs(store, **tags):
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
-    """A tiny model with the default model's tokenizer, in a grid of two pairs; store, output root, run ids, folder."""
+    """A tiny model with a small tokenizer, in a grid of two pairs; store, output root, run ids, folder."""
     folder = tmp_path_factory.mktemp("schemes")
-    model = knowing(tiny_model("llama", vocab_size=49152, tie_word_embeddings=True), everyday_tokens())
-    model.save_pretrained(folder / "model")
-    for file in smollm2.checkpoint().glob("*token*"):
-        (folder / "model" / file.name).write_bytes(file.read_bytes())
+    small_checkpoint(folder / "model", tie_word_embeddings=True)
     store, out = f"sqlite:///{folder}/mlflow.db", folder / "out"
     done = run_script(
         "grid", store, out, "model=hf", f"model.path={folder}/model", "model.name=tiny", "model.dtype=float32",

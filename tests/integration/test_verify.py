@@ -12,7 +12,6 @@ from mlflow import MlflowClient
 
 from layerbits import history
 from layerbits.errors import UserError
-from layerbits.inputs import smollm2
 from layerbits.inputs.captions import load_captions
 from layerbits.results.manifest import load_manifest
 from layerbits.scoring.settings import check_device
@@ -20,7 +19,7 @@ from layerbits.trust.reproduce import load_run
 from layerbits.trust.verification import BOUNDS, DEVICES, bound_of, check, compare, verify
 
 from .entries import start
-from .scoring_support import everyday_tokens, knowing, tiny_model
+from .scoring_support import small_checkpoint
 from .tracking_support import small_result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,10 +30,7 @@ CONFIGS = ROOT / "configs"
 def scored(tmp_path_factory):
     """A grid of two candidates on a text file's captions, none of which is the composed default of a single run."""
     folder = tmp_path_factory.mktemp("verify")
-    model = knowing(tiny_model("llama", vocab_size=49_152, num_hidden_layers=3), everyday_tokens())
-    model.save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(smollm2.checkpoint() / name, folder / "model")
+    small_checkpoint(folder / "model", num_hidden_layers=3)
     lines = load_captions("everyday", "small").captions
     (folder / "captions.txt").write_text("\n".join([*lines, "one more caption to hold out"]) + "\n")
     store = [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"output_root={folder}/out"]
