@@ -27,6 +27,7 @@ from layerbits.inputs.rows import calibration_of, rows_of
 from layerbits.results.result import VISION_KINDS
 from layerbits.scoring import kl, onepass, quantizers, stock
 from layerbits.scoring.features import kept_features
+from layerbits.scoring.refine import refine
 from layerbits.scoring.steps import calibration_forward, loss_logits
 from layerbits.scoring.taps import Taps
 from tests.families import WITH_PICTURES, WITHOUT_PROCESSOR, build_with_processor, picture_batch
@@ -111,6 +112,16 @@ def test_fisher_and_kl_div_score_pictures(tmp_path):
     reference = stock.score(job(model, tmp_path / "s", configs(PAIR), data, method="kl_div"))
     assert differ(measured, reference) <= 2e-3  # stock subtracts logarithms in float32
     assert measured.sample_image_kl is None  # a KL divergence is that of words
+
+
+def test_measured_groups_keep_the_share_of_image_positions(tmp_path):
+    subject_job = job(subject("qwen2_5_vl")[0], tmp_path, configs(PAIR), rows(chats("qwen2_5_vl")))
+    before = onepass.score(subject_job)
+    after = refine(subject_job, before, 4)
+    assert (after.measured_se > 0).sum() == 4
+    shares = [s.sample_image_kl / s.sample_kl for s in (before, after)]
+    assert shares[0].max() > 0
+    np.testing.assert_allclose(shares[1], shares[0], rtol=1e-5)
 
 
 def test_a_killed_pass_goes_on(tmp_path):

@@ -275,7 +275,12 @@ def _pictures(data: JsonMapping) -> Iterator[str]:
             ],
         )
     else:
-        yield "This method scores the predicted words alone, so that image positions have no share of their own."
+        words = (
+            "ModelOpt's search has no scores by token"
+            if data["engine"] == "stock"
+            else ("This method scores the predicted words alone")
+        )
+        yield f"{words}, so that image positions have no share of their own."
     if modality["ranges"]:
         ranges = sorted(modality["ranges"], key=lambda r: (-r["clipped"], -r["images"] / max(r["words"], 1e-30)))
         worst = ranges[:_LISTED]

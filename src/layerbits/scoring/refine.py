@@ -67,7 +67,8 @@ def refine(job: ScoringJob, scores: Scores, wanted: int | str) -> Scores:
     """Measures some groups of a pass and puts what was found in the place of the predictions.
 
     What was not measured is multiplied by what measured / predicted was elsewhere, by kind of linear (:func:`_scales`),
-    so that both are on one scale. Raw scores keep a scale of their own: they are the new predictions in its unit.
+    so that both are on one scale. Raw scores keep a scale of their own: they are the new predictions in its unit. What
+    image positions make of a caption's KL stays the share that they had.
 
     Args:
         job: The job that was scored.
@@ -108,6 +109,7 @@ def refine(job: ScoringJob, scores: Scores, wanted: int | str) -> Scores:
         raw=raw,
         predicted_kl=predicted,
         sample_kl=samples,
+        sample_image_kl=_split(scores, samples),
         measured_se=errors,
         states=states,
         chosen=flags,
@@ -116,6 +118,14 @@ def refine(job: ScoringJob, scores: Scores, wanted: int | str) -> Scores:
         memory={**scores.memory, "refine_estimate_gb": precision.estimate_gb},
         notes=(*scores.notes, f"measured alone in {precision.dtype} on the scored rows ({counts})"),
     )
+
+
+def _split(scores: Scores, samples: FloatArray | None) -> FloatArray | None:
+    """What image positions make of new KLs of captions ``[S, G, C]``, as a pass split those before."""
+    before, images = scores.sample_kl, scores.sample_image_kl
+    if samples is None or before is None or images is None:
+        return images
+    return samples * np.divide(images, before, out=np.zeros_like(images), where=before > 0)
 
 
 def check(wanted: int | str, groups: int) -> None:
