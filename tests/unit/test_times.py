@@ -264,7 +264,7 @@ def test_the_keys_of_the_configuration():
     assert names == ["bits_6_gib_3_ms_4"]
     with pytest.raises(UserError, match="budget_ms needs costs=FILE"):
         settings_of(budget_ms="4")
-    with pytest.raises(UserError, match="budget_ms=0 is no number of milliseconds"):
+    with pytest.raises(UserError, match="budget_ms=0 is no budget; give a number above 0"):
         settings_of(budget_ms="0", costs="abc")
     with pytest.raises(UserError, match="vision_bits=8 goes with effective_bits; budget_ms counts"):
         SchemeSpec.from_mapping({"name": "mine", "budget_ms": 4, "vision_bits": 8})

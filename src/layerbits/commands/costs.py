@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from layerbits.atomic import dated, whole_folder
@@ -15,7 +14,7 @@ from layerbits.schemes.settings import runs_of, source_name
 from layerbits.schemes.source import Source
 from layerbits.serving.environment import find_environment
 from layerbits.serving.server import Launch
-from layerbits.serving.settings import CostRequest, positive
+from layerbits.serving.settings import CostRequest, positive, split_arguments
 from layerbits.tracking.made import Made
 from layerbits.tracking.settings import TrackingSpec
 
@@ -27,7 +26,7 @@ def costs(config: Composed, root: Path) -> None:
     vllm = {key: None if unset(value) else str(value) for key, value in config["vllm"].items()}
     launch = Launch(
         find_environment(vllm["python"], root),
-        arguments=tuple(shlex.split(vllm["arguments"] or "")),
+        arguments=split_arguments("vllm.arguments=", vllm["arguments"]),
         seconds=positive("vllm.seconds", vllm["seconds"]),
     )
     output = user_path(config["output_root"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from layerbits.atomic import write_json
 from layerbits.errors import UserError
-from layerbits.paths import home_path
+from layerbits.paths import exists, home_path
 
 SCHEMA_VERSION = 1
 DECODE, PREFILL = "decode", "prefill"
@@ -21,6 +21,11 @@ Layout = tuple[str, str]
 """Format of an export and label in it; :data:`PLAIN` for a linear that is not quantized."""
 
 PLAIN: Layout = ("", "unquantized")
+
+
+def is_file(reference: str) -> bool:
+    """Whether a table is named by its file or its folder, and not by the run that measured it."""
+    return exists(reference) or "/" in reference or reference.endswith(".json")
 
 
 @dataclass(frozen=True)
@@ -239,7 +244,8 @@ class CostTable:
         try:
             return cls.from_text(file.read_text("utf-8"), str(file))
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"there are no costs at {file} ({error}); {MEASURE}") from None
+            why = "" if isinstance(error, FileNotFoundError) else f" that can be read ({error})"
+            raise UserError(f"there are no costs at {file}{why}; {MEASURE}") from None
 
     def save(self, path: Path) -> Path:
         """Writes the table, whole or not at all."""

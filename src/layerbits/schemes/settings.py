@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerbits.errors import UserError
-from layerbits.paths import split_at_commas, user_path
+from layerbits.paths import exists, split_at_commas, user_path
 from layerbits.plain import Composed, unset
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budget_kinds import Counted, Measure, Timed
 from layerbits.schemes.budgets import tower_budget
 from layerbits.schemes.catalog import OBJECTIVES, Budget, SchemeSpec, load_specs
-from layerbits.schemes.cost_table import MEASURE, Step
+from layerbits.schemes.cost_table import MEASURE, Step, is_file
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
 from layerbits.schemes.sizes import Load
 from layerbits.schemes.source import Source
@@ -93,7 +94,7 @@ class SchemeSettings:
         """
         references = runs_of(config["run_id"])
         candidates = listed(config["candidates"])
-        budgets, gib, ms = (listed(config[key]) for key in ("effective_bits", "budget_gib", "budget_ms"))
+        budgets, gib, ms = (_amounts(key, config[key]) for key in ("effective_bits", "budget_gib", "budget_ms"))
         shared = {
             "candidates": [] if candidates == ["all"] else candidates,
             "objective": config["objective"],
@@ -150,13 +151,33 @@ def asked_times(config: Composed, needed: bool = False) -> Timed | None:
         needed: Whether a budget counts them.
 
     Raises:
-        UserError: None is named and it is needed, or the step is not known.
+        UserError: None is named and it is needed, or it is a file that is not there, or the step is not known.
     """
     if unset(config.get("costs")):
         if not needed:
             return None
         raise UserError(f"budget_ms needs costs=FILE or the id of a run of -e costs; {MEASURE}")
-    return Timed(Step.parse(str(config["step"])), str(config["costs"]))
+    step, reference = Step.parse(str(config["step"])), str(config["costs"])
+    if is_file(reference) and not exists(reference):
+        raise UserError(f"there are no costs at {reference}; {MEASURE}")
+    return Timed(step, reference)
+
+
+def _amounts(key: str, given: object) -> list[float]:
+    """Budgets of the configuration.
+
+    Raises:
+        UserError: One is no number above 0.
+    """
+    amounts = []
+    for text in listed(given):
+        try:
+            amounts.append(float(text))
+        except ValueError:
+            raise UserError(f"{key}={text} is not a number; give one, or several separated by commas") from None
+        if not 0 < amounts[-1] < math.inf:
+            raise UserError(f"{key}={text} is no budget; give a number above 0")
+    return amounts
 
 
 def _cost_model(value: object) -> str | None:

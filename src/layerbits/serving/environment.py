@@ -11,7 +11,10 @@ from layerbits.errors import Skipped, UserError
 from layerbits.paths import user_path
 
 FOLDER = ".venv-vllm"
-MAKE = f"`make vllm` makes one in {FOLDER} (vllm.python=PATH names another, vllm.url=ADDRESS a running server)"
+MAKE = (
+    f"`make vllm` makes one in {FOLDER} (vllm.python=PATH, or --python of layerbits, names another, vllm.url=ADDRESS a "
+    "running server)"
+)
 
 _FIND = """
 import importlib.metadata, json

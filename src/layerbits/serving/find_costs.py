@@ -10,9 +10,9 @@ from layerbits.checkpoint.times import with_times
 from layerbits.errors import Skipped, UserError
 from layerbits.export.target import NO_TARGET, THIS_MACHINE
 from layerbits.history.derived import artifact
-from layerbits.paths import exists
+from layerbits.history.source import connect, get_run
 from layerbits.schemes.budget_kinds import Counted, Measure
-from layerbits.schemes.cost_table import FILE, MEASURE, CostTable
+from layerbits.schemes.cost_table import FILE, MEASURE, CostTable, is_file
 from layerbits.schemes.source import Source
 from layerbits.serving.environment import Environment, find_environment
 
@@ -32,13 +32,14 @@ def measuring(uri: str | None, root: Path, target: str = NO_TARGET) -> Measure:
     """
 
     def measure(source: Source, counted: Counted) -> Source:
+        table = None
+        if counted.timed is not None:
+            table = find_costs(counted.timed.costs, uri)
+            check_costs(table, target, _installed(root))
+            table.step(counted.timed.step)  # before the model is looked at
         if counted.load is not None:
             source = with_sizes(source, counted.load)
-        if counted.timed is None:
-            return source
-        table = find_costs(counted.timed.costs, uri)
-        check_costs(table, target, _installed(root))
-        return with_times(source, counted.timed.step, table)
+        return source if table is None or counted.timed is None else with_times(source, counted.timed.step, table)
 
     return measure
 
@@ -53,8 +54,11 @@ def find_costs(reference: str, uri: str | None) -> CostTable:
     Raises:
         UserError: There is none.
     """
-    if exists(reference) or "/" in reference or reference.endswith(".json"):
+    if is_file(reference):
         return CostTable.load(reference)
+    kind = get_run(connect(uri), reference).tags.get("layerbits.kind") or "sensitivity"
+    if kind != "costs":
+        raise UserError(f"run {reference} is a run of kind {kind}, which measures no costs; {MEASURE}")
     return CostTable.from_text(artifact(reference, FILE, uri), f"{FILE} of run {reference}")
 
 
@@ -82,7 +86,7 @@ def check_costs(table: CostTable, target: str, installed: Environment | None) ->
     if installed is not None and installed.on_cpu == (table.device == _CPU) and installed.version != table.version:
         raise UserError(
             f"the costs were measured with {table.package} {table.version}, and {installed.package} "
-            f"{installed.version} is installed; {MEASURE} with it"
+            f"{installed.version} is installed here; {MEASURE} again"
         )
 
 

@@ -18,6 +18,7 @@ from layerbits.serving.environment import Environment, find_environment
 from layerbits.serving.gpu import check_card
 from layerbits.serving.processor import ask, in_words, otherwise
 from layerbits.serving.server import Launch, free_port
+from layerbits.serving.settings import check_is_checkpoint
 
 
 def serve(
@@ -98,7 +99,7 @@ def _checkpoint(reference: str, uri: str | None) -> Path:
     if (path / "config.json").is_file():
         return path
     if "/" in reference:
-        raise UserError(f"{path} is no checkpoint: it has no config.json; give an export's folder or its run id")
+        check_is_checkpoint(path)
     from layerbits.history.checkpoints import export_runs, fetch_checkpoint
     from layerbits.history.source import connect
 

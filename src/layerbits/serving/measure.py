@@ -16,7 +16,7 @@ from layerbits.serving.environment import find_environment
 from layerbits.serving.foreground import prepare
 from layerbits.serving.runs import run_checks
 from layerbits.serving.server import Refused
-from layerbits.serving.settings import ServeSettings, SpeedRequest, VllmSettings
+from layerbits.serving.settings import ServeSettings, SpeedRequest, VllmSettings, check_is_checkpoint
 from layerbits.serving.speed import measure_speed
 from layerbits.tracking.settings import TrackingSpec
 
@@ -49,7 +49,7 @@ def measure(reference: str, python: str | None, plugin: Path | None, arguments: 
         _print_alone(reference, python, plugin, arguments, uri)
         return
     if not is_folder and "/" in reference:
-        raise UserError(f"{folder} is no checkpoint: it has no config.json; give an export's folder or its run id")
+        check_is_checkpoint(folder)
     asked = ON_CPU if find_environment(python, Path.cwd()).on_cpu else USUAL
     tracking = _of_folder(folder, uri) if is_folder else _of_run(reference, uri)
     settings = ServeSettings(

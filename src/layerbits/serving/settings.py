@@ -52,9 +52,6 @@ class VllmSettings:
             raise UserError("vllm.unquantized_url goes with vllm.url; set both, or neither")
         if config["dtype"] not in DTYPES:
             raise UserError(f"vllm.dtype={config['dtype']} is not known; use one of {', '.join(DTYPES)}")
-        plugin = None if texts["plugin"] is None else user_path(texts["plugin"])
-        if plugin is not None and not plugin.is_dir():
-            raise UserError(f"vllm.plugin={plugin} is no folder; name the one that holds the plugin and its dist-info")
         return cls(
             python=texts["python"],
             url=texts["url"],
@@ -62,8 +59,8 @@ class VllmSettings:
             model=texts["model"],
             dtype=config["dtype"],
             port=None if texts["port"] is None else positive("vllm.port", config["port"]),
-            plugin=plugin,
-            arguments=tuple(shlex.split(texts["arguments"] or "")),
+            plugin=plugin_folder("vllm.plugin=", texts["plugin"]),
+            arguments=split_arguments("vllm.arguments=", texts["arguments"]),
             seconds=positive("vllm.seconds", config["seconds"]),
         )
 
@@ -156,7 +153,7 @@ class ServeSettings:
             raise UserError("speed.measure starts vLLM itself; set vllm.python instead of vllm.url")
         if speed is None and not config["compare"]:
             raise UserError("compare=false leaves nothing to do; set speed.measure=true with it")
-        return cls(
+        settings = cls(
             run_ids=run_ids,
             checkpoint=folder,
             tokens=positive("tokens", config["tokens"]),
@@ -169,6 +166,9 @@ class ServeSettings:
             strict=config["strict"],
             compare=config["compare"],
         )
+        if folder is not None:
+            check_is_checkpoint(folder)
+        return settings
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,49 @@ class CostRequest:
     def tokens(self) -> tuple[int, ...]:
         """Numbers of tokens that enter a linear."""
         return tuple(sorted({*self.batches, *self.prefill}))
+
+
+def check_is_checkpoint(folder: Path) -> None:
+    """Checks that a folder may be a checkpoint, before anything heavy is imported.
+
+    Raises:
+        UserError: It has no ``config.json``.
+    """
+    if not (folder / "config.json").is_file():
+        what = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        raise UserError(f"{folder} is no checkpoint: {what}; give an export's folder or its run id")
+
+
+def plugin_folder(key: str, value: str | None) -> Path | None:
+    """Folder of a plugin of vLLM.
+
+    Args:
+        key: How it is given, for the error.
+        value: As it is given; ``None`` = no plugin.
+
+    Raises:
+        UserError: There is none.
+    """
+    folder = None if value is None else user_path(value)
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{key}{folder} is no folder; name the one that holds the plugin and its dist-info")
+    return folder
+
+
+def split_arguments(key: str, text: str | None) -> tuple[str, ...]:
+    """Arguments of vLLM, as a shell would split them.
+
+    Args:
+        key: How they are given, for the error.
+        text: In one text; ``None`` = none.
+
+    Raises:
+        UserError: A quotation is not closed.
+    """
+    try:
+        return tuple(shlex.split(text or ""))
+    except ValueError as error:
+        raise UserError(f"{key}{text} cannot be split ({error}); close its quotes") from None
 
 
 def positive(key: str, value: object) -> int:

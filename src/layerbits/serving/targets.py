@@ -1,4 +1,4 @@
-"""The checkpoints that are checked, found before anything heavy is imported."""
+"""The checkpoints that are checked, found before a run is opened."""
 
 from __future__ import annotations
 
@@ -32,10 +32,14 @@ def find_targets(settings: ServeSettings, uri: str | None) -> list[Target]:
     """The checkpoints, those of a parent run of exports one by one.
 
     Raises:
-        UserError: There is no such checkpoint.
+        UserError: There is no such checkpoint, or it is not quantized.
     """
     if settings.checkpoint is not None:
         safetensors_files(settings.checkpoint)
+        from layerbits.checkpoint.labels import read_quantization
+        from layerbits.checkpoint.reader import open_checkpoint
+
+        read_quantization(open_checkpoint(settings.checkpoint))
         made = made_by(settings.checkpoint)
         tags = {"export_run_id": made.run_id} if made else {}
         return [Target(settings.checkpoint, None, tags)]
