@@ -1,13 +1,18 @@
 """What several integration tests share."""
 
+import os
+import shutil
+import sqlite3
 import sys
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 
 from layerbits import tracking
+from layerbits.tracking import store
+from layerbits.tracking.uris import quoted_path
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +25,34 @@ def no_run_stays_active():
         with suppress(MlflowException):  # its store may be gone
             mlflow.end_run()
     assert not left, f"left active: {left}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stores_are_made_once(tmp_path_factory):
+    """Runs the many migrations of a new SQLite store once for all that this process makes; processes make their own.
+
+    MLflow still opens each file by itself, with its own place of artifacts and its first experiment.
+    """
+    make = store._create_sqlite
+    empty = []
+
+    def copied(path):
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+        if not empty:
+            file = tmp_path_factory.mktemp("migrated") / "mlflow.db"
+            make(file)
+            with closing(sqlite3.connect(file)) as database, database:
+                database.execute("DELETE FROM experiments")
+            empty.append(file)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        shutil.copyfile(empty[0], partial)
+        SqlAlchemyStore(f"sqlite:///{quoted_path(partial)}", str(path.parent / "mlruns")).engine.dispose()
+        partial.rename(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_create_sqlite", copied)
+        yield
 
 
 @pytest.fixture
