@@ -338,7 +338,7 @@ def tables(record: Mapping[str, Any]) -> str:
         for pair, by in told["kl"].items():
             for what in ("all", "half"):
                 cells = [
-                    "{:.3g} ± {:.1g}".format(*by[name][what][where])
+                    "{:.3g} ± {:.1g}".format(*by[name][what][where]) if name in by else "–"
                     for where in ("pictures", "text")
                     for name in CALIBRATIONS
                 ]
@@ -353,7 +353,10 @@ def tables(record: Mapping[str, Any]) -> str:
         for pair, moved in told["ranks"].items():
             share = told["image_share"]["pictures"][pair]
             ends = f"{share['share']:.1%} ({share['low']:.1%} to {share['high']:.1%})"
-            alike = [f"{moved[n]['spearman']:.3f} | {moved[n]['top10']}" for n in map("_".join, COMPARED)]
+            alike = [
+                f"{moved[name]['spearman']:.3f} | {moved[name]['top10']}" if name in moved else "– | –"
+                for name in map("_".join, COMPARED)
+            ]
             lines.append(f"| {scale} | `{pair}` | {' | '.join(alike)} | {ends} |")
     lines += ["", "| scale | modules above 1% | mean share | largest share | median, largest ratio of magnitudes |"]
     lines += ["|---|---|---|---|---|"]

@@ -22,7 +22,7 @@ from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.cost_table import PLAIN, CostTable, Step
 from layerbits.schemes.make import from_scores
 from layerbits.schemes.request import SchemeRequest
-from layerbits.serving.costs import CostRequest, in_words, measure_costs
+from layerbits.serving.costs import CostRequest, in_words, measure_costs, pooled
 from layerbits.serving.environment import find_environment
 from layerbits.serving.find_costs import find_costs, measuring
 from layerbits.serving.server import Launch
@@ -94,6 +94,19 @@ def test_steps_are_those_of_the_whole_model_and_the_rest_is_what_linears_leave(m
     linears = sum(2 * table.seconds(shape, PLAIN, 1) for shape in table.counts)
     assert decode.remainder == pytest.approx(decode.median - linears)
     assert table.step(Step("prefill", 32)).low >= 32 * PREFILL
+
+
+def test_steps_of_two_processes_are_one_and_say_where_they_differ(capsys):
+    steps = [Step("decode", 1), Step("decode", 8)]
+    first, second = ([(step, values) for step in steps] for values in ((3.86, 3.88, 3.9), (3.87, 3.88, 3.88)))
+    second[1] = (steps[1], (3.6, 3.67, 3.7))
+    assert pooled(first, second) == [
+        (steps[0], (3.86, 3.88, 3.9, 3.87, 3.88, 3.88)),
+        (steps[1], (3.86, 3.88, 3.9, 3.6, 3.67, 3.7)),
+    ]
+    said = capsys.readouterr().err
+    assert "decode:8 of the unquantized model took 3880 ms before the linears and 3670 ms after" in said
+    assert "decode:1" not in said
 
 
 def test_schemes_are_made_by_the_file(measured, tmp_path, monkeypatch):

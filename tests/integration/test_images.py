@@ -26,7 +26,7 @@ from layerbits.inputs.processor import load_processor, missing_packages
 from layerbits.inputs.rows import calibration_of, rows_of
 from layerbits.results.result import VISION_KINDS
 from layerbits.scoring import kl, onepass, quantizers, stock
-from layerbits.scoring.features import kept_features
+from layerbits.scoring.features import kept_features, picture_inputs
 from layerbits.scoring.refine import refine
 from layerbits.scoring.steps import calibration_forward, loss_logits
 from layerbits.scoring.taps import Taps
@@ -157,6 +157,18 @@ def test_image_features_are_made_once_per_row_and_change_nothing(family):
         handle.remove()
     for again in kept:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain, again, strict=True))
+
+
+def test_pixels_whose_features_are_kept_do_not_travel_again():
+    model, batches = subject("qwen3_vl")[0].model, chats("qwen3_vl")
+    segment = batches[0].segments[0]
+    with kept_features(model, batches), torch.no_grad():
+        first = picture_inputs(model, segment)["pixel_values"]
+        loss_logits(model, batches[0])
+        second = picture_inputs(model, segment)["pixel_values"]
+    assert second.shape == first.shape
+    assert first.untyped_storage().nbytes() == first.nbytes
+    assert second.untyped_storage().nbytes() == second.element_size()
 
 
 def test_the_loss_counts_the_words_of_the_answer_alone():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,12 @@ _KV_BYTES = 1 << 28
 _WARMUP = 3
 _CONTEXT = 512
 _NEW_TOKENS = 32
+
+_STEADY = 0.03
+"""How far apart the medians of one step may be, measured before all linears and after them."""
+
+Steps = list[tuple[Step, Sequence[float]]]
+"""Steps and their seconds, one per repeat."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +162,7 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
         except server.Refused as words:
             print(f"vLLM does not run {' '.join(layout)}: {words}", flush=True)
             refused.append(Refused(*layout, str(words)))
+    steps = pooled(steps, time_steps(whole, asked, without, work))
     shutil.rmtree(work)
     table = CostTable(
         device=device,
@@ -170,6 +178,28 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
         refused=tuple(refused),
     )
     return replace(table, steps=tuple(_with_remainder(table, step, seconds) for step, seconds in steps))
+
+
+def pooled(before: Steps, after: Steps) -> Steps:
+    """Steps of two processes as one; warns where their medians differ by more than 3 %.
+
+    Args:
+        before: Measured before the linears.
+        after: The same steps, measured after them.
+    """
+    made: Steps = []
+    for (step, first), (_, second) in zip(before, after, strict=True):
+        one, two = statistics.median(first), statistics.median(second)
+        if abs(one - two) > _STEADY * min(one, two):
+            print(
+                f"warning: {step.name} of the unquantized model took {1000 * one:.4g} ms before the linears and "
+                f"{1000 * two:.4g} ms after them, so predicted steps are as far off: measure on a machine that does "
+                "nothing else",
+                file=sys.stderr,
+                flush=True,
+            )
+        made.append((step, (*first, *second)))
+    return made
 
 
 def in_words(table: CostTable) -> str:
@@ -238,7 +268,7 @@ def _row(row: JsonObject, layout: Layout) -> LinearTime:
     return LinearTime(row["rows"], row["columns"], *layout, row["kernel"], row["tokens"], *times, row["graph"])
 
 
-def time_steps(folder: Path, asked: CostRequest, launch: Launch, work: Path) -> list[tuple[Step, Sequence[float]]]:
+def time_steps(folder: Path, asked: CostRequest, launch: Launch, work: Path) -> Steps:
     """Seconds of the steps of a whole model; decode steps follow the longest prompt.
 
     Args:
@@ -252,7 +282,7 @@ def time_steps(folder: Path, asked: CostRequest, launch: Launch, work: Path) -> 
         UserError: It was not done in ``launch.seconds``.
     """
     repeats = max(3, asked.repeats // 5)
-    steps: list[tuple[Step, Sequence[float]]] = []
+    steps: Steps = []
     longest = max(asked.prefill, default=_CONTEXT)
     for length in sorted({*asked.prefill, longest}):
         decoding = asked.batches if length == longest else ()
@@ -263,8 +293,8 @@ def time_steps(folder: Path, asked: CostRequest, launch: Launch, work: Path) -> 
     return steps
 
 
-def _of_speed(speed: Speed, prefill: bool, decoding: Sequence[int]) -> list[tuple[Step, Sequence[float]]]:
-    steps: list[tuple[Step, Sequence[float]]] = []
+def _of_speed(speed: Speed, prefill: bool, decoding: Sequence[int]) -> Steps:
+    steps: Steps = []
     for timing in speed.timings:
         if prefill and timing.batch == 1:
             steps.append((Step(PREFILL, speed.prompt_tokens), timing.prefill))
