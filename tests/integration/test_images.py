@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from layerbits.errors import UserError
 from layerbits.inputs.calibration import Batch, Calibration
@@ -21,7 +22,7 @@ from layerbits.inputs.loading import load
 from layerbits.inputs.models import ModelSpec, load_tokenizer, resolve, vision_linears
 from layerbits.inputs.patches import most_patches
 from layerbits.inputs.picture_rows import Reader, picture_batches
-from layerbits.inputs.pictures import Pictured
+from layerbits.inputs.pictures import Pictured, read_pictures
 from layerbits.inputs.processor import load_processor, missing_packages
 from layerbits.inputs.rows import calibration_of, rows_of
 from layerbits.results.result import VISION_KINDS
@@ -427,6 +428,19 @@ def test_marks_of_a_template_are_no_words_after_a_picture(turns):
     chat = Pictured(messages, (picture,) * shown, "list row 1")
     with pytest.raises(UserError, match="list row 1: there are no words after the picture"):
         picture_batches([chat], subject("qwen2_5_vl")[2], 1, [0])
+
+
+def test_a_picture_that_a_processor_cannot_take_is_told_with_its_file(tmp_path):
+    Image.new("RGB", (2000, 5)).save(tmp_path / "long.png")
+    pair = {"image": "long.png", "text": "A line."}
+    content = [{"type": "image", "image": "long.png"}, {"type": "text", "text": "What is it?"}]
+    chat = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A line."}]}
+    (tmp_path / "list.jsonl").write_text(f"{json.dumps(pair)}\n{json.dumps(chat)}\n")
+    for number, row in enumerate(read_pictures(tmp_path / "list.jsonl"), start=1):
+        with pytest.raises(UserError, match=r"the processor cannot take it \(.*aspect ratio.*\); leave it out") as said:
+            picture_batches([row], subject("qwen2_5_vl")[2], 1, [0])
+        assert f"{tmp_path}/long.png" in str(said.value)
+        assert f"{tmp_path}/list.jsonl row {number}" in str(said.value)
 
 
 def test_another_models_processor_is_told():

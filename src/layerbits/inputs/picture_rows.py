@@ -140,7 +140,7 @@ def read_row(chat: Pictured, reader: Reader) -> Row:
     except UserError:
         raise
     except Exception as error:  # whatever a processor makes of a picture that it cannot take
-        raise UserError(f"{chat.where}: the processor cannot take it ({first_line(error)}); leave it out") from None
+        raise UserError(f"{chat.name}: the processor cannot take it ({first_line(error)}); leave it out") from None
     ids = made.pop("input_ids")
     made.pop("attention_mask", None)
     inputs = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
@@ -152,7 +152,7 @@ def read_row(chat: Pictured, reader: Reader) -> Row:
         images_only = int(image_mask.sum())
         change = "shorten its words" if length - images_only > reader.positions else "lower dataset.max_pixels"
         raise UserError(
-            f"{chat.where}: {length:,} tokens ({images_only:,} of images), more than the {reader.positions:,} "
+            f"{chat.name}: {length:,} tokens ({images_only:,} of images), more than the {reader.positions:,} "
             f"positions of the model; {change}"
         )
     mask = torch.zeros_like(ids, dtype=torch.bool)

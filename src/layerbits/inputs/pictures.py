@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError, first_line
+from layerbits.inputs.files import few
 from layerbits.paths import home_path
 from layerbits.plain import JsonMapping, JsonObject
 
@@ -140,6 +141,12 @@ class Pictured:
     def texts(self) -> list[str]:
         """Its words, part by part."""
         return [part["text"] for turn in self.messages for part in turn["content"] if part["type"] == "text"]
+
+    @property
+    def name(self) -> str:
+        """Row and files, for errors that may be of any of its pictures."""
+        files = [str(picture.file) for picture in self.pictures if picture.where != self.where and picture.file]
+        return f"{self.where} ({few(files)})" if files else self.where
 
     def digest(self) -> str:
         """Of its words and pixels.
