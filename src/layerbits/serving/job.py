@@ -16,7 +16,7 @@ from layerbits.errors import Skipped, UserError
 from layerbits.export.plan import source_folder
 from layerbits.history.derived import served_values
 from layerbits.serving.check import MANIFEST, ServeCheck, check_files, compare, judge, read_scheme
-from layerbits.serving.environment import Environment, find_environment
+from layerbits.serving.environment import Environment, find_environment, what_is_unknown
 from layerbits.serving.gpu import check_card, otherwise_on_gpu
 from layerbits.serving.processor import ask, in_words, otherwise, why_refused
 from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
@@ -137,6 +137,8 @@ class Checker:
         unasked = left_open(scheme, subject.prepared.resolved.config) if subject is not None else ""
         if unasked:
             print(f"warning: {folder.name} is {unasked}", file=sys.stderr, flush=True)
+        if installed is not None and (unknown := what_is_unknown(installed[0])):
+            print(f"warning: {unknown}", file=sys.stderr, flush=True)
         launch = None if installed is None else self._launch(installed[0], scheme)
         processor = None if installed is None else installed[1]
         about = {} if launch is None else Started(launch, processor).about
