@@ -13,7 +13,7 @@ from modelopt.torch.quantization.conversion import set_quantizer_by_cfg
 from torch import nn
 
 from layerbits.candidates import backends
-from layerbits.candidates.candidate import aliases, check_target, config_hash, live_entries, resolve_candidate
+from layerbits.candidates.candidate import check_target, config_hash, live_entries, resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.formats import FP4_VARIANTS, normalise, plain, resolve_format
 from layerbits.candidates.granularity import Overlay
@@ -185,21 +185,19 @@ def test_a_dropped_entry_leaves_no_trace(items):
     assert _states(live_entries(entries)) == _states(entries)
 
 
-def test_aliases_point_at_the_first_of_the_same():
+def test_overlays_that_give_one_configuration_have_one_hash():
     names = ("default", "a_group128", "w_per_out_channel", "w_group128", "w_group128_a_token")
-    found = aliases([candidate("wint8_afp16", n) for n in names])
-    assert found == {
-        "wint8_afp16/a_group128": "wint8_afp16",
-        "wint8_afp16/w_per_out_channel": "wint8_afp16",
-        "wint8_afp16/w_group128_a_token": "wint8_afp16/w_group128",
-    }
+    default, group, channel, narrow, token = (candidate("wint8_afp16", name).info.config_hash for name in names)
+    assert default == group == channel
+    assert narrow == token
+    assert default != narrow
 
 
 @pytest.mark.parametrize(
     ("pair", "overlay"), [("wint4_afp16", "w_group128"), ("wfp4_aint8", "w_group32"), ("wfp8_afp8", "w_per_tensor")]
 )
 def test_an_overlay_that_changes_nothing_is_found_out(pair, overlay):
-    assert aliases([candidate(pair), candidate(pair, overlay)]) == {f"{pair}/{overlay}": pair}
+    assert candidate(pair, overlay).info.config_hash == candidate(pair).info.config_hash
 
 
 @pytest.mark.parametrize("target", [4.125, 10, 16])

@@ -122,17 +122,6 @@ def live_entries(entries: Sequence[JsonObject]) -> list[JsonObject]:
     return [e for i, e in enumerate(entries) if not any(_overrides(later, e) for later in entries[i + 1 :])]
 
 
-def aliases(candidates: Sequence[Candidate]) -> dict[str, str]:
-    """Candidates that are the same configuration as an earlier one: name → name of the first."""
-    first: dict[str, str] = {}
-    result = {}
-    for candidate in candidates:
-        name = first.setdefault(candidate.info.config_hash, candidate.info.name)
-        if name != candidate.info.name:
-            result[candidate.info.name] = name
-    return result
-
-
 def check_target(
     candidates: Candidate | Sequence[Candidate], target: float, vision_target: float | None = None
 ) -> None:
