@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from layerbits.errors import UserError
+from layerbits.inputs.captions import HELD_OUT, SIZES
 from layerbits.inputs.datasets import load_dataset
 from layerbits.inputs.drawn import embedded
 from layerbits.inputs.pictures import Picture, Pictured, check_pixels, digest_of_all, read_pictures
@@ -257,6 +258,15 @@ def test_the_embedded_list_begins_with_the_shorter_one():
     assert [row.texts for row in few] == [row.texts for row in many[:8]]
     assert [row.digest() for row in few] == [row.digest() for row in embedded(8)]
     assert len({row.texts[-1] for row in embedded(64)}) == 64
+
+
+def test_no_embedded_picture_is_calibrated_on_and_held_out():
+    found = load_dataset("image_text", "130")
+    large = SIZES["large"] + HELD_OUT
+    assert len({row.texts[-1] for row in embedded(large)}) < large  # so it matters
+    assert [row.texts for row in found.captions] == [row.texts for row in embedded(130)]
+    rows = (*found.captions, *found.held_out)
+    assert len({row.texts[-1] for row in rows}) == len(rows) == 130 + HELD_OUT
 
 
 def test_a_digest_sees_words_and_pixels():

@@ -89,7 +89,7 @@ def _texts(captions: Sequence[Pictured | str]) -> tuple[str, ...]:
 def _pictures(count: int, size: str, path: str | Path | None) -> tuple[tuple[Pictured, ...], tuple[Pictured, ...]]:
     """The first pictures, and those that are held out."""
     most = max(count, SIZES["large"]) + HELD_OUT
-    rows = embedded(most) if path is None else distinct(read_pictures(home_path(path)))
+    rows = _embedded(most) if path is None else distinct(read_pictures(home_path(path)))
     if len(rows) < count:
         raise UserError(
             f"{path} has {len(rows)} distinct rows with pictures, dataset.size={size} needs {count}; give a longer "
@@ -97,3 +97,14 @@ def _pictures(count: int, size: str, path: str | Path | None) -> tuple[tuple[Pic
         )
     start = max(count, min(SIZES["large"], len(rows) - HELD_OUT))
     return rows[:count], rows[start : start + HELD_OUT]
+
+
+def _embedded(count: int) -> tuple[Pictured, ...]:
+    """The first embedded pictures with captions of their own: some drawings come again further down."""
+    rows: dict[str, Pictured] = {}
+    drawn = count
+    while len(rows) < count:
+        for row in embedded(drawn):
+            rows.setdefault(row.texts[-1], row)
+        drawn += count
+    return tuple(rows.values())[:count]
