@@ -9,6 +9,8 @@ from contextlib import closing, suppress
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from layerbits import tracking
 from layerbits.tracking import store
@@ -53,6 +55,19 @@ def stores_are_made_once(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "_create_sqlite", copied)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stores_wait_for_no_disk():
+    """SQLite files of this process need not outlive a crash of the machine; waiting for the disk is half of a run's log."""
+
+    def unsynced(connection, _record):
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", unsynced)
+    yield
+    event.remove(Engine, "connect", unsynced)
 
 
 @pytest.fixture
