@@ -59,7 +59,7 @@ def stores_are_made_once(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def stores_wait_for_no_disk():
-    """SQLite files of this process need not outlive a crash of the machine; waiting for the disk is half of a run's log."""
+    """SQLite files of this process need not outlive a crash of the machine; waiting for the disk is half of logging."""
 
     def unsynced(connection, _record):
         if isinstance(connection, sqlite3.Connection):

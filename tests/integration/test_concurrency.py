@@ -23,7 +23,7 @@ def log_at_once(folder, processes, *options):
     ]
     out = folder / "record.json"
     done = subprocess.run(
-        [*command, "--blocks", str(BLOCKS), "--out", out, *options],
+        [*command, "--start", "forkserver", "--blocks", str(BLOCKS), "--out", out, *options],
         cwd=folder,
         env=environment(),
         capture_output=True,
