@@ -244,8 +244,7 @@ def test_who_stops_the_second_timing_keeps_the_first(place, python, monkeypatch,
         return measure(launch, model, what, *others)
 
     monkeypatch.setattr(timing, "measure_speed", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(["serve", str(folder), "--measure", "--python", str(python)])
+    assert serve(folder, "--measure", "--python", python) == 130
     (run,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'")
     assert (run.info.status, run.data.tags["outcome"], run.data.tags["serve"]) == ("KILLED", "killed", "timed")
     assert run.data.metrics["speed/batch_1/decode_ms"] > 0
@@ -395,6 +394,16 @@ def checker(exported, tmp_path):
     settings |= {"new_tokens": 1, "output_root": tmp_path, "vllm": {**vllm, "dtype": "auto", "seconds": 1}}
     settings |= {"speed": {"measure": False}, "strict": False, "compare": True}
     return Checker(ServeSettings.from_config(settings), tmp_path), folder
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(checker):
+    check, folder = checker
+    (check.root / "file").write_text("")
+    elsewhere = Checker(replace(check.settings, output_root=check.root / "file"), check.root)
+    with pytest.raises(
+        UserError, match=r"cannot write .*/file/tmp/serve_check_int8-.* \(Not a directory\); free space, or"
+    ):
+        elsewhere.check(Target(folder, None, {}))
 
 
 def test_a_changed_checkpoint_is_found_by_its_digest(checker):

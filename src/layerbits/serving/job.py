@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from layerbits.atomic import dated, write_json
+from layerbits.atomic import dated, why_unwritable, write_json
 from layerbits.checkpoint.labels import read_quantization
 from layerbits.checkpoint.processors import MISSING, Processor
 from layerbits.errors import Skipped, UserError
@@ -79,20 +79,25 @@ class Checker:
             keep: Gets what is known before each timing, which takes minutes: whoever stops one keeps that.
 
         Raises:
-            UserError: It cannot be read, or something is to be corrected first.
+            UserError: It cannot be read, or its folder not be written, or something is to be corrected first.
         """
         checkpoint, digest, structure = check_files(target.folder)
         if target.digest is not None and digest != target.digest:
             run = target.tags.get("export_run_id")
             raise UserError(f"{target.folder} is not what run {run} exported (its digest differs); export it again")
         out = dated(self.settings.output_root, f"serve_check_{target.folder.name}")
-        out.mkdir(parents=True)
 
         def described(done: ServeCheck) -> Checked:
             _write(done, out)
             return self._described(target, digest, done, out)
 
-        return described(self._checked(checkpoint, structure, digest, out, lambda done: keep(described(done))))
+        try:
+            out.mkdir(parents=True)
+            return described(self._checked(checkpoint, structure, digest, out, lambda done: keep(described(done))))
+        except OSError as error:
+            if (reason := why_unwritable(error)) is None:
+                raise
+            raise UserError(f"cannot write {out} ({reason}); free space, or set output_root") from None
 
     def _described(self, target: Target, digest: str, done: ServeCheck, out: Path) -> Checked:
         """A check as its run has it."""

@@ -33,7 +33,8 @@ def run_checks(settings: ServeSettings, tracking: TrackingSpec, root: Path) -> N
     tracker = Tracker(tracking, root)
     targets = find_targets(settings, tracker.uri)
     several = len(targets) > 1
-    with tracker.parent(f"serve checks of {settings.source}", "serve_checks") if several else nullcontext():
+    what = "serve checks of" if settings.compare else "speeds of"
+    with tracker.parent(f"{what} {settings.source}", "serve_checks") if several else nullcontext():
         _check_each(targets, settings, tracker, root)
 
 
