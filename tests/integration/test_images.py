@@ -387,6 +387,23 @@ def test_a_template_without_a_place_for_the_picture_is_told(template, words):
         reader.processor.chat_template = own
 
 
+def test_a_model_without_a_template_gets_pictures_and_answers_and_is_warned_of():
+    _, tokenizer, reader = subject("llava")
+    shape = (tokenizer, reader, "packed", 32, 1, None)
+    before = calibration_of(embedded(1), *shape)
+    own, reader.processor.chat_template = reader.processor.chat_template, None
+    bare = replace(reader, known={})
+    of_tokenizer, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        rows = calibration_of(embedded(1), tokenizer, bare, *shape[2:])
+    finally:
+        reader.processor.chat_template, tokenizer.chat_template = own, of_tokenizer
+    assert not any("no chat template" in warning for warning in before.warnings)
+    assert any("no chat template" in warning for warning in rows.warnings)
+    (segment,) = rows.score[0].segments
+    assert tokenizer.decode(segment.input_ids[0][segment.loss_mask[0]]) == embedded(1)[0].texts[-1]
+
+
 @pytest.mark.parametrize(
     ("family", "mark"), [("qwen2_5_vl", "<|image_pad|>"), ("gemma3", "<boi>"), ("gemma3", "<image_soft_token>")]
 )

@@ -45,6 +45,13 @@ class Reader:
     apart: bool = False
     known: dict[int, tuple[Pictured, Row]] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def template(self) -> str | None:
+        """The chat template of the processor or its tokenizer; a base model has none."""
+        parts = (self.processor, self.processor.tokenizer)
+        found = next((t for t in (getattr(part, "chat_template", None) for part in parts) if t), None)
+        return found.get("default") or next(iter(found.values())) if isinstance(found, dict) else found
+
     def row(self, chat: Pictured) -> Row:
         """A chat's row.
 
@@ -174,8 +181,7 @@ def _rendered(chat: Pictured, reader: Reader) -> tuple[str, Callable[[bool], Ite
     for mark in (token, str(tokenizer.convert_ids_to_tokens(reader.image_token))):
         if any(mark in text for text in chat.texts):
             raise UserError(f"{chat.where}: its words contain {mark}, the mark of a picture; take it out")
-    templates = [getattr(processor, "chat_template", None), getattr(tokenizer, "chat_template", None)]
-    template = next((t for t in templates if t), None)
+    template = reader.template
     if template is None:  # a base model: the pictures, then the words
         words = " ".join(part["text"] for turn in chat.messages if turn["role"] == "assistant" for part in _text(turn))
         words = words or " ".join(chat.texts)
@@ -184,8 +190,6 @@ def _rendered(chat: Pictured, reader: Reader) -> tuple[str, Callable[[bool], Ite
     else:
         if not _says_something(chat):  # the template's own marks are no words
             raise _no_words(chat)
-        if isinstance(template, dict):
-            template = template.get("default") or next(iter(template.values()))
 
         def render(messages: Sequence[Message], ask: bool) -> str:
             try:

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_NO_TEMPLATE = (
+    "the model has no chat template: a row is its pictures and then the words of the answers; where the model was made "
+    "for chats, put the template of its processor into the checkpoint"
+)
+
+
 def calibration_of(
     captions: Sequence[Pictured | str],
     tokenizer: PreTrainedTokenizerBase,
@@ -62,7 +68,8 @@ def calibration_of(
     score = calib
     if samples < len(captions):
         score = rows_of(captions[:samples], tokenizer, reader, packing, seq_len, batch_size)
-    return Calibration(calib, score, samples, few_tokens_warning(score, samples == len(captions)))
+    warnings = few_tokens_warning(score, samples == len(captions))
+    return Calibration(calib, score, samples, (*warnings, *([] if reader.template else [_NO_TEMPLATE])))
 
 
 def rows_of(
