@@ -43,6 +43,18 @@ def test_the_report_says_how_many_times_better_the_checkpoint_is():
     assert "| decode step at batch 8, ms | 2.00 (1.00 to 3.00) | 4.00 (4.00 to 4.00) | 2.00 |" in lines
 
 
+def test_steps_that_other_work_disturbed_are_told_and_what_is_no_time_is_left_out():
+    calm, noisy = speed(decode=(0.002, 0.003, 0.0035)), speed(decode=(0.002, 0.001, 0.0031))
+    assert (calm.disturbance, noisy.disturbance[:24]) == ("", "Decode steps at batch 8 ")
+    assert noisy.metrics("speed")["speed/batch_8/decode_ms"] == pytest.approx(2.0)
+    turned = speed(decode=(-0.004, -0.001, 0.009))
+    assert "speed/batch_8/decode_ms" not in turned.metrics("speed")
+    lines = Speeds(calm, turned).markdown()
+    assert "| decode step at batch 8, ms | 3.00 (2.00 to 3.50) | not known (-4.00 to 9.00) | – |" in lines
+    assert f"The unquantized model: {turned.disturbance}" in lines
+    assert turned.disturbance.endswith("other work ran beside them, so time it again on an idle machine.")
+
+
 def test_weights_that_vllm_does_not_show_are_left_out():
     packed = Speeds(speed(gib=float("nan")), speed(gib=float("nan")))
     assert not any(key.endswith("weights_gib") for key in packed.metrics())

@@ -44,8 +44,18 @@ class Timing:
 
     @property
     def decode_ms(self) -> float:
-        """Median time of a decode step, milliseconds."""
-        return 1000 * statistics.median(self.decode)
+        """Median time of a decode step, milliseconds; NaN where that is no time.
+
+        A step is the difference of two requests, which other work on the machine may turn round.
+        """
+        median = statistics.median(self.decode)
+        return 1000 * median if median > 0 else math.nan
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the steps differ by more than one takes, or one has no time at all."""
+        low, high = min(self.decode), max(self.decode)
+        return low <= 0 or high - low > statistics.median(self.decode)
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,19 @@ class Speed:
     def how(self) -> str:
         """What was timed, in words."""
         graphs = "with CUDA graphs" if self.graphs else "without CUDA graphs"
-        return f"Prompts of {self.prompt_tokens} random tokens, {graphs}; medians, and the range of a decode step."
+        said = f"Prompts of {self.prompt_tokens} random tokens, {graphs}; medians, and the range of a decode step."
+        return f"{said} {self.disturbance}".rstrip()
+
+    @property
+    def disturbance(self) -> str:
+        """That other work disturbed the times, in words; empty where it did not."""
+        batches = ", ".join(str(timing.batch) for timing in self.timings if timing.disturbed)
+        if not batches:
+            return ""
+        return (
+            f"Decode steps at batch {batches} differ by more than one takes: other work ran beside them, so time it "
+            "again on an idle machine."
+        )
 
     def tags(self, runtime: Mapping[str, str]) -> dict[str, str]:
         """What the shared numbers of its logged model are of: the smallest batch, and where it was timed.
@@ -115,7 +137,8 @@ class Speed:
         for timing in self.timings:
             tokens = timing.prefill_tokens_per_second(self.prompt_tokens)
             values |= {f"batch_{timing.batch}/prefill_tokens_per_second": tokens}
-            values |= {f"batch_{timing.batch}/decode_ms": timing.decode_ms}
+            if math.isfinite(timing.decode_ms):
+                values |= {f"batch_{timing.batch}/decode_ms": timing.decode_ms}
         return {f"{prefix}/{key}": value for key, value in values.items()}
 
 
@@ -149,8 +172,10 @@ class Speeds:
             fast, slow = (t.prefill_tokens_per_second(ours.prompt_tokens) for t in (a, b))
             better += [fast / slow, b.decode_ms / a.decode_ms]
         columns = zip(ours.rows(), theirs.rows(), better, strict=True)
+        disturbed = [f"The unquantized model: {theirs.disturbance}", ""] if theirs.disturbance else []
         return [
             *lines,
+            *disturbed,
             "| | this checkpoint | unquantized | times better |",
             "|---|---:|---:|---:|",
             *(f"| {what} | {a} | {b} | {_times(ratio)} |" for (what, a), (_, b), ratio in columns),
@@ -168,7 +193,8 @@ def _times(ratio: float) -> str:
 
 def _spread(timing: Timing) -> str:
     low, high = (1000 * end(timing.decode) for end in (min, max))
-    return f"{timing.decode_ms:.2f} ({low:.2f} to {high:.2f})"
+    median = f"{timing.decode_ms:.2f}" if math.isfinite(timing.decode_ms) else "not known"
+    return f"{median} ({low:.2f} to {high:.2f})"
 
 
 def measure_speed(launch: Launch, folder: Path, what: str, asked: SpeedRequest, work: Path) -> Speed:
