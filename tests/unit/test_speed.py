@@ -8,9 +8,11 @@ import yaml
 
 from layerbits import figures
 from layerbits.errors import UserError
+from layerbits.schemes.cost_table import Step
+from layerbits.serving import costs
 from layerbits.serving.measure import USUAL
 from layerbits.serving.server import Launch
-from layerbits.serving.settings import SpeedRequest
+from layerbits.serving.settings import CostRequest, SpeedRequest
 from layerbits.serving.speed import Speed, Speeds, Timing, measure_speed
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,17 @@ def test_steps_that_other_work_disturbed_are_told_and_what_is_no_time_is_left_ou
     assert "| decode step at batch 8, ms | 3.00 (2.00 to 3.50) | not known (-4.00 to 9.00) | – |" in lines
     assert f"The unquantized model: {turned.disturbance}" in lines
     assert turned.disturbance.endswith("other work ran beside them, so time it again on an idle machine.")
+
+
+def test_a_table_of_costs_has_no_step_that_other_work_left_no_time(monkeypatch, tmp_path, capsys):
+    def timed(decode):
+        monkeypatch.setattr(costs, "measure_speed", lambda *_: speed(decode=decode))
+        return costs.time_steps(tmp_path, CostRequest((8,), ()), Launch(None), tmp_path)
+
+    assert timed((0.002, 0.001, 0.0031)) == [(Step("decode", 8), (0.002, 0.001, 0.0031))]
+    assert capsys.readouterr().err.startswith("warning: Decode steps at batch 8 differ by more than one takes")
+    with pytest.raises(UserError, match="a decode step at batch 8 took no time that can be told"):
+        timed((-0.004, -0.001, 0.009))
 
 
 def test_weights_that_vllm_does_not_show_are_left_out():

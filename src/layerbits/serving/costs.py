@@ -279,7 +279,7 @@ def time_steps(folder: Path, asked: CostRequest, launch: Launch, work: Path) -> 
 
     Raises:
         Refused: vLLM ended; in its own words.
-        UserError: It was not done in ``launch.seconds``.
+        UserError: It was not done in ``launch.seconds``, or other work left a step no time.
     """
     repeats = max(3, asked.repeats // 5)
     steps: Steps = []
@@ -289,6 +289,8 @@ def time_steps(folder: Path, asked: CostRequest, launch: Launch, work: Path) -> 
         batches = tuple(sorted({1, *decoding})) if length in asked.prefill else decoding
         request = SpeedRequest(batches, length, _NEW_TOKENS if decoding else 1, repeats)
         speed = measure_speed(launch, folder, f"{folder.name} after {length} tokens", request, work)
+        if decoding and speed.disturbance:
+            print(f"warning: {speed.disturbance}", file=sys.stderr, flush=True)
         steps += _of_speed(speed, length in asked.prefill, decoding)
     return steps
 
@@ -299,6 +301,11 @@ def _of_speed(speed: Speed, prefill: bool, decoding: Sequence[int]) -> Steps:
         if prefill and timing.batch == 1:
             steps.append((Step(PREFILL, speed.prompt_tokens), timing.prefill))
         if timing.batch in decoding:
+            if math.isnan(timing.decode_ms):
+                raise UserError(
+                    f"a decode step at batch {timing.batch} took no time that can be told: other work ran beside it; "
+                    "measure it again on an idle machine"
+                )
             steps.append((Step(DECODE, timing.batch), timing.decode))
     return steps
 
