@@ -192,6 +192,32 @@ def test_a_run_that_could_not_be_closed_is_closed_by_a_process_that_outlives_it(
     assert client.get_run(run.run_id).info.status == "FAILED"
 
 
+@pytest.mark.parametrize("first", ["the watchdog", "the push"])
+def test_a_push_while_the_watchdog_writes_ends_the_run_as_the_result_says(uri, client, tmp_path, monkeypatch, first):
+    with tracker(uri, tmp_path).run("a job") as run:
+        pass
+    client.update_run(run.run_id, "RUNNING")
+    folder = write_folder(small_result(), tmp_path / "result")
+    end = mlflow.MlflowClient.set_terminated
+
+    def interrupted(self, run_id, status=None, end_time=None):
+        monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", end)
+        if first == "the watchdog":  # it has looked, and the push comes before it writes the status
+            tracking.push(folder, uri, run_id=run_id)
+            end(self, run_id, status, end_time)
+        else:  # the watchdog had looked, and writes between the status and the tags of the push
+            end(self, run_id, status, end_time)
+            end(self, run_id, "FAILED")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "set_terminated", interrupted)
+    if first == "the watchdog":
+        process_watchdog._close(uri, run.run_id, "FAILED", '{"outcome": "failed"}')
+    else:
+        tracking.push(folder, uri, run_id=run.run_id)
+    found = client.get_run(run.run_id)
+    assert (found.info.status, found.data.tags["outcome"]) == ("FINISHED", "ok")
+
+
 def test_a_pushed_parent_ends_as_its_children_did(uri, client, tmp_path):
     job = tracker(uri, tmp_path)
     with job.parent("a grid") as parent:

@@ -316,10 +316,13 @@ def _end_pushed(client: MlflowClient, run_id: str, finished: _Finished, run: Run
     if run is not None and finished.parent:
         ending = ending_of_children(client, run.info.experiment_id, run_id)
     # Ended before it is tagged: a watchdog of the job that opened the run leaves one alone that has ended.
-    client.set_terminated(run_id, ending.status, (run.info.end_time if run else None) or finished.ended)
+    end = (run.info.end_time if run else None) or finished.ended
+    client.set_terminated(run_id, ending.status, end)
     if "reason" in client.get_run(run_id).data.tags and not ending.reason:
         client.delete_tag(run_id, "reason")
     client.log_batch(run_id, tags=[RunTag(*tag) for tag in ending.tags.items()])
+    if client.get_run(run_id).info.status != ending.status:  # the watchdog had looked before, and wrote after
+        client.set_terminated(run_id, ending.status, end)
     ensure_view(client, client.get_run(run_id).info.experiment_id)
 
 

@@ -64,6 +64,8 @@ def _close(tracking_uri: str, run_id: str, status: str, tags: str) -> None:
                 return  # pushed meanwhile
             client.log_batch(run_id, tags=[RunTag(*tag) for tag in json.loads(tags).items()])
             client.set_terminated(run_id, status, ended)
+            if client.get_run(run_id).data.tags.get("outcome") == "ok":  # pushed between these calls
+                client.set_terminated(run_id, "FINISHED", ended)
             return
         except Exception:
             time.sleep(1)
