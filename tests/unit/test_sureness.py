@@ -19,6 +19,7 @@ from layerbits.schemes.solved import relaxed as relaxed_of
 from layerbits.schemes.solver import pareto, problem, relaxed
 from layerbits.schemes.source import combine
 from layerbits.schemes.sureness import by_group, in_words, sureness
+from layerbits.schemes.sureness import markdown as words_of
 from layerbits.schemes.times import Times
 
 
@@ -84,6 +85,12 @@ def test_coverage_and_several_formats_are_drawn_too(make_result):
     schemes = make_schemes([spec("half", 6.0, coverage=0.5)], source)
     names = [half.choices[k] for k in half.chosen]
     assert names == list(schemes[0].assignment)
+
+
+@pytest.mark.parametrize(("regret", "said"), [(-0.001, True), (0.001, False)])
+def test_a_regret_below_zero_is_explained(doubtful, regret, said):
+    (found,) = doubtful[1]
+    assert ("regret can be below 0" in words_of([replace(found, regret=regret)])) == said
 
 
 def test_a_run_without_shares_of_captions_says_nothing(make_result):

@@ -257,6 +257,12 @@ def by_group(results: Sequence[Sureness]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+_BELOW_ZERO = (
+    " With coverage the scheme of a draw is not the best one, and may quantize other blocks of other sizes: regret can "
+    "be below 0."
+)
+
+
 def markdown(results: Sequence[Sureness]) -> str:
     """A table with a row per scheme, and the groups that are least sure; nothing where there is none."""
     if not results:
@@ -267,9 +273,10 @@ def markdown(results: Sequence[Sureness]) -> str:
         "",
         f"The {first.captions} captions drawn again {first.draws} times, the solver on each draw. A choice is "
         f"stable where {SUPPORTED:.0%} of the draws make it too. Regret is what the scheme loses to the best scheme of "
-        "a draw, on that draw; it is an upper estimate, since that scheme fits the draw's chance, too.",
+        "a draw, on that draw; it is an upper estimate, since that scheme fits the draw's chance, too."
+        + (_BELOW_ZERO if any(one.regret < 0 for one in results) else ""),
         "",
-        "| scheme | stable choices | expected regret (nats/token) | of its predicted KL | 95 % are below | "
+        "| scheme | stable choices | expected regret (nats/token) | of its predicted KL | 95% are below | "
         f"captions for {STABLE:.0%} stable | least sure |",
         "|---|---|---|---|---|---|---|",
     ]
