@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerbits.candidates.candidate import Candidate, aliases, resolve_candidate
+from layerbits.candidates.candidate import Candidate, resolve_candidate
 from layerbits.candidates.capability import check
 from layerbits.candidates.description import describe
 from layerbits.candidates.formats import FP4_VARIANTS, QuantPair
@@ -47,8 +47,9 @@ def _section(pair: QuantPair, fp4: str, candidates: list[Candidate], reasons: di
         pair.note and f"{pair.note}.",
         *(f"Adjusted: {a}." for a in first.adjustments),
     ]
-    same = aliases(candidates)
-    rows = [_row(c, same.get(c.info.name), reasons) for c in candidates]
+    first_of: dict[str, str] = {}
+    firsts = [first_of.setdefault(c.info.config_hash, c.info.name) for c in candidates]
+    rows = [_row(c, name if name != c.info.name else None, reasons) for c, name in zip(candidates, firsts, strict=True)]
     return "\n".join([title, "", " ".join(n for n in notes if n), "", _HEADER, *rows, ""])
 
 

@@ -30,8 +30,8 @@ ON_CPU = SpeedRequest(batches=(1,), prompt_tokens=64, new_tokens=8, repeats=3)
 def measure(reference: str, python: str | None, plugin: Path | None, arguments: Sequence[str], uri: str | None) -> None:
     """Times a checkpoint in vLLM beside its unquantized model, prints what came out and logs it as a serve check.
 
-    Nothing is compared: that is what a serve check without ``compare=false`` does. A checkpoint that LayerBits did not
-    make is timed alone and printed; so is one in a folder where there is no store to log to, beside its model.
+    Its answers are not compared. Where there is no store, nothing is logged. A checkpoint that LayerBits did not export
+    is timed alone and not logged.
 
     Args:
         reference: Run id of an export or of several, or a checkpoint's folder.
