@@ -1,6 +1,6 @@
 """How far the verdicts on answers can be trusted (docs/answers.md).
 
-python benchmarks/answers.py planted                              # regressions of 2 %: found as often as stated?
+python benchmarks/answers.py planted                              # regressions of 2%: found as often as stated?
 python benchmarks/answers.py alarms FOLDER --tasks cloze,sums --limit 300   # the same model, other batch sizes
 python benchmarks/answers.py table EVALUATION.json ... [--out FILE]   # KL against accuracy, widths, predicted changes
 """
@@ -30,7 +30,7 @@ DRAWS = 2000
 def planted(rate: float, repeats: int) -> None:
     """Plants regressions on answers with and without background flips, and counts how many are found."""
     rng = np.random.default_rng(0)
-    print("| documents | flips for no reason | planted | stated power | found | smallest that 80 % find |")
+    print("| documents | flips for no reason | planted | stated power | found | smallest that 80% find |")
     print("|---|---|---|---|---|---|")
     for n in (164, 256, 500, 1000, 2000):
         for noise in (0.0, 0.01, 0.04):
@@ -186,7 +186,7 @@ def _rows(one: Evaluation) -> list[_Row]:
 def _print_schemes(model: str, rows: list[_Row], tasks: list[str]) -> None:
     """A line per scheme: of each task accuracy, lost / won and the mean change of log-odds; and the verdicts."""
     first = {row.task: row.record for row in reversed(rows)}
-    heads = [f"`{t}` ({first[t]['documents']}; {100 * first[t]['accuracy_unquantized']:.1f} %)" for t in tasks]
+    heads = [f"`{t}` ({first[t]['documents']}; {100 * first[t]['accuracy_unquantized']:.1f}%)" for t in tasks]
     print(f"\n**{model}**\n\n| pair | bits | KL | {' | '.join(heads)} | worse | not worse than the margin |")
     print("|---|---|---|" + "---|" * len(tasks) + "---|---|")
     for pair, bits in dict.fromkeys((row.pair, row.record["bits"]) for row in rows):
@@ -195,7 +195,7 @@ def _print_schemes(model: str, rows: list[_Row], tasks: list[str]) -> None:
         for task in tasks:
             one = part[task].record
             odds = f", {one['log_odds']['value']:+.2f}" if one["log_odds"] else ""
-            cells.append(f"{100 * one['accuracy']:.1f} %, {one['lost']} / {one['won']}{odds}")
+            cells.append(f"{100 * one['accuracy']:.1f}%, {one['lost']} / {one['won']}{odds}")
         worse = [f"`{t}` by {row.verdict.words.split(' by ')[1].split(' points')[0]}" for t, row in part.items()
                  if row.verdict.kind == "worse"]  # fmt: skip
         inside = [f"`{t}`" for t, row in part.items() if row.verdict.within_margin]
@@ -210,7 +210,7 @@ def _drawn(n: int) -> NDArray[np.intp]:
 
 
 def _of_means(kl: FloatArray, values: FloatArray) -> Interval:
-    """Spearman over schemes of KL with the mean over documents, its 95 % interval from documents drawn again.
+    """Spearman over schemes of KL with the mean over documents, its 95% interval from documents drawn again.
 
     Args:
         kl: ``[schemes]``.

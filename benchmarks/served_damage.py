@@ -7,7 +7,7 @@
 
 `prepare` exports a checkpoint for each layout that is known to load on an H200 (`src/layerbits/data/gpus.json`).
 `compare` measures what `serve_check` does, on the same rows. Several processes may do either job at once: each takes
-the checkpoints whose number has its share, `--share 0/4`. A row agrees where the damage as served is within 10 % of
+the checkpoints whose number has its share, `--share 0/4`. A row agrees where the damage as served is within 10% of
 that of the files when PyTorch rounds as the runtime does, or no farther from it than the runtime's noise.
 """
 

@@ -34,7 +34,7 @@ def cell(value: float, digits: int) -> str:
 
 
 def rankings(record: Record, what: str, digits: int, names: tuple[str, ...]) -> list[str]:
-    """A row per pair with 90 % intervals, and a last one of the worst."""
+    """A row per pair with 90% intervals, and a last one of the worst."""
     lines = [f"| pair | {' | '.join(f'`{n}`' for n in names)} |", f"|---|{'---|' * len(names)}"]
     values = []
     for pair, row in record["pairs"].items():

@@ -169,7 +169,7 @@ def test_the_model_card_of_an_export_has_the_verdict(run):
     metrics = run["run"].data.metrics
     for row in answers_of(run["store"][0].partition("=")[2], "1", run["run"].data.tags[f"{DIGEST_TAG}bits_8"]):
         before, after = (metrics[f"eval/{row['task']}/{name}/accuracy"] for name in ("unquantized", "bits_8"))
-        assert f"| {row['task']} | 16 | {100 * before:.1f} % | {100 * after:.1f} % | {row['verdict']} |" in card
+        assert f"| {row['task']} | 16 | {100 * before:.1f}% | {100 * after:.1f}% | {row['verdict']} |" in card
 
 
 def test_history_gives_the_answers_of_a_scheme(run):

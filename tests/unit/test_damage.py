@@ -19,10 +19,10 @@ def layout(served, rounded=0.1, noise=0.001, **more):
 @pytest.mark.parametrize(
     ("served", "rounded", "words"),
     [
-        (0.105, 0.1, "+5.0 %"),
-        (0.08, 0.1, "**−20.0 %**"),
-        (0.0015, 0.001, "+50.0 %, within the noise"),
-        (0.0025, 0.001, "**+150.0 %**"),
+        (0.105, 0.1, "+5.0%"),
+        (0.08, 0.1, "**−20.0%**"),
+        (0.0015, 0.001, "+50.0%, within the noise"),
+        (0.0025, 0.001, "**+150.0%**"),
     ],
 )
 def test_what_is_neither_near_nor_within_the_noise_stands_out(served, rounded, words):

@@ -87,7 +87,7 @@ def test_the_table_has_changed_answers_first_and_opens_in_the_ui():
 def test_the_report_says_verdicts_and_cut_answers():
     after = evaluated("low", [replace(answers([True] * 20 + [False] * 20), cut=3)])
     text = markdown(evaluation(after, before=[answers([True] * 30 + [False] * 10)]))
-    assert "| low | 5.000 | 0.12 ± 0.01 | 50.0 % | 10 / 0 |" in text
+    assert "| low | 5.000 | 0.12 ± 0.01 | 50.0% | 10 / 0 |" in text
     assert "worse by " in text
     assert "only at the limit of tokens: low 3." in text
     assert "log-odds (nats)" not in text

@@ -44,7 +44,7 @@ def table(record: JsonMapping) -> str:
 def agreement(row: JsonMapping) -> str:
     """How far the damage as served is from that of the files when PyTorch rounds as the runtime does."""
     served, rounded, noise = (row[key]["kl"] for key in ("served_damage", "rounded_damage", "noise"))
-    off = f"{served / rounded - 1:+.1%}".replace("-", "−").replace("%", " %")
+    off = f"{served / rounded - 1:+.1%}".replace("-", "−")
     if abs(served / rounded - 1) <= MARGIN:
         return off
     return f"{off}, within the noise" if abs(served - rounded) <= noise else f"**{off}**"

@@ -210,7 +210,7 @@ class Verdict:
     def within_margin(self) -> bool | None:
         """Whether the loss is shown to be below the margin: the interval ends above it; ``None`` = not asked.
 
-        The upper 97.5 % bound of the loss, as non-inferiority trials take it (ICH E9, 1998, section 3.3.2). Not
+        The upper 97.5% bound of the loss, as non-inferiority trials take it (ICH E9, 1998, section 3.3.2). Not
         adjusted for the number of comparisons.
         """
         return None if self.margin is None else self.difference.low > -self.margin

@@ -35,7 +35,7 @@ def markdown(evaluation: Evaluation) -> str:
         odds = any(verdicts[task, s.scheme].log_odds is not None for s in evaluation.schemes)
         lines += [
             "",
-            f"**{task}**: {count} documents, {answers.metric}, unquantized {100 * answers.accuracy:.1f} % right",
+            f"**{task}**: {count} documents, {answers.metric}, unquantized {100 * answers.accuracy:.1f}% right",
             "",
             f"| scheme | bits | KL (nats/token) | right | lost / won | difference (points) |"
             f"{' log-odds (nats) |' * odds} p (Holm) | verdict |",
@@ -71,7 +71,7 @@ def _row(scheme: Evaluated, verdict: Verdict, odds: bool) -> str:
     bits = f"{scheme.effective_bits:.3f}" if math.isfinite(scheme.effective_bits) else "–"
     change = f" {_interval(verdict.log_odds, 1.0)} |" if odds else ""
     return (
-        f"| {scheme.scheme} | {bits} | {kl} | {100 * paired.accuracies[1]:.1f} % | "
+        f"| {scheme.scheme} | {bits} | {kl} | {100 * paired.accuracies[1]:.1f}% | "
         f"{paired.lost} / {paired.won} | {_interval(verdict.difference, 100.0)} |{change} {verdict.adjusted:.2g} | "
         f"{verdict.words} |"
     )

@@ -1,7 +1,7 @@
 """ModelOpt's exporter, given exactly the quantizers that were scored.
 
 ModelOpt 0.47 quantizes once more when it writes, with arithmetic of its own: it divides bf16 weights by their scale in
-bf16 (2.5 % of the FP8 values of a random tensor came out a step off) and rounds ties to MXFP4 down where its kernels
+bf16 (2.5% of the FP8 values of a random tensor came out a step off) and rounds ties to MXFP4 down where its kernels
 round to even. So weights are written from their fake-quantized values, which a second rounding leaves where they are.
 Linears that runtimes fuse are fake-quantized at the range that they share, where those have one scale for them.
 """

@@ -118,7 +118,7 @@ def _answers(rows: Sequence[Mapping[str, object]]) -> list[str]:
     """What the scheme does to answers, beside the unquantized model's on the same questions."""
 
     def share(value: object) -> str:
-        return f"{100 * value:.1f} %" if isinstance(value, float) else "–"
+        return f"{100 * value:.1f}%" if isinstance(value, float) else "–"
 
     table = [
         f"| {row['task']} | {row['documents']:.0f} | {share(row['unquantized'])} | {share(row['accuracy'])} | "
@@ -130,7 +130,7 @@ def _answers(rows: Sequence[Mapping[str, object]]) -> list[str]:
         "",
         "## Answers",
         "",
-        "The same questions to both, compared question by question (95 %).",
+        "The same questions to both, compared question by question (95%).",
         "",
         *head,
         *table,

@@ -27,7 +27,7 @@ _TWO_SIDES = 1.96
 
 
 def answers(frame: pd.DataFrame, *, title: str = "") -> Figure:
-    """Accuracy difference against measured KL with both intervals at 95 %, a panel per task.
+    """Accuracy difference against measured KL with both intervals at 95%, a panel per task.
 
     Args:
         frame: Columns ``task``, ``label`` (rows that share one share a colour), ``kl``, ``kl_se`` (nats per token),

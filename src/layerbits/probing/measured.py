@@ -17,7 +17,7 @@ from layerbits.results.result import ModelInfo
 
 SCHEMA_VERSION = 1
 DECIDED = 2.0
-"""Standard errors from which on a difference counts: 95 % for a normal mean."""
+"""Standard errors from which on a difference counts: 95% for a normal mean."""
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ class Sureness:
         chosen: ``[G]`` position of the scheme's own choice.
         shares: ``[G, K]`` share of the draws that choose each.
         regret: Nats per token that the scheme loses to the best of a draw, on that draw, on average.
-        regret_high: The same, 95 % of the draws are below it.
+        regret_high: The same, 95% of the draws are below it.
         predicted_kl: Of the scheme, nats per token.
-        needed: Captions with which 95 % of the choices would be stable; infinite where 64 times as many would not do.
+        needed: Captions with which 95% of the choices would be stable; infinite where 64 times as many would not do.
     """
 
     scheme: str
@@ -70,7 +70,7 @@ class Sureness:
 
     @property
     def stable(self) -> int:
-        """Groups whose choice 95 % of the draws agree with."""
+        """Groups whose choice 95% of the draws agree with."""
         return int((self.agreement >= SUPPORTED).sum())
 
     @property
@@ -200,7 +200,7 @@ def _damage(values: FloatArray, choice: IntArray) -> float:
 def _needed(
     spec: SchemeSpec, source: Source, columns: list[int], drawn: FloatArray, near: Relaxed, captions: int
 ) -> float:
-    """Captions with which 95 % of the choices would be stable, by bisection on a scale of powers of two.
+    """Captions with which 95% of the choices would be stable, by bisection on a scale of powers of two.
 
     The variance of a mean over ``m`` captions goes with ``1 / m``, so the noise of the draws is scaled by its root. The
     choices are those of the relaxed problem (``near``), some of which the exact solver makes differently to use up the

@@ -181,7 +181,7 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
 
 
 def pooled(before: Steps, after: Steps) -> Steps:
-    """Steps of two processes as one; warns where their medians differ by more than 3 %.
+    """Steps of two processes as one; warns where their medians differ by more than 3%.
 
     Args:
         before: Measured before the linears.

@@ -28,7 +28,7 @@ FALSE_ALARM = 1e-3
 """Probability that a sound checkpoint is blamed for the gain of some linear, were the captions' sums normal."""
 
 GAIN_BOUND = 0.01
-"""Share that a linear's gain may be off: a scale in bfloat16 is itself rounded by up to 0.4 %, and where rounding is
+"""Share that a linear's gain may be off: a scale in bfloat16 is itself rounded by up to 0.4%, and where rounding is
 all the noise there is, what one runtime rounds and another does not is significant long before it matters."""
 
 LEFT_BOUND = 4.0

@@ -18,7 +18,7 @@ RESAMPLES = 400
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with the bounds of its 90 % bootstrap interval; NaN where there was nothing to compare."""
+    """A figure with the bounds of its 90% bootstrap interval; NaN where there was nothing to compare."""
 
     value: float
     low: float = math.nan

@@ -238,7 +238,7 @@ def markdown(result: Validation) -> str:
         "|---|---|---|---|---|---|---|",
         *(_row(p.name, result.agreement(p), p.seconds) for p in result.predictions),
         "",
-        "In brackets: 90 % intervals, from captions drawn again with replacement on both sides.",
+        "In brackets: 90% intervals, from captions drawn again with replacement on both sides.",
         "",
         f"All groups together: {result.together:.4g} nats per token measured, {predicted:.4g} predicted as the sum "
         f"(measured / predicted {_ratio(result.together, predicted):.2f}).",
