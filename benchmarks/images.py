@@ -1,7 +1,7 @@
 """What calibrating with pictures changes, on a real language model behind a vision tower that is not trained.
 
     python benchmarks/images.py --model QWEN2_5_FOLDER --out benchmarks/results/DATE-images-GPU.json
-    python benchmarks/images.py --out benchmarks/results/DATE-images-GPU.json --draw docs/figures/images.png
+    python benchmarks/images.py --out benchmarks/results/DATE-images-GPU.json --draw docs/figures
     python benchmarks/images.py --model QWEN2_5_FOLDER --out RECORD.json --device cpu --ranges
 
 The model is Qwen2.5-VL's architecture with the weights of a trained Qwen2.5 (its language part is a Qwen2) and a small
@@ -368,8 +368,8 @@ def tables(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(record: Mapping[str, Any], path: Path) -> None:
-    """Share of image positions in the predicted KL along the blocks, a line per scale, a panel per pair."""
+def draw(record: Mapping[str, Any], folder: Path) -> None:
+    """Two figures with a panel per pair and a line per scale: ``images.png`` and ``images_kl.png``."""
     from layerbits.figures.style import (
         FONT,
         headline,
@@ -382,13 +382,16 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         save_png,
     )
 
-    pairs = list(next(iter(record["scales"].values()))["ranks"])
+    scales = record["scales"]
+    pairs = list(next(iter(scales.values()))["ranks"])
+    styles = {scale: line_style(i) for i, scale in enumerate(scales)}
+    keys = [key(f"spread of image features: words × {s}", **style) for s, style in styles.items()]
+
     figure, axes = panels(len(pairs), len(pairs), width=10, height=2.8)
-    styles = {scale: line_style(i) for i, scale in enumerate(record["scales"])}
     shares = {
         (pair, scale): 100 * np.array(told["image_share"]["pictures"][pair]["by_block"])
         for pair in pairs
-        for scale, told in record["scales"].items()
+        for scale, told in scales.items()
     }
     top = 1.05 * max(float(values.max()) for values in shares.values())
     for ax, pair in zip(axes, pairs, strict=True):
@@ -398,16 +401,34 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
         ax.set_ylim(0, top)
         plain_axes(ax, "both")
     label_outer(axes, len(pairs), "Decoder block", "Share of image positions (%)")
-    legend_below(figure, [key(f"spread of image features: words × {s}", **style) for s, style in styles.items()])
+    legend_below(figure, keys)
     headline(figure, "How much of the predicted KL comes from image positions (the vision tower is not trained)")
-    save_png(figure, path)
+    save_png(figure, folder / "images.png")
+
+    figure, axes = panels(len(pairs), len(pairs), width=10, height=2.8)
+    for ax, pair in zip(axes, pairs, strict=True):
+        for n, (scale, style) in enumerate(styles.items()):
+            by = scales[scale]["kl"][pair]
+            at = [i + 0.12 * (n - 1) for i, name in enumerate(CALIBRATIONS) if name in by]
+            kl, errors = np.array([by[name]["all"]["pictures"] for name in CALIBRATIONS if name in by]).T
+            ax.errorbar(at, kl, errors, markersize=4, linewidth=1.2, capsize=2, **style)
+        ax.set_ylim(bottom=0)
+        ax.set_xticks(
+            range(len(CALIBRATIONS)), ["captions", "words of\nchats", "chats with\npictures", "captions\nand chats"]
+        )
+        ax.set_title(pair, fontsize=FONT, loc="left")
+        plain_axes(ax, "y")
+    label_outer(axes, len(pairs), "Calibrated on", "KL after pictures, nats per token")
+    legend_below(figure, keys)
+    headline(figure, "Damage after pictures with every linear quantized (the vision tower is not trained)")
+    save_png(figure, folder / "images_kl.png")
 
 
 def main() -> None:
     """Measures each scale and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a trained Qwen2.5")
-    parser.add_argument("--draw", type=Path, help="draw an existing record there and print its tables, measure nothing")
+    parser.add_argument("--draw", type=Path, help="a folder: draw an existing record there, measure nothing")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--samples", type=int, default=64, help="of each calibration")
