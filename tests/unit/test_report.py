@@ -13,7 +13,7 @@ import pytest
 from layerbits.atomic import atomic
 from layerbits.errors import UserError
 from layerbits.report import files, json_report, markdown_report, note, rebuild, write_report
-from layerbits.report.wording import config_words, modules_words, quantizer_words
+from layerbits.report.wording import config_words, modules_words, quantizer_words, rows_words
 from layerbits.results.assignment import Assignment
 from layerbits.results.bootstrap import with_intervals
 from layerbits.results.manifest import load_manifest
@@ -352,3 +352,15 @@ def test_a_report_that_cannot_be_made_again_is_an_error(make_result, tmp_path, m
     monkeypatch.setattr(files, "markdown_report", lambda _result: 1 / 0)
     with pytest.raises(UserError, match="cannot be made"):
         files.rebuild(tmp_path / "manifest.json", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("everyday", "packed, 128 tokens each"),
+        ("image_text", "a chat about pictures each, never cut"),
+        ("mixed", "a chat about pictures each, never cut; captions packed, 128 tokens each"),
+    ],
+)
+def test_rows_are_said_as_they_are_made(dataset, words):
+    assert rows_words(dataset, "packed", 128) == words

@@ -118,10 +118,10 @@ def test_the_same_runs_give_the_same_intervals(two):
     assert stability(two).equals(stability(two))
 
 
-def test_run_ids_are_shortened_until_they_differ(two):
+def test_run_ids_are_whole_so_that_commands_take_them(two):
     frame = stability({"0123456789ab": two["a" * 32], "012345678cde": two["b" * 32]})
     shown = in_words(frame)
-    assert (shown["a"][0], shown["b"][0]) == ("0123456789", "012345678c")
+    assert (shown["a"][0], shown["b"][0]) == ("0123456789ab", "012345678cde")
 
 
 def test_an_interval_is_put_around_the_figure():

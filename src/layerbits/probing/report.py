@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.probing.measured import DECIDED, Difference, ProbeResult
+from layerbits.report.wording import rows_words
 from layerbits.schemes.additivity import factors, points_of
 from layerbits.tracking.contract import held_out_data
 from layerbits.tracking.made import Data, Measured
@@ -39,7 +40,7 @@ def markdown(result: ProbeResult) -> str:
     lines = [
         *([rounding] if result.dtype not in ("", "float32") else []),
         f"{result.model.name} ({result.model.dtype}{measured}), {d.rows} held-out rows of {d.dataset} "
-        f"({d.packing}, {d.seq_len} tokens), {d.tokens:,} tokens of {captions} counted",
+        f"({rows_words(d.dataset, d.packing, d.seq_len)}), {d.tokens:,} tokens of {captions} counted",
         *([f"Of {len(comparisons)} expected differences (below): {counts}."] if comparisons else []),
         "",
         "| scheme | bits | perplexity | KL (nats/token) | ± SE | p99 KL | predicted KL | measured / predicted | "

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from layerbits.plain import JsonMapping
 from layerbits.report.content import MOST, json_report
-from layerbits.report.wording import modules_words
+from layerbits.report.wording import modules_words, rows_words
 from layerbits.results.frames import listed
 from layerbits.results.kv_cache import kv_sums
 from layerbits.results.result import SensitivityResult
@@ -317,8 +317,9 @@ def _run(data: JsonMapping) -> Iterator[str]:
             ],
             [
                 "rows",
-                f"{_rows(cal)}, {_k(cal['batch_size'])} a batch: "
-                f"{_k(cal['calib_rows'])} to calibrate, {_k(cal['score_rows'])} to score",
+                f"{rows_words(cal['dataset'], _k(cal['packing']), _k(cal['seq_len']))}, "
+                f"{_k(cal['batch_size'])} a batch: {_k(cal['calib_rows'])} to calibrate, "
+                f"{_k(cal['score_rows'])} to score",
             ],
             ["loss tokens", f"{tokens}; {padding}"],
             *([["loss per token, unquantized", _loss(data).removeprefix("; ")]] if data["baseline"] else []),
@@ -339,15 +340,6 @@ def _run(data: JsonMapping) -> Iterator[str]:
             ["adjusted", "; ".join(c["adjustments"]) or (_NOTHING if c["config_hash"] else _k(None))],
         ],
     )
-
-
-def _rows(cal: JsonMapping) -> str:
-    """How samples become rows; a chat about pictures is a row of its own length."""
-    packed = f"{_k(cal['packing'])}, {_k(cal['seq_len'])} tokens each"
-    if cal["dataset"] not in ("image_text", "mixed"):
-        return packed
-    chats = "a chat about pictures each, never cut"
-    return chats if cal["dataset"] == "image_text" else f"{chats}; captions {packed}"
 
 
 def _reading(method: str, intervals: JsonMapping | None, engine: str) -> Iterator[str]:

@@ -106,3 +106,18 @@ def _scales(cfg: JsonMapping, blocks: JsonMapping, quantizer: str) -> str:
     if isinstance(axis, Sequence):
         axis = axis[0] if len(axis) == 1 else tuple(axis)
     return f"a scale per {_AXES[quantizer].get(axis, f'axis {axis}')}"
+
+
+def rows_words(dataset: str, packing: str, seq_len: object) -> str:
+    """How samples become rows; a chat about pictures is a row of its own length.
+
+    Args:
+        dataset: Its name.
+        packing: Of captions.
+        seq_len: Tokens of a row of captions, at most.
+    """
+    packed = f"{packing}, {seq_len} tokens each"
+    if dataset not in ("image_text", "mixed"):
+        return packed
+    chats = "a chat about pictures each, never cut"
+    return chats if dataset == "image_text" else f"{chats}; captions {packed}"

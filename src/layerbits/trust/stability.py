@@ -82,9 +82,7 @@ def stability(results: Mapping[str, SensitivityResult], top: int = TOP, seed: in
 
 
 def in_words(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame of :func:`stability` for reading: run ids as short as they may be, each figure with its interval."""
-    ids = sorted({*frame["a"], *frame["b"]})
-    length = next(n for n in range(8, 65) if len({run[:n] for run in ids}) == len(ids))
+    """The frame of :func:`stability` for reading: each figure with its interval."""
 
     def with_interval(name: str, form: str) -> list[str]:
         columns = (frame[column] for column in (name, f"{name}_low", f"{name}_high"))
@@ -96,8 +94,8 @@ def in_words(frame: pd.DataFrame) -> pd.DataFrame:
 
     return pd.DataFrame(
         {
-            "a": frame["a"].str[:length],
-            "b": frame["b"].str[:length],
+            "a": frame["a"],
+            "b": frame["b"],
             "groups": frame["groups"],
             "spearman": with_interval("spearman", ".3f"),
             "kendall": with_interval("kendall", ".3f"),

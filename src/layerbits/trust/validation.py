@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from layerbits.plain import finite, finite_object
+from layerbits.report.wording import rows_words
 from layerbits.results.bootstrap import TOP
 from layerbits.results.frames import spearman
 from layerbits.results.result import KINDS, FloatArray, Group, ModelInfo
@@ -225,7 +226,8 @@ def markdown(result: Validation) -> str:
         *([result.rounding, ""] if result.dtype != "float32" else []),
         f"Scored in {result.model.dtype}, measured in {result.dtype}. "
         f"Each of {len(result.groups)} groups was quantized alone and its KL divergence from the unquantized model "
-        f"measured on {data.rows} held-out rows of {data.dataset} ({data.packing}, {data.seq_len} tokens): "
+        f"measured on {data.rows} held-out rows of {data.dataset} "
+        f"({rows_words(data.dataset, data.packing, data.seq_len)}): "
         f"{result.measured.tokens.sum():,.0f} tokens of {len(result.measured.tokens)} captions. Source run: "
         f"`{result.source_run_id}`.",
         "",
