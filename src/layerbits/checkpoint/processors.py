@@ -40,12 +40,12 @@ _BY_PYTORCH = (
 )
 """Computed by operators of PyTorch itself, which every CPU has."""
 
-OFFERS = (
-    ("INT8_CHANNEL-INT8_TOKEN", "quant_pair=wint8_aint8 quant_granularity=recipe_match_channel_token"),
-    ("FP8_CHANNEL-FP8_TOKEN", "quant_pair=wfp8_afp8 quant_granularity=recipe_match_channel_token"),
-    ("INT4_GROUP64-A16", "quant_pair=wint4_afp16 quant_granularity=w_group64"),
-)
-"""Labels of compressed-tensors that serve a model well, the most usual first, and what scores and exports them."""
+OFFERS = {
+    "INT8_CHANNEL-INT8_TOKEN": "wint8_aint8/recipe_match_channel_token",
+    "FP8_CHANNEL-FP8_TOKEN": "wfp8_afp8/recipe_match_channel_token",
+    "INT4_GROUP64-A16": "wint4_afp16/w_group64",
+}
+"""Labels of compressed-tensors that serve a model well, the most usual first, and the candidates that have them."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,11 @@ def instead(processor: Processor, but: Iterable[str] = ()) -> str:
         processor: The CPU.
         but: Labels that are not meant.
     """
-    good = [how for algo, how in OFFERS if algo not in but and computed_as(algo, processor).state == WRITTEN]
-    return f"this CPU serves {good[0]} as scored" if good else ""
+    for algo, candidate in OFFERS.items():
+        if algo not in but and computed_as(algo, processor).state == WRITTEN:
+            pair, _, granularity = candidate.partition("/")
+            return f"this CPU serves quant_pair={pair} quant_granularity={granularity} as scored"
+    return ""
 
 
 def _needs(processor: Processor, *operators: str) -> Computed:

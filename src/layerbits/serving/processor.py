@@ -154,12 +154,12 @@ def in_words(answers: Mapping[str, Computed], processor: Processor) -> str:
 
 def everything_as_written(processor: Processor) -> bool:
     """Whether a CPU computes all usual labels as the files say."""
-    return all(computed_as(algo, processor).state == WRITTEN for algo, _ in OFFERS)
+    return all(computed_as(algo, processor).state == WRITTEN for algo in OFFERS)
 
 
 def summary(processor: Processor) -> str:
-    """The class of a CPU, and what it makes of the usual labels: one line."""
-    answers = {algo: computed_as(algo, processor) for algo, _ in OFFERS}
-    good = ", ".join(algo for algo, answer in answers.items() if answer.state == WRITTEN)
-    others = [f"{algo} {answer}" for algo, answer in answers.items() if answer.state != WRITTEN]
-    return f"{processor.name}: " + "; ".join([f"serves as scored {good or 'none of the usual labels'}", *others])
+    """The class of a CPU, and what it makes of the usual candidates and their labels: one line."""
+    answers = {f"{candidate} ({algo})": computed_as(algo, processor) for algo, candidate in OFFERS.items()}
+    good = ", ".join(name for name, answer in answers.items() if answer.state == WRITTEN)
+    others = [f"{name} {answer}" for name, answer in answers.items() if answer.state != WRITTEN]
+    return f"{processor.name}: " + "; ".join([f"serves as scored {good or 'none of the usual pairs'}", *others])
