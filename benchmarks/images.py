@@ -368,8 +368,45 @@ def tables(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(record: Mapping[str, Any], folder: Path) -> None:
-    """Two figures with a panel per pair and a line per scale: ``images.png`` and ``images_kl.png``."""
+def draw_shares(record: Mapping[str, Any], path: Path) -> None:
+    """Share of image positions in the predicted KL along the blocks."""
+    shares = [told["image_share"]["pictures"][pair] for told in record["scales"].values() for pair in told["ranks"]]
+    top = max(max(share["by_block"]) for share in shares)
+
+    def plot(ax: Any, pair: str, _: int, told: Mapping[str, Any], style: Mapping[str, Any]) -> None:
+        ax.plot(100 * np.array(told["image_share"]["pictures"][pair]["by_block"]), markersize=3, linewidth=1.2, **style)
+        ax.set_ylim(0, 105 * top)
+
+    title = "How much of the predicted KL comes from image positions (the vision tower is not trained)"
+    _draw(record, path, title, ("Decoder block", "Share of image positions (%)"), plot)
+
+
+def draw_kl(record: Mapping[str, Any], path: Path) -> None:
+    """KL after pictures with every linear quantized, by calibration, with standard errors."""
+    names = ["captions", "words of\nchats", "chats with\npictures", "captions\nand chats"]
+
+    def plot(ax: Any, pair: str, n: int, told: Mapping[str, Any], style: Mapping[str, Any]) -> None:
+        by = told["kl"][pair]
+        at = [i + 0.12 * (n - 1) for i, name in enumerate(CALIBRATIONS) if name in by]
+        kl, errors = np.array([by[name]["all"]["pictures"] for name in CALIBRATIONS if name in by]).T
+        ax.errorbar(at, kl, errors, markersize=4, linewidth=1.2, capsize=2, **style)
+        ax.set_ylim(bottom=0)
+        ax.set_xticks(range(len(CALIBRATIONS)), names)
+
+    title = "Damage after pictures with every linear quantized (the vision tower is not trained)"
+    _draw(record, path, title, ("Calibrated on", "KL after pictures, nats per token"), plot)
+
+
+def _draw(record: Mapping[str, Any], path: Path, title: str, labels: tuple[str, str], plot: Any) -> None:
+    """A figure with a panel per pair and a line per scale.
+
+    Args:
+        record: What was measured.
+        path: The file.
+        title: Above all panels.
+        labels: Of the axes.
+        plot: Called with axes, pair, number of the scale, what was measured at it, and the style of its line.
+    """
     from layerbits.figures.style import (
         FONT,
         headline,
@@ -384,51 +421,23 @@ def draw(record: Mapping[str, Any], folder: Path) -> None:
 
     scales = record["scales"]
     pairs = list(next(iter(scales.values()))["ranks"])
-    styles = {scale: line_style(i) for i, scale in enumerate(scales)}
-    keys = [key(f"spread of image features: words × {s}", **style) for s, style in styles.items()]
-
     figure, axes = panels(len(pairs), len(pairs), width=10, height=2.8)
-    shares = {
-        (pair, scale): 100 * np.array(told["image_share"]["pictures"][pair]["by_block"])
-        for pair in pairs
-        for scale, told in scales.items()
-    }
-    top = 1.05 * max(float(values.max()) for values in shares.values())
     for ax, pair in zip(axes, pairs, strict=True):
-        for scale, style in styles.items():
-            ax.plot(shares[pair, scale], markersize=3, linewidth=1.2, **style)
+        for n, told in enumerate(scales.values()):
+            plot(ax, pair, n, told, line_style(n))
         ax.set_title(pair, fontsize=FONT, loc="left")
-        ax.set_ylim(0, top)
         plain_axes(ax, "both")
-    label_outer(axes, len(pairs), "Decoder block", "Share of image positions (%)")
-    legend_below(figure, keys)
-    headline(figure, "How much of the predicted KL comes from image positions (the vision tower is not trained)")
-    save_png(figure, folder / "images.png")
-
-    figure, axes = panels(len(pairs), len(pairs), width=10, height=2.8)
-    for ax, pair in zip(axes, pairs, strict=True):
-        for n, (scale, style) in enumerate(styles.items()):
-            by = scales[scale]["kl"][pair]
-            at = [i + 0.12 * (n - 1) for i, name in enumerate(CALIBRATIONS) if name in by]
-            kl, errors = np.array([by[name]["all"]["pictures"] for name in CALIBRATIONS if name in by]).T
-            ax.errorbar(at, kl, errors, markersize=4, linewidth=1.2, capsize=2, **style)
-        ax.set_ylim(bottom=0)
-        ax.set_xticks(
-            range(len(CALIBRATIONS)), ["captions", "words of\nchats", "chats with\npictures", "captions\nand chats"]
-        )
-        ax.set_title(pair, fontsize=FONT, loc="left")
-        plain_axes(ax, "y")
-    label_outer(axes, len(pairs), "Calibrated on", "KL after pictures, nats per token")
-    legend_below(figure, keys)
-    headline(figure, "Damage after pictures with every linear quantized (the vision tower is not trained)")
-    save_png(figure, folder / "images_kl.png")
+    label_outer(axes, len(pairs), *labels)
+    legend_below(figure, [key(f"spread of image features: words × {s}", **line_style(n)) for n, s in enumerate(scales)])
+    headline(figure, title)
+    save_png(figure, path)
 
 
 def main() -> None:
     """Measures each scale and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="folder of a trained Qwen2.5")
-    parser.add_argument("--draw", type=Path, help="a folder: draw an existing record there, measure nothing")
+    parser.add_argument("--draw", type=Path, help="a folder: draw an existing record there, print its tables")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--samples", type=int, default=64, help="of each calibration")
@@ -439,7 +448,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.draw:
         record = json.loads(arguments.out.read_text())
-        draw(record, arguments.draw)
+        draw_shares(record, arguments.draw / "images.png")
+        draw_kl(record, arguments.draw / "images_kl.png")
         print(tables(record))
         return
     dtype = torch.float32 if arguments.device == "cpu" else torch.bfloat16

@@ -9,7 +9,7 @@ from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
-from layerbits.inputs.datasets import MIXED, PICTURES
+from layerbits.inputs.datasets import WITH_PICTURES
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.paths import user_path
 from layerbits.plain import Composed, unset
@@ -222,7 +222,7 @@ def _vision_bits(config: Composed) -> float | None:
 
 
 def _check_vision(dataset: str, autoquant: Composed) -> None:
-    if dataset not in (PICTURES, MIXED):
+    if dataset not in WITH_PICTURES:
         raise UserError(
             "model.vision=true scores a vision tower, which needs pictures; use dataset=image_text or mixed"
         )

@@ -22,7 +22,8 @@ from layerbits.schemes.catalog import SchemeSpec
 from layerbits.schemes.cost_table import PLAIN, CostTable, Step
 from layerbits.schemes.make import from_scores
 from layerbits.schemes.request import SchemeRequest
-from layerbits.serving.costs import CostRequest, in_words, measure_costs, pooled
+from layerbits.serving import server
+from layerbits.serving.costs import CostRequest, in_words, measure_costs, pooled, time_steps
 from layerbits.serving.environment import find_environment
 from layerbits.serving.find_costs import find_costs, measuring
 from layerbits.serving.server import Launch
@@ -107,6 +108,22 @@ def test_steps_of_two_processes_are_one_and_say_where_they_differ(capsys):
     said = capsys.readouterr().err
     assert "decode:8 of the unquantized model took 3880 ms before the linears and 3670 ms after" in said
     assert "decode:1" not in said
+
+
+def test_what_was_measured_is_kept_where_the_last_timing_fails(tmp_path, python, monkeypatch, capsys):
+    calls = []
+
+    def once(*given):
+        calls.append(given)
+        if len(calls) > 1:
+            raise server.Refused("no memory left")
+        return time_steps(*given)
+
+    monkeypatch.setattr("layerbits.serving.costs.time_steps", once)
+    table = measure_costs(source_in(tmp_path / "source", FP8), ASKED, Launch(python), tmp_path / "work")
+    assert [one.step for one in table.steps] == ["prefill:32", "decode:1", "decode:4"]
+    assert {row.label for row in table.linears} == {"unquantized", "FP8", "FP8_TENSOR-FP8_TENSOR"}
+    assert "timed before the linears alone: no memory left" in capsys.readouterr().err
 
 
 def test_schemes_are_made_by_the_file(measured, tmp_path, monkeypatch):

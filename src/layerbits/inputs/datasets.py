@@ -11,7 +11,7 @@ from layerbits.inputs.drawn import embedded
 from layerbits.inputs.pictures import Pictured, digest_of_all, distinct, read_pictures
 from layerbits.paths import home_path
 
-PICTURES, MIXED = "image_text", "mixed"
+PICTURES, MIXED = WITH_PICTURES = "image_text", "mixed"
 SHARE = 0.5
 """Share of pictures in ``mixed`` where nothing is said."""
 
@@ -29,7 +29,7 @@ def load_dataset(name: str, size: str, path: str | Path | None = None, share: fl
     Raises:
         UserError: As :func:`load_captions`, or a picture cannot be used.
     """
-    if name not in (PICTURES, MIXED):
+    if name not in WITH_PICTURES:
         return load_captions(name, size, path)
     rows, held_out = _chosen(name, size, path, share)
     return CaptionSet(name, size, rows, held_out, digest_of_all(rows))
@@ -41,7 +41,7 @@ def check_dataset(name: str, size: str, path: str | Path | None = None, share: f
     Raises:
         UserError: As :func:`load_captions`, or a list of pictures or a file that it names is not there.
     """
-    if name not in (PICTURES, MIXED):
+    if name not in WITH_PICTURES:
         load_captions(name, size, path)
         return
     for row in _chosen(name, size, path, share)[0]:

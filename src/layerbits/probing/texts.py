@@ -8,7 +8,7 @@ from itertools import zip_longest
 
 from layerbits.errors import UserError
 from layerbits.inputs.captions import CaptionSet, normalised, read_captions
-from layerbits.inputs.datasets import held_out_captions
+from layerbits.inputs.datasets import WITH_PICTURES, held_out_captions
 from layerbits.inputs.pictures import Pictured
 from layerbits.paths import user_path
 
@@ -71,7 +71,7 @@ def probe_texts(captions: CaptionSet, own: Mapping[str, Sequence[str]] | None = 
         UserError: All texts of a source were calibrated on.
     """
     if not own:
-        plain = captions.name if captions.name not in ("image_text", "mixed") else "everyday"
+        plain = captions.name if captions.name not in WITH_PICTURES else "everyday"
         sources = tuple(PICTURES if isinstance(one, Pictured) else plain for one in captions.held_out)
         return ProbeTexts(captions.name, captions.held_out, sources)
     known = {normalised(one) for one in captions.captions if isinstance(one, str)}

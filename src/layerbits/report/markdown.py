@@ -278,7 +278,7 @@ def _pictures(data: JsonMapping) -> Iterator[str]:
         words = (
             "ModelOpt's search has no scores by token"
             if data["engine"] == "stock"
-            else ("This method scores the predicted words alone")
+            else "This method scores the predicted words alone"
         )
         yield f"{words}, so that image positions have no share of their own."
     if modality["ranges"]:

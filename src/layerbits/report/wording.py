@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from layerbits.candidates.linear import INPUT, WEIGHT, read_config
 from layerbits.errors import UserError
+from layerbits.inputs.datasets import PICTURES, WITH_PICTURES
 from layerbits.plain import JsonMapping
 
 # Weights are [out, in], activations [batch, tokens, in].
@@ -117,7 +118,7 @@ def rows_words(dataset: str, packing: str, seq_len: object) -> str:
         seq_len: Tokens of a row of captions, at most.
     """
     packed = f"{packing}, {seq_len} tokens each"
-    if dataset not in ("image_text", "mixed"):
+    if dataset not in WITH_PICTURES:
         return packed
     chats = "a chat about pictures each, never cut"
-    return chats if dataset == "image_text" else f"{chats}; captions {packed}"
+    return chats if dataset == PICTURES else f"{chats}; captions {packed}"

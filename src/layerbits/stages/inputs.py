@@ -8,7 +8,7 @@ from pathlib import Path
 from layerbits.cache import writable_cache
 from layerbits.config import Settings
 from layerbits.errors import UserError
-from layerbits.inputs.datasets import MIXED, PICTURES, check_dataset
+from layerbits.inputs.datasets import WITH_PICTURES, check_dataset
 from layerbits.inputs.folder import check_folder, check_processor, local_folder
 from layerbits.inputs.pictures import check_pixels
 
@@ -31,7 +31,7 @@ def check_inputs(settings: Settings) -> None:
     folder = local_folder(model.path)
     if folder is not None:
         check_folder(folder, model.random_weights)
-        if dataset.name in (PICTURES, MIXED):
+        if dataset.name in WITH_PICTURES:
             check_processor(folder)
 
 
