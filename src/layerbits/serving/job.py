@@ -34,6 +34,7 @@ from layerbits.tracking.made import Measured as MeasuredModel
 if TYPE_CHECKING:
     from layerbits.checkpoint.reader import Checkpoint
     from layerbits.checkpoint.structure import Check
+    from layerbits.inputs.models import ResolvedModel
     from layerbits.probing.loading import Prepared
     from layerbits.schemes import Scheme
     from layerbits.serving.check import RuntimeOutput
@@ -167,9 +168,7 @@ class Checker:
                 assert self._timer is not None
                 detail = NOT_COMPARED + (f"; known: {known}" if known else "")
                 done = ServeCheck(folder, digest, structure, TIMED, detail, runtime=about)
-                done = self._timer.timed(done, launch, out)
-                keep(done)
-                return self._timer.beside(done, launch, lambda: local_source(scheme), out)
+                return _timed(done, self._timer, launch, lambda: local_source(scheme), out, keep)
             runtime, plain = self._runtimes(subject, launch, processor)
             served = runtime.output(folder, folder.name, subject.question, out / "vllm.log")
         except Refused as words:
@@ -184,13 +183,11 @@ class Checker:
             return done
         keep(done)
         try:
-            done = self._timer.timed(done, launch, out)
+            return _timed(done, self._timer, launch, lambda: subject.prepared.resolved, out, keep)
         except Refused as words:
             return replace(done, untimed=f"vLLM cannot be timed: {words}; its log is in {out}")
         except UserError as error:
             return replace(done, untimed=str(error))
-        keep(done)
-        return self._timer.beside(done, launch, lambda: subject.prepared.resolved, out)
 
     @cached_property
     def _timer(self) -> Timer | None:
@@ -297,6 +294,25 @@ def _runtime_dtype(scheme: Scheme, settings: ServeSettings) -> str:
     if settings.vllm.dtype != "auto":
         return settings.vllm.dtype
     return "bfloat16" if scheme.model.dtype == "float32" else scheme.model.dtype
+
+
+def _timed(
+    done: ServeCheck,
+    timer: Timer,
+    launch: Launch,
+    find: Callable[[], ResolvedModel],
+    out: Path,
+    keep: Callable[[ServeCheck], None],
+) -> ServeCheck:
+    """A check with the times of its checkpoint and of the unquantized model; those of the first are kept at once.
+
+    Raises:
+        Refused: vLLM does not load the checkpoint.
+        UserError: It was not timed.
+    """
+    done = timer.timed(done, launch, out)
+    keep(done)
+    return timer.beside(done, launch, find, out)
 
 
 def _write(done: ServeCheck, out: Path) -> None:
