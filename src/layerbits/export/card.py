@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from layerbits.candidates.kv_cache import NO_CACHE
+from layerbits.export.card_parts import CARD, part
 from layerbits.results.result import KINDS
 from layerbits.schemes.sizes import GIB
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from layerbits.checkpoint.proof import Proof
     from layerbits.schemes import Scheme
 
-CARD = "README.md"
+SERVED = "as served"
+"""The part that serve checks write (:mod:`layerbits.serving.card`)."""
+
 BASE_CARD = "README.base_model.md"
 """The card of the base model, which came along with its files."""
 
@@ -110,6 +113,8 @@ def _card(
         "|---|---:|---|",
         *measured,
         *(_answers(answers) if answers else []),
+        "",
+        *part(SERVED),
     ]
     return "\n".join(lines) + "\n"
 

@@ -61,6 +61,17 @@ def check_card(checkpoint: Checkpoint, environment: Environment, arguments: Sequ
         )
 
 
+def card_name(environment: Environment) -> str | None:
+    """The first GPU that a vLLM would use here; ``None`` for a build for CPUs, or without one.
+
+    Args:
+        environment: Where vLLM is.
+    """
+    import torch
+
+    return None if environment.on_cpu or not torch.cuda.is_available() else torch.cuda.get_device_name(0)
+
+
 def _in_vllm(entry: Entry) -> int:
     """Bytes of a tensor in vLLM, which has 16 bits of what is float32 in the files."""
     wide = entry.dtype.is_floating_point and entry.dtype.itemsize > 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -67,9 +68,14 @@ def _check_each(targets: Sequence[Target], settings: ServeSettings, tracker: Tra
 
 
 def _made(checked: Checked) -> Made:
-    """A check as it is logged; prints its report."""
+    """A check as it is logged, with its checkpoint's model card; prints its report."""
+    from layerbits.serving.card import write_served
+
     done = checked.done
     print(f"\n{done.markdown()}\nserve check: {checked.folder}", flush=True)
+    if (card := write_served(done)) is not None:
+        shutil.copyfile(card, checked.folder / card.name)
+        print(f"model card: {card}", flush=True)
     tags = {**checked.tags, **note(done.markdown())}
     made = Made(checked.folder, done.metrics, checked.parameters, tags, refusal(done.require))
     return replace(made, data=checked.data, measured=checked.measured)

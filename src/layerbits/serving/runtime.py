@@ -13,6 +13,7 @@ from layerbits.errors import UserError
 from layerbits.serving.check import RuntimeOutput
 from layerbits.serving.client import Client, ServerError, check_length, choose
 from layerbits.serving.distributions import select
+from layerbits.serving.gpu import card_name
 from layerbits.serving.server import NAME, Launch, Refused, last_error, serving
 from layerbits.serving.texts import Texts
 
@@ -66,9 +67,10 @@ class Started:
 
     @property
     def about(self) -> dict[str, str]:
-        """What it is: package and version, the class of the CPU, and the name of the plugin's folder."""
+        """What it is: package and version, the class of the CPU or the GPU, and the name of the plugin's folder."""
         environment, plugin, cpu = self.launch.environment, self.launch.plugin, self.processor
         about = {environment.package: environment.version} | ({} if cpu is None else {"cpu": cpu.name})
+        about |= {} if (card := card_name(environment)) is None else {"card": card}
         return about | ({} if plugin is None else {"plugin": plugin.name})
 
     def output(self, folder: Path, what: str, question: Question, log: Path) -> RuntimeOutput:
