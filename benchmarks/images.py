@@ -390,7 +390,7 @@ def draw_kl(record: Mapping[str, Any], path: Path) -> None:
         at = [i + 0.12 * (n - 1) for i, name in enumerate(CALIBRATIONS) if name in by]
         kl, errors = np.array([by[name]["all"]["pictures"] for name in CALIBRATIONS if name in by]).T
         ax.errorbar(at, kl, errors, markersize=4, linewidth=1.2, capsize=2, **style)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.05 * ax.dataLim.ymax)  # of all that was drawn so far
         ax.set_xticks(range(len(CALIBRATIONS)), names)
 
     title = "Damage after pictures with every linear quantized (the vision tower is not trained)"
