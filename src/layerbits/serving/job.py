@@ -17,7 +17,7 @@ from layerbits.export.plan import source_folder
 from layerbits.history.derived import served_values
 from layerbits.serving.check import MANIFEST, ServeCheck, check_files, compare, judge, read_scheme
 from layerbits.serving.environment import Environment, find_environment, what_is_unknown
-from layerbits.serving.gpu import check_card, otherwise_on_gpu
+from layerbits.serving.gpu import check_card, otherwise_on_gpu, rounding_on_gpu
 from layerbits.serving.processor import ask, in_words, otherwise, why_refused
 from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
 from layerbits.serving.server import Launch, Refused
@@ -159,6 +159,7 @@ class Checker:
         if self.settings.vllm.plugin is None and any(answer.state == MISSING for answer in unlike.values()):
             return ServeCheck(folder, digest, structure, REFUSED, known, runtime=about)
         if installed is not None:
+            known = "; ".join(filter(None, (known, rounding_on_gpu(labels, installed[0]))))
             check_card(checkpoint, installed[0], self.settings.vllm.arguments)
         if self.settings.speed is not None:
             check_positions(folder, self.settings.speed)
