@@ -53,7 +53,7 @@ _FP8 = ("FP8_TENSOR-FP8_*", "FP8_CHANNEL-FP8_*")
 _OTHER_WEIGHTS = {"CutlassW4A8LinearKernel": (FP8_SCALES, f"{_LINEAR}/mixed_precision/cutlass.py:93")}
 """Kernels that change the weights when they are loaded: how, and where."""
 _ROUNDS_MORE = {
-    "HummingFP8ScaledMMLinearKernel": "it rounds more than PyTorch does: 33 and 43% more damage than of the files on "
+    "HummingFP8ScaledMMLinearKernel": "it rounds more than PyTorch does: 33 and 43% more damage than the files have on "
     "Qwen2.5-Coder-0.5B, 9% on SmolLM2-135M"
 }
 """Kernels whose damage as served was measured (``docs/serving.md``) beyond 10% and the runtime's noise."""
