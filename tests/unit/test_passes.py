@@ -9,18 +9,12 @@ import pytest
 from layerbits.scoring.passes import run_steps
 from layerbits.scoring.steplog import Step, StepLog
 
+pytestmark = pytest.mark.usefixtures("nothing_frozen")  # as in a run; the suite freezes what it imported
+
 
 @pytest.fixture
 def log(tmp_path):
     return StepLog(tmp_path / "steps", "fingerprint")
-
-
-@pytest.fixture(autouse=True)
-def nothing_frozen():
-    """As in a run; the suite freezes what it imported."""
-    gc.unfreeze()
-    yield
-    gc.freeze()
 
 
 def garbage():
