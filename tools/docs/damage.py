@@ -1,7 +1,7 @@
 """The damage of a model in each layout as a GPU serves it, beside that of the files and of the scheme, as Markdown.
 
 The records are those of ``benchmarks/served_damage.py``; ``tools/docs/exports.py`` writes their tables into
-``docs/serving.md``.
+``docs/processors.md``.
 """
 
 from __future__ import annotations

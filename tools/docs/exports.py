@@ -1,7 +1,7 @@
 """Which candidates export and as what, and what vLLM makes of it on which processor, as Markdown.
 
 ``python tools/docs/exports.py`` prints both tables. ``docs/export.md`` holds the first between two comments,
-``docs/serving.md`` the second; a test says when one is stale, ``--write`` writes them anew.
+``docs/processors.md`` the second; a test says when one is stale, ``--write`` writes them anew.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def serving() -> str:
     return f"{processors()}\n### GPUs\n\n{gpus()}\n### Damage on a GPU\n\n{tables()}"
 
 
-PAGES: Mapping[str, Callable[[], str]] = {"export.md": table, "serving.md": serving}
+PAGES: Mapping[str, Callable[[], str]] = {"export.md": table, "processors.md": serving}
 """The pages with a table, and what makes it."""
 
 

@@ -56,7 +56,7 @@ _ROUNDS_MORE = {
     "HummingFP8ScaledMMLinearKernel": "it rounds more than PyTorch does: 33 and 43% more damage than the files have on "
     "Qwen2.5-Coder-0.5B, 9% on SmolLM2-135M"
 }
-"""Kernels whose damage as served was measured (``docs/serving.md``) beyond 10% and the runtime's noise."""
+"""Kernels whose damage as served was measured (``docs/processors.md``) beyond 10% and the runtime's noise."""
 
 _BY_SOURCE: tuple[tuple[tuple[str, ...], Mapping[str, tuple[str, str, str]]], ...] = (
     (

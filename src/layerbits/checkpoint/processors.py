@@ -1,7 +1,7 @@
 """What vLLM's build for CPUs computes of a label on a processor: as written, otherwise, or not at all.
 
 It chooses one of three libraries and its kernels by the instructions of the CPU. What those do is in its source
-(``vllm/platforms/cpu.py``, ``vllm/model_executor/kernels/linear``), and ``docs/serving.md`` has what was measured.
+(``vllm/platforms/cpu.py``, ``vllm/model_executor/kernels/linear``), and ``docs/processors.md`` has what was measured.
 :mod:`layerbits.serving.processor` asks the CPU at hand.
 """
 
@@ -78,7 +78,7 @@ class Processor:
 
     @property
     def name(self) -> str:
-        """Its class, as the tables of ``docs/serving.md`` have it."""
+        """Its class, as the tables of ``docs/processors.md`` have it."""
         if self.machine != "x86_64":
             return self.machine
         if "amx" in self.flags:
