@@ -161,7 +161,7 @@ def run_job(
     kind: str,
     make: Callable[[str | None], Made],
     system_metrics: bool = False,
-) -> None:
+) -> JobRun:
     """Makes something out of earlier runs in a run of its own.
 
     Args:
@@ -171,10 +171,14 @@ def run_job(
         kind: ``layerbits.kind`` of the run.
         make: Gets the URI of the store that earlier runs are read from.
         system_metrics: Whether it takes long enough for MLflow's system metrics.
+
+    Returns:
+        The run, which has ended.
     """
     tracker = Tracker(spec, root)
     with tracker.run(name, kind, system_metrics=system_metrics) as run:
         run.log(make(tracker.uri))
+    return run
 
 
 def refusal(check: Callable[[], object]) -> UserError | None:

@@ -158,18 +158,46 @@ def test_the_report_of_a_scheme_has_the_verdict(run):
     assert f"- bits_8: {said['bits_8']}" in (newest / "schemes.md").read_text()
 
 
-def test_the_model_card_of_an_export_has_the_verdict(run):
+@pytest.fixture(scope="module")
+def card(run):
+    """The model card of an export of an evaluated scheme."""
     exports = run["folder"] / "exports"
     done = start(
         "export", f"run_id={run['source'].info.run_id}", "schemes=none", "effective_bits=8", "device=cpu",
         f"export_root={exports}", *run["store"],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    card = (exports / "bits_8" / "README.md").read_text()
-    metrics = run["run"].data.metrics
+    return exports / "bits_8" / "README.md"
+
+
+def test_the_model_card_of_an_export_has_the_verdict(run, card):
+    metrics, text = run["run"].data.metrics, card.read_text()
     for row in answers_of(run["store"][0].partition("=")[2], "1", run["run"].data.tags[f"{DIGEST_TAG}bits_8"]):
         before, after = (metrics[f"eval/{row['task']}/{name}/accuracy"] for name in ("unquantized", "bits_8"))
-        assert f"| {row['task']} | 16 | {100 * before:.1f}% | {100 * after:.1f}% | {row['verdict']} |" in card
+        assert f"| {row['task']} | 16 | {100 * before:.1f}% | {100 * after:.1f}% | {row['verdict']} |" in text
+    assert "Measured on held-out rows" not in text
+
+
+def test_a_later_probe_is_in_the_model_card(run, card):
+    done = start(
+        "probe", f"run_id={run['source'].info.run_id}", "schemes=none", "effective_bits=8", "rows=2", *run["store"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"model card: {card}" in done.stdout
+    (probed,) = run["client"].search_runs(["1"], "tags.`layerbits.kind` = 'probe'")
+    kl = probed.data.metrics["probe/bits_8/kl"]
+    said = f"Measured on held-out rows, the scheme on the model in memory: {kl:.4g} nats per token.\n\n## Answers\n"
+    assert said in card.read_text()
+
+
+def test_a_later_evaluation_is_in_the_model_card(run, card):
+    card.write_text(card.read_text().replace("| cloze | 16 |", "| of an earlier one |") + "My own words.\n")
+    done = evaluate(run, "tasks=cloze", "limit=16")
+    assert done.returncode == 0, done.stderr
+    text = card.read_text()
+    assert "| cloze | 16 |" in text
+    assert "of an earlier one" not in text
+    assert text.endswith("My own words.\n")
 
 
 def test_history_gives_the_answers_of_a_scheme(run):

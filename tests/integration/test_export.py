@@ -356,7 +356,9 @@ def test_from_the_command_line_to_the_registry(tmp_path):
     assert numbers["gib"] * 2**30 == data.metrics["export/bytes"] == numbers["export/bytes"]
     assert (numbers["bits"], numbers["predicted_kl"]) == (scheme.effective_bits, scheme.predicted_kl)
     on_rows = {metric.key: metric.dataset_name for metric in known.metrics if metric.dataset_name}
-    assert on_rows == dict.fromkeys(("proof/kl_scheme", "proof/kl_checkpoint"), "text_file-16")
+    on_captions = ("proof/kl_scheme", "proof/kl_checkpoint", "predicted_kl", "summary/predicted_kl")
+    assert on_rows == dict.fromkeys(on_captions, "text_file-16")
+    assert known.tags["mlflow.model.isExternal"] == "true"
     assert client.search_logged_models(["1"], "metrics.gib < 0.0000001") == []
 
     card = (Path(data.tags["checkpoint.path"]) / "README.md").read_text()

@@ -332,7 +332,10 @@ def test_a_probe_of_scheme_files_is_logged(scored, made):
     assert (best.name, other.name) == ("tiny bits_9", "tiny bits_6")
     known = {metric.key: metric for metric in best.metrics}
     assert known["probed_kl"].value == known["probe/bits_9/kl"].value == run.data.metrics["probe/bits_9/kl"]
-    assert known["probed_kl"].dataset_name == "everyday-held-out" == run.inputs.dataset_inputs[0].dataset.name
+    on = {one.dataset.name for one in run.inputs.dataset_inputs}
+    assert on == {known["probed_kl"].dataset_name, known["predicted_kl"].dataset_name}
+    assert known["probed_kl"].dataset_name == "everyday-held-out" != known["predicted_kl"].dataset_name
+    assert known["probe/bits_9/predicted_kl"].dataset_name == known["predicted_kl"].dataset_name
     assert known["bits"].value == run.data.metrics["probe/bits_9/bits"]
     assert {a.path for a in MlflowClient(store).list_artifacts(run.info.run_id)} == {
         "figures",

@@ -109,6 +109,11 @@ def test_a_card_has_no_row_of_a_predicted_kl_that_is_not_known(exported):
     assert "predicted KL" not in (folder / "exports" / "int8" / "README.md").read_text()
 
 
+def test_a_card_has_the_predicted_milliseconds(exported):
+    card = (exported[0] / "exports" / "int8" / "README.md").read_text()
+    assert "Predicted: 4.5 ms a step (decode:8 on NVIDIA H200, vllm 0.26.0), 6 ms unquantized.\n" in card
+
+
 def test_a_checkpoint_that_is_refused_fails_its_run_in_the_runtimes_words(exported, python):
     ended, client, run = checked(exported, python, 'vllm.arguments="--mode dies"')
     assert ended.returncode == 2

@@ -398,6 +398,13 @@ def test_a_folder_of_schemes_is_read_back(source, tmp_path):
     assert [p.name for p in (tmp_path / "tmp").iterdir()] == [folder.name]
 
 
+def test_damage_is_drawn_against_what_several_schemes_cost(source, tmp_path):
+    made = make_schemes([SchemeSpec("mine", effective_bits=(9.0, 11.0))], source)
+    priced = [replace(scheme, size={"ms": 4.0 + at} | ({} if at else {"gib": 1.0})) for at, scheme in enumerate(made)]
+    folder = write_schemes(tmp_path, source, priced)
+    assert {p.name for p in (folder / "figures").iterdir()} == {"pareto.png", "pareto_ms.png"}
+
+
 def test_the_curve_falls_from_the_floor_to_nothing_quantized(source):
     points = curve(SchemeSpec("mine", effective_bits=(9.0,)), source, 9)
     assert points[0]["bits"] == pytest.approx(8)

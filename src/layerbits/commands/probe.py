@@ -27,6 +27,7 @@ def probe(config: Composed, root: Path) -> None:
     seq_len = None if unset(config["seq_len"]) else whole("seq_len", config["seq_len"])
     texts = read_texts(listed_paths(config["texts"]))
     output = user_path(config["output_root"])
+    of: set[str] = set()
 
     def make(uri: str | None) -> Made:
         from layerbits.probing.probe import probe_schemes
@@ -38,7 +39,12 @@ def probe(config: Composed, root: Path) -> None:
         print(f"\n{text}\nprobe: {folder}")
         tags = {**result.provenance, "source_run_id": schemes[0].source_run_id, **note(text)}
         tags |= digests({probed.scheme: probed.digest for probed in result.schemes})
-        return Made(folder, result.metrics(), parameters(result), tags, data=data(result), measured=measured(result))
+        of.update(probed.digest for probed in result.schemes)
+        on = data(result, schemes[0].calibration)
+        return Made(folder, result.metrics(), parameters(result), tags, data=on, measured=measured(result, on))
 
     name = f"probe of {wanted.source_name}"
-    run_job(TrackingSpec.from_config(config), root, name, "probe", make, system_metrics=True)
+    run = run_job(TrackingSpec.from_config(config), root, name, "probe", make, system_metrics=True)
+    from layerbits.export.later import renew_cards
+
+    renew_cards(run, of)

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 import yaml
 
 from layerbits.candidates.kv_cache import NO_CACHE
-from layerbits.export.card_parts import CARD, part
+from layerbits.export.card_parts import CARD, part, rewrite_part
 from layerbits.results.result import KINDS
 from layerbits.schemes.sizes import GIB
 
 if TYPE_CHECKING:
     from layerbits.checkpoint.proof import Proof
     from layerbits.schemes import Scheme
+
+MEASURED = "measured later"
+"""The part that exports, probes and evaluations write (:func:`write_measured`)."""
 
 SERVED = "as served"
 """The part that serve checks write (:mod:`layerbits.serving.card`)."""
@@ -31,36 +34,40 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the base model that holds for its quantized form."""
 
 
-def write_card(
-    folder: Path,
-    scheme: Scheme,
-    proof: Proof,
-    probed_kl: float | None = None,
-    answers: Sequence[Mapping[str, object]] = (),
-) -> None:
+def write_card(folder: Path, scheme: Scheme, proof: Proof) -> None:
     """Writes the card; the base model's own stays beside it.
 
     Args:
         folder: The checkpoint.
         scheme: What was exported.
         proof: What was proven of it.
-        probed_kl: Nats per token on held-out rows, where a probe measured them.
-        answers: What an evaluation found, a row per task, as :func:`layerbits.history.evaluated.answers_of` gives them.
     """
     card, base = folder / CARD, folder / BASE_CARD
     if card.is_file() and not base.is_file():
         card.rename(base)
     metadata = _metadata(base.read_text("utf-8", errors="replace")) if base.is_file() else {}
-    card.write_text(_card(scheme, proof, metadata, probed_kl, answers), "utf-8")
+    card.write_text(_card(scheme, proof, metadata), "utf-8")
 
 
-def _card(
-    scheme: Scheme,
-    proof: Proof,
-    kept: Mapping[str, object],
-    probed_kl: float | None,
-    answers: Sequence[Mapping[str, object]],
-) -> str:
+def write_measured(folder: Path, probed_kl: float | None, answers: Sequence[Mapping[str, object]]) -> Path | None:
+    """Writes what was measured of the scheme on the model in memory into a card, before or after its export.
+
+    Args:
+        folder: The checkpoint.
+        probed_kl: Nats per token on held-out rows, where a probe measured them.
+        answers: What an evaluation found, a row per task, as :func:`layerbits.history.evaluated.answers_of` gives them.
+
+    Returns:
+        As :func:`layerbits.export.card_parts.rewrite_part`.
+    """
+    lines = []
+    if probed_kl is not None:
+        lines = [f"Measured on held-out rows, the scheme on the model in memory: {probed_kl:.4g} nats per token."]
+    lines += [*([""] if lines else []), *_answers(answers)] if answers else []
+    return rewrite_part(folder, MEASURED, lambda _: lines)
+
+
+def _card(scheme: Scheme, proof: Proof, kept: Mapping[str, object]) -> str:
     record = proof.record
     source = scheme.model.source
     front = {
@@ -77,8 +84,6 @@ def _card(
     if proof.logits is not None:
         rows = f"{proof.logits.tokens:,} positions of the calibration rows, this checkpoint read back"
         measured.append(f"| measured KL | {proof.logits.kl_checkpoint:.4g} | {rows} |")
-    if probed_kl is not None:
-        measured.append(f"| measured KL | {probed_kl:.4g} | held-out rows, the scheme on the model in memory |")
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
@@ -112,11 +117,21 @@ def _card(
         "| what | nats per token | on |",
         "|---|---:|---|",
         *measured,
-        *(_answers(answers) if answers else []),
+        *_predicted_time(scheme),
+        "",
+        *part(MEASURED),
         "",
         *part(SERVED),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _predicted_time(scheme: Scheme) -> list[str]:
+    """Milliseconds of the step that a table of costs was named for; nothing without one."""
+    ms, plain, how = scheme.size.get("ms"), scheme.size.get("unquantized_ms"), scheme.how
+    if ms is None or plain is None or not {"step", "timed_on"} <= set(how):
+        return []
+    return ["", f"Predicted: {ms:.4g} ms a step ({how['step']} on {how['timed_on']}), {plain:.4g} ms unquantized."]
 
 
 def _answers(rows: Sequence[Mapping[str, object]]) -> list[str]:
@@ -132,7 +147,6 @@ def _answers(rows: Sequence[Mapping[str, object]]) -> list[str]:
     ]
     head = ["| task | questions | right, unquantized | right | verdict |", "|---|---:|---:|---:|---|"]
     return [
-        "",
         "## Answers",
         "",
         "The same questions to both, compared question by question (95%).",

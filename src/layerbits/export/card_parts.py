@@ -35,7 +35,7 @@ def rewrite_part(folder: Path, name: str, make: Callable[[list[str]], list[str]]
         make: Makes its lines of those that it has.
 
     Returns:
-        The card; ``None`` where it was not written.
+        The card; ``None`` where it has no such part, or could not be written.
     """
     card = folder / CARD
     if not card.is_file():
@@ -48,6 +48,8 @@ def rewrite_part(folder: Path, name: str, make: Callable[[list[str]], list[str]]
             _warn(f"{card} stays as it is: it has no part between `{_begin(name)}` and `{_end(name)}`")
             return None
         new = "\n".join(part(name, make(match[1].strip().splitlines())))
+        if new == match[0]:
+            return card
         with atomic(card) as file:
             file.write((text[: match.start()] + new + text[match.end() :]).encode("utf-8", errors="surrogateescape"))
     except OSError as error:

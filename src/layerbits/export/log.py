@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from layerbits.export.card import write_card
+from layerbits.export.card import write_measured
 from layerbits.export.job import show
 from layerbits.export.scheme import Export, NotProven
 from layerbits.export.settings import ExportSettings
@@ -51,9 +51,8 @@ class ExportLog:
             small = made.proof.record.bytes <= self._settings.artifact_bytes
             probed = self._probed(run, scheme)
             metrics = {**made.metrics, **probed}
-            answers = self._answers(run, scheme)
-            if probed or answers:
-                write_card(made.folder, scheme, made.proof, probed.get("probe/kl"), answers)
+            if (answers := self._answers(run, scheme)) or probed:
+                write_measured(made.folder, probed.get("probe/kl"), answers)
             said = self._verdict(run, scheme)
             words = made.proof.markdown() + (f"\nAnswers: {said}.\n" if said else "")
             about = {**provenance(self._root), **made.tags, **note(words)}

@@ -86,21 +86,21 @@ class Export:
             metrics: Of the run.
         """
         name = f"{self.scheme.model.name} {self.scheme.name}"
-        on_rows = tuple(key for key in metrics if key.startswith("proof/kl_"))
         kinds = ("summary/", "export/", "probe/")
-        about = tuple(key for key in metrics if key.startswith(kinds))
+        calibrated = tuple(key for key in metrics if key.startswith(("summary/predicted_kl", "proof/kl_")))
+        about = tuple(key for key in metrics if key.startswith(kinds) and key not in calibrated)
+        predicted = _finite({"predicted_kl": self.scheme.predicted_kl})
         values = {
             "bits": self.scheme.effective_bits,
             "gib": self.proof.record.bytes / GIB,
-            "predicted_kl": self.scheme.predicted_kl,
             "predicted_ms": self.scheme.size.get("ms", math.nan),
             "probed_kl": metrics.get("probe/kl", math.nan),
         }
-        finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        measurements = [Measured(name, self.scheme.digest, about, values=finite, tags=self.tags)]
-        if self.data and on_rows:
-            measurements.append(Measured(name, self.scheme.digest, on_rows, self.data[0].fields["name"]))
-        return tuple(measurements)
+        dataset = self.data[0].fields["name"] if self.data else ""
+        return (
+            Measured(name, self.scheme.digest, about, values=_finite(values), tags=self.tags),
+            Measured(name, self.scheme.digest, calibrated, dataset, predicted),
+        )
 
     @property
     def parameters(self) -> dict[str, str]:
@@ -158,6 +158,10 @@ class _Scored:
     rows: tuple[Batch, ...]
     dtype: str
     device: str
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
 def shared_ranges(plans: Sequence[ExportPlan], device: str) -> Ranges:

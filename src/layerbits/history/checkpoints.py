@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from layerbits.errors import UserError
-from layerbits.history.source import RawRun, fetch, get_run, search
+from layerbits.history.source import RawRun, fetch, get_run, search, store_errors
 
 _ARTIFACTS = "checkpoint"
 
@@ -25,6 +25,26 @@ def export_runs(uri: str, run_id: str) -> list[str]:
     if not run_ids:
         raise UserError(f"run {run_id} holds no export that ended well; export its schemes again")
     return run_ids
+
+
+def exported(uri: str, experiment: str) -> list[tuple[Path, str, str]]:
+    """Folder, name and digest of each scheme that an experiment has exported; whether the folders are here is open.
+
+    Args:
+        uri: The store.
+        experiment: Experiment id.
+
+    Raises:
+        UserError: The store cannot be read.
+    """
+    condition = "tags.`layerbits.kind` = 'export' AND tags.outcome = 'ok'"
+    with store_errors(uri):
+        runs = search(uri, experiment, condition, lambda run: (run.tags, run.params))
+    return [
+        (Path(tags["checkpoint.path"]), tags.get("scheme", ""), params.get("eff.scheme_digest", ""))
+        for tags, params in runs
+        if "checkpoint.path" in tags
+    ]
 
 
 def fetch_checkpoint(uri: str, run_id: str, to: Path) -> tuple[RawRun, Path]:

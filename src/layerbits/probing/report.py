@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,13 @@ from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.probing.measured import DECIDED, Difference, ProbeResult
 from layerbits.report.wording import rows_words
 from layerbits.schemes.additivity import factors, points_of
-from layerbits.tracking.contract import held_out_data
+from layerbits.tracking.contract import calibration_data, held_out_data
 from layerbits.tracking.made import Data, Measured
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from layerbits.results.result import CalibrationInfo
 
 _OF_THE_SCHEME = ("bits", "predicted_kl")
 """Numbers that no row was needed for."""
@@ -94,28 +97,42 @@ def parameters(result: ProbeResult) -> dict[str, str]:
     }
 
 
-def data(result: ProbeResult) -> tuple[Data, ...]:
-    """The held-out rows as an MLflow dataset, told apart by how they were cut and how many tokens a caption has."""
+def data(result: ProbeResult, calibration: CalibrationInfo) -> tuple[Data, ...]:
+    """The held-out rows as an MLflow dataset, told apart by how they were cut and how many tokens a caption has.
+
+    Args:
+        result: What was measured.
+        calibration: What the schemes were scored on; the second dataset, where it is known.
+    """
     rows = result.data
     tokens = hashlib.sha256(json.dumps(result.caption_tokens).encode()).hexdigest()
     facts = {"packing": rows.packing, "seq_len": rows.seq_len, "rows": rows.rows, "tokens": rows.tokens}
-    return (Data(held_out_data(rows.dataset, {**facts, "caption_tokens": tokens}), "evaluation"),)
+    held_out = Data(held_out_data(rows.dataset, {**facts, "caption_tokens": tokens}), "evaluation")
+    scored = calibration_data(calibration)
+    return (held_out,) if scored is None else (held_out, Data(scored, "calibration"))
 
 
-def measured(result: ProbeResult) -> tuple[Measured, ...]:
-    """Which of the metrics are of which scheme, and what its logged model is searched by."""
-    (rows,) = data(result)
+def measured(result: ProbeResult, data: Sequence[Data]) -> tuple[Measured, ...]:
+    """Which of the metrics are of which scheme and data, and what its logged model is searched by.
+
+    Args:
+        result: What was measured.
+        data: As :func:`data` gives it.
+    """
+    rows, *others = (one.fields["name"] for one in data)
+    scored = others[0] if others else ""
     metrics = result.metrics()
     parts = []
     for one in result.schemes:
         prefix = f"probe/{one.scheme}/"
         name = f"{result.model.name} {one.scheme}"
-        about = tuple(key for key in metrics if key.startswith(prefix) and key.removeprefix(prefix) in _OF_THE_SCHEME)
-        on_rows = tuple(key for key in metrics if key.startswith(prefix) and key not in about)
-        own = {key.removeprefix(prefix): metrics[key] for key in about}
-        parts.append(Measured(name, one.digest, about, values=own))
+        known = [key for key in _OF_THE_SCHEME if f"{prefix}{key}" in metrics]
+        for key in known:
+            on = scored if key == "predicted_kl" else ""
+            parts.append(Measured(name, one.digest, (prefix + key,), on, {key: metrics[prefix + key]}))
+        on_rows = tuple(k for k in metrics if k.startswith(prefix) and k.removeprefix(prefix) not in known)
         kl = {"probed_kl": metrics[f"{prefix}kl"]} if f"{prefix}kl" in metrics else {}
-        parts.append(Measured(name, one.digest, on_rows, rows.fields["name"], kl))
+        parts.append(Measured(name, one.digest, on_rows, rows, kl))
     return tuple(parts)
 
 

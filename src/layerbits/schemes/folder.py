@@ -22,6 +22,9 @@ from layerbits.schemes.sureness import Sureness
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_COSTS = ("gib", "ms")
+"""What people pay for, where it was counted: a figure of its own for each, beside that of bits."""
+
 
 def write_schemes(
     root: Path,
@@ -82,6 +85,9 @@ def write_schemes(
                 from layerbits.figures.style import save_png  # matplotlib takes a second to import
 
                 save_png(_figure(source, schemes, points), partial / "figures" / "pareto.png")
+                for cost in _COSTS:
+                    if sum(cost in scheme.size for scheme in schemes) > 1:
+                        save_png(_figure(source, schemes, (), cost), partial / "figures" / f"pareto_{cost}.png")
     return final
 
 
@@ -104,8 +110,10 @@ def _save_strips(source: Source, one: Sureness, path: Path) -> None:
     save_png(choice_strips(one.blocks, one.kinds, one.choices, one.shares, one.chosen, title), path)
 
 
-def _figure(source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[str, float]]) -> Figure:
-    """Bits against what is predicted; against the raw score where the source has no predicted KL."""
+def _figure(
+    source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[str, float]], cost: str = "bits"
+) -> Figure:
+    """A cost against what is predicted; against the raw score where the source has no predicted KL."""
     from layerbits.figures import pareto
 
     records = [{**point, "label": "least score at each budget"} for point in points]
@@ -119,4 +127,4 @@ def _figure(source: Source, schemes: Sequence[Scheme], points: Sequence[Mapping[
     value = "predicted_kl" if frame["predicted_kl"].notna().any() else "score"
     number = len(source.candidates)
     scored = source.candidates[0].name if number == 1 else f"{number} scored candidates"
-    return pareto(frame, value, title=f"{source.model.name}: schemes from {scored}")
+    return pareto(frame, value, cost, title=f"{source.model.name}: schemes from {scored}")

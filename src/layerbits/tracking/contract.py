@@ -46,6 +46,9 @@ VERDICT_TAG = "mlflow.layerbits.verdict."
 IDENTITY_TAG = "layerbits_digest"
 """Tag of a logged model: digest of the scheme, or of the unquantized model (name and revision)."""
 
+EXTERNAL_TAG = "mlflow.model.isExternal"
+"""Tag by which MLflow itself says that a logged model's files lie elsewhere."""
+
 PROCESS = "mlflow.layerbits.process."
 """Prefix of the tags that name the process of a run, hidden likewise."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from layerbits.report.remarks import with_remarks
-from layerbits.tracking.contract import DIGEST_TAG, IDENTITY_TAG
+from layerbits.tracking.contract import DIGEST_TAG, EXTERNAL_TAG, IDENTITY_TAG
 from layerbits.tracking.made import Data, Measured
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ def models_of(client: MlflowClient, experiment: str, run_id: str, measured: Iter
             if known:
                 ids[identity] = str(known[0].model_id)
                 continue
+            tags = {IDENTITY_TAG: identity, EXTERNAL_TAG: "true"}
             made = client.create_logged_model(
-                experiment, name.translate(_FORBIDDEN), run_id, {IDENTITY_TAG: identity}, model_type=_MODEL_TYPE
+                experiment, name.translate(_FORBIDDEN), run_id, tags, model_type=_MODEL_TYPE
             )
             client.finalize_logged_model(made.model_id, "READY")
             ids[identity] = str(made.model_id)
