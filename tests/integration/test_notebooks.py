@@ -26,7 +26,7 @@ LIMIT = 400_000  # bytes of a committed notebook
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A grid of a tiny model on 4 and 8 captions, schemes of one cell, a probe of two, and an evaluation of one."""
+    """A grid of a tiny model on 4 and 8 captions, schemes of one cell, a probe of two, an evaluation of one."""
     folder = tmp_path_factory.mktemp("filled")
     uri = f"sqlite:///{folder}/mlflow.db"
     places = [f"tracking.uri={uri}", f"output_root={folder}/out"]
@@ -42,7 +42,7 @@ def store(tmp_path_factory):
     runs = history.runs(pair="wfp8_afp8", granularity="default", tracking_uri=uri)
     mlflow.set_tracking_uri(None)
     run_id = f"run_id={runs['run_id'].iloc[0]}"
-    run("scheme", run_id, "schemes=fp8_autoquant_full", "pareto=0")
+    run("scheme", run_id, "schemes=fp8_autoquant_full", "budget_gib=1", "pareto=0")
     run("probe", run_id, "schemes=none", "controls=none", "effective_bits=9,12", "rows=2")
     if ANSWERS:
         run("evaluate", run_id, "schemes=none", "effective_bits=9", "tasks=cloze", "limit=6", "rows=2")
@@ -105,7 +105,7 @@ def words(notebook):
 
 
 @pytest.mark.parametrize(
-    ("name", "figures"), [("answers", 1), ("compare_pairs", 4), ("granularity", 3), ("history", 4), ("schemes", 4)]
+    ("name", "figures"), [("answers", 1), ("compare_pairs", 4), ("granularity", 3), ("history", 4), ("schemes", 5)]
 )
 def test_a_notebook_runs_and_draws(executed, name, figures):
     folder, notebooks = executed
