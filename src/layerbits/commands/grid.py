@@ -19,6 +19,7 @@ from layerbits.grid import Cell, CellOutcome, axis, candidate_of, cells, run_gri
 from layerbits.jobs import JobRun, Tracker
 from layerbits.plain import Composed
 from layerbits.results.result import SensitivityResult
+from layerbits.serving.environment import warn_of_version
 from layerbits.stages.inputs import check_inputs
 from layerbits.tracking.made import Made
 
@@ -33,6 +34,7 @@ def grid(config: Composed, root: Path) -> None:
         axis(config["quant_granularities"], configs / "quant_granularity"),
         axis(config["dataset_sizes"], configs, known_sizes=True),
     )
+    warn_of_version(str(config["target"]), root)
     say_served(wanted, settings, configs, find_target(str(config["target"])))
     for size in dict.fromkeys(cell.dataset_size for cell in wanted):
         check_inputs(replace(settings, dataset=replace(settings.dataset, size=size)))

@@ -17,6 +17,7 @@ from layerbits.schemes.make import curve, make_schemes
 from layerbits.schemes.report import excludes, markdown, metrics, parameters
 from layerbits.schemes.settings import SchemeSettings, listed_paths
 from layerbits.schemes.sureness import sureness
+from layerbits.serving.environment import warn_of_version
 from layerbits.serving.find_costs import measuring
 from layerbits.tracking.contract import digests
 from layerbits.tracking.made import Made
@@ -32,6 +33,7 @@ def scheme(config: Composed, root: Path) -> None:
     measured = probes[0] if probes else None
     named = str(config["target"])
     target = find_target(named)
+    warn_of_version(named, root)
 
     def make(uri: str | None, said: Mapping[str, str]) -> Made:
         source = settings.applied(load_scores(settings.references, uri), measuring(uri, root, named))

@@ -9,6 +9,7 @@ from layerbits.config import Settings
 from layerbits.export.target import as_served, find_target
 from layerbits.jobs import Tracker
 from layerbits.plain import Composed
+from layerbits.serving.environment import warn_of_version
 from layerbits.stages.inputs import check_inputs
 
 
@@ -22,6 +23,7 @@ def sensitivity(config: Composed, root: Path) -> None:
         print(f"report: {rebuild(Path(settings.report_only), settings.output_root / 'report_only')}")
         return
     check_inputs(settings)
+    warn_of_version(str(config["target"]), root)
     if settings.recipe:
         from layerbits.recipes.log import recipe_job
 

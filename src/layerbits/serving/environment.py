@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerbits.checkpoint import gpus, runtimes
 from layerbits.errors import Skipped, UserError
+from layerbits.export.target import THIS_MACHINE, find_target
 from layerbits.paths import user_path
 
 FOLDER = ".venv-vllm"
@@ -60,6 +63,22 @@ def what_is_unknown(environment: Environment) -> str:
         f"what {environment.package} {environment.version} computes of a layout is not known here (only {known} is): "
         "nothing is said of it beforehand, and strict=true refuses nothing"
     )
+
+
+def warn_of_version(target: str, root: Path) -> None:
+    """Warns where this machine's GPU will serve by a vLLM whose kernels are not known: what is said is of another.
+
+    Args:
+        target: The GPU that will serve, as users name it; only ``auto`` is that of this machine.
+        root: The project's folder, with the environment of vLLM.
+    """
+    if target != THIS_MACHINE or find_target(target) is None:
+        return
+    with suppress(UserError):  # none is installed, so none contradicts
+        environment = find_environment(None, root)
+        if not environment.on_cpu and what_is_unknown(environment):
+            words = f"what target={target} says is of {gpus.VERSION}, and the kernels of {environment.version} are not"
+            print(f"warning: vLLM {environment.version} is here: {words} known", file=sys.stderr, flush=True)
 
 
 def find_environment(python: str | None, root: Path) -> Environment:
