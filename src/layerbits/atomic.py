@@ -163,7 +163,10 @@ def _rename(partial: Path, final: Path) -> None:
 
 def _temporary(final: Path, folder: bool = False) -> tuple[int, Path]:
     """A new file or folder beside ``final``, open and locked."""
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # a file is in the place of the folder
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final.parent)) from None
     _sweep(final.parent)
     while True:
         prefix = f".{final.name}."

@@ -32,6 +32,7 @@ from layerbits.schemes.sizes import GIB, Load
 from layerbits.scoring.assigned import fixed_quantization
 from layerbits.scoring.kv_cache import KvCache
 from layerbits.scoring.steps import calibration_forward
+from layerbits.trust.reproduce import load_run
 
 from .entries import start
 from .schemes_support import CALIBRATION, INFO, logits, probed, scheme_of
@@ -235,7 +236,7 @@ def test_a_model_without_finite_logits_is_refused():
 @pytest.mark.parametrize(
     ("captions", "rows", "message"),
     [
-        ((), 4, "no held-out captions"),
+        ((), 4, "on every caption of its list, so none is held out to measure on; add captions at the end"),
         (("A cat.", "A dog."), 0, "rows=0 is nothing to probe on"),
         (("A cat.", "A dog."), 6, "rows=6 is not a multiple of batch_size=4"),
         (("A cat.", "A dog."), 4, "fill 1 rows of 16 tokens, not 4; set rows=1"),
@@ -395,8 +396,10 @@ def test_the_measured_kl_of_a_scheme_is_found_by_what_it_is(scored, made):
 def test_a_run_without_scores_is_named(scored, made):
     store = scored[0]
     (run,) = runs(store, layerbits__kind="probe")
-    with pytest.raises(UserError, match="is a probe run and holds no scores"):
+    with pytest.raises(UserError, match="is a run of kind probe and holds no scores"):
         load_scores([run.info.run_id], store)
+    with pytest.raises(UserError, match="is a run of kind probe and holds no scores"):
+        load_run(run.info.run_id, store)
 
 
 def test_an_unknown_run_is_named(scored):

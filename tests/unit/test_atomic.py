@@ -125,3 +125,9 @@ def test_which_errors_say_that_nothing_can_be_written(error, words):
     found = why_unwritable(error)
     assert (found is None) == (words is None)
     assert words is None or words in found
+
+
+def test_a_file_in_the_place_of_a_folder_is_a_reason_that_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"Not a directory\); free space or set output_root"):
+        whole_folder(tmp_path / "file" / "result").__enter__()

@@ -106,7 +106,7 @@ def shipped(pair, overlay="default", fp4="mxfp4"):
             HOPPER,
             "as it is scored by Humming.*, but it rounds more than PyTorch does: 33 and 43%",
         ),
-        (("wfp8_afp8",), HOPPER, r"computes wfp8_afp8 \(FP8\) as it is scored by Cutlass.*; known from measured on"),
+        (("wfp8_afp8",), HOPPER, r"computes wfp8_afp8 \(FP8\) as it is scored by Cutlass.* \(measured on an H200"),
         (("wfp4_afp4", "default", "nvfp4"), HOPPER, r"does not .*in 16 bits \(Marlin.*; wfp4_afp16 is computed as"),
         (("wmxfp8_amxfp8",), HOPPER, "does not compute .*; wfp8_afp8 is computed as it is scored"),
         (("wfp4_afp4", "default", "nvfp4"), BLACKWELL, "computes wfp4_afp4 .* as it is scored by Cutlass"),

@@ -560,3 +560,9 @@ def test_a_run_with_measured_groups_does_not_compare_with_one_without(make_resul
     measured = replace(four, measured_se=np.full(len(four.groups), np.nan))
     with pytest.raises(UserError, match="groups measured: none and some"):
         combine({"run8": eight, "run4": measured})
+
+
+def test_a_budget_that_is_typed_twice_is_one_and_its_name_has_no_plus():
+    plain = {"budget_ms": None, "context": "0", "concurrency": "1", "step": "decode:1", "costs": None}
+    made = SchemeSettings.of_budgets(["run"], effective_bits="9,9.0,10", budget_gib="1e30", **plain)
+    assert [spec.name for spec in made.specs] == ["bits_9_gib_1e30", "bits_10_gib_1e30"]

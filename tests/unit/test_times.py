@@ -306,8 +306,10 @@ def test_a_scheme_of_a_file_is_timed_where_costs_are_named_and_else_left_as_it_i
         return timed(source)
 
     given = {"scheme_files": str(file), "step": "decode:8"}
-    (left,) = SchemeRequest.from_config({**given, "costs": "none"}, tmp_path).schemes(measure)
+    (left,) = SchemeRequest.from_config({**given, "step": "decode:1", "costs": "none"}, tmp_path).schemes(measure)
     assert (left, asked) == (load_scheme(file), [])
+    with pytest.raises(UserError, match="step=decode:8 needs costs=FILE"):
+        SchemeRequest.from_config({**given, "costs": "none"}, tmp_path)
     (counted,) = SchemeRequest.from_config({**given, "costs": "abc"}, tmp_path).schemes(measure)
     assert asked == [Counted(timed=Timed(DECODE, "abc"))]
     in_modelopt = timed(replace(found, kv_cache="fp8")).times.record(scheme.assignment)  # where such a cache is stored

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layerbits.answers.settings import EvaluateSettings, evaluate_settings
+from layerbits.export.target import find_target
 from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
@@ -24,6 +25,7 @@ def evaluate(config: Composed, root: Path) -> None:
     wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")
     device = check_device(config["device"])
     settings = evaluate_settings(config)
+    find_target(str(config["target"]))
     output = user_path(config["output_root"])
     of: set[str] = set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from layerbits.export.target import find_target
 from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
 from layerbits.paths import user_path
@@ -26,6 +27,7 @@ def probe(config: Composed, root: Path) -> None:
     dtype, device = check_dtype(str(config["dtype"])), check_device(config["device"])
     seq_len = None if unset(config["seq_len"]) else whole("seq_len", config["seq_len"])
     texts = read_texts(listed_paths(config["texts"]))
+    find_target(str(config["target"]))
     output = user_path(config["output_root"])
     of: set[str] = set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,7 +50,9 @@ class ExportSettings:
         try:
             size = float(config["artifact_gb"]) * 1e9
         except (TypeError, ValueError):
-            raise UserError(f"artifact_gb={config['artifact_gb']} is not a number of GB; use 0 for none") from None
+            size = math.nan
+        if not size >= 0:
+            raise UserError(f"artifact_gb={config['artifact_gb']} is not a number of GB; use 0 for none")
         register = config["register"]
         if not isinstance(register, bool):
             raise UserError(f"register={register} is not known; use true or false")

@@ -71,7 +71,7 @@ def _line(info: CandidateInfo, target: str) -> str:
         by = f" by {answer.name}" if answer.name else ""
         but = f", but {answer.rounding}" if answer.rounding else ""
         what = f"{info.name} ({algo}) as it is scored{by}{but}"
-        return f"on {target} vLLM {VERSION} computes {what}; known from {answer.source}"
+        return f"on {target} vLLM {VERSION} computes {what} ({answer.source})"
     if answer.computed.state == UNKNOWN:
         return f"what vLLM {VERSION} computes of {info.name} ({algo}) on {target} is not known: {answer.computed.how}"
     better = _instead(info, target)
@@ -82,7 +82,7 @@ def _line(info: CandidateInfo, target: str) -> str:
 def _not_as_scored(what: str, answer: Kernel, target: str) -> str:
     by = f" ({answer.name})" if answer.name else ""
     how = (answer.computed.how or "it has no kernel for it").split(". ")[0]  # of a runtime's words the first sentence
-    return f"on {target} vLLM {VERSION} does not compute {what} as it is scored: {how}{by}; known from {answer.source}"
+    return f"on {target} vLLM {VERSION} does not compute {what} as it is scored: {how}{by}; {answer.source}"
 
 
 def _served(info: CandidateInfo, target: str) -> tuple[str, Kernel] | None:

@@ -146,11 +146,13 @@ def result(run_id: str, *, tracking_uri: str | None = None) -> SensitivityResult
     """The result of a run as it was before it was logged, with its per-sample scores where it has them.
 
     Raises:
-        UserError: There is no such run, or its manifest is missing, damaged or of a later LayerBits. Samples that
-            cannot be read are a warning.
+        UserError: There is no such run, it is one of another kind, or its manifest is missing, damaged or of a later
+            LayerBits. Samples that cannot be read are a warning.
     """
     uri = connect(tracking_uri)
     run = get_run(uri, run_id)
+    if (kind := run.tags.get("layerbits.kind")) is not None:
+        raise UserError(no_scores(run_id, kind))
     where = str(run.info["artifact_uri"])
     with tempfile.TemporaryDirectory() as folder:
         manifest, samples = Path(folder) / "manifest.json", Path(folder) / "sensitivity" / "scores.parquet"
@@ -163,6 +165,11 @@ def result(run_id: str, *, tracking_uri: str | None = None) -> SensitivityResult
         except Exception as error:  # whatever a damaged file makes of the reader
             warnings.warn(f"run {run_id} is without per-sample scores: {one_line(error)}", stacklevel=2)
     return stored
+
+
+def no_scores(run_id: str, kind: str) -> str:
+    """What is said of a run of another kind where scores are wanted."""
+    return f"run {run_id} is a run of kind {kind} and holds no scores; give the sensitivity run that it came from"
 
 
 def with_groups(uri: str, run_ids: Sequence[str], strict: bool = False) -> pa.Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.history.derived import artifact
-from layerbits.history.query import result
+from layerbits.history.query import no_scores, result
 from layerbits.history.source import connect, get_run, search
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
@@ -89,11 +89,12 @@ def _from_store(run_id: str, tracking_uri: str | None) -> dict[str, SensitivityR
         uri,
         str(run.info["experiment_id"]),
         f"tags.mlflow.parentRunId = '{run_id}' and tags.outcome = 'ok'",
-        lambda child: child.run_id,
+        lambda child: "" if "layerbits.kind" in child.tags else child.run_id,
     )
+    cells = [cell for cell in cells if cell]
     kind = run.tags.get("layerbits.kind")
     if kind is not None and not cells:
-        raise UserError(f"run {run_id} is a {kind} run and holds no scores; give the sensitivity run that it came from")
+        raise UserError(no_scores(run_id, kind))
     if outcome not in ("ok", "partial") or (outcome == "partial" and not cells):
         why = f" ({run.tags['reason']})" if "reason" in run.tags else ""
         raise UserError(f"run {run_id} ended as {outcome}{why} and holds no scores; give a run whose outcome is ok")

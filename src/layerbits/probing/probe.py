@@ -111,12 +111,13 @@ def held_out_rows(
     Raises:
         UserError: There are no held-out captions, or too few for that many rows.
     """
+    from layerbits.inputs.captions import NONE_HELD_OUT
     from layerbits.inputs.datasets import held_out_captions
     from layerbits.inputs.pictures import Pictured
     from layerbits.inputs.rows import rows_of
 
     if not captions:
-        raise UserError("the caption list has no held-out captions; use a longer list or a smaller dataset.size")
+        raise UserError(NONE_HELD_OUT)
     if rows < 1:
         raise UserError(f"rows={rows} is nothing to probe on; use 1 or more")
     size = min(batch_size, rows)

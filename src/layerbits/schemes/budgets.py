@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,11 +94,14 @@ def tower_budget(value: object, key: str) -> float | None:
         key: What the user calls it.
 
     Raises:
-        UserError: It is no number.
+        UserError: It is no number above 0.
     """
     if unset(value):
         return None
     try:
-        return float(str(value))
+        bits = float(str(value))
     except ValueError:
         raise UserError(f"{key}={value} is not a number; give bits per weight of the vision tower") from None
+    if not 0 < bits < math.inf:
+        raise UserError(f"{key}={value} is no budget; give a number above 0")
+    return bits

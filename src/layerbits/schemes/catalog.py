@@ -33,7 +33,8 @@ class Budget:
         """Of the budget, as a part of the names of schemes: ``6``, ``gib_3``, ``ms_4`` or ``6_gib_3_ms_4``."""
         bits = [] if self.bits is None else [f"{self.bits:g}"]
         amounts = (("gib", self.gib), ("ms", self.ms))
-        return "_".join([*bits, *(f"{unit}_{amount:g}" for unit, amount in amounts if amount is not None)])
+        named = "_".join([*bits, *(f"{unit}_{amount:g}" for unit, amount in amounts if amount is not None)])
+        return named.replace("+", "")  # of 1e+06: names of schemes have none
 
 
 @dataclass(frozen=True)

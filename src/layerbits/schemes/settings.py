@@ -14,7 +14,7 @@ from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budget_kinds import Counted, Measure, Timed
 from layerbits.schemes.budgets import tower_budget
 from layerbits.schemes.catalog import OBJECTIVES, Budget, SchemeSpec, load_specs
-from layerbits.schemes.cost_table import MEASURE, Step, is_file
+from layerbits.schemes.cost_table import DECODE, MEASURE, Step, is_file
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
 from layerbits.schemes.sizes import Load
 from layerbits.schemes.source import Source
@@ -114,7 +114,9 @@ class SchemeSettings:
             own = [_of_budget(spec, budget) for budget in spec.budgets]
         specs = (*named, *own)
         points = whole("pareto", config["pareto"])
-        if not specs and points < 1:
+        if points < 0:
+            raise UserError(f"pareto={points} is no number of budgets; use 0 for no curve")
+        if not specs and not points:
             raise UserError("nothing to make: name schemes, or set effective_bits, budget_gib, budget_ms or pareto")
         return cls(
             references=tuple(references),
@@ -124,10 +126,13 @@ class SchemeSettings:
             pareto=points,
             kv_cache=kv_choice(config.get("kv_cache", AUTO)),
             output_root=user_path(config["output_root"]),
-            load=Load(whole("context", config["context"]), whole("concurrency", config["concurrency"])),
+            load=_load(config, counted=any(spec.budget_gib for spec in specs)),
             timed=asked_times(config, needed=any(spec.budget_ms for spec in specs)),
         )
 
+
+USUAL_STEP = Step(DECODE, 1)
+"""The step of ``configs/scheme_run.yaml``."""
 
 _PLAIN: Mapping[str, object] = {
     **dict.fromkeys(("schemes", "controls", "coverage_order", "cost_model", "vision_bits"), "none"),
@@ -143,6 +148,25 @@ def _of_budget(spec: SchemeSpec, budget: Budget) -> SchemeSpec:
     return replace(spec, name=name, effective_bits=bits, budget_gib=gib, budget_ms=ms)
 
 
+def _load(config: Composed, counted: bool) -> Load:
+    """What a server keeps beside the weights.
+
+    Args:
+        config: With ``context`` and ``concurrency``.
+        counted: Whether a budget counts it.
+
+    Raises:
+        UserError: It is asked for and no budget counts it, or a number is none.
+    """
+    load = Load(whole("context", config["context"]), whole("concurrency", config["concurrency"]))
+    if load != Load() and not counted:
+        raise UserError(
+            f"context={load.context} and concurrency={load.concurrency} count in budget_gib alone; set budget_gib, or "
+            "leave them out"
+        )
+    return load
+
+
 def asked_times(config: Composed, needed: bool = False) -> Timed | None:
     """Which milliseconds schemes are given, where a table of costs is named.
 
@@ -151,25 +175,28 @@ def asked_times(config: Composed, needed: bool = False) -> Timed | None:
         needed: Whether a budget counts them.
 
     Raises:
-        UserError: None is named and it is needed, or it is a file that is not there, or the step is not known.
+        UserError: None is named and a budget or the step needs it, or it is a file that is not there, or the step is
+            not known.
     """
+    step = Step.parse(str(config.get("step", USUAL_STEP.name)))
     if unset(config.get("costs")):
-        if not needed:
+        needs = "budget_ms" if needed else f"step={step.name}"
+        if not needed and step == USUAL_STEP:
             return None
-        raise UserError(f"budget_ms needs costs=FILE or the id of a run of -e costs; {MEASURE}")
-    step, reference = Step.parse(str(config["step"])), str(config["costs"])
+        raise UserError(f"{needs} needs costs=FILE or the id of a run of -e costs; {MEASURE}")
+    reference = str(config["costs"])
     if is_file(reference) and not exists(reference):
         raise UserError(f"there are no costs at {reference}; {MEASURE}")
     return Timed(step, reference)
 
 
 def _amounts(key: str, given: object) -> list[float]:
-    """Budgets of the configuration.
+    """Budgets of the configuration, each once.
 
     Raises:
         UserError: One is no number above 0.
     """
-    amounts = []
+    amounts: list[float] = []
     for text in listed(given):
         try:
             amounts.append(float(text))
@@ -177,7 +204,7 @@ def _amounts(key: str, given: object) -> list[float]:
             raise UserError(f"{key}={text} is not a number; give one, or several separated by commas") from None
         if not 0 < amounts[-1] < math.inf:
             raise UserError(f"{key}={text} is no budget; give a number above 0")
-    return amounts
+    return list(dict.fromkeys(amounts))
 
 
 def _cost_model(value: object) -> str | None:

@@ -86,7 +86,8 @@ class Source:
             if not at:
                 scored = ", ".join(c.name for c in self.candidates)
                 raise UserError(
-                    f"{name} is not scored in {', '.join(self.run_ids)}; it has {scored}: score it, or choose"
+                    f"{name} is not scored in {', '.join(self.run_ids)}; it has {scored}: score it too, or "
+                    "choose one of those"
                 )
             positions.update(dict.fromkeys(at))
         return sorted(positions)

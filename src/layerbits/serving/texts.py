@@ -60,10 +60,13 @@ def held_out_texts(
         tokens: Positions to compare at least.
 
     Raises:
-        UserError: There are fewer.
+        UserError: There are fewer, or none at all.
     """
     from layerbits.inputs.calibration import build_rows
+    from layerbits.inputs.captions import NONE_HELD_OUT
 
+    if not captions:
+        raise UserError(NONE_HELD_OUT)
     chosen: list[Batch] = []
     count = 0
     together = min(_ROWS, -(-tokens // max(1, seq_len - 1)))

@@ -231,8 +231,18 @@ def workbench(settings: Settings) -> Workbench:
         captions.captions, tokenizer, reader, dataset.packing, spec.seq_len, spec.batch_size, spec.num_score_samples
     )
     doubts = limits_of(empty, resolved.config, settings.model.name).check(calibration, tokenizer)
-    calibration = replace(calibration, warnings=(*doubts, *calibration.warnings))
+    calibration = replace(calibration, warnings=(*doubts, *calibration.warnings, *none_left(captions)))
     return Workbench(settings, captions, resolved, tokenizer, reader, calibration, empty, linears, kinds, ratio, device)
+
+
+def none_left(captions: CaptionSet) -> tuple[str, ...]:
+    """That nothing is held out, where that is so: later jobs would find out after the scoring."""
+    if captions.held_out:
+        return ()
+    return (
+        f"dataset.size={captions.size} takes every caption of the list: none is left that probe and serve_check could "
+        "measure on; add some at its end",
+    )
 
 
 def scored_together(candidate: Candidate) -> bool:

@@ -168,7 +168,7 @@ def parent_run(name: str, experiment: str = "layerbits", tags: Mapping[str, str]
                 del os.environ[PARENT_VARIABLE]
             else:
                 os.environ[PARENT_VARIABLE] = outer
-            _close(session, _parent_ending(session, error, stop.received))
+            _close(session, _parent_ending(session, error, stop.received), "all together")
 
 
 def ending_of(error: BaseException) -> Ending:
@@ -272,8 +272,13 @@ def _named_by_user(name: str | None) -> bool:
     return bool(name) and not made_up
 
 
-def _close(session: RunSession, ending: Ending) -> None:
-    """Tags the outcome and ends the run, in seconds even where the server is gone.
+def _close(session: RunSession, ending: Ending, what: str = "run") -> None:
+    """Tags the outcome and ends the run, in seconds even where the server is gone; prints its link.
+
+    Args:
+        session: The run.
+        ending: How it ends.
+        what: What its line calls it.
 
     Raises:
         UserError: The run ended well but could not be closed.
@@ -302,7 +307,7 @@ def _close(session: RunSession, ending: Ending) -> None:
         print(message, file=sys.stderr)
     if session.resumed and ending.status == "KILLED":
         keep_killed(session.tracking_uri, session.run_id)
-    print(f"run {ending.outcome}: {session.link}", flush=True)
+    print(f"{what} {ending.outcome}: {session.link}", flush=True)
     if session.nested:
         return
     if command := ui_command(session.tracking_uri):
