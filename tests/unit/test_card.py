@@ -62,8 +62,8 @@ def test_what_a_person_wrote_stays_byte_for_byte(checkpoint):
     for outcome in (LOADS, DIVERGES):
         write_served(done(checkpoint, outcome))
         text = card(checkpoint)
-        assert text.startswith(f"{ABOVE}<!-- layerbits: as served -->\n## As served\n")
-        assert text.endswith(f"<!-- layerbits: end of as served -->{BELOW}")
+        assert text.startswith(f"{ABOVE}<!-- layerbits: as served -->\n\n## As served\n")
+        assert text.endswith(f"|\n\n<!-- layerbits: end of as served -->{BELOW}")
 
 
 def test_the_metadata_stays_valid(checkpoint):
@@ -202,3 +202,11 @@ def test_bytes_that_are_no_utf8_stay(checkpoint):
 )
 def test_the_base_model_is_named_as_on_the_hub(source, named):
     assert _base_model(source) == named
+
+
+def test_writing_the_same_again_changes_nothing(checkpoint):
+    rewrite_part(checkpoint, SERVED, lambda lines: ["one", "two"])
+    before = (checkpoint / "README.md").stat()
+    rewrite_part(checkpoint, SERVED, lambda lines: lines)
+    assert (checkpoint / "README.md").stat().st_ino == before.st_ino
+    assert "-->\n\none\ntwo\n\n<!--" in card(checkpoint)

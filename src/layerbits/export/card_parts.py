@@ -20,7 +20,7 @@ def part(name: str, lines: Sequence[str] = ()) -> list[str]:
         name: Of the part.
         lines: What is between the marks; a part without any waits for what is measured later.
     """
-    return [_begin(name), *lines, _end(name)]
+    return [_begin(name), *(["", *lines, ""] if lines else []), _end(name)]
 
 
 def rewrite_part(folder: Path, name: str, make: Callable[[list[str]], list[str]]) -> Path | None:
