@@ -51,9 +51,22 @@ def run(folder, out, *more):
     return result
 
 
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """Runs of families and arguments, each made once; who takes one only reads it."""
+    made = {}
+
+    def once(family, *more):
+        if (family, *more) not in made:
+            made[family, *more] = run(checkpoint(family, tmp_path_factory), tmp_path_factory.mktemp("scored"), *more)
+        return made[family, *more]
+
+    return once
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_run_on_pictures_ends_in_a_proven_export(family, tmp_path_factory, tmp_path):
-    result = run(checkpoint(family, tmp_path_factory), tmp_path)
+def test_a_run_on_pictures_ends_in_a_proven_export(family, scored, tmp_path):
+    result = scored(family)
     told = json.loads((result / "manifest.json").read_text())["modality"]
     assert 0 < told["image_tokens"] < told["tokens"]
     assert len(told["ranges"]) == 14 or family.endswith("moe")
@@ -71,8 +84,8 @@ def test_a_run_on_pictures_ends_in_a_proven_export(family, tmp_path_factory, tmp
 
 @pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava", "gemma3", "internvl"])
-def test_a_scored_vision_tower_is_exported_and_proven(family, form, tmp_path_factory, tmp_path):
-    result = run(checkpoint(family, tmp_path_factory), tmp_path, "model.vision=true")
+def test_a_scored_vision_tower_is_exported_and_proven(family, form, scored, tmp_path):
+    result = scored(family, "model.vision=true")
     kinds = {g.kind for g in load_manifest(result).groups}
     into = {"merger"} if family != "gemma3" else set()  # Gemma 3 has a bare matrix there
     assert kinds >= {*VISION_KINDS[:-1], *into, "qkv", "down"}
@@ -93,8 +106,8 @@ def test_a_scored_vision_tower_is_exported_and_proven(family, form, tmp_path_fac
         assert sum(w * b for w, b in part) <= (most + 1e-6) * sum(w for w, _ in part)
 
 
-def test_a_probe_tells_words_after_pictures_from_text(tmp_path_factory, tmp_path):
-    result = run(checkpoint("qwen2_5_vl", tmp_path_factory), tmp_path)
+def test_a_probe_tells_words_after_pictures_from_text(scored, tmp_path):
+    result = scored("qwen2_5_vl")
     done = start(
         "probe", f"run_id={result}", "schemes=none", "controls=none", "effective_bits=10", "rows=4", "batch_size=2",
         "device=cpu", "tracking=none", f"output_root={tmp_path}",
@@ -111,8 +124,8 @@ def test_a_probe_tells_words_after_pictures_from_text(tmp_path_factory, tmp_path
         assert parts[f"from {source}"]["kl"] == pytest.approx(scheme["by_modality"][part][0])
 
 
-def test_a_validation_measures_words_after_pictures(tmp_path_factory, tmp_path):
-    result = run(checkpoint("qwen2_5_vl", tmp_path_factory), tmp_path)
+def test_a_validation_measures_words_after_pictures(scored, tmp_path):
+    result = scored("qwen2_5_vl")
     done = start(
         "validate", f"run_id={result}", "rows=4", "batch_size=2", "rankers=none", "device=cpu", "tracking=none",
         f"output_root={tmp_path}",
@@ -122,22 +135,20 @@ def test_a_validation_measures_words_after_pictures(tmp_path_factory, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def with_tower(tmp_path_factory):
+def with_tower(scored):
     """A run that scored its vision tower."""
-    return run(checkpoint("qwen3_vl", tmp_path_factory), tmp_path_factory.mktemp("tower"), "model.vision=true")
+    return scored("qwen3_vl", "model.vision=true")
 
 
 @pytest.fixture(scope="module")
-def with_budgets(tmp_path_factory):
+def with_budgets(scored):
     """Runs that scored a tower under some budgets of its own, by budget."""
-    folder = checkpoint("qwen3_vl", tmp_path_factory)
     return {
-        (bits, *more): run(
-            folder, tmp_path_factory.mktemp("budget"), "model.vision=true", "autoquant.effective_bits=9",
-            f"autoquant.vision_bits={bits}", *more,
+        (bits, *more): scored(
+            "qwen3_vl", "model.vision=true", "autoquant.effective_bits=9", f"autoquant.vision_bits={bits}", *more
         )
         for bits, more in ((12, ()), (12, ("autoquant.engine=stock",)), (16, ()))
-    }  # fmt: skip
+    }
 
 
 def test_a_run_gives_its_tower_a_budget_of_its_own(with_tower, with_budgets):
