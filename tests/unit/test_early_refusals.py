@@ -160,3 +160,10 @@ def test_what_is_missing_is_refused_before_torch(python, tmp_path):
 
     cases = [(config, [filled(one) for one in given], filled(words)) for config, given, words in READ]
     check(python, ["torch", "transformers", "modelopt", "mlflow"], cases, "tracking=none")
+
+
+def test_a_store_that_cannot_be_used_is_refused_before_torch(python, tmp_path):
+    file = tmp_path / "mlflow.db"
+    file.write_text("no database")
+    cases = [("sensitivity", ["device=cpu"], "it is not a database or damaged")]
+    check(python, ["torch", "transformers", "modelopt"], cases, f"tracking.uri=sqlite:///{file}")

@@ -33,15 +33,18 @@ def sensitivity(config: Composed, root: Path) -> None:
 
 
 def _score(settings: Settings, root: Path, target: str | None) -> None:
+    from layerbits.scoring import distributed
+
+    writes = distributed.rank() == 0  # under torchrun the first process writes and logs, the others only score
+    tracker = Tracker(settings.tracking, root) if writes else None  # before torch is imported: it may not answer
     from layerbits import sensitivity as job
     from layerbits.report import note
-    from layerbits.scoring import distributed
     from layerbits.stages.run import run
 
-    if distributed.rank() > 0:  # under torchrun the first process writes and logs, the others only score
+    if tracker is None:
         run(job.plan(settings), root)
         return
-    with Tracker(settings.tracking, root).run(settings.run_name, system_metrics=True) as opened:
+    with tracker.run(settings.run_name, system_metrics=True) as opened:
         directory, result = job.sensitivity(settings, root, lambda info: as_served([info], target))
         with optional_part("the summary below"):
             print(f"\n{note(result)}")
