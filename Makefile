@@ -63,9 +63,10 @@ figures: .venv/run.stamp
 	$(MLFLOW_RUN) -e validate -P run_id=$$1 -P rows=4 -P rankers=none; \
 	python tools/figures.py
 
+# Containers often forbid bytecode; then each process of the tests compiles all modules again.
 test: lint
 	@echo 'Screenshots of the UI: outputs/screenshots'
-	$(VENV_PATH) OMP_NUM_THREADS=1 pytest $(or $(ARGS),-n 2 --dist loadfile tests/unit tests/integration)
+	$(VENV_PATH) PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 pytest $(or $(ARGS),-n 2 --dist loadfile tests/unit tests/integration)
 
 ui: .venv/run.stamp
 	@echo 'Comparison views, newest first:'
