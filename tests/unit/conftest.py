@@ -56,10 +56,10 @@ def published() -> Callable[[str], SensitivityResult]:
 
 @pytest.fixture(scope="session")
 def exportable_rows() -> tuple[object, ...]:
-    """The table of what is exported, made once."""
+    """The table of what is exported."""
     from tools.docs.exportable import exportable
 
-    return tuple(exportable())
+    return exportable()
 
 
 @pytest.fixture(scope="session")

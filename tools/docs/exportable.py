@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from layerbits.candidates.candidate import Candidate, resolve_candidate
 from layerbits.candidates.capability import check
@@ -36,11 +37,16 @@ class Exportable:
         return [label for label in self.labels.values() if label is not None]
 
 
-def exportable() -> Iterator[Exportable]:
+@cache
+def exportable() -> tuple[Exportable, ...]:
     """The distinct candidates of the shipped pairs that are not experimental and have a label, in the table's order."""
-    for pair in deployed_pairs():
-        for variant in variants_of(pair):
-            yield from _exportable(pair, variant)
+    overlays = load_overlays()
+    return tuple(
+        found
+        for pair in deployed_pairs()
+        for variant in variants_of(pair)
+        for found in _exportable(pair, variant, overlays)
+    )
 
 
 def deployed_pairs() -> list[QuantPair]:
@@ -58,9 +64,9 @@ def candidate_of(pair: QuantPair, overlay: Overlay, variant: str) -> Candidate:
     return resolve_candidate(pair, overlay, variant or "mxfp4", experimental=True)
 
 
-def _exportable(pair: QuantPair, variant: str) -> Iterator[Exportable]:
+def _exportable(pair: QuantPair, variant: str, overlays: Sequence[Overlay]) -> Iterator[Exportable]:
     seen: set[str] = set()
-    for overlay in load_overlays():
+    for overlay in overlays:
         candidate = candidate_of(pair, overlay, variant)
         if candidate.info.config_hash in seen or not _computed(candidate):
             continue

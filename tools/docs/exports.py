@@ -34,7 +34,7 @@ _HOW = {LEFT: "activations in 16 bits", FP8_SCALES: "group scales in FP8"}
 
 def table() -> str:
     """A section per shipped pair that is not experimental (FP4 weights: one per variant), and how many are served."""
-    pairs, served, rows = deployed_pairs(), read_served(), list(exportable())
+    pairs, served, rows = deployed_pairs(), read_served(), exportable()
     read = {row.pair for row in rows if any(map(reads, row.known))}
     loaded = {row.pair for row in rows if any(served.loads(label) for label in row.known)}
     lines = [

@@ -101,10 +101,11 @@ def _instead(info: CandidateInfo, target: str) -> str:
     """The shipped candidate of the same weights that is computed as scored: rounded inputs first, else 16 bits."""
     variant = "nvfp4" if "nvfp4" in info.format_name.lower() else "mxfp4"
     by_activation: dict[str, str] = {}
+    overlays = load_overlays()
     for pair in load_pairs():
         if pair.experimental or pair.weight != info.weight_precision:
             continue
-        for overlay in load_overlays():
+        for overlay in overlays:
             try:
                 made = resolve_candidate(pair, overlay, variant).info
             except UserError:
