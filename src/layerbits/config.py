@@ -12,7 +12,7 @@ from layerbits.errors import UserError
 from layerbits.inputs.datasets import WITH_PICTURES
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.paths import user_path
-from layerbits.plain import Composed, unset
+from layerbits.plain import Composed, flag, unset
 from layerbits.results.naming import run_name
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budgets import tower_budget
@@ -118,6 +118,7 @@ class Settings:
         Raises:
             UserError: A value is not one of its choices or out of range.
         """
+        model = ModelSpec.from_mapping(config["model"])
         autoquant = dict(config["autoquant"])
         samples = autoquant["num_score_samples"]
         autoquant["num_score_samples"] = None if samples in (None, "all") else _int("num_score_samples", samples)
@@ -147,22 +148,22 @@ class Settings:
         _choice("output_layout", config["output_layout"], LAYOUTS)
         check_device(config["device"])
         _choice("fp4", config["fp4"], FP4)
-        if config["model"].get("vision"):
+        if model.vision:
             _check_vision(config["dataset"]["name"], autoquant)
         dataset = {**config["dataset"]} | {key: str(config["dataset"][key]) for key in ("name", "size")}
         for key, number in (("min_pixels", _int), ("max_pixels", _int), ("share", _float)):
             if dataset.get(key) is not None:
                 dataset[key] = number(f"dataset.{key}", dataset[key])
         return cls(
-            model=ModelSpec.from_mapping(config["model"]),
+            model=model,
             quant_pair=QuantPair.from_mapping(config["quant_pair"]),
             overlay=Overlay.from_mapping(config["quant_granularity"]),
             dataset=DatasetSpec(**dataset),
             autoquant=AutoQuantSpec(**autoquant),
             tracking=TrackingSpec.from_config(config),
             fp4=config["fp4"],
-            experimental=bool(config["experimental"]),
-            strict=bool(config["strict"]),
+            experimental=flag("experimental", config["experimental"]),
+            strict=flag("strict", config["strict"]),
             seed=_int("seed", config["seed"]),
             device=config["device"],
             recipe=_named(config, "recipe"),

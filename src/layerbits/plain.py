@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from layerbits.errors import UserError
+
 JsonObject: TypeAlias = dict[str, Any]
 """An object as ``json.loads`` gives it, or one that is built to be written; its values are read by key."""
 
@@ -22,6 +24,21 @@ Composed: TypeAlias = JsonMapping
 def unset(value: object) -> bool:
     """Whether a value of a configuration stands for none: left out, empty, ``none`` or ``null``."""
     return value in (None, "", "none", "null")
+
+
+def flag(key: str, value: object) -> bool:
+    """A switch of a configuration: Hydra reads ``true`` and ``false`` as such, and ``no`` or ``off`` as words.
+
+    Args:
+        key: What the user calls it.
+        value: As it was composed.
+
+    Raises:
+        UserError: It is neither.
+    """
+    if not isinstance(value, bool):
+        raise UserError(f"{key}={value} is not known; use true or false")
+    return value
 
 
 def finite(value: object) -> object:

@@ -146,6 +146,11 @@ def test_a_runtime_that_computes_something_else_diverges(exported, python):
     assert processes(str(exported[0] / "exports")) == []
 
 
+def test_more_tokens_than_the_vocabulary_has_are_all_of_them(exported, python):
+    _, _, run = checked(exported, python, "top_k=100000000")
+    assert run.data.metrics["serve/top_k"] == -1.0
+
+
 def test_speed_and_memory_are_logged_of_both_models(exported, python):
     ended, client, run = checked(exported, python, "speed.measure=true", "speed.batches=1,4", *SHORT)
     metrics = run.data.metrics

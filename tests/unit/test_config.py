@@ -65,3 +65,11 @@ def test_a_tower_budget_that_means_nothing_is_refused(with_tower):
         Settings.from_config(with_tower(vision=False, vision_bits=12))
     with pytest.raises(UserError, match="a recipe has one budget, which counts the vision tower too; use"):
         Settings.from_config({**with_tower(vision_bits=12), "recipe": "mine"})
+
+
+def test_a_word_that_means_no_is_not_taken_for_true():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        typed = OmegaConf.to_container(compose("sensitivity", ["model.trust_remote_code=no"]), resolve=True)
+    assert typed["model"]["trust_remote_code"] == "no"  # a word to Hydra, true to Python
+    with pytest.raises(UserError, match=r"model\.trust_remote_code=no is not known; use true or false"):
+        Settings.from_config(typed)

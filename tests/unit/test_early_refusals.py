@@ -58,6 +58,18 @@ REFUSED = [  # command, what is typed, a part of the refusal
     ("schemes", ["run_id=abc", "concurrency=4"], "context=0 and concurrency=4 count in budget_gib alone; set"),
     ("sensitivity", ["autoquant.method=x"], "autoquant.method=x is not known"),
     ("sensitivity", ["device=tpu"], "device=tpu is not known"),
+    *(
+        (command, [*needed, f"{key}=maybe"], f"{key}=maybe is not known; use true or false")
+        for command, needed, keys in (
+            ("sensitivity", [], ("experimental", "strict", "model.lm_head", "model.trust_remote_code", "model.vision")),
+            ("sensitivity", [], ("model.random_weights", "model.dequantize", "tracking.enabled")),
+            ("schemes", ["run_id=abc", "effective_bits=9"], ("tracking.system_metrics",)),
+            ("grid", [], ("force",)),
+            ("export", ["run_id=abc"], ("register",)),
+            ("serve_check", ["run_id=abc"], ("strict", "compare")),
+        )
+        for key in keys
+    ),
     ("sensitivity", ["report_only=/none"], "no manifest at /none"),
     ("serve_check", [], ONE_OF_TWO),
     ("serve_check", ["run_id=abc", "checkpoint=/none"], ONE_OF_TWO),
@@ -69,6 +81,9 @@ REFUSED = [  # command, what is typed, a part of the refusal
         ["run_id=abc", "vllm.arguments=a'b"],
         "vllm.arguments=a'b cannot be split (No closing quotation)",
     ),
+    ("serve_check", ["run_id=abc", "speed.measure=maybe"], "speed.measure=maybe is not known; use true or false"),
+    ("serve_check", ["run_id=abc", "speed.measure=true", "speed.batches=none"], "nothing to time; give speed.batches"),
+    ("serve_check", ["run_id=abc", "vllm.url=host:8000"], "vllm.url=host:8000 is no address; use http://host:port"),
     ("serve_check", ["run_id=abc", "compare=false"], "compare=false leaves nothing to do"),
     ("serve_check", ["checkpoint=/none", "tokens=x"], "tokens=x is not a positive whole number"),
     ("serve_check", ["checkpoint=/none", "device=tpu"], "device=tpu is not known"),

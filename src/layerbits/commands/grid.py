@@ -17,7 +17,7 @@ from layerbits.errors import Skipped, UserError
 from layerbits.export.target import as_served, find_target
 from layerbits.grid import Cell, CellOutcome, axis, candidate_of, cells, run_grid, run_names, summary
 from layerbits.jobs import JobRun, Tracker
-from layerbits.plain import Composed
+from layerbits.plain import Composed, flag
 from layerbits.results.result import SensitivityResult
 from layerbits.serving.environment import warn_of_version
 from layerbits.stages.inputs import check_inputs
@@ -26,6 +26,7 @@ from layerbits.tracking.made import Made
 
 def grid(config: Composed, root: Path) -> None:
     """Runs the cells, logs each and prints the table."""
+    force = flag("force", config["force"])
     axes = ("quant_pairs", "quant_granularities", "dataset_sizes", "force")
     settings = Settings.from_config({key: value for key, value in config.items() if key not in axes})
     configs = root / "configs"
@@ -45,7 +46,7 @@ def grid(config: Composed, root: Path) -> None:
         tqdm(total=len(wanted), desc="cells", unit="cell") as bar,
     ):
         log = CellLog(tracker, parent, settings, run_names(wanted, settings.model.name))
-        outcomes = run_grid(wanted, settings, configs, log, root, config["force"], bar.update)
+        outcomes = run_grid(wanted, settings, configs, log, root, force, bar.update)
         bar.close()
         _show(outcomes)
         if tracker.enabled:

@@ -11,7 +11,7 @@ from layerbits.checkpoint.label import AUTO, FORMATS
 from layerbits.errors import UserError
 from layerbits.export.target import find_target
 from layerbits.paths import user_path
-from layerbits.plain import Composed, unset
+from layerbits.plain import Composed, flag, unset
 from layerbits.scoring.settings import check_device
 from layerbits.tracking.registry import check_name
 
@@ -53,9 +53,7 @@ class ExportSettings:
             size = math.nan
         if not size >= 0:
             raise UserError(f"artifact_gb={config['artifact_gb']} is not a number of GB; use 0 for none")
-        register = config["register"]
-        if not isinstance(register, bool):
-            raise UserError(f"register={register} is not known; use true or false")
+        register = flag("register", config["register"])
         if register and not config["tracking"]["enabled"]:
             raise UserError("register=true needs a tracking store; leave out tracking=none")
         root, name = config["export_root"], config["registered_model"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerbits.errors import UserError
-from layerbits.plain import JsonMapping
+from layerbits.plain import JsonMapping, flag
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -46,10 +46,12 @@ class ModelSpec:
         """Reads the ``model`` group of the configuration.
 
         Raises:
-            UserError: No path, or an unknown dtype.
+            UserError: No path, an unknown dtype, or a switch that is neither true nor false.
         """
         if not values["path"]:
             raise UserError("this model needs model.path: a Hugging Face id or a local checkpoint folder")
+        for key in ("lm_head", "random_weights", "dequantize", "trust_remote_code", "vision"):
+            flag(f"model.{key}", values.get(key, False))
         exclude = values.get("exclude") or ()
         patterns = [p.strip() for p in exclude.split(",")] if isinstance(exclude, str) else [str(p) for p in exclude]
         texts = {key: str(values[key]) for key in ("path", "revision") if values.get(key) is not None}

@@ -223,7 +223,7 @@ class Checker:
             source = PurePath(subject.prepared.scheme.model.source).name
             plain = Running(vllm.unquantized_url, called=(source,)) if vllm.unquantized_url else None
             return Running(vllm.url, vllm.model), plain
-        started = Started(replace(launch, max_length=subject.question.length, top_k=self.settings.top_k), processor)
+        started = Started(replace(launch, max_length=subject.question.length, top_k=subject.question.top_k), processor)
         return started, started
 
     def _plain(self, runtime: Runtime, subject: Subject, out: Path) -> RuntimeOutput:
@@ -250,7 +250,7 @@ class Checker:
         plain = self._plain_in_pytorch.get(key)
         pytorch = reference(subject.prepared, checkpoint, texts.batches, subject.dtype, device, plain)
         self._plain_in_pytorch[key] = pytorch.plain
-        return compare(pytorch, unquantized, served, texts, self.settings.top_k)
+        return compare(pytorch, unquantized, served, texts, subject.question.top_k)
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,8 @@ class Subject:
         packing, seq_len, _ = scheme.calibration.row_shape
         captions = held_out_captions(prepared.captions.held_out)
         texts = held_out_texts(captions, prepared.tokenizer, packing, seq_len, settings.tokens)
-        question = Question(texts, settings.top_k, settings.new_tokens)
+        every = settings.top_k >= prepared.resolved.config.get_text_config().vocab_size
+        question = Question(texts, -1 if every else settings.top_k, settings.new_tokens)
         return cls(prepared, question, _runtime_dtype(scheme, settings))
 
 

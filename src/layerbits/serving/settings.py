@@ -8,7 +8,7 @@ from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.paths import user_path
-from layerbits.plain import Composed, unset
+from layerbits.plain import Composed, flag, unset
 from layerbits.schemes.settings import listed, listed_paths
 from layerbits.scoring.settings import check_device
 
@@ -48,6 +48,10 @@ class VllmSettings:
         texts = {key: None if unset(value) else str(value) for key, value in config.items()}
         if texts["url"] and texts["python"]:
             raise UserError("vllm.url talks to a running server, vllm.python starts one: set one of them")
+        for key in ("url", "unquantized_url"):
+            address = texts[key]
+            if address and not address.startswith(("http://", "https://")):
+                raise UserError(f"vllm.{key}={address} is no address; use http://host:port")
         if texts["unquantized_url"] and not texts["url"]:
             raise UserError("vllm.unquantized_url goes with vllm.url; set both, or neither")
         if config["dtype"] not in DTYPES:
@@ -91,11 +95,13 @@ class SpeedRequest:
         """Reads the ``speed`` part of ``configs/serve_check.yaml``; ``None`` where nothing is to be timed.
 
         Raises:
-            UserError: A value is no positive whole number.
+            UserError: A value is no positive whole number, or there is nothing to time.
         """
-        if not config["measure"]:
+        if not flag("speed.measure", config["measure"]):
             return None
-        batches = tuple(positive("speed.batches", batch) for batch in listed(config["batches"]))
+        batches = tuple(dict.fromkeys(positive("speed.batches", batch) for batch in listed(config["batches"])))
+        if not batches:
+            raise UserError("there is nothing to time; give speed.batches, or speed.measure=false")
         numbers = (positive(f"speed.{key}", config[key]) for key in ("prompt_tokens", "new_tokens", "repeats"))
         return cls(batches, *numbers)
 
@@ -145,13 +151,11 @@ class ServeSettings:
         if bool(run_ids) == (folder is not None):
             raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
         device = check_device(config["device"])
-        for key in ("strict", "compare"):
-            if not isinstance(config[key], bool):
-                raise UserError(f"{key}={config[key]} is not known; use true or false")
+        strict, compared = (flag(key, config[key]) for key in ("strict", "compare"))
         vllm, speed = VllmSettings.from_config(config["vllm"]), SpeedRequest.from_config(config["speed"])
         if speed is not None and vllm.url is not None:
             raise UserError("speed.measure starts vLLM itself; set vllm.python instead of vllm.url")
-        if speed is None and not config["compare"]:
+        if speed is None and not compared:
             raise UserError("compare=false leaves nothing to do; set speed.measure=true with it")
         settings = cls(
             run_ids=run_ids,
@@ -163,8 +167,8 @@ class ServeSettings:
             output_root=user_path(config["output_root"]),
             vllm=vllm,
             speed=speed,
-            strict=config["strict"],
-            compare=config["compare"],
+            strict=strict,
+            compare=compared,
         )
         if folder is not None:
             check_is_checkpoint(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerbits.plain import Composed
+from layerbits.plain import Composed, flag
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,13 @@ class TrackingSpec:
 
     @classmethod
     def from_config(cls, config: Composed) -> TrackingSpec:
-        """Reads the ``tracking`` group of a resolved configuration; a name that looks like a number is a name."""
+        """Reads the ``tracking`` group of a resolved configuration; a name that looks like a number is a name.
+
+        Raises:
+            UserError: A switch is neither true nor false.
+        """
         values = dict(config["tracking"])
+        for key in ("enabled", "system_metrics"):
+            flag(f"tracking.{key}", values[key])
         names = {key: str(values[key]) for key in ("uri", "experiment", "run_name") if values[key] is not None}
         return cls(**{**values, **names})

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
-from layerbits.plain import Composed
+from layerbits.plain import Composed, flag
 from layerbits.schemes.settings import listed, whole
 from layerbits.scoring.settings import check_device, check_dtype
 
@@ -42,12 +42,10 @@ class ValidateSettings:
         Raises:
             UserError: A value is not one of its choices.
         """
-        if not isinstance(config["disable_one"], bool):
-            raise UserError(f"disable_one={config['disable_one']} is not known; use true or false")
         return cls(
             rows=whole("rows", config["rows"]),
             batch_size=whole("batch_size", config["batch_size"]),
-            disable_one=config["disable_one"],
+            disable_one=flag("disable_one", config["disable_one"]),
             rankers=chosen_rankers(listed(config["rankers"])),
             device=check_device(config["device"]),
             kv_cache=None if config["kv_cache"] == "auto" else kv_formats(config["kv_cache"]),
