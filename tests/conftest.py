@@ -67,7 +67,7 @@ def _freeze():
 
 
 def _keep_count():
-    """Counts what is frozen once: each pass asks for it, and Python goes through a million objects to count them."""
+    """Counts what is frozen once: each pass asks for it, and Python goes through 700,000 objects to count them."""
     known = _count()
     gc.get_freeze_count = lambda: known
 
