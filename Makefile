@@ -49,6 +49,7 @@ notebooks: .venv/test.stamp
 	  $(MLFLOW_RUN) -e $$job -P run_id=$$1; \
 	  $(MLFLOW_RUN) -e $$job -P run_id=$$1,$$2 -P schemes=none -P controls=none -P effective_bits=5,6,7,8,10,12; \
 	done; \
+	$(MLFLOW_RUN) -e scheme -P run_id=$$1,$$2 -P schemes=none -P controls=none -P budget_gib=0.18,0.2,0.25,0.3,0.4; \
 	$(MLFLOW_RUN) -e evaluate -P run_id=$$1 -P schemes=none -P effective_bits=8,10,12 -P limit=64; \
 	python notebooks/execute.py
 
