@@ -123,6 +123,17 @@ def why_unwritable(error: BaseException) -> str | None:
     return "the file cannot be written" if match[0].startswith("Pytorch") else match[0]
 
 
+def why_no_file(path: Path) -> str | None:
+    """What will keep a file from being written once there is something to write; ``None`` where nothing is seen."""
+    if path.is_dir():
+        return os.strerror(errno.EISDIR)
+    try:
+        with scratch_folder(path):
+            return None
+    except OSError as error:
+        return error.strerror
+
+
 def dated(root: Path, name: str) -> Path:
     """A folder of its own for one result below ``tmp`` of the output root, named by what it is and the time."""
     name = name.replace(" ", "_").replace("/", "-")

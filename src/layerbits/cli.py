@@ -281,6 +281,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _costs(options: argparse.Namespace) -> int:
+    from layerbits.atomic import why_no_file
     from layerbits.history.scheme_inputs import load_scores
     from layerbits.paths import user_path
     from layerbits.schemes.settings import listed
@@ -291,16 +292,20 @@ def _costs(options: argparse.Namespace) -> int:
     from layerbits.serving.unscored import unscored
 
     asked = CostRequest.of(options.batches, options.prefill, options.repeats)
+    output = user_path(options.output)
+    if why := why_no_file(output):
+        raise UserError(f"--output {output} cannot be written ({why}); name a file of a folder that you can write")
     if options.candidates is None:
         source = load_scores(options.runs, options.tracking_uri)
     elif len(options.runs) == 1:
+        if not listed(options.candidates):
+            raise UserError("--candidates names none; give PAIR or PAIR/GRANULARITY, for instance wfp8_afp8")
         source = unscored(options.runs[0], listed(options.candidates))
     else:
         raise UserError("--candidates goes with one model; leave it out for runs")
     launch = Launch(
         find_environment(options.python, Path.cwd()), arguments=split_arguments("--arguments ", options.arguments)
     )
-    output = user_path(options.output)
     table = measure_costs(source, asked, launch, output.with_name(f"{output.name}.work"))
     print(f"{in_words(table)}\ncosts: {table.save(output)}")
     return 0

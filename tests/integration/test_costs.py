@@ -27,6 +27,7 @@ from layerbits.serving.costs import CostRequest, in_words, measure_costs, pooled
 from layerbits.serving.environment import find_environment
 from layerbits.serving.find_costs import find_costs, measuring
 from layerbits.serving.server import Launch
+from layerbits.serving.speed import TooSlow, run_worker
 from layerbits.serving.stand_in import write_stand_in
 from layerbits.serving.unscored import unscored
 
@@ -124,6 +125,21 @@ def test_what_was_measured_is_kept_where_the_last_timing_fails(tmp_path, python,
     assert [one.step for one in table.steps] == ["prefill:32", "decode:1", "decode:4"]
     assert {row.label for row in table.linears} == {"unquantized", "FP8", "FP8_TENSOR-FP8_TENSOR"}
     assert "timed before the linears alone: no memory left" in capsys.readouterr().err
+
+
+def test_a_layout_that_takes_too_long_is_a_row_with_its_reason(tmp_path, python, monkeypatch):
+    def slow(launch, data, what, work):
+        if what == "modelopt-FP8":
+            raise TooSlow("vLLM was not timed")
+        return run_worker(launch, data, what, work)
+
+    monkeypatch.setattr("layerbits.serving.costs.run_worker", slow)
+    launch = Launch(python, seconds=600)
+    table = measure_costs(source_in(tmp_path / "source", FP8), ASKED, launch, tmp_path / "work")
+    assert [(one.label, one.words) for one in table.refused] == [
+        ("FP8", "it was not timed within 600 s (vllm.seconds)")
+    ]
+    assert {row.label for row in table.linears} == {"unquantized", "FP8_TENSOR-FP8_TENSOR"}
 
 
 def test_schemes_are_made_by_the_file(measured, tmp_path, monkeypatch):

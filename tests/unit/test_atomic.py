@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import layerbits
-from layerbits.atomic import atomic, scratch_folder, whole_folder, why_unwritable, write_json
+from layerbits.atomic import atomic, scratch_folder, whole_folder, why_no_file, why_unwritable, write_json
 from layerbits.errors import UserError
 
 SRC = str(Path(layerbits.__file__).parents[1])
@@ -131,3 +131,11 @@ def test_a_file_in_the_place_of_a_folder_is_a_reason_that_nothing_can_be_written
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"Not a directory\); free space or set output_root"):
         whole_folder(tmp_path / "file" / "result").__enter__()
+
+
+def test_a_file_that_could_not_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").touch()
+    assert why_no_file(tmp_path) == "Is a directory"
+    assert why_no_file(tmp_path / "file" / "costs.json") == "Not a directory"
+    assert why_no_file(tmp_path / "costs.json") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

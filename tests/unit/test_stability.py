@@ -140,3 +140,8 @@ def test_other_models_are_refused(two):
     a, b = two
     with pytest.raises(UserError, match="different models"):
         stability({a: two[a], b: replace(two[b], model=replace(two[b].model, name="other"))})
+
+
+def test_a_top_of_no_groups_is_refused():
+    with pytest.raises(UserError, match="top=0 compares no groups; use 1 or more"):
+        stability({}, 0)

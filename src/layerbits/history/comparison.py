@@ -74,10 +74,12 @@ def compare(a: str, b: str, by: str = "predicted_kl", *, tracking_uri: str | Non
         tracking_uri: The store.
 
     Raises:
-        UserError: The store cannot be read, or a run has no scores.
+        UserError: The store cannot be read, both are one run, or a run has no scores.
     """
     if by not in BY:
         raise UserError(f"by={by} is not known; choose one of {', '.join(BY)}")
+    if a == b:
+        raise UserError(f"run {a} is compared with itself; give two runs")
     rows, scores = rows_and_scores((a, b), tracking_uri)
     row_a, row_b = ({str(k): v for k, v in rows.loc[i].items()} for i in (a, b))
     reasons, notes = difference(row_a, row_b, by)

@@ -188,7 +188,9 @@ def with_groups(uri: str, run_ids: Sequence[str], strict: bool = False) -> pa.Ta
 
     def read(run_id: str) -> dict[str, object] | str:
         try:
-            return with_table(uri, row_of(get_run(uri, run_id)))
+            run = get_run(uri, run_id)
+            kind = run.tags.get("layerbits.kind")
+            return with_table(uri, row_of(run)) if kind is None else no_scores(run_id, kind)
         except UserError as error:
             return str(error)
 

@@ -39,7 +39,7 @@ from layerbits.schemes.source import Source
 from layerbits.serving import server
 from layerbits.serving.server import Launch
 from layerbits.serving.settings import CostRequest, SpeedRequest
-from layerbits.serving.speed import Speed, measure_speed, run_worker
+from layerbits.serving.speed import Speed, TooSlow, measure_speed, run_worker
 from layerbits.serving.stand_in import block_count, has_pictures, positions, small_files, write_stand_in
 
 _CACHE = 1 << 28
@@ -159,9 +159,11 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
     for layout, label in model.layouts.items():
         try:
             linears += _linears(model, layout, label, blocks, asked, launch, work)[1]
-        except server.Refused as words:
+        except (server.Refused, TooSlow) as error:  # what was measured of the others is worth more than this one
+            slow = f"it was not timed within {launch.seconds:.0f} s (vllm.seconds)"
+            words = slow if isinstance(error, TooSlow) else str(error)
             print(f"vLLM does not run {' '.join(layout)}: {words}", flush=True)
-            refused.append(Refused(*layout, str(words)))
+            refused.append(Refused(*layout, words))
     try:
         steps = pooled(steps, time_steps(whole, asked, without, work))
     except (server.Refused, UserError) as words:  # what was measured is worth more than a second look

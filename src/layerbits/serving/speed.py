@@ -24,6 +24,10 @@ _WARMUP = 2
 """Rounds that are not counted: CUDA graphs, kernels and caches of the first requests."""
 
 
+class TooSlow(UserError):
+    """vLLM was not timed in the seconds that it was given."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """One batch size, once a round.
@@ -252,9 +256,9 @@ def run_worker(launch: Launch, data: Mapping[str, object], what: str, work: Path
         try:
             process.wait(launch.seconds)
         except subprocess.TimeoutExpired:
-            raise UserError(
+            raise TooSlow(
                 f"vLLM was not timed within {launch.seconds:.0f} s (its log is {log}); raise vllm.seconds, or ask for "
-                "fewer or smaller speed.batches"
+                "fewer or smaller batches"
             ) from None
         if not answer.is_file():
             raise refusal(process, log)

@@ -154,7 +154,7 @@ def read_record(folder: Path) -> Recorded | None:
     """
     try:
         data = json.loads((folder / RECORD).read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / RECORD} is not JSON ({error}); make the result again") from None

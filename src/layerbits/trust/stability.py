@@ -63,8 +63,11 @@ def stability(results: Mapping[str, SensitivityResult], top: int = TOP, seed: in
         where a run has too few per-sample scores.
 
     Raises:
-        UserError: Fewer than two runs, or two of them are of different models or have no groups in common.
+        UserError: Fewer than two runs, or two of them are of different models or have no groups in common, or there
+            is no such top.
     """
+    if top < 1:
+        raise UserError(f"top={top} compares no groups; use 1 or more")
     if len(results) < 2:
         raise UserError("rank stability compares runs with each other: give two or more")
     draws = {run: _drawn(result, seed + i) for i, (run, result) in enumerate(results.items())}
