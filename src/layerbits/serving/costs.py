@@ -161,9 +161,9 @@ def measure_costs(source: Source, asked: CostRequest, launch: Launch, work: Path
             linears += _linears(model, layout, label, blocks, asked, launch, work)[1]
         except (server.Refused, TooSlow) as error:  # what was measured of the others is worth more than this one
             slow = f"it was not timed within {launch.seconds:.0f} s (vllm.seconds)"
-            words = slow if isinstance(error, TooSlow) else str(error)
-            print(f"vLLM does not run {' '.join(layout)}: {words}", flush=True)
-            refused.append(Refused(*layout, words))
+            reason = slow if isinstance(error, TooSlow) else str(error)
+            print(f"vLLM does not run {' '.join(layout)}: {reason}", flush=True)
+            refused.append(Refused(*layout, reason))
     try:
         steps = pooled(steps, time_steps(whole, asked, without, work))
     except (server.Refused, UserError) as words:  # what was measured is worth more than a second look
