@@ -1,5 +1,6 @@
 """What vLLM computes of a label on a generation of GPUs."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from layerbits.export.target import as_served, find_target
 from layerbits.grid import cells
 from layerbits.serving import gpu
 from layerbits.serving.environment import Environment, warn_of_version
+from tools.docs.damage import RECORDS
 
 
 @pytest.mark.parametrize("algo", ["NVFP4-NVFP4", "MXFP4-MXFP4", "MXFP4-FP8_TOKEN", "MXFP8-MXFP8"])
@@ -144,6 +146,16 @@ def test_a_kernel_that_rounds_more_is_known_and_counts_as_written(monkeypatch, e
     assert found.startswith("on this GPU (Hopper) FP8_TENSOR-A16 is computed by Humming")
     assert found.count("computed by") == 1
     assert gpu.otherwise_on_gpu(labels, here) == ""
+
+
+def test_what_is_said_of_a_kernel_that_rounds_more_is_what_was_measured():
+    rows = [row for file in RECORDS.glob("*-served-damage-*") for row in json.loads(file.read_text())["layouts"]]
+    humming = [row for row in rows if "HummingFP8ScaledMMLinearKernel" in row["kernels"]]
+    more = {f"{row['served_damage']['kl'] / row['rounded_damage']['kl'] - 1:.0%}" for row in humming}
+    said = kernel("compressed-tensors", "FP8_TENSOR-A16", HOPPER).rounding
+    assert more == {"33%", "43%", "9%"}
+    assert "33 and 43% more" in said
+    assert "9% on SmolLM2-135M" in said
 
 
 def test_what_is_said_of_a_candidate_stands_before_the_pass_and_in_the_result(monkeypatch, tmp_path, capsys):

@@ -1,9 +1,9 @@
 """What vLLM computes of a label on a generation of NVIDIA GPUs: as written, otherwise, or not at all.
 
 vLLM chooses a kernel by the GPU's compute capability. Where there is no kernel that rounds the activations as the label
-says, it takes one that leaves them in 16 bits, and the model that is served is not the one that was scored; one kernel
-rounds the scales of the weights. Hopper was measured, kernels and answers (``benchmarks/layouts_compare.py``); the
-others follow from vLLM's source, whose file and line is given.
+says, it takes one that leaves them in 16 bits, and the model that is served is not the one that was scored. One kernel
+rounds the scales of the weights, and one computes as written with more rounding. Hopper was measured, kernels and
+answers (``benchmarks/layouts_compare.py``); the others follow from vLLM's source, whose file and line is given.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _ROUNDS_MORE = {
     "HummingFP8ScaledMMLinearKernel": "it rounds more than PyTorch does: 33 and 43% more damage than the files have on "
     "Qwen2.5-Coder-0.5B, 9% on SmolLM2-135M"
 }
-"""Kernels whose damage as served was measured (``docs/processors.md``) beyond 10% and the runtime's noise."""
+"""Kernels that did more damage than the files have, beyond 10% and the runtime's noise (``docs/processors.md``)."""
 
 _BY_SOURCE: tuple[tuple[tuple[str, ...], Mapping[str, tuple[str, str, str]]], ...] = (
     (

@@ -27,18 +27,18 @@ def evaluate(config: Composed, root: Path) -> None:
     settings = evaluate_settings(config)
     find_target(str(config["target"]))
     output = user_path(config["output_root"])
-    of: set[str] = set()
+    schemes_done: set[str] = set()
 
     def make(uri: str | None) -> Made:
         schemes = requested_schemes(wanted, uri, measuring(uri, root, str(config["target"])))
-        of.update(scheme.digest for scheme in schemes)
+        schemes_done.update(scheme.digest for scheme in schemes)
         return _evaluated(schemes, settings, device, output, root)
 
     name = f"evaluation of {wanted.source_name}"
     run = run_job(TrackingSpec.from_config(config), root, name, "evaluation", make, system_metrics=True)
     from layerbits.export.later import renew_cards
 
-    renew_cards(run, of)
+    renew_cards(run, schemes_done)
 
 
 def _evaluated(schemes: Sequence[Scheme], settings: EvaluateSettings, device: str, output: Path, root: Path) -> Made:

@@ -29,7 +29,7 @@ def probe(config: Composed, root: Path) -> None:
     texts = read_texts(listed_paths(config["texts"]))
     find_target(str(config["target"]))
     output = user_path(config["output_root"])
-    of: set[str] = set()
+    schemes_done: set[str] = set()
 
     def make(uri: str | None) -> Made:
         from layerbits.probing.probe import probe_schemes
@@ -41,7 +41,7 @@ def probe(config: Composed, root: Path) -> None:
         print(f"\n{text}\nprobe: {folder}")
         tags = {**result.provenance, "source_run_id": schemes[0].source_run_id, **note(text)}
         tags |= digests({probed.scheme: probed.digest for probed in result.schemes})
-        of.update(probed.digest for probed in result.schemes)
+        schemes_done.update(probed.digest for probed in result.schemes)
         on = data(result, schemes[0].calibration)
         return Made(folder, result.metrics(), parameters(result), tags, data=on, measured=measured(result, on))
 
@@ -49,4 +49,4 @@ def probe(config: Composed, root: Path) -> None:
     run = run_job(TrackingSpec.from_config(config), root, name, "probe", make, system_metrics=True)
     from layerbits.export.later import renew_cards
 
-    renew_cards(run, of)
+    renew_cards(run, schemes_done)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Collection
-from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.export.card import write_measured
-from layerbits.export.scheme import MANIFEST
+from layerbits.export.scheme import record_of
 from layerbits.history.checkpoints import exported
 from layerbits.history.evaluated import answers_of
 from layerbits.history.probed import probed_kl
@@ -30,18 +28,10 @@ def renew_cards(run: JobRun, digests: Collection[str]) -> None:
     uri, experiment = run.session.tracking_uri, run.session.experiment_id
     try:
         for folder, scheme, digest in exported(uri, experiment):
-            if digest not in digests or _scheme_of(folder) != digest:
+            if digest not in digests or record_of(folder).get("scheme_digest") != digest:
                 continue
             known = probed_kl(uri, experiment, scheme, digest), answers_of(uri, experiment, digest)
             if (card := write_measured(folder, *known)) is not None:
                 print(f"model card: {card}", flush=True)
     except UserError as error:
         print(f"warning: model cards of exports stay as they are: {error}", file=sys.stderr, flush=True)
-
-
-def _scheme_of(folder: Path) -> str | None:
-    """Digest of the scheme that a folder is the export of; ``None`` where it is none."""
-    try:
-        return str(json.loads((folder / MANIFEST).read_text("utf-8"))["record"]["scheme_digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -20,6 +20,7 @@ from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
 from layerbits.export.card import write_card
 from layerbits.inputs.offload import offloaded
+from layerbits.plain import JsonObject
 from layerbits.schemes.kv_cache import with_cache
 from layerbits.schemes.sizes import GIB
 from layerbits.tracking.contract import calibration_data
@@ -227,23 +228,27 @@ def is_exported(target: Path, scheme: Scheme, format: str) -> bool:
         scheme: The scheme.
         format: As asked for; ``auto`` is any.
     """
+    record = record_of(target)
+    same = (record.get("scheme_digest"), record.get("kv_cache")) == (scheme.digest, scheme.kv_cache)
+    return same and format in (AUTO, record.get("format"))
+
+
+def record_of(folder: Path) -> JsonObject:
+    """What an export proved of a folder, as :class:`layerbits.checkpoint.proof.Record` has it; empty without one."""
     try:
-        record = json.loads((target / MANIFEST).read_text("utf-8"))["record"]
-        same = (record["scheme_digest"], record["kv_cache"]) == (scheme.digest, scheme.kv_cache)
-        return same and format in (AUTO, record["format"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        return False
+        record = json.loads((folder / MANIFEST).read_text("utf-8"))["record"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def known_exports(root: Path) -> dict[str, tuple[str, str]]:
     """Exports in the folders of a folder: name → weights digest, recipe digest."""
     known = {}
     for file in sorted(root.glob(f"[!.]*/{MANIFEST}")):  # not what is being written
-        try:
-            record = json.loads(file.read_text("utf-8"))["record"]
+        record = record_of(file.parent)
+        if {"weights", "recipe"} <= set(record):  # else not one of ours
             known[file.parent.name] = (str(record["weights"]), str(record["recipe"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue  # not one of ours
     return known
 
 
