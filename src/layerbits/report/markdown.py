@@ -48,7 +48,7 @@ _NAMES = {
 
 
 def markdown_report(result: SensitivityResult) -> str:
-    """The whole report; figures are linked as ``../figures/<name>.png``."""
+    """The whole report; figures are named as files of the run, ``figures/<name>.png``."""
     data = json_report(result)
     parts = [
         [f"# Layer sensitivity: {data['run_name']}"],
@@ -155,11 +155,11 @@ def _headline(data: JsonMapping) -> Iterator[str]:
 
 
 def _figures(experts: JsonMapping, pictures: JsonMapping | None) -> Iterator[str]:
-    # Links, not images: MLflow's viewer cannot resolve a relative image, which would show as broken.
+    # Names, neither links nor images: MLflow's viewer disables relative links and shows relative images as source.
     drawn = {**FIGURES, **({ROUTING: "tokens per expert"} if experts["phases"] else {})}
     if pictures and pictures["share"] is not None:
         drawn[MODALITY] = "pictures and words along the blocks"
-    yield "Figures: " + ", ".join(f"[{caption}](../figures/{name}.png)" for name, caption in drawn.items())
+    yield "Figures of this run: " + ", ".join(f"`figures/{name}.png` ({caption})" for name, caption in drawn.items())
 
 
 def _ranking(data: JsonMapping) -> Iterator[str]:
