@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,9 @@ import pytest
 
 from layerbits import history
 from layerbits.errors import UserError
-from layerbits.history import query
+from layerbits.history import checkpoints, query
 from layerbits.history.cache import Cache
+from layerbits.history.checkpoints import ExportedScheme
 from layerbits.history.comparison import difference
 from layerbits.history.rows import SCHEMA, is_later, row_of
 from layerbits.history.source import RawRun
@@ -330,3 +332,15 @@ def test_recipes_on_different_scales_are_refused(columns, by):
 def test_recipes_without_damage_are_refused():
     with pytest.raises(UserError, match="none of 1 runs"):
         history.pareto(recipe_runs([(8, math.nan)]))
+
+
+# Exports
+
+
+def test_an_export_is_its_folder_scheme_and_digest(monkeypatch):
+    runs = [
+        RawRun({}, {"eff.scheme_digest": "1a2b"}, {}, {"checkpoint.path": "/exports/low", "scheme": "low"}),
+        RawRun({}, {"eff.scheme_digest": "3c4d"}, {}, {"scheme": "high"}),  # wrote no checkpoint
+    ]
+    monkeypatch.setattr(checkpoints, "search", lambda _uri, _experiment, _condition, read: [read(run) for run in runs])
+    assert checkpoints.exported("http://server", "1") == [ExportedScheme(Path("/exports/low"), "low", "1a2b")]

@@ -9,6 +9,7 @@ from layerbits.errors import UserError
 from layerbits.export import later
 from layerbits.export.card import MEASURED
 from layerbits.export.card_parts import part
+from layerbits.history.checkpoints import ExportedScheme
 from layerbits.jobs import JobRun
 
 RUN = JobRun("probe", "probe", SimpleNamespace(tracking_uri="uri", experiment_id="1"))
@@ -24,7 +25,7 @@ def exports(tmp_path, monkeypatch):
         (folder / "layerbits.json").write_text(json.dumps({"record": {"scheme_digest": name}}))
         (folder / "README.md").write_text("\n".join(part(MEASURED)))
         folders.append(folder)
-    monkeypatch.setattr(later, "exported", lambda *_: [(folder, folder.name, folder.name) for folder in folders])
+    monkeypatch.setattr(later, "exported", lambda *_: [ExportedScheme(f, f.name, f.name) for f in folders])
     monkeypatch.setattr(later, "probed_kl", lambda uri, experiment, scheme, digest: 0.25)
     monkeypatch.setattr(later, "answers_of", lambda *_: [])
     return folders

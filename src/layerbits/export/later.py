@@ -27,11 +27,12 @@ def renew_cards(run: JobRun, digests: Collection[str]) -> None:
         return
     uri, experiment = run.session.tracking_uri, run.session.experiment_id
     try:
-        for folder, scheme, digest in exported(uri, experiment):
-            if digest not in digests or record_of(folder).get("scheme_digest") != digest:
+        for export in exported(uri, experiment):
+            if export.digest not in digests or record_of(export.folder).get("scheme_digest") != export.digest:
                 continue
-            known = probed_kl(uri, experiment, scheme, digest), answers_of(uri, experiment, digest)
-            if (card := write_measured(folder, *known)) is not None:
+            kl = probed_kl(uri, experiment, export.scheme, export.digest)
+            answers = answers_of(uri, experiment, export.digest)
+            if (card := write_measured(export.folder, kl, answers)) is not None:
                 print(f"model card: {card}", flush=True)
     except UserError as error:
         print(f"warning: model cards of exports stay as they are: {error}", file=sys.stderr, flush=True)

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.history.source import RawRun, fetch, get_run, search, store_errors
 
 _ARTIFACTS = "checkpoint"
+
+
+@dataclass(frozen=True)
+class ExportedScheme:
+    """A scheme that an experiment has exported.
+
+    Attributes:
+        folder: Where its checkpoint was written; it may be on another machine, or gone.
+        scheme: Name of the scheme.
+        digest: Of the scheme: another run may use the same name for another one.
+    """
+
+    folder: Path
+    scheme: str
+    digest: str
 
 
 def export_runs(uri: str, run_id: str) -> list[str]:
@@ -27,8 +43,8 @@ def export_runs(uri: str, run_id: str) -> list[str]:
     return run_ids
 
 
-def exported(uri: str, experiment: str) -> list[tuple[Path, str, str]]:
-    """Folder, name and digest of each scheme that an experiment has exported; whether the folders are here is open.
+def exported(uri: str, experiment: str) -> list[ExportedScheme]:
+    """Each export of an experiment that ended well, oldest first.
 
     Args:
         uri: The store.
@@ -41,7 +57,7 @@ def exported(uri: str, experiment: str) -> list[tuple[Path, str, str]]:
     with store_errors(uri):
         runs = search(uri, experiment, condition, lambda run: (run.tags, run.params))
     return [
-        (Path(tags["checkpoint.path"]), tags.get("scheme", ""), params.get("eff.scheme_digest", ""))
+        ExportedScheme(Path(tags["checkpoint.path"]), tags.get("scheme", ""), params.get("eff.scheme_digest", ""))
         for tags, params in runs
         if "checkpoint.path" in tags
     ]
