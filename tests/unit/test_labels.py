@@ -159,6 +159,14 @@ def test_auto_is_the_format_that_vllm_reads(pairs, format):
     assert list(labels) == pairs
 
 
+def test_auto_is_the_format_in_which_every_vllm_reads_a_mix():
+    by_token, nvfp4 = info("wfp8_afp8", "recipe_match_channel_token"), info("wfp4_afp16", variant="nvfp4")
+    assert choose_format([by_token], AUTO)[0] == MODELOPT
+    assert choose_format([by_token, nvfp4], AUTO)[0] == COMPRESSED  # vLLM 0.26.0 refuses that mix of ModelOpt's labels
+    assert choose_format([by_token, nvfp4], MODELOPT)[0] == MODELOPT
+    assert choose_format([info("wfp8_afp8"), nvfp4], AUTO)[0] == MODELOPT
+
+
 def test_auto_says_of_each_format_why_not():
     with pytest.raises(Unsupported, match=r"as modelopt: .* as compressed-tensors: .* stays available"):
         choose_format([info("wfp8_aint8")], AUTO)

@@ -514,6 +514,15 @@ def test_a_candidate_without_an_export_is_not_eligible_for_a_budget_in_gib(both)
     assert any(both.candidates[1].name in note and "cannot be exported" in note for note in scheme.notes)
 
 
+def test_a_mix_counts_in_the_format_that_every_vllm_reads(both):
+    a, b = names = tuple(c.name for c in both.candidates)
+    choices = np.ones((len(both.groups), 3))
+    first = Stored(10, choices, frozenset(names), alone=frozenset([b]))
+    sizes = Sizes(names, {"x": first, "y": Stored(20, choices, frozenset(names))}, 0, Load())
+    assert [sizes.format_of(used) for used in ([a], [b], names)] == ["x", "x", "y"]
+    assert replace(sizes, formats={"x": first}).format_of(names) == "x"
+
+
 def test_a_scheme_counts_in_the_format_that_it_is_exported_in(both):
     weights = np.array([g.weights for g in both.groups])[:, None]
     a, b = (c.name for c in both.candidates)

@@ -17,6 +17,7 @@ from layerbits.serving.check import ServeCheck
 from layerbits.serving.client import Client, Served, ServerError, check_length, choose
 from layerbits.serving.distributions import read, select, shared
 from layerbits.serving.environment import Environment, find_environment, what_is_unknown
+from layerbits.serving.runtime import kernels, with_kernels
 from layerbits.serving.server import NAME, Launch, Refused, last_error, serving
 from layerbits.serving.verdict import (
     DIVERGES,
@@ -272,6 +273,14 @@ def test_a_server_is_asked_and_ended(launch, tmp_path):
         assert client.generate(NAME, [[1], [2]], 3) == [" and", " and"]
         assert processes(str(tmp_path))
     assert processes(str(tmp_path)) == []
+
+
+def test_kernels_that_are_known_stand_beside_those_of_the_log(tmp_path):
+    log = tmp_path / "vllm.log"
+    log.write_text("Selected BKernel for FP8\nUsing AKernel for WNA16\nSelected BKernel for FP8\n")
+    assert with_kernels({"vllm": "1"}, kernels(log)) == {"vllm": "1", "kernel": "AKernel, BKernel"}
+    assert with_kernels({"kernel": "BKernel"}, ["CKernel"]) == {"kernel": "BKernel, CKernel"}
+    assert with_kernels({"vllm": "1"}, []) == {"vllm": "1"}
 
 
 def test_a_server_that_dies_while_loading_refuses_in_its_own_words(launch, tmp_path):

@@ -13,7 +13,7 @@ from layerbits.serving import costs
 from layerbits.serving.measure import USUAL
 from layerbits.serving.server import Launch
 from layerbits.serving.settings import CostRequest, SpeedRequest
-from layerbits.serving.speed import Speed, Speeds, Timing, measure_speed
+from layerbits.serving.speed import Ratio, Speed, Speeds, Timing, measure_speed
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,16 @@ def test_the_report_says_how_many_times_better_the_checkpoint_is():
     lines = Speeds(speed(gib=0.5, tokens=3000), speed(decode=(0.004,))).markdown()
     assert "| weights, GiB | 0.500 | 1.000 | 2.00 |" in lines
     assert "| KV cache, tokens | 3,000 | 1,000 | 3.00 |" in lines
-    assert "| decode step at batch 8, ms | 2.00 (1.00 to 3.00) | 4.00 (4.00 to 4.00) | 2.00 |" in lines
+    assert "| decode step at batch 8, ms | 2.00 (1.00 to 3.00) | 4.00 (4.00 to 4.00) | 2.00 (1.33 to 4.00) |" in lines
+    assert lines[-1] == "Where the brackets of the last column hold 1, the two are not told apart."
+
+
+def test_models_are_told_apart_where_their_rounds_do_not_overlap():
+    assert str(Ratio.of((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))) == "2.50 (1.33 to 6.00)"
+    assert not Ratio.of((1.0, 2.0, 3.0), (4.0, 5.0, 6.0)).unsure
+    assert not Ratio.of((4.0, 5.0, 6.0), (1.0, 2.0, 3.0)).unsure
+    assert Ratio.of((1.0, 2.0, 3.0), (2.5, 4.0, 5.0)).unsure
+    assert not Ratio.of((1.0, -2.0), (4.0, 5.0)).unsure
 
 
 def test_steps_that_other_work_disturbed_are_told_and_what_is_no_time_is_left_out():

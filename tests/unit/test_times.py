@@ -341,6 +341,12 @@ def test_milliseconds_are_in_the_report_the_metrics_the_file_and_the_curve(found
     assert points[0]["ms"] < 0.5
 
 
+def test_a_mix_is_timed_in_the_format_that_it_is_exported_in():
+    both = {"x": np.array([[1.0, 2.0, 3.0]]), "y": np.array([[1.5, 2.5, 3.0]])}
+    times = Times(("a", "b"), both, 5, DECODE, "", alone={"x": frozenset(["a"])})
+    assert [times.format_of(used) for used in (["a"], ["b"], ["a", "b"])] == ["x", "x", "y"]
+
+
 def test_a_model_without_a_format_for_all_is_not_timed(found):
     times = Times(("a", "b"), {"x": np.array([[1.0, np.inf, 2.0]]), "y": np.array([[np.inf, 1.0, 2.0]])}, 5, DECODE, "")
     assert times.format_of(["a", "b"]) is None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from layerbits.checkpoint.label import AUTO, FORMATS, Label
 from layerbits.checkpoint.labels import STAYS, label_or_reason
-from layerbits.checkpoint.runtimes import reads
+from layerbits.checkpoint.runtimes import only_alone, reads
 from layerbits.errors import Unsupported
 from layerbits.results.result import CandidateInfo
+from layerbits.schemes.sizes import how_read
 
 
 def choose_format(candidates: Sequence[CandidateInfo], format: str) -> tuple[str, dict[str, Label]]:
@@ -16,8 +17,8 @@ def choose_format(candidates: Sequence[CandidateInfo], format: str) -> tuple[str
 
     Args:
         candidates: Those of a scheme.
-        format: One of :data:`FORMATS`, or :data:`AUTO`: the first of them that has a label for every candidate that
-            vLLM reads; the first that has labels at all where vLLM reads neither.
+        format: One of :data:`FORMATS`, or :data:`AUTO`: the first of them in which every vLLM that is known reads the
+            candidates together, else the first in which it reads each, else the first that has labels at all.
 
     Raises:
         Unsupported: A candidate that no label says, in any of them.
@@ -36,5 +37,10 @@ def choose_format(candidates: Sequence[CandidateInfo], format: str) -> tuple[str
             complete[name] = labels
     if not complete:
         raise Unsupported(f"{'; '.join(reasons)}; {STAYS}")
-    best = next((name for name, labels in complete.items() if all(map(reads, labels.values()))), next(iter(complete)))
+    best = max(complete, key=lambda name: _read(complete[name]))  # of equal ones the first
     return best, complete[best]
+
+
+def _read(labels: Mapping[str, Label]) -> int:
+    served = frozenset(name for name, label in labels.items() if reads(label))
+    return how_read(labels, served, frozenset(name for name in served if only_alone(labels[name])))

@@ -15,7 +15,9 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
+from layerbits.checkpoint.label import MODELOPT
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN, Computed
+from layerbits.checkpoint.runtimes import ONLY_ALONE
 
 DATA = Path(__file__).parents[1] / "data" / "gpus.json"
 VERSION = "0.26.0"
@@ -52,6 +54,14 @@ _SCHEMES = "vllm/model_executor/layers/quantization"
 _FP8 = ("FP8_TENSOR-FP8_*", "FP8_CHANNEL-FP8_*")
 _OTHER_WEIGHTS = {"CutlassW4A8LinearKernel": (FP8_SCALES, f"{_LINEAR}/mixed_precision/cutlass.py:93")}
 """Kernels that change the weights when they are loaded: how, and where."""
+_MIXED = Kernel(
+    Computed(MISSING, "beside other labels it is read as unquantized; format=compressed-tensors is read"),
+    "",
+    f"measured on an H200, 2026-11-30, and {_SCHEMES}/modelopt.py:2526",
+)
+"""What serves ModelOpt's labels that a checkpoint of several labels may not have."""
+PINNED = ("W4A16_NVFP4",)
+"""Labels whose kernel vLLM does not choose, and does not name in its log (``modelopt.py:1283``)."""
 _ROUNDS_MORE = {
     "HummingFP8ScaledMMLinearKernel": "it rounds more than PyTorch does: 33 and 43% more damage than the files have on "
     "Qwen2.5-Coder-0.5B, 9% on SmolLM2-135M"
@@ -149,7 +159,7 @@ _BY_SOURCE: tuple[tuple[tuple[str, ...], Mapping[str, tuple[str, str, str]]], ..
 )
 
 
-def kernel(format: str, algo: str, generation: str, version: str = VERSION) -> Kernel:
+def kernel(format: str, algo: str, generation: str, version: str = VERSION, mixed: bool = False) -> Kernel:
     """What vLLM serves the linears with a label by.
 
     Args:
@@ -157,9 +167,12 @@ def kernel(format: str, algo: str, generation: str, version: str = VERSION) -> K
         algo: The label.
         generation: One of :data:`GENERATIONS`.
         version: Of vLLM; another than the one that was measured is not known.
+        mixed: Whether the checkpoint has other labels, too.
     """
     if version != VERSION:
         return Kernel(Computed(UNKNOWN, f"only vLLM {VERSION} was measured and read, not {version}"), "", "")
+    if mixed and format == MODELOPT and algo in ONLY_ALONE:
+        return _MIXED
     if generation == HOPPER:
         return _measured().get((format, algo), Kernel(Computed(UNKNOWN, "it was not asked"), "", ""))
     for patterns, answers in _BY_SOURCE:

@@ -9,6 +9,8 @@ READS, REFUSES = "reads it", "refuses it"
 
 _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4")
 """``QUANT_ALGOS`` in ``vllm/model_executor/layers/quantization/modelopt.py`` among ours."""
+ONLY_ALONE = ("FP8_PER_CHANNEL_PER_TOKEN",)
+"""Labels of ours that ``ModelOptMixedPrecisionConfig.get_quant_method`` of vLLM 0.26.0 lacks; 0.32.0 has them."""
 
 
 def vllm(label: Label) -> str:
@@ -36,6 +38,11 @@ def vllm(label: Label) -> str:
 def reads(label: Label) -> bool:
     """Whether vLLM reads it somewhere."""
     return vllm(label).startswith(READS)
+
+
+def only_alone(label: Label) -> bool:
+    """Whether some vLLM refuses the label in a checkpoint that has other labels, too."""
+    return label.format == MODELOPT and label.algo in ONLY_ALONE
 
 
 def _int4(weights: str, inputs: str) -> str:

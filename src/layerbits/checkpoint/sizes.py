@@ -12,7 +12,7 @@ import numpy as np
 
 from layerbits.candidates.kv_cache import KV_FORMATS, NO_CACHE
 from layerbits.checkpoint.label import FORMATS, MODELOPT, Label
-from layerbits.checkpoint.runtimes import reads
+from layerbits.checkpoint.runtimes import only_alone, reads
 from layerbits.errors import UserError
 from layerbits.inputs.cache_size import attention_layers, cached_numbers
 from layerbits.results.result import FloatArray, Group
@@ -98,9 +98,10 @@ def sizes_of(
         rest = _whole(resolved, model, name) - sum(rows * columns * size for g in weights for rows, columns, size in g)
         rest += 2 * 4 * len(attention_layers(resolved.config)) if fp8_cache else 0  # a scale of keys, one of values
         labels = [label_or_reason(info, name)[0] for info in source.candidates]
-        served = [i.name for i, label in zip(source.candidates, labels, strict=True) if label and reads(label)]
+        served = {i.name: label for i, label in zip(source.candidates, labels, strict=True) if label and reads(label)}
+        alone = frozenset(one for one, label in served.items() if only_alone(label))
         smoothed = [group.kind not in _FOLDED for group in source.groups]
-        formats[name] = Stored(rest, _choices(weights, labels, smoothed), frozenset(served))
+        formats[name] = Stored(rest, _choices(weights, labels, smoothed), frozenset(served), alone)
     bits = _CACHE_BITS if source.kv_cache == NO_CACHE else _bits(source.kv_cache)
     cached = cached_numbers(resolved.config, load.context) * load.concurrency * bits / 8
     return Sizes(tuple(c.name for c in source.candidates), formats, math.ceil(cached), load)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerbits.checkpoint.label import FORMATS, MODELOPT, Label
-from layerbits.checkpoint.runtimes import reads
+from layerbits.checkpoint.runtimes import only_alone, reads
 from layerbits.checkpoint.sizes import scored_model
 from layerbits.errors import UserError
 from layerbits.results.result import VISION_KINDS, CandidateInfo, Group
@@ -57,22 +57,23 @@ def times_of(linears: Mapping[str, Shapes], source: Source, step: Step, table: C
             raise UserError(f"the costs have no linear of {group.key} ({sizes}); {MEASURE}")
     _check_model([shape for found in timed for shape in found or ()], table)
     plain = np.array([sum(table.seconds(s, PLAIN, step.tokens) for s in found or ()) for found in timed])
-    formats = {}
+    formats, alone = {}, {}
     refused: dict[str, list[str]] = {info.name: [] for info in source.candidates}
     names = (MODELOPT,) if source.kv_cache == "fp8" else FORMATS
     for format in names:
-        columns = []
+        columns, single = [], set()
         for info in source.candidates:
             label, why = _runs(info, format, shapes, table)
+            single |= {info.name} if label is not None and only_alone(label) else set()
             refused[info.name] += [why] if label is None else []
             columns.append(
                 [_seconds(label, a, b or (), step, table) for a, b in zip(shapes, timed, strict=True)]
                 if label is not None
                 else [math.inf] * len(shapes)
             )
-        formats[format] = np.column_stack([*columns, plain])
+        formats[format], alone[format] = np.column_stack([*columns, plain]), frozenset(single)
     nowhere = {name: words[-1] for name, words in refused.items() if len(words) == len(names)}
-    return Times(tuple(c.name for c in source.candidates), formats, whole.median, step, table.where, nowhere)
+    return Times(tuple(c.name for c in source.candidates), formats, whole.median, step, table.where, nowhere, alone)
 
 
 def group_shapes(groups: Sequence[Group], linears: Mapping[str, Shapes]) -> list[tuple[Shape, ...]]:

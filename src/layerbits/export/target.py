@@ -45,8 +45,9 @@ def find_target(name: str) -> str | None:
 def differences(plan: ExportPlan, target: str) -> list[str]:
     """A line for each layout of an export that vLLM does not compute as written on a generation of GPUs."""
     lines = []
-    for algo in sorted({label.algo for label in plan.labels.values()}):
-        answer = kernel(plan.format, algo, target)
+    algos = sorted({label.algo for label in plan.labels.values()})
+    for algo in algos:
+        answer = kernel(plan.format, algo, target, mixed=len(algos) > 1)
         if answer.computed.state in (OTHERWISE, MISSING):
             lines.append(f"{plan.scheme.name}: {_not_as_scored(algo, answer, target)}")
     return lines

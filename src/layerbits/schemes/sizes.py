@@ -50,11 +50,26 @@ class Stored:
         rest: What no choice changes: embeddings, norms, biases, what is not searched.
         choices: ``[G, K]`` of a group under each candidate, unquantized last; infinite where it cannot be exported.
         served: Names of the candidates that vLLM reads in this format.
+        alone: Of these, those that some vLLM refuses beside others.
     """
 
     rest: int
     choices: FloatArray
     served: frozenset[str]
+    alone: frozenset[str] = frozenset()
+
+
+def how_read(used: Collection[str], served: frozenset[str], alone: frozenset[str]) -> int:
+    """How far vLLM reads a checkpoint with some candidates: 2 = all together, 1 = each alone, 0 = not all.
+
+    Args:
+        used: Names of the candidates.
+        served: Those that vLLM reads.
+        alone: Of these, those that some vLLM refuses beside others.
+    """
+    if not served.issuperset(used):
+        return 0
+    return 1 if len(set(used)) > 1 and not alone.isdisjoint(used) else 2
 
 
 @dataclass(frozen=True)
@@ -76,11 +91,11 @@ class Sizes:
     def format_of(self, used: Collection[str]) -> str | None:
         """The format that a scheme with some candidates is exported in; ``None`` where none has all of them.
 
-        The first that vLLM reads all of them in, else the first that has them all.
+        As :func:`layerbits.checkpoint.formats.choose_format` has it.
         """
         able = [name for name in self.formats if all(self._exported(name, one) for one in used)]
-        served = (name for name in able if set(used) <= self.formats[name].served)
-        return next(served, next(iter(able), None))
+        read = {name: how_read(used, self.formats[name].served, self.formats[name].alone) for name in able}
+        return max(able, key=read.__getitem__, default=None)
 
     def missing(self, columns: Collection[int]) -> list[str]:
         """Names of the candidates that no format has."""

@@ -14,6 +14,7 @@ import numpy as np
 from layerbits.results.assignment import Assignment
 from layerbits.results.result import FloatArray
 from layerbits.schemes.cost_table import Step
+from layerbits.schemes.sizes import how_read
 
 MS = 1e-3
 MILLISECONDS = ("ms", "linears_ms", "unquantized_ms")
@@ -32,6 +33,7 @@ class Times:
         step: Which step.
         where: Card and vLLM, in words.
         refused: Candidate → why vLLM runs it in no format.
+        alone: By format, the candidates that some vLLM refuses beside others.
     """
 
     candidates: tuple[str, ...]
@@ -40,6 +42,7 @@ class Times:
     step: Step
     where: str
     refused: Mapping[str, str] = field(default_factory=dict)
+    alone: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def rest(self) -> float:
@@ -47,8 +50,10 @@ class Times:
         return self.unquantized - float(self._first[:, -1].sum())
 
     def format_of(self, used: Collection[str]) -> str | None:
-        """The first format in which vLLM runs all of some candidates; ``None`` where none is."""
-        return next((name for name in self.formats if all(self._runs(name, one) for one in used)), None)
+        """The format in which vLLM runs some candidates, as they are exported; ``None`` where it does in none."""
+        able = [name for name in self.formats if all(self._runs(name, one) for one in used)]
+        together = {name: how_read(used, frozenset(used), self.alone.get(name, frozenset())) for name in able}
+        return max(able, key=together.__getitem__, default=None)
 
     def seconds(self, assignment: Assignment) -> float:
         """Of the step under a scheme; NaN where vLLM does not run it."""

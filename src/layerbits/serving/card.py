@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from layerbits.export.card import SERVED
 from layerbits.export.card_parts import rewrite_part
+from layerbits.serving.speed import Ratio
 from layerbits.serving.verdict import SKIPPED, TIMED
 
 if TYPE_CHECKING:
     from layerbits.serving.check import ServeCheck
-    from layerbits.serving.speed import Speed, Timing
+    from layerbits.serving.speed import Speed
 
 _DAMAGE = (
     "| on | verdict | damage as served | both rounded | noise | held-out tokens | kernels | checked |",
@@ -70,7 +71,8 @@ def served_lines(done: ServeCheck, lines: Sequence[str], today: object) -> list[
         ]
     if speed:
         made += [
-            "Speed and memory in vLLM: random prompts, medians; in brackets the base model on the same machine.",
+            "Speed and memory in vLLM: random prompts, medians; in brackets the base model on the same machine. Within "
+            "the spread: some rounds of the one are faster, some of the other.",
             "",
             *_SPEED,
             *speed,
@@ -110,15 +112,18 @@ def _verdict(done: ServeCheck) -> str:
 
 def _speed(ours: Speed, theirs: Speed | None, on: str, today: str) -> list[str]:
     """A row per number of requests."""
-    beside: Sequence[Timing | None] = (None,) * len(ours.timings) if theirs is None else theirs.timings
+    models = [speed for speed in (ours, theirs) if speed is not None]
+    memory = [
+        _beside([_number(speed.weights_gib) for speed in models]),
+        _beside([f"{speed.kv_cache_tokens:,}" for speed in models]),
+    ]
     rows = []
-    for timing, other in zip(ours.timings, beside, strict=True):
-        prefill = [f"{t.prefill_tokens_per_second(ours.prompt_tokens):,.0f}" for t in (timing, other) if t is not None]
-        decode = [f"{_number(t.decode_ms)}{', disturbed' * t.disturbed}" for t in (timing, other) if t is not None]
-        models = [speed for speed in (ours, theirs) if speed is not None]
-        weights = [_number(speed.weights_gib) for speed in models]
-        cache = [f"{speed.kv_cache_tokens:,}" for speed in models]
-        cells = [str(timing.batch), f"{ours.prompt_tokens:,}", *map(_beside, (weights, cache, prefill, decode))]
+    for timings in zip(*(speed.timings for speed in models), strict=True):
+        prefill = [f"{t.prefill_tokens_per_second(ours.prompt_tokens):,.0f}" for t in timings]
+        decode = [f"{_number(t.decode_ms)}{', disturbed' * t.disturbed}" for t in timings]
+        cells = [str(timings[0].batch), f"{ours.prompt_tokens:,}", *memory]
+        cells += [_beside(prefill) + _near([t.prefill for t in timings])]
+        cells += [_beside(decode) + _near([t.decode for t in timings])]
         rows.append(_row([on, *cells, today]))
     return rows
 
@@ -127,6 +132,11 @@ def _beside(values: Sequence[str]) -> str:
     """A value, and that of the base model in brackets."""
     first, *others = values
     return first if not others or {first, *others} == {"–"} else f"{first} ({others[0]})"
+
+
+def _near(seconds: Sequence[Sequence[float]]) -> str:
+    """That the rounds of two models overlap, in words; empty for one model, and where they do not."""
+    return ", within the spread" if len(seconds) > 1 and Ratio.of(*seconds).unsure else ""
 
 
 def _rows(lines: Sequence[str], head: Sequence[str]) -> list[str]:

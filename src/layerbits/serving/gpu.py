@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 
-from layerbits.checkpoint.gpus import Kernel, kernel
+from layerbits.checkpoint.gpus import PINNED, Kernel, kernel
 from layerbits.checkpoint.label import Label
 from layerbits.checkpoint.processors import MISSING, OTHERWISE
 from layerbits.checkpoint.reader import Checkpoint, Entry
@@ -25,13 +25,17 @@ def otherwise_on_gpu(labels: Iterable[Label], environment: Environment) -> str:
         labels: Of the checkpoint.
         environment: Where vLLM is; a build for CPUs uses no GPU.
     """
-    target, kernels = _kernels(labels, environment)
-    unlike = [
-        f"{algo} is {one.computed}{f' ({one.name})' if one.name else ''}"
-        for algo, one in kernels.items()
-        if one.computed.state in (OTHERWISE, MISSING)
-    ]
-    return f"on this GPU ({target}) {'; '.join(unlike)}" if unlike else ""
+    return _in_words(labels, environment, (OTHERWISE, MISSING))
+
+
+def missing_on_gpu(labels: Iterable[Label], environment: Environment) -> str:
+    """The layouts that vLLM has no kernel for here, in one line; empty without any.
+
+    Args:
+        labels: Of the checkpoint.
+        environment: Where vLLM is; a build for CPUs uses no GPU.
+    """
+    return _in_words(labels, environment, (MISSING,))
 
 
 def rounding_on_gpu(labels: Iterable[Label], environment: Environment) -> str:
@@ -44,6 +48,17 @@ def rounding_on_gpu(labels: Iterable[Label], environment: Environment) -> str:
     target, kernels = _kernels(labels, environment)
     known = [f"{algo} is computed by {one.name}: {one.rounding}" for algo, one in kernels.items() if one.rounding]
     return f"on this GPU ({target}) {'; '.join(known)}" if known else ""
+
+
+def unsaid_kernels(labels: Iterable[Label], environment: Environment) -> list[str]:
+    """The kernels here that serve some labels and that vLLM does not name in its log.
+
+    Args:
+        labels: Of the checkpoint.
+        environment: Where vLLM is; a build for CPUs uses no GPU.
+    """
+    _, kernels = _kernels(labels, environment)
+    return [one.name for algo, one in kernels.items() if algo in PINNED and one.name]
 
 
 def check_card(checkpoint: Checkpoint, environment: Environment, arguments: Sequence[str]) -> None:
@@ -80,6 +95,16 @@ def card_name(environment: Environment) -> str | None:
     return None if environment.on_cpu or not torch.cuda.is_available() else torch.cuda.get_device_name(0)
 
 
+def _in_words(labels: Iterable[Label], environment: Environment, states: Sequence[str]) -> str:
+    target, kernels = _kernels(labels, environment)
+    unlike = [
+        f"{algo} is {one.computed}{f' ({one.name})' if one.name else ''}"
+        for algo, one in kernels.items()
+        if one.computed.state in states
+    ]
+    return f"on this GPU ({target}) {'; '.join(unlike)}" if unlike else ""
+
+
 def _kernels(labels: Iterable[Label], environment: Environment) -> tuple[str | None, dict[str, Kernel]]:
     """The generation of the GPU here, and what its vLLM serves each label by; none on CPUs."""
     target = None if environment.on_cpu else find_target(THIS_MACHINE)
@@ -87,7 +112,8 @@ def _kernels(labels: Iterable[Label], environment: Environment) -> tuple[str | N
         return None, {}
     version = environment.version.split("+")[0]
     by_algo = {label.algo: label.format for label in labels}
-    return target, {algo: kernel(by_algo[algo], algo, target, version) for algo in sorted(by_algo)}
+    mixed = len(by_algo) > 1
+    return target, {algo: kernel(by_algo[algo], algo, target, version, mixed) for algo in sorted(by_algo)}
 
 
 def _in_vllm(entry: Entry) -> int:

@@ -17,9 +17,9 @@ from layerbits.export.plan import source_folder
 from layerbits.history.derived import served_values
 from layerbits.serving.check import MANIFEST, ServeCheck, check_files, compare, judge, read_scheme
 from layerbits.serving.environment import Environment, find_environment, what_is_unknown
-from layerbits.serving.gpu import check_card, otherwise_on_gpu, rounding_on_gpu
+from layerbits.serving.gpu import check_card, missing_on_gpu, otherwise_on_gpu, rounding_on_gpu, unsaid_kernels
 from layerbits.serving.processor import ask, in_words, otherwise, why_refused
-from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started
+from layerbits.serving.runtime import Question, Remembered, Running, Runtime, Started, with_kernels
 from layerbits.serving.server import Launch, Refused
 from layerbits.serving.settings import ServeSettings
 from layerbits.serving.speed import check_positions
@@ -151,8 +151,10 @@ class Checker:
         labels = tuple(read_quantization(checkpoint).layers.values())
         unlike = otherwise(labels, processor)
         known = in_words(unlike, processor) if processor is not None and unlike else ""
+        missing, unsaid = "", list[str]()
         if installed is not None:
             known = "; ".join(filter(None, (known, otherwise_on_gpu(labels, installed[0]))))
+            missing, unsaid = missing_on_gpu(labels, installed[0]), unsaid_kernels(labels, installed[0])
         if self.settings.strict and known:
             detail = f"not served, as strict=true: {known}"
             return ServeCheck(folder, digest, structure, DIVERGES, detail, runtime=about)
@@ -168,12 +170,13 @@ class Checker:
                 assert launch is not None  # settings without a comparison are of a vLLM that is started and timed
                 assert self._timer is not None
                 detail = NOT_COMPARED + (f"; known: {known}" if known else "")
-                done = ServeCheck(folder, digest, structure, TIMED, detail, runtime=about)
+                done = ServeCheck(folder, digest, structure, TIMED, detail, runtime=with_kernels(about, unsaid))
                 return _timed(done, self._timer, launch, lambda: local_source(scheme), out, keep)
             runtime, plain = self._runtimes(subject, launch, processor)
             served = runtime.output(folder, folder.name, subject.question, out / "vllm.log")
+            served = replace(served, runtime=with_kernels(served.runtime, unsaid))
         except Refused as words:
-            detail = why_refused(str(words), labels, processor)
+            detail = "; known: ".join(filter(None, (why_refused(str(words), labels, processor), missing)))
             return ServeCheck(folder, digest, structure, REFUSED, detail, runtime=about)
         unquantized = None if plain is None else self._plain(plain, subject, out)
         done = judge(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -77,7 +77,7 @@ class Started:
         """As :class:`Runtime`."""
         with serving(self.launch, folder, what, log) as client:
             try:
-                return _ask(client, NAME, question, self.about | kernels(log))
+                return _ask(client, NAME, question, with_kernels(self.about, kernels(log)))
             except ServerError as error:
                 raise Refused(last_error(log, str(error))) from None
 
@@ -122,10 +122,15 @@ class Remembered:
         return self._outputs[folder]
 
 
-def kernels(log: Path) -> dict[str, str]:
-    """The kernels of quantized linears that vLLM says in its log that it chose; empty where it says none."""
-    said = re.findall(r"(?:Using|Selected) (\w+Kernel) for", log.read_text("utf-8", errors="replace"))
-    return {"kernel": ", ".join(sorted(set(said)))} if said else {}
+def kernels(log: Path) -> list[str]:
+    """The kernels of quantized linears that vLLM says in its log that it chose."""
+    return re.findall(r"(?:Using|Selected) (\w+Kernel) for", log.read_text("utf-8", errors="replace"))
+
+
+def with_kernels(about: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """What a runtime is, with more kernels beside those that it has already."""
+    known = {*filter(None, about.get("kernel", "").split(", ")), *names}
+    return {**about, **({"kernel": ", ".join(sorted(known))} if known else {})}
 
 
 def _ask(client: Client, model: str, question: Question, about: Mapping[str, str]) -> RuntimeOutput:

@@ -63,6 +63,36 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """How many times faster one is than another: of the medians, and the least and greatest that their rounds allow."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+        """From the seconds of both; NaN where a round has no time.
+
+        Args:
+            ours: Of the faster one, if the ratio is above 1.
+            theirs: Of the other.
+        """
+        if min(*ours, *theirs) <= 0:
+            return cls(math.nan, math.nan, math.nan)
+        middle = statistics.median(theirs) / statistics.median(ours)
+        return cls(middle, min(theirs) / max(ours), max(theirs) / min(ours))
+
+    @property
+    def unsure(self) -> bool:
+        """Whether some rounds of the one are faster than some of the other, and some slower."""
+        return self.low <= 1 <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})" if math.isfinite(self.median) else "–"
+
+
+@dataclass(frozen=True)
 class Speed:
     """A checkpoint in vLLM.
 
@@ -98,8 +128,8 @@ class Speed:
     def how(self) -> str:
         """What was timed, in words."""
         graphs = "with CUDA graphs" if self.graphs else "without CUDA graphs"
-        said = f"Prompts of {self.prompt_tokens} random tokens, {graphs}; medians, and the range of a decode step."
-        return f"{said} {self.disturbance}".rstrip()
+        rounds = f"medians of {len(self.timings[0].decode)} rounds (least to greatest)"
+        return f"Prompts of {self.prompt_tokens} random tokens, {graphs}; {rounds}. {self.disturbance}".rstrip()
 
     @property
     def disturbance(self) -> str:
@@ -129,8 +159,9 @@ class Speed:
         weights = f"{self.weights_gib:.3f}" if math.isfinite(self.weights_gib) else "not known"
         rows = [("weights, GiB", weights), ("KV cache, tokens", f"{self.kv_cache_tokens:,}")]
         for timing in self.timings:
-            tokens = timing.prefill_tokens_per_second(self.prompt_tokens)
-            rows.append((f"prefill at batch {timing.batch}, tokens/s", f"{tokens:,.0f}"))
+            tokens = timing.batch * self.prompt_tokens
+            middle, low, high = (f"{tokens / take(timing.prefill):,.0f}" for take in (statistics.median, max, min))
+            rows.append((f"prefill at batch {timing.batch}, tokens/s", f"{middle} ({low} to {high})"))
             rows.append((f"decode step at batch {timing.batch}, ms", _spread(timing)))
         return rows
 
@@ -171,10 +202,9 @@ class Speeds:
         if theirs is None:
             rows = (f"| {what} | {value} |" for what, value in ours.rows())
             return [*lines, "| | this checkpoint |", "|---|---:|", *rows, "", self.missing]
-        better = [theirs.weights_gib / ours.weights_gib, ours.kv_cache_tokens / theirs.kv_cache_tokens]
+        better = [_times(theirs.weights_gib / ours.weights_gib), _times(ours.kv_cache_tokens / theirs.kv_cache_tokens)]
         for a, b in zip(ours.timings, theirs.timings, strict=True):
-            fast, slow = (t.prefill_tokens_per_second(ours.prompt_tokens) for t in (a, b))
-            better += [fast / slow, b.decode_ms / a.decode_ms]
+            better += [str(Ratio.of(a.prefill, b.prefill)), str(Ratio.of(a.decode, b.decode))]
         columns = zip(ours.rows(), theirs.rows(), better, strict=True)
         disturbed = [f"The unquantized model: {theirs.disturbance}", ""] if theirs.disturbance else []
         return [
@@ -182,7 +212,9 @@ class Speeds:
             *disturbed,
             "| | this checkpoint | unquantized | times better |",
             "|---|---:|---:|---:|",
-            *(f"| {what} | {a} | {b} | {_times(ratio)} |" for (what, a), (_, b), ratio in columns),
+            *(f"| {what} | {a} | {b} | {ratio} |" for (what, a), (_, b), ratio in columns),
+            "",
+            "Where the brackets of the last column hold 1, the two are not told apart.",
         ]
 
     @property

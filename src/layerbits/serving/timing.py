@@ -12,7 +12,7 @@ from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.errors import UserError
 from layerbits.export.plan import source_folder
 from layerbits.serving.gpu import check_card
-from layerbits.serving.runtime import kernels
+from layerbits.serving.runtime import kernels, with_kernels
 from layerbits.serving.server import Launch, Refused
 from layerbits.serving.speed import Speed, Speeds, log_of, measure_speed
 
@@ -43,7 +43,7 @@ class Timer:
         """
         name = done.folder.name
         speed = measure_speed(launch, done.folder, name, self.asked, out)
-        runtime = {**kernels(log_of(name, out)), **done.runtime}
+        runtime = with_kernels(done.runtime, kernels(log_of(name, out)))
         return replace(done, speeds=Speeds(speed, alone="stopped before that"), runtime=runtime)
 
     def beside(self, done: ServeCheck, launch: Launch, find: Callable[[], ResolvedModel], out: Path) -> ServeCheck:
