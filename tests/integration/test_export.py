@@ -351,7 +351,7 @@ def test_from_the_command_line_to_the_registry(tmp_path):
 
     (known,) = client.search_logged_models(["1"], "metrics.gib < 1", order_by=[{"field_name": "metrics.bits"}])
     numbers = {metric.key: metric.value for metric in known.metrics}
-    assert (known.name, known.tags["checkpoint.path"]) == ("tiny good", data.tags["checkpoint.path"])
+    assert (known.name, known.tags["checkpoint.path"]) == ("good wfp8_afp8 tiny", data.tags["checkpoint.path"])
     assert (known.source_run_id, known.model_type) == (runs[0].info.run_id, "scheme")
     assert numbers["gib"] * 2**30 == data.metrics["export/bytes"] == numbers["export/bytes"]
     assert (numbers["bits"], numbers["predicted_kl"]) == (scheme.effective_bits, scheme.predicted_kl)

@@ -249,7 +249,8 @@ def test_layerbits_serve_measure_logs_as_a_serve_check_does(by, exported, place,
     assert serve(exported[1] if by == "run" else folder, "--measure", "--python", python) == 0
     assert "| decode step at batch 1, ms |" in capsys.readouterr().out
     (run,) = client.search_runs(["1"], "tags.`layerbits.kind` = 'serve_check'")
-    assert (run.info.run_name, run.data.tags["serve"], run.data.tags["outcome"]) == ("speed of int8", "timed", "ok")
+    assert run.info.run_name == "speed of int8 wint8_afp16 tiny"
+    assert (run.data.tags["serve"], run.data.tags["outcome"]) == ("timed", "ok")
     assert run.data.tags["export_run_id"] == exported[1]
     row = served_of(made)
     assert row["served_gib"] == run.data.metrics["speed/weights_gib"]
@@ -334,9 +335,11 @@ def test_schemes_are_searched_by_what_is_predicted_and_what_was_measured_of_thei
         found = client.search_logged_models(["1"], condition, order_by=[{"field_name": f"metrics.{key}"}])
         return [model.name for model in found]
 
-    assert named("metrics.served_gib < 3", "decode_ms") == ["tiny faster", "tiny int8"]
-    assert named("metrics.decode_ms < 1", "decode_ms") == ["tiny faster"]
-    assert named("metrics.gib < 3 AND tags.`predicted_ms.step` = 'decode:8'", "predicted_ms") == ["tiny int8"]
+    assert named("metrics.served_gib < 3", "decode_ms") == ["faster wint8_afp16 tiny", "int8 wint8_afp16 tiny"]
+    assert named("metrics.decode_ms < 1", "decode_ms") == ["faster wint8_afp16 tiny"]
+    assert named("metrics.gib < 3 AND tags.`predicted_ms.step` = 'decode:8'", "predicted_ms") == [
+        "int8 wint8_afp16 tiny"
+    ]
     (known,) = client.search_logged_models(["1"], "metrics.predicted_ms < 5")
     numbers = {metric.key: metric.value for metric in sorted(known.metrics, key=lambda metric: metric.timestamp)}
     assert (numbers["predicted_ms"], numbers["decode_ms"], numbers["prefill_tokens_per_second"]) == (4.5, 5.0, 102400.0)

@@ -12,6 +12,7 @@ import yaml
 from layerbits.errors import UserError
 from layerbits.history.scheme_inputs import load_scores
 from layerbits.results.assignment import Assignment
+from layerbits.results.naming import scheme_title
 from layerbits.schemes import load_scheme
 from layerbits.schemes.catalog import SchemeSpec, load_specs
 from layerbits.schemes.coverage import block_scores, covered_blocks
@@ -512,6 +513,13 @@ def test_a_candidate_without_an_export_is_not_eligible_for_a_budget_in_gib(both)
     scheme = one(found, budget_gib=1.7 * weights / GIB)
     assert scheme.assignment.used == {both.candidates[0].name}
     assert any(both.candidates[1].name in note and "cannot be exported" in note for note in scheme.notes)
+
+
+def test_schemes_of_one_name_are_told_apart_by_what_they_are_made_of(both):
+    a, b = (c.name for c in both.candidates)
+    assert one(both, effective_bits=9).title == f"mine {a} + {b} {both.model.name}"
+    assert scheme_title("bits_5", ("a", "b", "c"), "tiny") == "bits_5 a and 2 more tiny"
+    assert scheme_title("unquantized", (), "tiny") == "unquantized tiny"
 
 
 def test_a_mix_counts_in_the_format_that_every_vllm_reads(both):

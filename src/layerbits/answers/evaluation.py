@@ -84,6 +84,7 @@ class Evaluated:
         tasks: Task → answers.
         seconds: What the answers took.
         predicted: Task → ``[documents]`` first-order change of the right answers' log-odds, nats; where asked for.
+        candidates: Names of the candidates that it uses.
     """
 
     scheme: str
@@ -96,6 +97,7 @@ class Evaluated:
     tasks: Mapping[str, TaskAnswers]
     seconds: float = 0.0
     predicted: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,7 @@ def _scheme(data: JsonMapping) -> Evaluated:
     values: JsonObject = {k: math.nan if v is None and k in _NUMBERS else v for k, v in data.items()}
     values["tasks"] = _tasks(data["tasks"])
     values["predicted"] = {task: tuple(changes) for task, changes in data["predicted"].items()}
+    values["candidates"] = tuple(data.get("candidates", ()))
     return Evaluated(**values)
 
 

@@ -114,6 +114,7 @@ def evaluate_schemes(schemes: Sequence[Scheme], settings: EvaluateSettings, devi
                     tasks=answers,
                     seconds=spent,
                     predicted={task: tuple(map(float, p.of_scheme(scheme))) for task, p in predicted.items()},
+                    candidates=tuple(candidate.name for candidate in scheme.candidates),
                 )
             )
     if remote is not None:

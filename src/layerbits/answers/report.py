@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from layerbits.answers.evaluation import Evaluated, Evaluation, documents
 from layerbits.answers.paired import LEVEL, Interval, Verdict
 from layerbits.atomic import dated, whole_folder, write_json
+from layerbits.results.naming import scheme_title
 from layerbits.tracking.contract import VERDICT_TAG
 from layerbits.tracking.made import Data, Measured
 
@@ -128,17 +129,17 @@ def data(evaluation: Evaluation) -> tuple[Data, ...]:
 def measured(evaluation: Evaluation) -> tuple[Measured, ...]:
     """Which of the metrics are of which scheme and task; those of a served model are of no scheme that is known."""
     model = evaluation.model
-    known = {s.scheme: s.digest for s in evaluation.schemes if s.digest}
-    known["unquantized"] = hashlib.sha256(f"{model.name}@{model.revision}".encode()).hexdigest()[:16]
+    known = {s.scheme: (s.digest, s.candidates) for s in evaluation.schemes if s.digest}
+    known["unquantized"] = hashlib.sha256(f"{model.name}@{model.revision}".encode()).hexdigest()[:16], ()
     metrics = evaluation.metrics()
     measurements = []
     for task in evaluation.unquantized:
-        for scheme, digest in known.items():
+        for scheme, (digest, candidates) in known.items():
             prefix = f"eval/{task}/{scheme}/"
             numbers = [key for key in metrics if key.startswith(prefix)]
             elsewhere = tuple(key for key in numbers if key.removeprefix(prefix) in _ELSEWHERE)
             of_task = tuple(key for key in numbers if key not in elsewhere)
-            name = f"{model.name} {scheme}"
+            name = scheme_title(scheme, candidates, model.name)
             measurements.append(Measured(name, digest, of_task, task))
             measurements += [Measured(name, digest, elsewhere)] if elsewhere else []
     return tuple(measurements)

@@ -140,4 +140,4 @@ def _numbers(metrics: Mapping[str, float], keys: Mapping[str, str]) -> dict[str,
 
 
 def _name(scheme: Scheme) -> str:
-    return f"export {scheme.model.name} {scheme.name}"
+    return f"export {scheme.title}"

@@ -86,7 +86,7 @@ class Export:
         Args:
             metrics: Of the run.
         """
-        name = f"{self.scheme.model.name} {self.scheme.name}"
+        name = self.scheme.title
         kinds = ("summary/", "export/", "probe/")
         calibrated = tuple(key for key in metrics if key.startswith(("summary/predicted_kl", "proof/kl_")))
         about = tuple(key for key in metrics if key.startswith(kinds) and key not in calibrated)

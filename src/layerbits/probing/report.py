@@ -14,6 +14,7 @@ from layerbits.atomic import dated, optional_part, whole_folder, write_json
 from layerbits.candidates.kv_cache import NO_CACHE
 from layerbits.probing.measured import DECIDED, Difference, ProbeResult
 from layerbits.report.wording import rows_words
+from layerbits.results.naming import scheme_title
 from layerbits.schemes.additivity import factors, points_of
 from layerbits.tracking.contract import calibration_data, held_out_data
 from layerbits.tracking.made import Data, Measured
@@ -125,7 +126,7 @@ def measured(result: ProbeResult, data: Sequence[Data]) -> tuple[Measured, ...]:
     parts = []
     for one in result.schemes:
         prefix = f"probe/{one.scheme}/"
-        name = f"{result.model.name} {one.scheme}"
+        name = scheme_title(one.scheme, one.candidates, result.model.name)
         known = [key for key in _OF_THE_SCHEME if f"{prefix}{key}" in metrics]
         for key in known:
             on = scored if key == "predicted_kl" else ""

@@ -16,6 +16,7 @@ from layerbits.errors import UserError
 from layerbits.paths import home_path
 from layerbits.plain import Composed, JsonMapping
 from layerbits.results.assignment import Assignment
+from layerbits.results.naming import scheme_title
 from layerbits.results.result import CalibrationInfo, CandidateInfo, Group, ModelInfo
 
 SCHEMA_VERSION = 1
@@ -108,6 +109,11 @@ class Scheme:
         of scores does not.
         """
         return [m for g, name in zip(self.groups, self.assignment, strict=True) if name is None for m in g.modules]
+
+    @property
+    def title(self) -> str:
+        """What it is called beside the schemes of other runs."""
+        return scheme_title(self.name, [candidate.name for candidate in self.candidates], self.model.name)
 
     @property
     def heading(self) -> str:

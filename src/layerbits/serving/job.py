@@ -340,7 +340,7 @@ def logged_model(scheme: Scheme, done: ServeCheck, data: Sequence[Data]) -> tupl
         done: Its check; only one that ended well is searched by.
         data: The texts; empty where nothing was compared.
     """
-    name = f"{scheme.model.name} {scheme.name}"
+    name = scheme.title
     speed = tuple(key for key in done.metrics if key.startswith("speed/"))
     served = tuple(key for key in done.metrics if key.startswith("serve/"))
     values = served_values(done.metrics) if done.outcome in (LOADS, TIMED) else {}

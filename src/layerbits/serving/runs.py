@@ -48,7 +48,7 @@ def _check_each(targets: Sequence[Target], settings: ServeSettings, tracker: Tra
     for target in targets:
         kept: list[Checked] = []
         try:
-            with tracker.run(f"{what} {target.folder.name}", "serve_check", system_metrics=True) as run:
+            with tracker.run(f"{what} {target.title}", "serve_check", system_metrics=True) as run:
                 try:
                     made = _made(checker.check(target, kept.append))
                 except (KeyboardInterrupt, SystemExit):

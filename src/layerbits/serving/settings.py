@@ -9,7 +9,7 @@ from pathlib import Path
 from layerbits.errors import UserError
 from layerbits.paths import user_path
 from layerbits.plain import Composed, flag, unset
-from layerbits.schemes.settings import listed, listed_paths
+from layerbits.schemes.settings import listed, listed_paths, source_name
 from layerbits.scoring.settings import check_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -136,8 +136,8 @@ class ServeSettings:
 
     @property
     def source(self) -> str:
-        """The checkpoints in a few words."""
-        return ", ".join(self.run_ids) or str(self.checkpoint and self.checkpoint.name)
+        """The runs in a few words."""
+        return source_name(self.run_ids)
 
     @classmethod
     def from_config(cls, config: Composed) -> ServeSettings:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerbits.cache import writable_cache
+from layerbits.errors import UserError
 from layerbits.history.checkpoints import export_runs, fetch_checkpoint
 from layerbits.history.source import connect
 from layerbits.inputs.weights import safetensors_files
@@ -26,6 +27,16 @@ class Target:
     folder: Path
     digest: str | None
     tags: Mapping[str, str]
+
+    @property
+    def title(self) -> str:
+        """What it is called beside others: its scheme, or its folder where that is not known."""
+        from layerbits.serving.check import read_scheme
+
+        try:
+            return read_scheme(self.folder).title
+        except UserError:
+            return self.folder.name
 
 
 def find_targets(settings: ServeSettings, uri: str | None) -> list[Target]:
