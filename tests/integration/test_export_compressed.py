@@ -1,6 +1,7 @@
 """compressed-tensors exports: proven by our reader, and loaded by plain transformers to the same weights and logits."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,11 +20,12 @@ from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.models import language_model_linears, output_head, unscored_patterns
 from layerbits.inputs.weights import INDEXES
 from layerbits.results.assignment import Assignment
+from layerbits.results.result import Group
 from layerbits.scoring.groups import named_groups
 from layerbits.scoring.state import decisions
 from tests.families import build
 
-from .export_support import FILES, planned, prepared, spoil
+from .export_support import FILES, planned, prepared, saved, spoil
 from .schemes_support import HELD_OUT, logits
 from .scoring_support import candidate
 
@@ -112,6 +114,28 @@ def test_a_mixed_scheme_is_a_config_group_per_format(tmp_path, kind, assigned, f
     assert not targets & set(config["ignore"])
     if kind == "qwen2_5_vl":
         assert r"re:(.*\.)?visual\..*" in config["ignore"]
+    ours = restore(open_checkpoint(made.folder), read_quantization(open_checkpoint(made.folder)), "cpu")
+    theirs = loaded(made.folder, kind)
+    assert all(torch.equal(weight, theirs.get_parameter(name)) for name, weight in ours.named_parameters())
+
+
+@pytest.mark.parametrize("head", [INT8, INT4], ids=["one format", "two"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2_5_vl"])
+def test_a_quantized_output_head_has_a_target_that_vllm_finds_it_by(tmp_path, kind, head):
+    source = tmp_path / "source"
+    ready = prepared(saved(kind, source), source, o=INT8)
+    scheme = ready.scheme
+    group = Group("lm_head", None, "lm_head", ("lm_head",), 1000)
+    names = Assignment((*scheme.assignment, head.info.name))
+    used = tuple({one.info.name: one.info for one in (INT8, head)}.values())
+    scheme = replace(scheme, groups=(*scheme.groups, group), assignment=names, candidates=used)
+    made = export_scheme(plan_export(replace(ready, scheme=scheme), tmp_path / "out", "compressed-tensors"), "cpu")
+    config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
+    # vLLM compares the whole name, and the name of the class for targets like "Linear"
+    targets = [group["targets"] for group in config["config_groups"].values()]
+    (pattern,) = [t.removeprefix("re:") for t in targets[-1] if t.startswith("re:")]
+    assert all(re.match(pattern, name) for name in ("lm_head", "language_model.lm_head"))
+    assert not re.match(pattern, "model.lm_head_norm")
     ours = restore(open_checkpoint(made.folder), read_quantization(open_checkpoint(made.folder)), "cpu")
     theirs = loaded(made.folder, kind)
     assert all(torch.equal(weight, theirs.get_parameter(name)) for name, weight in ours.named_parameters())

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import pytest
 import torch
@@ -20,25 +21,43 @@ from layerbits.probing.loading import Prepared
 from layerbits.results.assignment import Assignment
 from layerbits.results.result import Group
 from layerbits.schemes import Scheme
+from tests.families import build
 
-from .export_support import saved, spoil
+from .export_support import saved, spoil, spoil_files
 from .schemes_support import CALIBRATION, DATA, INFO
 from .scoring_support import candidate
 
 
-def planned(kind, folder, made, format="auto", module=None):
-    """An export of a tiny mixture's second expert module, and of its first attention's output."""
+def planned(kind, folder, made, format="auto", module=None, other=None):
+    """An export of a tiny mixture's second expert module, and of its first attention's output.
+
+    Args:
+        kind: Of the model. folder: Where to. made: The candidate. format: Of the export.
+        module: In the place of the expert module.
+        other: The candidate of the attention's output, where it is another one.
+    """
     source = folder / "source"
-    model = saved(kind, source)
+    model = saved_family(kind, source) if kind in FAMILIES_ALONE else saved(kind, source)
     module = module or list(named_experts(model))[-1]
-    linear = next(n for n, _ in model.named_modules() if n.endswith("layers.0.self_attn.o_proj"))
+    linear = next(n for n, _ in model.named_modules() if n.endswith(("self_attn.o_proj", "mixer.o_proj")))
     groups = (Group("B00.o", 0, "o", (linear,), 1000), Group("B01.experts", 1, "other", (module,), 1000))
-    names = (made.info.name,) * 2
-    scheme = Scheme("mine", ("run",), INFO, DATA, groups, (made.info,), Assignment(names), 9.0, None, 0.01, 1e-6, {})
+    used = (other or made).info, made.info
+    names, used = tuple(info.name for info in used), tuple({info.name: info for info in used}.values())
+    scheme = Scheme("mine", ("run",), INFO, DATA, groups, used, Assignment(names), 9.0, None, 0.01, 1e-6, {})
     resolved = resolve(ModelSpec("tiny", str(source)))
     scheme = replace(scheme, model=replace(scheme.model, revision=resolved.revision, dtype="bfloat16"))
     prepared = Prepared(scheme, resolved, None, None, CALIBRATION)
     return plan_export(prepared, folder / "exports" / "mine", format)
+
+
+FAMILIES_ALONE = ("qwen3_5_moe", "nemotron_h")
+"""Taken from the families of ``docs/models.md``."""
+
+
+def saved_family(kind, folder):
+    model = build(kind).bfloat16()
+    model.save_pretrained(folder)
+    return model
 
 
 def tensors(folder):
@@ -71,6 +90,60 @@ def test_every_expert_is_proven(kind, pair, overlay, variant, label, tmp_path):
     leaf = "w1" if kind == "mixtral" else "gate_proj"
     (name,) = [n for n in stored if n.endswith(f"experts.3.{leaf}.weight") and ".1." in n]
     assert f"{name}_scale" in stored
+
+
+FP8, TOKENS = candidate("wfp8_afp8"), candidate("wfp8_afp8", "recipe_match_channel_token")
+
+
+def said(folder):
+    """The lists of both configurations, which have to agree."""
+    details = json.loads((folder / "hf_quant_config.json").read_text())["quantization"]
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config.get("quantized_layers") == details.get("quantized_layers")
+    assert config.get("ignore", []) == details.get("exclude_modules", [])
+    return config
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "qwen3_vl_moe", "nemotron_h"])
+def test_experts_beside_another_label_are_listed_by_the_names_of_the_files(kind, tmp_path):
+    made = export_scheme(planned(kind, tmp_path, FP8, other=TOKENS), "cpu")
+    config = said(made.folder)
+    assert config["quant_algo"] == "MIXED_PRECISION"
+    packed = {n.removesuffix(".weight") for n, t in tensors(made.folder).items() if t.dtype == torch.float8_e4m3fn}
+    assert set(config["quantized_layers"]) == packed
+    assert {t for group in config["config_groups"].values() for t in group["targets"]} == packed
+
+
+@pytest.mark.parametrize("other", [FP8, TOKENS], ids=["one label", "two"])
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "nemotron_h"])
+def test_routed_experts_left_alone_beside_a_quantized_shared_one_are_excluded(kind, other, tmp_path):
+    shared = (
+        "model.language_model.layers.1.mlp.shared_expert"
+        if kind == "qwen3_5_moe"
+        else "model.layers.2.mixer.shared_experts"
+    )
+    made = export_scheme(planned(kind, tmp_path, FP8, module=f"{shared}.down_proj", other=other), "cpu")
+    config = said(made.folder)
+    routed = [n for n in tensors(made.folder) if ".experts." in n]
+    assert routed
+    assert all(any(fnmatchcase(name, pattern) for pattern in config["ignore"]) for name in routed)
+    assert len(config.get("quantized_layers", ())) == (0 if other is FP8 else 2)
+
+
+def test_experts_that_a_runtime_takes_for_quantized_are_found(tmp_path, monkeypatch):
+    module = "model.language_model.layers.1.mlp.shared_expert.down_proj"
+    plan = planned("qwen3_5_moe", tmp_path, FP8, module=module, other=TOKENS)
+
+    def change(folder):
+        for file, key in (("config.json", "ignore"), ("hf_quant_config.json", "exclude_modules")):
+            config = json.loads((folder / file).read_text())
+            config["quantization_config" if file == "config.json" else "quantization"][key] = []
+            (folder / file).write_text(json.dumps(config))
+
+    spoil_files(monkeypatch, change)
+    words = r"layers\.1\.mlp\.experts is not quantized and not excluded: vLLM takes it for FP8"
+    with pytest.raises(NotProven, match=words):
+        export_scheme(plan, "cpu")
 
 
 def test_a_changed_expert_is_found(tmp_path, monkeypatch):

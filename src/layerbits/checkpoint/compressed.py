@@ -40,6 +40,8 @@ from layerbits.results.result import CandidateInfo
 SCALE_DTYPE = "bfloat16"
 
 _DIVISORS = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+_REGEX = "re:"
+"""How a target starts that is a regular expression, not a name."""
 _GROUP = re.compile(r"(INT[48]) per group of (\d+)")
 
 
@@ -207,7 +209,7 @@ def read(checkpoint: Checkpoint) -> Quantization:
     config = read_json(checkpoint.folder / "config.json")["quantization_config"]
     ignore = tuple(config.get("ignore") or ())
     groups = [(tuple(g.get("targets") or ()), label_of_group(g)) for g in (config.get("config_groups") or {}).values()]
-    named = {target: label for targets, label in groups for target in targets}
+    named = {target: label for targets, label in groups for target in targets if not target.startswith(_REGEX)}
     if overall := named.get("Linear"):
         layout = overall.layout
         ours = [n for n, e in checkpoint.entries.items() if e.dtype == dtype_named(layout.dtype)]
@@ -217,6 +219,14 @@ def read(checkpoint: Checkpoint) -> Quantization:
         tails = {tail(name) for name in there}
         layers = {name: label for name, label in named.items() if name in there or tail(name) not in tails}
     return Quantization(COMPRESSED, layers, ignore, None, overall is None)
+
+
+def head_target(module: str) -> str:
+    """The target that vLLM finds a quantized output head by.
+
+    Its class there is no ``Linear``, and in vision-language models its name has the language model's before it.
+    """
+    return rf"{_REGEX}(.*\.)?{re.escape(module.rpartition('.')[2])}$"
 
 
 def tail(module: str) -> tuple[str, ...]:

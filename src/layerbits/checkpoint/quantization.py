@@ -17,7 +17,7 @@ class Quantization:
     Attributes:
         format: ``modelopt`` or ``compressed-tensors``.
         layers: Quantized module, named as in the checkpoint → label.
-        exclude: Patterns of modules that stay as they are; empty where every quantized one is listed instead.
+        exclude: Patterns of modules that stay as they are; few where every quantized one is listed instead.
         kv_cache: ``FP8`` or ``None``.
         mixed: Whether every layer is listed with its own label.
     """

@@ -12,6 +12,7 @@ import torch
 from layerbits.candidates.fused import fused
 from layerbits.checkpoint import compressed, modelopt
 from layerbits.checkpoint.dequantize import check_parts
+from layerbits.checkpoint.experts import expert_module
 from layerbits.checkpoint.files import read_json
 from layerbits.checkpoint.label import COMPRESSED
 from layerbits.checkpoint.labels import read_quantization
@@ -44,6 +45,7 @@ def check_structure(checkpoint: Checkpoint) -> tuple[Check, ...]:
         _check("config.json names the model and repeats the quantization", _config(checkpoint.folder, quantization)),
         _check("the quantization config names real modules", _real_modules(checkpoint, quantization)),
         _check("every linear is either labelled or excluded", _covered(checkpoint, quantization)),
+        _check("experts that are not quantized are excluded", _experts_left_alone(checkpoint, quantization)),
         _check("every quantized tensor has its scales", _complete(checkpoint, quantization)),
         _check("scales are finite and positive", _positive(checkpoint)),
         _check("fused siblings share an algorithm and its scales", _siblings(checkpoint, quantization)),
@@ -110,6 +112,20 @@ def _covered(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str
         linear = len(entry.shape) == 2 and "embed" not in module
         if linear and not quantization.mixed and not any(quantization.matches(module, p) for p in quantization.exclude):
             yield f"{module} is not quantized, and no pattern excludes it: a runtime would look for its scales"
+
+
+def _experts_left_alone(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:
+    """VLLM looks beside routed experts for their label (``_resolve_quant_algo`` of its ``modelopt.py``)."""
+    if not quantization.mixed or quantization.format == COMPRESSED:
+        return  # a configuration of one label excludes what has none, compressed-tensors has names alone
+    for module in sorted({expert_module(name) for name in checkpoint.entries} - {""}):
+        excluded = any(quantization.matches(module, pattern) for pattern in quantization.exclude)
+        if excluded or any(name.startswith(f"{module}.") for name in quantization.layers):
+            continue
+        beside = f"{module.rpartition('.')[0]}."
+        if neighbour := next((name for name in quantization.layers if name.startswith(beside)), None):
+            algo = quantization.layers[neighbour].algo
+            yield f"{module} is not quantized and not excluded: vLLM takes it for {algo}, as {neighbour} is"
 
 
 def _complete(checkpoint: Checkpoint, quantization: Quantization) -> Iterator[str]:

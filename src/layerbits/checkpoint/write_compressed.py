@@ -151,8 +151,16 @@ def quantization_config(
     for layer in layers:
         by_label.setdefault(layer.label, []).extend(dict.fromkeys((layer.stored, layer.module)))
     several = len(by_label) > 1
+    heads = {
+        layer.label: compressed.head_target(layer.module)
+        for layer in layers
+        if model.get_submodule(layer.module) is model.get_output_embeddings()
+    }
     groups = {
-        f"group_{i}": QuantizationScheme(targets=names if several else ["Linear"], **compressed.scheme_of(label))
+        f"group_{i}": QuantizationScheme(
+            targets=[*(names if several else ["Linear"]), *([heads[label]] if label in heads else [])],
+            **compressed.scheme_of(label),
+        )
         for i, (label, names) in enumerate(by_label.items())
     }
     formats = {compressed.storage(label) for label in by_label}

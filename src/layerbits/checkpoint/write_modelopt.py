@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ import torch
 
 from layerbits.checkpoint import config_file, modelopt
 from layerbits.checkpoint.compare import fake_quantized
-from layerbits.checkpoint.experts import ExpertLinear
+from layerbits.checkpoint.experts import ExpertLinear, expert_module
 from layerbits.checkpoint.files import copy_files
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.scored import ScoredLayer
@@ -71,7 +72,7 @@ def write_checkpoint(
         model.config.architectures = [type(model).__name__]
     if model.can_generate():  # transformers refuses to save some that it loads; the source's file is copied below
         model.generation_config = GenerationConfig()
-    carried = prediction_modules(source.entries, model.config)
+    ahead = [f"{module}.*" for module in prediction_modules(source.entries, model.config)]
     misnamed = _misnamed(model)
     with redirect_stdout(sys.stderr):
         _quantize(model, scheme, layers)
@@ -81,7 +82,7 @@ def write_checkpoint(
     for file in folder.glob("generation_config.json"):
         file.unlink()
     copy_files(source.folder, folder)
-    _write_config(source.folder, folder, model, misnamed, carried)
+    _write_config(source, folder, model, misnamed, ahead, layers)
     return kv_ranges
 
 
@@ -208,19 +209,26 @@ def _misnamed(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _write_config(
-    source: Path, folder: Path, model: PreTrainedModel, misnamed: Mapping[str, str], carried: Sequence[str]
+    source: Checkpoint,
+    folder: Path,
+    model: PreTrainedModel,
+    misnamed: Mapping[str, str],
+    ahead: Sequence[str],
+    layers: Sequence[ScoredLayer],
 ) -> None:
     """The source's configuration with ModelOpt's quantization, by the names of the files.
 
     ModelOpt 0.47 marks the end of a name before it renames it, and where a renaming is written without an anchor (the
-    ``model.`` of Nemotron-H) it takes the mark for a part of the name.
+    ``model.`` of Nemotron-H) it takes the mark for a part of the name. It has one name for all experts of a module,
+    where the files have a linear for each.
 
     Args:
-        source: Folder of the checkpoint that was scored.
+        source: The checkpoint that was scored.
         folder: The export.
         model: The whole model.
         misnamed: From :func:`_misnamed`.
-        carried: Modules for multi-token prediction, which are in the export as they were.
+        ahead: Patterns of the layers for multi-token prediction, which are in the export as they were.
+        layers: The quantized linears.
     """
     made = []
     for file in (folder / config_file.FILE, folder / modelopt.FILE):
@@ -229,11 +237,46 @@ def _write_config(
             text = text.replace(f'"{wrong}"', f'"{right}"')
         made.append(json.loads(text))
     quantization, details = made[0]["quantization_config"], made[1]
-    ahead = [f"{module}.*" for module in carried]
-    if ahead:
-        quantization["ignore"] = [*(quantization.get("ignore") or ()), *ahead]
-        inner = details["quantization"]
-        inner["exclude_modules"] = [*(inner.get("exclude_modules") or ()), *ahead]
+    linears = _expert_names(layers)
+    for said, key in ((quantization, "ignore"), (details["quantization"], "exclude_modules")):
+        _name_experts(said, linears)
+        patterns = [*(said.get(key) or ()), *ahead]
+        patterns += _experts_left_alone(source, layers, patterns)
+        if patterns:
+            said[key] = patterns
     (folder / modelopt.FILE).write_text(json.dumps(details, indent=4) + "\n", "utf-8")
     dtype = str(model.dtype).removeprefix("torch.")
-    config_file.write_config(source, folder, quantization, dtype, type(model).__name__)
+    config_file.write_config(source.folder, folder, quantization, dtype, type(model).__name__)
+
+
+def _expert_names(layers: Sequence[ScoredLayer]) -> dict[str, list[str]]:
+    """Names in the files of the linears of each expert module, by both names of the module."""
+    names: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.expert is not None:
+            for module in dict.fromkeys((layer.expert.module, expert_module(layer.exported))):
+                names.setdefault(module, []).append(layer.exported)
+    return names
+
+
+def _name_experts(said: JsonObject, linears: Mapping[str, Sequence[str]]) -> None:
+    """Puts the linears of the files in the place of expert modules, where layers are listed with their labels."""
+    if said.get("quantized_layers"):
+        listed = said["quantized_layers"].items()
+        said["quantized_layers"] = {n: layer for name, layer in listed for n in linears.get(name, [name])}
+        for group in (said.get("config_groups") or {}).values():
+            group["targets"] = [n for name in group["targets"] for n in linears.get(name, [name])]
+
+
+def _experts_left_alone(source: Checkpoint, layers: Sequence[ScoredLayer], patterns: Sequence[str]) -> list[str]:
+    """Patterns of the routed experts that are not quantized and that no pattern excludes yet.
+
+    vLLM takes routed experts that are not excluded for what it finds beside them: the expert that every token takes.
+    """
+    quantized = {expert_module(layer.stored) for layer in layers}
+    modules = {expert_module(name): name for name in source.entries}
+    return [
+        f"{module}*"
+        for module, name in modules.items()
+        if module and module not in quantized and not any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
