@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from layerbits import process
 from layerbits.errors import UserError
 from layerbits.keys import composition_error
+from layerbits.libraries import known_lines_left_out
 from layerbits.overrides import check_grammar, hydra_arguments
 from layerbits.plain import JsonObject
 from layerbits.usage import usage
@@ -132,7 +133,8 @@ def _start(job: Callable[[JsonObject, Path], object], root: Path, config: str) -
     def task(composed: DictConfig) -> str | None:
         multirun = hydra.core.hydra_config.HydraConfig.get().mode.name == "MULTIRUN"
         try:
-            job(OmegaConf.to_container(composed, resolve=True), root)
+            with known_lines_left_out():
+                job(OmegaConf.to_container(composed, resolve=True), root)
         except UserError as error:  # here, because Hydra would print a traceback
             if not multirun:
                 fail(error)

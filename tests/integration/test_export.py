@@ -331,6 +331,8 @@ def test_from_the_command_line_to_the_registry(tmp_path):
     runs = client.search_runs(["1"], "tags.`layerbits.kind` = 'export'")
     assert len(runs) == 1, done.stderr
     assert "good: proven; FP8 x 14; 9 bits" in done.stdout
+    said = [line.partition(":")[0] for line in done.stderr.replace("\r", "\n").splitlines() if " INFO " not in line]
+    assert set(said) - {""} == {"calibrating"}  # and nothing of ModelOpt or transformers
     modes = {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "exports").rglob("*.safetensors")}
     assert modes == {"0o644"}, "a server of another user could not read it"
     data = runs[0].data

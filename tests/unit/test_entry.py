@@ -45,6 +45,12 @@ def test_a_job_gets_plain_data_and_its_project_and_lists_stay_one_text(script, t
     assert type(seen[0][0]) is dict
 
 
+def test_known_lines_of_libraries_are_left_out_while_a_job_runs(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["job.py"])
+    entry.start(lambda *_: print("Inserted 3 quantizers\nours"), script, "job")
+    assert capsys.readouterr().out == "ours\n"
+
+
 def test_a_users_mistake_is_one_line_and_status_2(script, monkeypatch, capsys):
     def job(_config, _root):
         raise UserError("no such run; give another")

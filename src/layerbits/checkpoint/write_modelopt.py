@@ -12,7 +12,6 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,6 +29,7 @@ from layerbits.checkpoint.shards import add_shards
 from layerbits.errors import UserError
 from layerbits.inputs.names import names_on_disk
 from layerbits.inputs.prediction_layers import prediction_module, prediction_modules
+from layerbits.libraries import other_lines_to, short_bars_left_out
 from layerbits.plain import JsonObject
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def write_checkpoint(
         model.generation_config = GenerationConfig()
     ahead = [f"{module}.*" for module in prediction_modules(source.entries, model.config)]
     misnamed = _misnamed(model)
-    with redirect_stdout(sys.stderr):
+    with other_lines_to(sys.stderr), short_bars_left_out():
         _quantize(model, scheme, layers)
         kv_ranges = _quantize_kv_cache(model, kv_batches, language_model) if kv_batches else {}
         export_hf_checkpoint(model, export_dir=folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from layerbits.checkpoint.label import AUTO, COMPRESSED, FORMATS, MODELOPT, Labe
 from layerbits.checkpoint.labels import check_shape
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
+from layerbits.libraries import other_lines_to
 from layerbits.paths import user_path
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _check_convertible(model: PreTrainedModel) -> None:
     from modelopt.torch.quantization.plugins.custom import register_custom_model_plugins_on_the_fly
 
     try:
-        with redirect_stdout(sys.stderr):
+        with other_lines_to(sys.stderr):
             register_custom_model_plugins_on_the_fly(model)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise Unsupported(

@@ -18,6 +18,7 @@ from layerbits.inputs.quantized import check_dequantized, dequantizing
 from layerbits.inputs.tensors import check_tensors
 from layerbits.inputs.ties import check_loaded_ties, check_stored_ties
 from layerbits.inputs.weights import check_weights, weight_files
+from layerbits.libraries import short_bars_left_out
 from layerbits.results.result import ModelInfo
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _quiet(bar: bool) -> Iterator[None]:
     """Hides what transformers prints of tensors that do not fit: it becomes one line of ours.
 
     Args:
-        bar: Whether weights are loaded, so that its bar says what happens.
+        bar: Whether weights are loaded, so that its bar says what happens where that takes long.
     """
     from transformers.utils import logging
 
@@ -169,7 +170,8 @@ def _quiet(bar: bool) -> Iterator[None]:
     if not bar:
         logging.disable_progress_bar()
     try:
-        yield
+        with short_bars_left_out():
+            yield
     finally:
         logging.set_verbosity(level)
         if shown:
