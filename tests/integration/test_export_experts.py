@@ -122,7 +122,7 @@ def test_routed_experts_left_alone_beside_a_quantized_shared_one_are_excluded(ki
         if kind == "qwen3_5_moe"
         else "model.layers.2.mixer.shared_experts"
     )
-    made = export_scheme(planned(kind, tmp_path, FP8, module=f"{shared}.down_proj", other=other), "cpu")
+    made = export_scheme(planned(kind, tmp_path, FP8, "modelopt", f"{shared}.down_proj", other), "cpu")
     config = said(made.folder)
     routed = [n for n in tensors(made.folder) if ".experts." in n]
     assert routed
@@ -132,7 +132,7 @@ def test_routed_experts_left_alone_beside_a_quantized_shared_one_are_excluded(ki
 
 def test_experts_that_a_runtime_takes_for_quantized_are_found(tmp_path, monkeypatch):
     module = "model.language_model.layers.1.mlp.shared_expert.down_proj"
-    plan = planned("qwen3_5_moe", tmp_path, FP8, module=module, other=TOKENS)
+    plan = planned("qwen3_5_moe", tmp_path, FP8, "modelopt", module, TOKENS)
 
     def change(folder):
         for file, key in (("config.json", "ignore"), ("hf_quant_config.json", "exclude_modules")):
