@@ -19,12 +19,11 @@ _PRINTED = re.compile(
         (
             r"Inserted \d+ quantizers",
             r"Registered <class '.*'> to \w+ for KV Cache quantization",
-            r"Loading extension modelopt_cuda_ext\w*\.\.\.",
             r"Loaded extension modelopt_cuda_ext\w* in [\d.]+ seconds",
         )
     )
 )
-"""Lines that ModelOpt prints."""
+"""Lines that ModelOpt prints; that it loads an extension is shown, because the first time it compiles for minutes."""
 _WARNED = (
     r"transformers \S+ is not tested with current version of modelopt",  # the range of versions is that of our package
     r"To copy construct from a tensor, it is recommended to use",  # in ModelOpt's exporter
