@@ -265,8 +265,9 @@ def _push(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from layerbits.serving.settings import plugin_folder, split_arguments
+    from layerbits.serving.settings import check_port, plugin_folder, split_arguments
 
+    check_port("--port ", options.port)
     arguments = split_arguments("--arguments ", options.arguments)
     plugin = plugin_folder("--plugin ", options.plugin)
     if options.measure:
@@ -312,8 +313,10 @@ def _costs(options: argparse.Namespace) -> int:
 
 
 def _view(options: argparse.Namespace) -> int:
+    from layerbits.serving.settings import check_port
     from layerbits.tracking.view import print_links
 
+    check_port("--port ", options.port)
     print_links(f"http://127.0.0.1:{options.port}", options.tracking_uri)
     return 0
 

@@ -11,11 +11,12 @@ from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
 from layerbits.inputs.datasets import WITH_PICTURES
 from layerbits.inputs.model_spec import ModelSpec
-from layerbits.paths import user_path
+from layerbits.inputs.row_shape import check_rows
+from layerbits.paths import named_folder
 from layerbits.plain import Composed, flag, unset
 from layerbits.results.naming import run_name
 from layerbits.results.result import COST_MODELS
-from layerbits.schemes.budgets import tower_budget
+from layerbits.schemes.budgets import check_bits, tower_budget
 from layerbits.scoring.settings import check_device
 from layerbits.tracking.settings import TrackingSpec
 
@@ -129,7 +130,9 @@ class Settings:
             raise UserError(f"autoquant.draws={autoquant['draws']} draws nothing; use 1 or more")
         if autoquant["method"] == "fisher" and autoquant["engine"] == "stock":
             raise UserError("ModelOpt has no method=fisher; use autoquant.engine=onepass, or method=gradient")
-        autoquant["effective_bits"] = _float("autoquant.effective_bits", autoquant["effective_bits"])
+        check_rows(config["dataset"]["packing"], autoquant["seq_len"], autoquant["batch_size"])
+        bits = _float("autoquant.effective_bits", autoquant["effective_bits"])
+        autoquant["effective_bits"] = check_bits("autoquant.effective_bits", bits)
         ratio = autoquant.get("active_expert_ratio")
         if ratio is not None:
             autoquant["active_expert_ratio"] = _float("autoquant.active_expert_ratio", ratio)
@@ -169,7 +172,7 @@ class Settings:
             recipe=_named(config, "recipe"),
             recipe_overrides=tuple((_named(config, "recipe_overrides") or "").split()),
             output_layout=config["output_layout"],
-            output_root=user_path(config["output_root"]),
+            output_root=named_folder("output_root", config["output_root"]),
             report_only=config["report_only"],
             composed=config,
         )
@@ -245,11 +248,11 @@ def _int(key: str, value: object) -> int:
     try:
         return int(str(value))
     except ValueError:
-        raise UserError(f"{key}={value} is not a whole number") from None
+        raise UserError(f"{key}={value} is not a whole number; give one") from None
 
 
 def _float(key: str, value: object) -> float:
     try:
         return float(str(value))
     except ValueError:
-        raise UserError(f"{key}={value} is not a number") from None
+        raise UserError(f"{key}={value} is not a number; give one") from None

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from layerbits.errors import UserError
+from layerbits.plain import unset
 
 
 def home_path(text: str | os.PathLike[str]) -> Path:
@@ -28,6 +29,39 @@ def user_path(text: str | os.PathLike[str]) -> Path:
         UserError: There is no home directory.
     """
     return home_path(text).absolute()
+
+
+def named_folder(key: str, value: object) -> Path:
+    """A folder of the configuration, as an absolute path; a name that looks like a number is a name.
+
+    Args:
+        key: What the user calls it.
+        value: As it was composed.
+
+    Raises:
+        UserError: It names none, or there is no home directory.
+    """
+    if unset(value) or not isinstance(value, str | int | float | Path):
+        raise UserError(f"{key}={value} names no folder; give one")
+    return user_path(str(value))
+
+
+def output_folder(key: str, value: object) -> Path:
+    """:func:`named_folder`, of one that results will be written to.
+
+    Raises:
+        UserError: Also where something else is in its place, or no folder can be made there.
+    """
+    folder = named_folder(key, value)
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+    except OSError as error:
+        raise UserError(f"{key}={value} cannot be written ({error.strerror}); name another folder") from None
+    if not there.is_dir():
+        raise UserError(f"{key}={value} cannot be written: {there} is no folder; name another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={value} cannot be written: nothing may be made in {there}; name another folder")
+    return folder
 
 
 def exists(text: str) -> bool:

@@ -1,7 +1,9 @@
 """Wrong input of every command is refused in its own words before torch, and before a store is opened."""
 
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +119,49 @@ READ = [  # without tracking: what is named is looked for, and nothing else is d
     ("validate", ["run_id=/none"], "no manifest at /none"),
     ("verify", ["run_id=/none"], "no manifest at /none"),
 ]
+NO_ROWS = "rows=0 is nothing to probe on; use 1 or more"
+NO_BATCH = "batch_size=0 is not a number of rows; use 1 or more"
+NO_TOKEN = "seq_len=1 leaves no token to predict; use 2 or more"
+PART_OF_A_BATCH = "rows=9 is not a multiple of batch_size=8; use rows=8, or change batch_size"
+WITHOUT_A_RUN = [  # these would leave a failed run if they were refused in it
+    *((entry, ["run_id=abc", "rows=0"], NO_ROWS) for entry in ("probe", "validate")),
+    *((entry, ["run_id=abc", "batch_size=0"], NO_BATCH) for entry in ("probe", "validate")),
+    *((entry, ["run_id=abc", "rows=9"], PART_OF_A_BATCH) for entry in ("probe", "validate")),
+    ("probe", ["run_id=abc", "seq_len=1"], NO_TOKEN),
+    *((entry, ["autoquant.seq_len=1"], f"autoquant.{NO_TOKEN}") for entry in ("grid", "sensitivity")),
+    *((entry, ["autoquant.batch_size=0"], f"autoquant.{NO_BATCH}") for entry in ("grid", "sensitivity")),
+    ("sensitivity", ["dataset.packing=x"], "dataset.packing=x is not known; use one of packed, padded"),
+    *(
+        (entry, [*given, f"{key}={bits}"], f"{key}={said}")
+        for entry, given, key in (
+            ("sensitivity", [], "autoquant.effective_bits"),
+            ("grid", [], "autoquant.effective_bits"),
+            ("schemes", ["run_id=abc"], "effective_bits"),
+            ("probe", ["run_id=abc"], "effective_bits"),
+            ("schemes", ["run_id=abc"], "vision_bits"),
+        )
+        for bits, said in (
+            ("0", "0 is no budget; give a number above 0"),
+            ("nan", "nan is no budget; give a number above 0"),
+            ("1e9", "1e+09 cannot be reached: weights that stay as they are have 16 bits; give a number up to that"),
+        )
+    ),
+    ("serve_check", ["run_id=abc", "vllm.port=99999999"], "vllm.port=99999999 is no port; give one from 1 to 65535"),
+    *(
+        (entry, [*given, *more], words)
+        for entry, given in (
+            *((entry, ["run_id=abc"]) for entry in ("evaluate", "export", "probe", "schemes", "serve_check")),
+            *((entry, ["run_id=abc"]) for entry in ("validate", "verify")),
+            ("import_run", ["path=."]),
+            *((entry, []) for entry in ("grid", "sensitivity")),
+        )
+        for more, words in (
+            (["output_root=none"], "output_root=none names no folder; give one"),
+            (["output_root=/dev/null/x"], "/dev/null is no folder; name another one"),
+        )
+    ),
+    ("export", ["run_id=abc", "export_root=/dev/null"], "/dev/null is no folder; name another one"),
+]
 PROGRAM = """
 import json, sys
 from importlib import import_module
@@ -157,6 +202,18 @@ def check(python, heavy, cases, change):
 def test_wrong_values_are_refused_before_torch_and_the_store(python, tmp_path):
     no_store = f"tracking.uri=sqlite:///{tmp_path}/none/mlflow.db"  # would be refused where it was opened
     check(python, ["torch", "transformers", "modelopt", "mlflow", "scipy"], REFUSED, no_store)
+
+
+def test_wrong_values_leave_no_run(python, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    list(
+        python(
+            "import sys; from layerbits import tracking; tracking.open_store(sys.argv[1], sys.argv[2])", uri, tmp_path
+        )
+    )
+    check(python, [], WITHOUT_A_RUN, f"tracking.uri={uri}")
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        assert store.execute("select count(*) from runs").fetchone() == (0,)
 
 
 def test_what_is_missing_is_refused_before_torch(python, tmp_path):

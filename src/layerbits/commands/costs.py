@@ -7,7 +7,7 @@ from pathlib import Path
 from layerbits.atomic import dated, whole_folder
 from layerbits.history.scheme_inputs import load_scores
 from layerbits.jobs import note, run_job
-from layerbits.paths import user_path
+from layerbits.paths import output_folder
 from layerbits.plain import Composed, unset
 from layerbits.schemes.cost_table import FILE, CostTable
 from layerbits.schemes.settings import runs_of, source_name
@@ -29,7 +29,7 @@ def costs(config: Composed, root: Path) -> None:
         arguments=split_arguments("vllm.arguments=", vllm["arguments"]),
         seconds=positive("vllm.seconds", vllm["seconds"]),
     )
-    output = user_path(config["output_root"])
+    output = output_folder("output_root", config["output_root"])
 
     def make(uri: str | None) -> Made:
         return _measured(load_scores(references, uri), asked, launch, output)

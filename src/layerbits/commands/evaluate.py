@@ -9,7 +9,7 @@ from layerbits.answers.settings import EvaluateSettings, evaluate_settings
 from layerbits.export.target import find_target
 from layerbits.history.scheme_inputs import requested_schemes
 from layerbits.jobs import note, run_job
-from layerbits.paths import user_path
+from layerbits.paths import output_folder
 from layerbits.plain import Composed
 from layerbits.schemes.request import SchemeRequest
 from layerbits.schemes.scheme import Scheme
@@ -26,7 +26,7 @@ def evaluate(config: Composed, root: Path) -> None:
     device = check_device(config["device"])
     settings = evaluate_settings(config)
     find_target(str(config["target"]))
-    output = user_path(config["output_root"])
+    output = output_folder("output_root", config["output_root"])
     schemes_done: set[str] = set()
 
     def make(uri: str | None) -> Made:

@@ -11,7 +11,7 @@ from layerbits import importing, tracking
 from layerbits.atomic import dated
 from layerbits.errors import UserError
 from layerbits.jobs import JobRun, Tracker
-from layerbits.paths import user_path
+from layerbits.paths import named_folder, output_folder
 from layerbits.plain import Composed, unset
 from layerbits.results.result import SensitivityResult
 from layerbits.tracking.made import Made
@@ -22,7 +22,8 @@ def import_results(config: Composed, root: Path) -> None:
     """Reads the files, writes a result for each format of each, and logs those that no run has yet."""
     if unset(config["path"]):
         raise UserError("no path is given; set path to a quant manifest, a per-layer report, or a folder of them")
-    path, output = (user_path(config[key]) for key in ("path", "output_root"))
+    path = named_folder("path", config["path"])
+    output = output_folder("output_root", config["output_root"])
     model = "" if unset(config["model_name"]) else str(config["model_name"])
     imported, warnings = _read(path, output, model)
     for line in warnings:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from layerbits.export.target import find_target
 from layerbits.history.scheme_inputs import requested_schemes
+from layerbits.inputs.row_shape import check_held_out, check_length
 from layerbits.jobs import note, run_job
-from layerbits.paths import user_path
+from layerbits.paths import output_folder
 from layerbits.plain import Composed, unset
 from layerbits.probing.report import data, markdown, measured, parameters, write_probe
 from layerbits.probing.texts import read_texts
@@ -25,10 +26,11 @@ def probe(config: Composed, root: Path) -> None:
     wanted = SchemeRequest.from_config(config, root / "configs" / "scheme")
     rows, batch_size = (whole(key, config[key]) for key in ("rows", "batch_size"))
     dtype, device = check_dtype(str(config["dtype"])), check_device(config["device"])
-    seq_len = None if unset(config["seq_len"]) else whole("seq_len", config["seq_len"])
+    check_held_out(rows, batch_size)
+    seq_len = None if unset(config["seq_len"]) else check_length("seq_len", whole("seq_len", config["seq_len"]))
     texts = read_texts(listed_paths(config["texts"]))
     find_target(str(config["target"]))
-    output = user_path(config["output_root"])
+    output = output_folder("output_root", config["output_root"])
     schemes_done: set[str] = set()
 
     def make(uri: str | None) -> Made:

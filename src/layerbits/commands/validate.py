@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
 from layerbits.jobs import note, run_job
-from layerbits.paths import user_path
+from layerbits.paths import output_folder
 from layerbits.plain import Composed
 from layerbits.results.result import SensitivityResult
 from layerbits.schemes.settings import one_run, source_name
@@ -24,7 +24,7 @@ def validation(config: Composed, root: Path) -> None:
     """Reads the run, measures, writes and logs the result."""
     settings = ValidateSettings.from_config(config)
     reference = one_run(config["run_id"])
-    output = user_path(config["output_root"])
+    output = output_folder("output_root", config["output_root"])
 
     def make(uri: str | None) -> Made:
         return _validated(reference, load_run(reference, uri), settings, output, root)

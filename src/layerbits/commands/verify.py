@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from layerbits.jobs import Tracker, note, refusal
-from layerbits.paths import user_path
+from layerbits.paths import output_folder
 from layerbits.plain import Composed
 from layerbits.provenance import provenance
 from layerbits.schemes.settings import one_run, source_name
@@ -20,7 +20,7 @@ def verification(config: Composed, root: Path) -> None:
     """Repeats the run, writes and logs the comparison; fails where it is beyond the bound."""
     reference = one_run(config["run_id"])
     bound, device = bound_of(str(config["bound"])), check_device(config["device"], DEVICES)
-    output = user_path(config["output_root"])
+    output = output_folder("output_root", config["output_root"])
     tracker = Tracker(TrackingSpec.from_config(config), root)
     scored = scored_run(reference, tracker.uri)
     tags = {"source_run_id": scored}

@@ -10,7 +10,7 @@ from pathlib import Path
 from layerbits.checkpoint.label import AUTO, FORMATS
 from layerbits.errors import UserError
 from layerbits.export.target import find_target
-from layerbits.paths import user_path
+from layerbits.paths import output_folder
 from layerbits.plain import Composed, flag, unset
 from layerbits.scoring.settings import check_device
 from layerbits.tracking.registry import check_name
@@ -60,8 +60,8 @@ class ExportSettings:
         if register and not unset(name):
             check_name(str(name))
         return cls(
-            root=None if unset(root) else user_path(root),
-            output_root=user_path(config["output_root"]),
+            root=None if unset(root) else output_folder("export_root", root),
+            output_root=output_folder("output_root", config["output_root"]),
             format=config["format"],
             device=check_device(config["device"]),
             target=find_target(str(config["target"])),

@@ -26,11 +26,10 @@ import torch
 from layerbits.errors import UserError
 from layerbits.inputs.captions import Question
 from layerbits.inputs.files import few
+from layerbits.inputs.row_shape import check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PACKINGS = ("packed", "padded")
 
 MIN_LOSS_TOKENS = 1500
 """Fewer loss tokens than this to rank by earn a warning: a rule of thumb, from one model.
@@ -176,7 +175,7 @@ def build_calibration(
     Args:
         captions: Calibration captions.
         tokenizer: A Hugging Face tokenizer; it needs no padding token.
-        packing: One of :data:`PACKINGS`.
+        packing: One of :data:`layerbits.inputs.row_shape.PACKINGS`.
         seq_len: Tokens a row, at most.
         batch_size: Rows a batch; the last batch may have fewer.
         num_score_samples: Captions to score on, from the first on; ``None`` = all.
@@ -252,20 +251,6 @@ def padding_share(batches: Sequence[Batch]) -> float:
     tokens = sum(s.input_ids.numel() for s in segments)
     padding = sum(int((s.attention_mask == 0).sum()) for s in segments if s.attention_mask is not None)
     return padding / tokens
-
-
-def check_rows(packing: str, seq_len: int, batch_size: int) -> None:
-    """Checks the shape of rows.
-
-    Raises:
-        UserError: It is none.
-    """
-    if packing not in PACKINGS:
-        raise UserError(f"dataset.packing={packing} is not known; use one of {', '.join(PACKINGS)}")
-    if seq_len < 2:
-        raise UserError(f"autoquant.seq_len={seq_len} leaves no token to predict; use 2 or more")
-    if batch_size < 1:
-        raise UserError(f"autoquant.batch_size={batch_size} is not a number of rows; use 1 or more")
 
 
 @dataclass(frozen=True)

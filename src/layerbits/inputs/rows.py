@@ -14,12 +14,12 @@ from layerbits.inputs.calibration import (
     Calibration,
     build_calibration,
     build_rows,
-    check_rows,
     few_tokens_warning,
 )
 from layerbits.inputs.datasets import has_pictures
 from layerbits.inputs.picture_rows import Reader, picture_batches
 from layerbits.inputs.pictures import Pictured
+from layerbits.inputs.row_shape import check_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
+from layerbits.inputs.row_shape import check_held_out, check_length
 from layerbits.probing.measured import Difference, ProbeResult, Rows, SchemeProbe
 from layerbits.results.result import ModelInfo
 from layerbits.scoring.settings import check_dtype
@@ -81,8 +82,7 @@ def probe_schemes(
 
 def _checked_length(seq_len: int, config: PreTrainedConfig) -> int:
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if seq_len < 2:
-        raise UserError(f"seq_len={seq_len} leaves no token to predict; use 2 or more")
+    check_length("seq_len", seq_len)
     if isinstance(most, int) and 0 < most < seq_len:
         raise UserError(f"seq_len={seq_len} is longer than the {most:,} positions of the model; use {most} or less")
     return seq_len
@@ -118,11 +118,8 @@ def held_out_rows(
 
     if not captions:
         raise UserError(NONE_HELD_OUT)
-    if rows < 1:
-        raise UserError(f"rows={rows} is nothing to probe on; use 1 or more")
+    check_held_out(rows, batch_size)
     size = min(batch_size, rows)
-    if rows % size:
-        raise UserError(f"rows={rows} is not a multiple of batch_size={size}; change one of them")
     shown = [caption for caption in captions if isinstance(caption, Pictured)]
     if reader is not None and shown:
         if len(shown) < rows:

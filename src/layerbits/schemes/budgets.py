@@ -10,7 +10,7 @@ import numpy as np
 
 from layerbits.errors import UserError
 from layerbits.plain import unset
-from layerbits.results.assignment import UNQUANTIZED, Assignment, IntArray
+from layerbits.results.assignment import UNQUANTIZED, UNQUANTIZED_BITS, Assignment, IntArray
 from layerbits.results.result import VISION_KINDS, FloatArray
 from layerbits.schemes import solver
 
@@ -102,6 +102,24 @@ def tower_budget(value: object, key: str) -> float | None:
         bits = float(str(value))
     except ValueError:
         raise UserError(f"{key}={value} is not a number; give bits per weight of the vision tower") from None
+    return check_bits(key, bits)
+
+
+def check_bits(key: str, bits: float) -> float:
+    """A budget in bits per weight, as far as it can be judged without candidates.
+
+    Args:
+        key: What the user calls it.
+        bits: The budget.
+
+    Raises:
+        UserError: It is no number above 0, or more than weights have that stay as they are.
+    """
     if not 0 < bits < math.inf:
-        raise UserError(f"{key}={value} is no budget; give a number above 0")
+        raise UserError(f"{key}={bits:g} is no budget; give a number above 0")
+    if bits > UNQUANTIZED_BITS:
+        raise UserError(
+            f"{key}={bits:g} cannot be reached: weights that stay as they are have {UNQUANTIZED_BITS:g} bits; give a "
+            "number up to that"
+        )
     return bits

@@ -14,6 +14,7 @@ import yaml
 
 from layerbits.errors import UserError
 from layerbits.plain import JsonMapping
+from layerbits.schemes.budgets import check_bits
 from layerbits.schemes.controls import KINDS
 from layerbits.schemes.coverage import ORDERS
 
@@ -87,6 +88,8 @@ class SchemeSpec:
             raise UserError(
                 f"scheme {self.name} needs either a budget (effective_bits, budget_gib, budget_ms) or control"
             )
+        for bits in self.effective_bits:
+            check_bits(f"scheme {self.name}: effective_bits", bits)
         for key, unit in (("budget_gib", "GiB"), ("budget_ms", "milliseconds")):
             if wrong := [b for b in getattr(self, key) if not 0 < b < math.inf]:
                 raise UserError(f"scheme {self.name}: {key}={wrong[0]:g} is no number of {unit}; use one above 0")

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerbits.errors import UserError
-from layerbits.paths import exists, split_at_commas, user_path
+from layerbits.paths import exists, output_folder, split_at_commas
 from layerbits.plain import Composed, unset
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budget_kinds import Counted, Measure, Timed
-from layerbits.schemes.budgets import tower_budget
+from layerbits.schemes.budgets import check_bits, tower_budget
 from layerbits.schemes.catalog import OBJECTIVES, Budget, SchemeSpec, load_specs
 from layerbits.schemes.cost_table import DECODE, MEASURE, Step, is_file
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
@@ -125,7 +125,7 @@ class SchemeSettings:
             cost_model=_cost_model(config.get("cost_model")),
             pareto=points,
             kv_cache=kv_choice(config.get("kv_cache", AUTO)),
-            output_root=user_path(config["output_root"]),
+            output_root=output_folder("output_root", config["output_root"]),
             load=_load(config, counted=any(spec.budget_gib for spec in specs)),
             timed=asked_times(config, needed=any(spec.budget_ms for spec in specs)),
         )
@@ -202,7 +202,9 @@ def _amounts(key: str, given: object) -> list[float]:
             amounts.append(float(text))
         except ValueError:
             raise UserError(f"{key}={text} is not a number; give one, or several separated by commas") from None
-        if not 0 < amounts[-1] < math.inf:
+        if key == "effective_bits":
+            check_bits(key, amounts[-1])
+        elif not 0 < amounts[-1] < math.inf:
             raise UserError(f"{key}={text} is no budget; give a number above 0")
     return list(dict.fromkeys(amounts))
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerbits.errors import UserError
-from layerbits.paths import user_path
+from layerbits.paths import named_folder, output_folder, user_path
 from layerbits.plain import Composed, flag, unset
 from layerbits.schemes.settings import listed, listed_paths, source_name
 from layerbits.scoring.settings import check_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LAST_PORT = 65535
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class VllmSettings:
             unquantized_url=texts["unquantized_url"],
             model=texts["model"],
             dtype=config["dtype"],
-            port=None if texts["port"] is None else positive("vllm.port", config["port"]),
+            port=None if texts["port"] is None else check_port("vllm.port=", positive("vllm.port", config["port"])),
             plugin=plugin_folder("vllm.plugin=", texts["plugin"]),
             arguments=split_arguments("vllm.arguments=", texts["arguments"]),
             seconds=positive("vllm.seconds", config["seconds"]),
@@ -147,7 +148,7 @@ class ServeSettings:
             UserError: No checkpoint or two, or a value that is not one of its choices.
         """
         run_ids = tuple(listed_paths(config["run_id"]))
-        folder = None if unset(config["checkpoint"]) else user_path(config["checkpoint"])
+        folder = None if unset(config["checkpoint"]) else named_folder("checkpoint", config["checkpoint"])
         if bool(run_ids) == (folder is not None):
             raise UserError("set run_id to the run of an export, or checkpoint to a folder: one of them")
         device = check_device(config["device"])
@@ -164,7 +165,7 @@ class ServeSettings:
             top_k=-1 if config["top_k"] == "all" else positive("top_k", config["top_k"]),
             new_tokens=positive("new_tokens", config["new_tokens"]),
             device=device,
-            output_root=user_path(config["output_root"]),
+            output_root=output_folder("output_root", config["output_root"]),
             vllm=vllm,
             speed=speed,
             strict=strict,
@@ -253,6 +254,21 @@ def split_arguments(key: str, text: str | None) -> tuple[str, ...]:
         raise UserError(f"{key}{text} cannot be split ({error}); close its quotes") from None
 
 
+def check_port(key: str, port: int) -> int:
+    """A port of this machine.
+
+    Args:
+        key: How it is given, for the error.
+        port: Its number.
+
+    Raises:
+        UserError: There is none of that number.
+    """
+    if not 1 <= port <= _LAST_PORT:
+        raise UserError(f"{key}{port} is no port; give one from 1 to {_LAST_PORT}")
+    return port
+
+
 def positive(key: str, value: object) -> int:
     """A number of a configuration.
 
@@ -264,5 +280,5 @@ def positive(key: str, value: object) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise UserError(f"{key}={value} is not a positive whole number")
+        raise UserError(f"{key}={value} is not a positive whole number; give one from 1 on")
     return number

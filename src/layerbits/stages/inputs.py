@@ -11,6 +11,7 @@ from layerbits.errors import UserError
 from layerbits.inputs.datasets import WITH_PICTURES, check_dataset
 from layerbits.inputs.folder import check_folder, check_processor, local_folder
 from layerbits.inputs.pictures import check_pixels
+from layerbits.paths import output_folder
 
 _FREE_BYTES = 200_000_000  # a result is a few MB; the search checkpoint of a 4B model about 100 MB
 
@@ -39,9 +40,9 @@ def check_disk(root: Path) -> None:
     """Checks that a result can be written below a folder.
 
     Raises:
-        UserError: There is too little room.
+        UserError: There is too little room, or no folder can be made there.
     """
-    existing = next(p for p in (root, *root.parents) if p.exists())
+    existing = next(p for p in (output_folder("output_root", root), *root.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if free < _FREE_BYTES:
         raise UserError(f"only {free / 1e6:.0f} MB are free at {existing}; free space or set output_root elsewhere")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
+from layerbits.inputs.row_shape import check_held_out
 from layerbits.plain import Composed, flag
 from layerbits.schemes.settings import listed, whole
 from layerbits.scoring.settings import check_device, check_dtype
@@ -42,9 +43,11 @@ class ValidateSettings:
         Raises:
             UserError: A value is not one of its choices.
         """
+        rows, batch_size = (whole(key, config[key]) for key in ("rows", "batch_size"))
+        check_held_out(rows, batch_size)
         return cls(
-            rows=whole("rows", config["rows"]),
-            batch_size=whole("batch_size", config["batch_size"]),
+            rows=rows,
+            batch_size=batch_size,
             disable_one=flag("disable_one", config["disable_one"]),
             rankers=chosen_rankers(listed(config["rankers"])),
             device=check_device(config["device"]),
