@@ -30,7 +30,9 @@ from layerbits.inputs.models import resolve
 from layerbits.jobs import Tracker
 from layerbits.results.assignment import Assignment
 from layerbits.results.experiment import made_by
+from layerbits.results.result import Group
 from layerbits.tracking.settings import TrackingSpec
+from tests.families import build
 from tools.docs import exports
 
 from .entries import start
@@ -239,8 +241,6 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch):
 
 
 def test_a_tied_output_head_is_refused(tmp_path):
-    from layerbits.results.result import Group
-
     source = tmp_path / "source"
     model = saved("llama", source, tie_word_embeddings=True)
     made = prepared(model, source, down=FP8)
@@ -250,6 +250,44 @@ def test_a_tied_output_head_is_refused(tmp_path):
     )
     with pytest.raises(Unsupported, match=r"lm_head and model\.embed_tokens share one weight"):
         export_scheme(plan_export(replace(made, scheme=scheme), tmp_path / "out"), "cpu")
+
+
+def cached(kind, folder, kv_cache="fp8"):
+    """The plan of an export of one output of an attention, with an FP8 KV cache."""
+    model = build(kind).bfloat16()
+    model.save_pretrained(folder / "source")
+    ready = prepared(model, folder / "source")
+    made = candidate("wfp8_afp8", "recipe_match_channel_token").info
+    linear = next(n for n, _ in model.named_modules() if n.endswith(("attn.o_proj", "attention.dense")))
+    groups, names = (Group("B00.o", 0, "o", (linear,), 1000),), Assignment((made.name,))
+    scheme = replace(ready.scheme, groups=groups, assignment=names, candidates=(made,), kv_cache=kv_cache)
+    return plan_export(replace(ready, scheme=scheme), folder / "exports" / "mine", "modelopt")
+
+
+def test_the_cache_of_an_attention_with_one_matrix_has_its_scales_where_vllm_looks(tmp_path):
+    made = export_scheme(cached("phi3", tmp_path), "cpu")
+    names = {n for n in load_file(made.folder / "model.safetensors") if n.endswith("_scale") and "self_attn" in n}
+    assert {f"model.layers.{i}.self_attn.{p}_proj.{p}_scale" for i in range(2) for p in "kv"} <= names
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("gpt_neox", "vLLM reads such scales of self_attn and mixer alone, not of attention"),
+        ("deepseek_v3", "model.layers.0.self_attn: it has no keys and values of its own"),
+        ("gemma3n_text", "model.layers.2.self_attn: it has no keys and values of its own"),
+    ],
+)
+def test_a_cache_that_no_scale_can_be_read_of_is_refused_before_loading(kind, says, tmp_path):
+    with pytest.raises(Unsupported, match=rf"{says}.*; use kv_cache=none"):
+        cached(kind, tmp_path)
+    cached(kind, tmp_path, "none")
+
+
+def test_a_linear_attention_has_no_cache_to_quantize(tmp_path):
+    made = export_scheme(cached("minimax", tmp_path), "cpu")
+    scales = {n for n in load_file(made.folder / "model.safetensors") if n.endswith(("k_scale", "v_scale"))}
+    assert scales == {f"model.layers.1.self_attn.{part}_proj.{part}_scale" for part in "kv"}
 
 
 def test_a_truncated_export_is_one_line(tmp_path):

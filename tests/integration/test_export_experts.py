@@ -12,8 +12,10 @@ from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.formats import QuantPair
 from layerbits.candidates.granularity import Overlay
 from layerbits.errors import Unsupported
+from layerbits.export import job, scheme
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
+from layerbits.export.target import refused
 from layerbits.inputs.experts import named_experts
 from layerbits.inputs.model_spec import ModelSpec
 from layerbits.inputs.models import resolve
@@ -144,6 +146,22 @@ def test_experts_that_a_runtime_takes_for_quantized_are_found(tmp_path, monkeypa
     words = r"layers\.1\.mlp\.experts is not quantized and not excluded: vLLM takes it for FP8"
     with pytest.raises(NotProven, match=words):
         export_scheme(plan, "cpu")
+
+
+@pytest.mark.parametrize("other", [TOKENS, FP8], ids=["alone", "in a mix"])
+def test_a_label_that_vllm_has_not_for_experts_is_said(other, tmp_path):
+    (line,) = refused(planned("qwen3_moe", tmp_path, TOKENS, other=other))
+    assert "refuses routed experts under FP8_PER_CHANNEL_PER_TOKEN (model.layers.1.mlp.experts)" in line
+    assert refused(planned("qwen3_moe", tmp_path / "other", FP8, other=TOKENS)) == []
+
+
+def test_what_vllm_refuses_is_a_warning_before_the_export(tmp_path, capsys, monkeypatch):
+    plan = planned("qwen3_moe", tmp_path, TOKENS)
+    monkeypatch.setattr(job, "plan_exports", lambda *_: ([plan], {}))
+    monkeypatch.setattr(scheme, "shared_ranges", lambda *_: None)
+    settings = job.ExportSettings(tmp_path / "exports", tmp_path, "auto", "cpu", None, 0, False, None)
+    job.run_exports([plan.scheme], settings, lambda *_: None)
+    assert "warning: mine: vLLM refuses routed experts under FP8_PER_CHANNEL_PER_TOKEN" in capsys.readouterr().out
 
 
 def test_a_changed_expert_is_found(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from layerbits.checkpoint.formats import choose_format
 from layerbits.checkpoint.label import AUTO, COMPRESSED, MODELOPT
 from layerbits.checkpoint.labels import check_shape, label_of
 from layerbits.checkpoint.modelopt import LABELS, label_of_layer
+from layerbits.checkpoint.runtimes import refused_modules
 from layerbits.errors import Unsupported, UserError
 
 
@@ -177,3 +178,14 @@ def test_a_damaged_config_group_is_refused(change):
     group = compressed.scheme_of(compressed.find("INT4 per group of 128", "-"))
     with pytest.raises(UserError):
         compressed.label_of_group({**group, **change})
+
+
+def test_vllm_takes_some_towers_for_16_bits_where_there_is_one_label():
+    tower = "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+    algos = {"model.language_model.layers.0.mlp.down_proj": "FP8", tower: "FP8"}
+    (line,) = refused_modules(MODELOPT, algos)
+    assert line.startswith(f"vLLM takes {tower} for 16 bits")
+    assert line.endswith("use format=compressed-tensors")
+    assert refused_modules(COMPRESSED, algos) == []
+    assert refused_modules(MODELOPT, {**algos, tower: "NVFP4"}) == []
+    assert refused_modules(MODELOPT, {"model.visual.blocks.0.attn.proj": "FP8"}) == []

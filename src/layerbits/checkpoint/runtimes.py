@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from layerbits.checkpoint.label import MODELOPT, Label
 
 VERSION = "0.32.0"
@@ -11,6 +13,12 @@ _MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4")
 """``QUANT_ALGOS`` in ``vllm/model_executor/layers/quantization/modelopt.py`` among ours."""
 ONLY_ALONE = ("FP8_PER_CHANNEL_PER_TOKEN",)
 """Labels of ours that ``ModelOptMixedPrecisionConfig.get_quant_method`` of vLLM 0.26.0 lacks; 0.32.0 has them."""
+
+FOR_EXPERTS = ("FP8", "NVFP4", "W4A16_NVFP4")
+"""Labels of ours that vLLM has for routed experts: it takes one scale for a tensor of an expert (``routed_experts.py``,
+``_to_scalar``), alone and in a mix, 0.26.0 and 0.32.0."""
+_TOWERS = ("vision_tower", "vision_model", "vit_large_projector")
+"""Names that are 16 bits to vLLM in a checkpoint of one label (``modelopt.py:202`` of 0.26.0, ``:243`` of 0.32.0)."""
 
 
 def vllm(label: Label) -> str:
@@ -43,6 +51,27 @@ def reads(label: Label) -> bool:
 def only_alone(label: Label) -> bool:
     """Whether some vLLM refuses the label in a checkpoint that has other labels, too."""
     return label.format == MODELOPT and label.algo in ONLY_ALONE
+
+
+def refused_modules(format: str, algos: Mapping[str, str]) -> list[str]:
+    """What both known versions of vLLM refuse of an export for where a label is, a line each.
+
+    Args:
+        format: Of the export.
+        algos: Name in memory of each quantized module → its label.
+    """
+    if format != MODELOPT:
+        return []
+    lines = []
+    if module := next((m for m, algo in algos.items() if m.endswith(".experts") and algo not in FOR_EXPERTS), None):
+        known = ", ".join(FOR_EXPERTS)
+        lines.append(f"vLLM refuses routed experts under {algos[module]} ({module}); it reads them under {known}")
+    if len(set(algos.values())) == 1 and (module := next((m for m in algos if any(t in m for t in _TOWERS)), None)):
+        lines.append(
+            f"vLLM takes {module} for 16 bits and refuses its scales, as of every {' and '.join(_TOWERS[:2])} in a "
+            "checkpoint of one label in ModelOpt's format; use format=compressed-tensors"
+        )
+    return lines
 
 
 def _int4(weights: str, inputs: str) -> str:

@@ -178,9 +178,12 @@ def _quantize_kv_cache(
             calibration_forward(model, batch, need_logits=False)
     ranges = {}
     for name, quantizer in quantizers.items():
+        quantizer.disable_calib()
+        if quantizer._calibrator.compute_amax() is None:  # a linear attention keeps no keys and values
+            quantizer.disable()
+            continue
         quantizer.load_calib_amax()
         quantizer.enable_quant()
-        quantizer.disable_calib()
         attention, _, leaf = name.rpartition(".")
         ranges[f"{attention}.{leaf[0]}_proj.{leaf[0]}_scale"] = quantizer.amax.detach().clone()
     return ranges

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from layerbits.errors import UserError, first_line
 from layerbits.export.plan import ExportPlan, plan_exports
 from layerbits.export.settings import ExportSettings
-from layerbits.export.target import differences
+from layerbits.export.target import differences, refused
 
 if TYPE_CHECKING:
     from layerbits.export.scheme import Export
@@ -54,13 +54,14 @@ def run_exports(schemes: Sequence[Scheme], settings: ExportSettings, log: Export
         for scheme in nothing:
             print(f"{scheme.name} quantizes nothing and has no checkpoint; give it fewer bits", flush=True)
         schemes = [scheme for scheme in schemes if scheme.modules]
-    plans, refused = plan_exports(schemes, root, settings.format)
-    failed = {name: str(error) for name, error in refused.items()}
+    plans, impossible = plan_exports(schemes, root, settings.format)
+    failed = {name: str(error) for name, error in impossible.items()}
     if len(schemes) > 1:
         for name, words in failed.items():
             _say_failed(name, words)
-    if settings.target is not None:
-        for line in (line for plan in plans for line in differences(plan, settings.target)):
+    for plan in plans:
+        known = [] if settings.target is None else differences(plan, settings.target)
+        for line in (*refused(plan), *known):
             print(f"warning: {line}", flush=True)
     ranges = shared_ranges(plans, settings.device) if plans else None
     for plan in plans:

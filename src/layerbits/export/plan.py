@@ -16,6 +16,7 @@ from layerbits.checkpoint.label import AUTO, COMPRESSED, FORMATS, MODELOPT, Labe
 from layerbits.checkpoint.labels import check_shape
 from layerbits.checkpoint.reader import Checkpoint, open_checkpoint
 from layerbits.errors import Unsupported, UserError
+from layerbits.export.cache import check_cache
 from layerbits.libraries import other_lines_to
 from layerbits.paths import user_path
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from layerbits.schemes import Scheme
 
 EXPERT_LABELS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4")
-"""Labels whose export is proven for experts."""
+"""Labels whose export is proven for experts; ``runtimes.FOR_EXPERTS`` has those that vLLM reads."""
 
 _SLACK_BYTES = 64_000_000  # headers, tokenizer, scales of single rows
 _ITEMSIZE = {"float32": 4, "float64": 8}
@@ -130,6 +131,8 @@ def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportP
         raise Unsupported(
             f"{error}; only ModelOpt's format was tried, for the KV cache: kv_cache=none leaves it out"
         ) from None
+    if scheme.kv_cache != NO_CACHE:
+        check_cache(model)
     _check_modules(prepared, labels, model, linears)
     if format == MODELOPT:
         _check_convertible(model)

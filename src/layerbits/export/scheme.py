@@ -401,9 +401,10 @@ def _bytes(checkpoint: Checkpoint) -> int:
 
 
 def _scale_on_disk(name: str, on_disk: Mapping[str, str]) -> str:
-    """``….k_proj.k_scale`` under the name of its projection in the checkpoint."""
-    module, _, leaf = name.rpartition(".")
-    return f"{on_disk[f'{module}.weight'].removesuffix('.weight')}.{leaf}"
+    """``….k_proj.k_scale`` under the name of its attention in the checkpoint, whatever its projections are."""
+    attention, part, leaf = name.rsplit(".", 2)
+    inside = next(n for n in on_disk if n.startswith(f"{attention}.") and n.endswith("_proj.weight"))
+    return f"{on_disk[inside].removesuffix(inside.removeprefix(attention))}.{part}.{leaf}"
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from layerbits.candidates.shipped import load_overlays, load_pairs
 from layerbits.checkpoint.gpus import TARGETS, VERSION, Kernel, generation, kernel
 from layerbits.checkpoint.label import AUTO
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
+from layerbits.checkpoint.runtimes import refused_modules
 from layerbits.errors import Unsupported, UserError
 from layerbits.results.result import CandidateInfo
 
@@ -51,6 +52,12 @@ def differences(plan: ExportPlan, target: str) -> list[str]:
         if answer.computed.state in (OTHERWISE, MISSING):
             lines.append(f"{plan.scheme.name}: {_not_as_scored(algo, answer, target)}")
     return lines
+
+
+def refused(plan: ExportPlan) -> list[str]:
+    """A line for each part of an export that vLLM refuses, on whichever machine."""
+    algos = {module: plan.labels[info.name].algo for module, info in plan.scheme.modules.items()}
+    return [f"{plan.scheme.name}: {line}" for line in refused_modules(plan.format, algos)]
 
 
 def as_served(candidates: Sequence[CandidateInfo], target: str | None) -> list[str]:
