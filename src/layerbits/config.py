@@ -122,7 +122,8 @@ class Settings:
         model = ModelSpec.from_mapping(config["model"])
         autoquant = dict(config["autoquant"])
         samples = autoquant["num_score_samples"]
-        autoquant["num_score_samples"] = None if samples in (None, "all") else _int("num_score_samples", samples)
+        samples = None if samples in (None, "all") else _int("autoquant.num_score_samples", samples)
+        autoquant["num_score_samples"] = samples
         autoquant.setdefault("draws", 4)  # a record of an earlier version has none
         for key in ("draws", "batch_size", "seq_len"):
             autoquant[key] = _int(f"autoquant.{key}", autoquant[key])
@@ -167,13 +168,13 @@ class Settings:
             fp4=config["fp4"],
             experimental=flag("experimental", config["experimental"]),
             strict=flag("strict", config["strict"]),
-            seed=_int("seed", config["seed"]),
+            seed=_seed(config["seed"]),
             device=config["device"],
             recipe=_named(config, "recipe"),
             recipe_overrides=tuple((_named(config, "recipe_overrides") or "").split()),
             output_layout=config["output_layout"],
             output_root=named_folder("output_root", config["output_root"]),
-            report_only=config["report_only"],
+            report_only=_named(config, "report_only"),
             composed=config,
         )
 
@@ -181,6 +182,13 @@ class Settings:
 def _named(config: Composed, key: str) -> str | None:
     value = config.get(key)  # a record of an earlier version has none
     return None if unset(value) else str(value)
+
+
+def _seed(value: object) -> int:
+    seed = _int("seed", value)
+    if not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed={value} does not fit into 64 bits; give a smaller number")
+    return seed
 
 
 def _kv_formats(autoquant: Composed) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from layerbits.errors import Unsupported, UserError
 from layerbits.plain import Composed, JsonObject
 from layerbits.results.naming import AXES, run_name
 from layerbits.results.result import SensitivityResult
+from layerbits.schemes.settings import listed
 from layerbits.tracking.log import NotLogged
 
 if TYPE_CHECKING:
@@ -101,14 +102,13 @@ def run_names(wanted: Sequence[Cell], model: str) -> dict[Cell, str]:
     return {c: run_name(model, c.quant_pair, c.granularity, c.dataset_size, varied) for c in wanted}
 
 
-def axis(value: str | Sequence[object], folder: Path, known_sizes: bool = False) -> list[str]:
+def axis(value: object, folder: Path, known_sizes: bool = False) -> list[str]:
     """Values of one axis: a list or a comma-separated text; ``all`` stands for every file of a config group.
 
     Raises:
         UserError: A value is not in the group.
     """
-    names = [v.strip() for v in value.split(",")] if isinstance(value, str) else [str(v) for v in value]
-    names = [n for n in names if n]
+    names = listed(value)
     if known_sizes:
         return names
     known = sorted(p.stem for p in folder.glob("*.yaml"))

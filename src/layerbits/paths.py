@@ -72,6 +72,11 @@ def exists(text: str) -> bool:
         return False
 
 
+def names_file(reference: str) -> bool:
+    """Whether a reference to a result names its file or folder, and not the run that logged it."""
+    return exists(reference) or "/" in reference or reference.endswith(".json")
+
+
 def split_at_commas(text: str) -> list[str]:
     """The parts of a comma-separated list of names or paths; a comma inside a path that exists stays.
 

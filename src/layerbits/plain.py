@@ -41,6 +41,20 @@ def flag(key: str, value: object) -> bool:
     return value
 
 
+def check_address(key: str, address: str | None) -> None:
+    """Checks the address of a server, where one is given.
+
+    Args:
+        key: What the user calls it.
+        address: As it is written; ``None`` = none.
+
+    Raises:
+        UserError: It is none of HTTP.
+    """
+    if address and not address.startswith(("http://", "https://")):
+        raise UserError(f"{key}={address} is no address; use http://host:port")
+
+
 def finite(value: object) -> object:
     """Plain data with ``None`` for the numbers that JSON cannot express, and lists for tuples."""
     if isinstance(value, float):

@@ -162,6 +162,53 @@ WITHOUT_A_RUN = [  # these would leave a failed run if they were refused in it
     ),
     ("export", ["run_id=abc", "export_root=/dev/null"], "/dev/null is no folder; name another one"),
 ]
+OTHER_MANIFEST = "give the manifest.json of a finished run"
+WITHOUT_A_RUN += [
+    *(
+        (entry, ["run_id=/none"], f"no manifest at /none; {OTHER_MANIFEST}")
+        for entry in ("evaluate", "export", "probe", "schemes", "validate", "verify")
+    ),
+    (
+        "schemes",
+        ["run_id=/dev/null"],
+        f"/dev/null is not JSON (Expecting value: line 1 column 1 (char 0)); {OTHER_MANIFEST}",
+    ),
+    ("schemes", ["run_id=/dev/null/x"], f"/dev/null/x cannot be read (Not a directory); {OTHER_MANIFEST}"),
+    *(
+        (entry, ["run_id=abc", "costs=/dev/null"], "/dev/null is not JSON")
+        for entry in ("evaluate", "export", "probe", "schemes")
+    ),
+    ("schemes", ["run_id=abc", "costs=/dev"], "there are no costs at /dev/costs.json; measure one"),
+    ("schemes", ["run_id=abc", "measured=/none"], "no probe at /none; give the folder of a probe, or its run id"),
+    ("schemes", ["run_id=abc", "measured=/dev/null"], "/dev/null cannot be read"),
+    ("evaluate", ["run_id=abc", "endpoint=host:8000"], "endpoint=host:8000 is no address; use http://host:port"),
+    ("verify", ["run_id=abc", "bound=inf"], "bound=inf is no relative difference; use auto, 0 or a number above"),
+    ("serve_check", ["run_id=abc", "vllm.python=/none"], "vllm.python=/none is no file; `make vllm` makes one"),
+    *(
+        (
+            "serve_check",
+            ["run_id=abc", f"speed.{key}=x"],
+            f"speed.{key}=x is not a positive whole number; give one from 1 on",
+        )
+        for key in ("batches", "prompt_tokens", "new_tokens", "repeats")
+    ),
+    *(
+        (
+            "sensitivity",
+            [f"autoquant.num_score_samples={number}"],
+            f"num_score_samples={number} must be between 1 and the 16",
+        )
+        for number in (-1, 0, 17)
+    ),
+    ("sensitivity", ["autoquant.checkpoint=/dev/null"], "autoquant.checkpoint=/dev/null cannot be written"),
+    ("sensitivity", [f"seed={2**64}"], f"seed={2**64} does not fit into 64 bits; give a smaller number"),
+    ("sensitivity", ["model.device_map=x"], "model.device_map=x is not known; use null for one device, or auto, bal"),
+    ("sensitivity", ["quant_granularity.quant_cfg_overrides=x"], "quant_cfg_overrides=x has no keys; use "),
+    *(
+        ("grid", [f"{key}=null"], f"the grid is empty: give at least one value for {key}")
+        for key in ("quant_pairs", "quant_granularities", "dataset_sizes")
+    ),
+]
 PROGRAM = """
 import json, sys
 from importlib import import_module

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.paths import user_path
-from layerbits.plain import Composed, unset
+from layerbits.plain import Composed, check_address, unset
 from layerbits.schemes.settings import listed, whole
 from layerbits.scoring.settings import check_dtype
 
@@ -86,6 +86,7 @@ def evaluate_settings(config: Composed) -> EvaluateSettings:
         endpoint=_text(config["endpoint"]),
         endpoint_model=_text(config["endpoint_model"]),
     )
+    check_address("endpoint", settings.endpoint)
     check_installed()
     return settings
 

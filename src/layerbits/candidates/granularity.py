@@ -70,7 +70,10 @@ class Overlay:
                 f"granularity {name or '?'} needs exactly the keys name, quant_cfg_overrides; it has {keys}"
             )
         overrides = {}
-        for pattern, knobs in (mapping["quant_cfg_overrides"] or {}).items():
+        given = mapping["quant_cfg_overrides"] or {}
+        if not isinstance(given, Mapping):
+            raise UserError(f"granularity {name}: quant_cfg_overrides={given} has no keys; use {', '.join(PATTERNS)}")
+        for pattern, knobs in given.items():
             if pattern not in PATTERNS:
                 raise UserError(
                     f"granularity {name}: {pattern} is not one of {', '.join(PATTERNS)}; overlays set only these"

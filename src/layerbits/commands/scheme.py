@@ -8,8 +8,9 @@ from pathlib import Path
 from layerbits.errors import UserError
 from layerbits.export.target import as_served, find_target
 from layerbits.history.evaluated import verdicts
-from layerbits.history.scheme_inputs import load_factors, load_scores
+from layerbits.history.scheme_inputs import load_factors, load_scores, read_probe
 from layerbits.jobs import Tracker, note
+from layerbits.paths import names_file
 from layerbits.plain import Composed
 from layerbits.report.remarks import with_remarks
 from layerbits.schemes.folder import write_schemes
@@ -31,6 +32,8 @@ def scheme(config: Composed, root: Path) -> None:
     if len(probes) > 1:
         raise UserError(f"measured={','.join(probes)} names several probes; give one")
     measured = probes[0] if probes else None
+    if measured is not None and names_file(measured):
+        read_probe(measured)
     named = str(config["target"])
     target = find_target(named)
     warn_of_version(named, root)

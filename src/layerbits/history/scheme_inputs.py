@@ -10,6 +10,7 @@ from layerbits.errors import UserError
 from layerbits.history.derived import artifact
 from layerbits.history.query import no_scores, result
 from layerbits.history.source import connect, get_run, search
+from layerbits.paths import names_file
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 from layerbits.schemes.additivity import Factor, factors_of
@@ -33,7 +34,7 @@ def load_scores(references: Sequence[str], tracking_uri: str | None = None) -> S
         raise UserError("no source is given; set run_id to the id of a sensitivity run, or to its folder")
     results: dict[str, SensitivityResult] = {}
     for reference in references:
-        if Path(reference).exists() or "/" in reference or reference.endswith(".json"):
+        if names_file(reference):
             results[reference] = load_manifest(reference)
         else:
             results |= _from_store(reference, tracking_uri)
@@ -51,18 +52,29 @@ def load_factors(reference: str, tracking_uri: str | None, revision: str) -> lis
     Raises:
         UserError: There is no such probe, or as :func:`~layerbits.schemes.additivity.factors_of`.
     """
+    data = read_probe(reference) if names_file(reference) else artifact(reference, "probe.json", tracking_uri)
+    return factors_of(json.loads(data), reference, revision)
+
+
+def read_probe(reference: str) -> str:
+    """The record of a probe on disk, which is JSON.
+
+    Args:
+        reference: Folder or ``probe.json`` of a probe.
+
+    Raises:
+        UserError: There is no such probe.
+    """
     path = Path(reference)
-    if path.exists() or "/" in reference:
-        path = path / "probe.json" if path.is_dir() else path
-        try:
-            data = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"no probe at {path}; give the folder of a probe, or its run id") from None
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); give the folder of a probe, or its run id") from None
-    else:
-        data = json.loads(artifact(reference, "probe.json", tracking_uri))
-    return factors_of(data, reference, revision)
+    path = path / "probe.json" if path.is_dir() else path
+    try:
+        text = path.read_text("utf-8")
+        json.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"no probe at {path}; give the folder of a probe, or its run id") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give the folder of a probe, or its run id") from None
+    return text
 
 
 def requested_schemes(request: SchemeRequest, tracking_uri: str | None, measure: Measure) -> list[Scheme]:

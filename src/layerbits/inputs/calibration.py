@@ -26,7 +26,7 @@ import torch
 from layerbits.errors import UserError
 from layerbits.inputs.captions import Question
 from layerbits.inputs.files import few
-from layerbits.inputs.row_shape import check_rows
+from layerbits.inputs.row_shape import check_rows, check_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,11 +183,7 @@ def build_calibration(
     Raises:
         UserError: A parameter is out of range, or the captions hold no token to predict.
     """
-    if num_score_samples is not None and not 1 <= num_score_samples <= len(captions):
-        raise UserError(
-            f"autoquant.num_score_samples={num_score_samples} must be between 1 and the {len(captions)} calibration "
-            "captions; choose another or a larger dataset.size"
-        )
+    check_samples(num_score_samples, len(captions))
     check_rows(packing, seq_len, batch_size)
     samples = len(captions) if num_score_samples is None else num_score_samples
     tokens = _tokenise(captions, tokenizer, seq_len)

@@ -9,6 +9,8 @@ from layerbits.errors import UserError
 from layerbits.plain import JsonMapping, flag
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""accelerate's ways to spread a model over GPUs."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,21 @@ class ModelSpec:
         """Reads the ``model`` group of the configuration.
 
         Raises:
-            UserError: No path, an unknown dtype, or a switch that is neither true nor false.
+            UserError: No path, an unknown dtype or device map, or a switch that is neither true nor false.
         """
         if not values["path"]:
             raise UserError("this model needs model.path: a Hugging Face id or a local checkpoint folder")
         for key in ("lm_head", "random_weights", "dequantize", "trust_remote_code", "vision"):
             flag(f"model.{key}", values.get(key, False))
         exclude = values.get("exclude") or ()
-        patterns = [p.strip() for p in exclude.split(",")] if isinstance(exclude, str) else [str(p) for p in exclude]
+        patterns = [str(p) for p in exclude] if isinstance(exclude, list | tuple) else str(exclude).split(",")
         texts = {key: str(values[key]) for key in ("path", "revision") if values.get(key) is not None}
         name = Path(texts["path"]).name if values["name"] in (None, "") else str(values["name"])
-        spec = cls(**{**values, **texts, "name": name, "exclude": tuple(filter(None, patterns))})
+        spec = cls(**{**values, **texts, "name": name, "exclude": tuple(p.strip() for p in patterns if p.strip())})
         if spec.dtype not in DTYPES:
             raise UserError(f"model.dtype is {spec.dtype!r}; use one of {', '.join(DTYPES)}")
+        if spec.device_map not in (None, *DEVICE_MAPS):
+            raise UserError(
+                f"model.device_map={spec.device_map} is not known; use null for one device, or {', '.join(DEVICE_MAPS)}"
+            )
         return spec

@@ -35,6 +35,23 @@ def check_rows(packing: str, seq_len: int, batch_size: int) -> None:
         raise UserError(f"autoquant.batch_size={batch_size} is not a number of rows; use 1 or more")
 
 
+def check_samples(samples: int | None, captions: int) -> None:
+    """Checks how many of the calibration captions are scored on.
+
+    Args:
+        samples: How many, from the first on; ``None`` = all.
+        captions: How many there are.
+
+    Raises:
+        UserError: There are not as many, or none is asked for.
+    """
+    if samples is not None and not 1 <= samples <= captions:
+        raise UserError(
+            f"autoquant.num_score_samples={samples} must be between 1 and the {captions} calibration captions; choose "
+            "another or a larger dataset.size"
+        )
+
+
 def check_held_out(rows: int, batch_size: int) -> None:
     """Checks how many held-out rows are measured on, and how many at once.
 

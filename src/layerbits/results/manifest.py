@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerbits.errors import UserError
-from layerbits.paths import home_path
+from layerbits.paths import home_path, names_file
 from layerbits.plain import JsonMapping, JsonObject, finite_object
 from layerbits.results.assignment import Assignment
 from layerbits.results.baseline import BaselineLoss
@@ -174,6 +174,31 @@ def load_manifest(path: str | Path) -> SensitivityResult:
     Raises:
         UserError: No such file, not JSON, or not a manifest that this version reads.
     """
+    path, result = _read(path)
+    samples = path.parent / "sensitivity" / "scores.parquet"
+    if samples.exists():
+        import pandas as pd
+
+        result = with_samples(result, pd.read_parquet(samples))
+    return result
+
+
+def check_manifests(references: Sequence[str]) -> None:
+    """Checks the results among references that are given by their files, before a store is asked for the others.
+
+    Args:
+        references: Run ids, result folders or manifests.
+
+    Raises:
+        UserError: As :func:`load_manifest`.
+    """
+    for reference in references:
+        if names_file(reference):
+            _read(reference)
+
+
+def _read(path: str | Path) -> tuple[Path, SensitivityResult]:
+    """A manifest's file, and what it says."""
     path = home_path(path)
     if path.is_dir():
         path = path / "manifest.json"
@@ -182,14 +207,10 @@ def load_manifest(path: str | Path) -> SensitivityResult:
     except FileNotFoundError:
         raise UserError(f"no manifest at {path}; give the manifest.json of a finished run") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON ({error}); fetch it again") from None
-    result = from_manifest(data)
-    samples = path.parent / "sensitivity" / "scores.parquet"
-    if samples.exists():
-        import pandas as pd
-
-        result = with_samples(result, pd.read_parquet(samples))
-    return result
+        raise UserError(f"{path} is not JSON ({error}); give the manifest.json of a finished run") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the manifest.json of a finished run") from None
+    return path, from_manifest(data)
 
 
 def allocation_json(allocation: Allocation) -> JsonObject:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from layerbits.atomic import write_json
 from layerbits.errors import UserError
-from layerbits.paths import exists, home_path
+from layerbits.paths import home_path
 
 SCHEMA_VERSION = 1
 DECODE, PREFILL = "decode", "prefill"
@@ -21,11 +21,6 @@ Layout = tuple[str, str]
 """Format of an export and label in it; :data:`PLAIN` for a linear that is not quantized."""
 
 PLAIN: Layout = ("", "unquantized")
-
-
-def is_file(reference: str) -> bool:
-    """Whether a table is named by its file or its folder, and not by the run that measured it."""
-    return exists(reference) or "/" in reference or reference.endswith(".json")
 
 
 @dataclass(frozen=True)

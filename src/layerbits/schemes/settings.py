@@ -8,13 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from layerbits.errors import UserError
-from layerbits.paths import exists, output_folder, split_at_commas
+from layerbits.paths import names_file, output_folder, split_at_commas
 from layerbits.plain import Composed, unset
+from layerbits.results.experiment import made_by
+from layerbits.results.manifest import check_manifests
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budget_kinds import Counted, Measure, Timed
 from layerbits.schemes.budgets import check_bits, tower_budget
 from layerbits.schemes.catalog import OBJECTIVES, Budget, SchemeSpec, load_specs
-from layerbits.schemes.cost_table import DECODE, MEASURE, Step, is_file
+from layerbits.schemes.cost_table import DECODE, MEASURE, CostTable, Step
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
 from layerbits.schemes.sizes import Load
 from layerbits.schemes.source import Source
@@ -176,7 +178,7 @@ def asked_times(config: Composed, needed: bool = False) -> Timed | None:
 
     Raises:
         UserError: None is named and a budget or the step needs it, or it is a file that is not there, or the step is
-            not known.
+            not known or not measured.
     """
     step = Step.parse(str(config.get("step", USUAL_STEP.name)))
     if unset(config.get("costs")):
@@ -185,8 +187,8 @@ def asked_times(config: Composed, needed: bool = False) -> Timed | None:
             return None
         raise UserError(f"{needs} needs costs=FILE or the id of a run of -e costs; {MEASURE}")
     reference = str(config["costs"])
-    if is_file(reference) and not exists(reference):
-        raise UserError(f"there are no costs at {reference}; {MEASURE}")
+    if names_file(reference):
+        CostTable.load(reference).step(step)
     return Timed(step, reference)
 
 
@@ -250,11 +252,12 @@ def runs_of(value: object) -> list[str]:
     """The runs or result folders that ``run_id`` names.
 
     Raises:
-        UserError: It names none.
+        UserError: It names none, or a file that is no manifest.
     """
     references = listed_paths(value)
     if not references:
         raise UserError("set run_id to the id of a sensitivity run, or to the folder of its result")
+    check_manifests(references)
     return references
 
 
@@ -262,11 +265,13 @@ def one_run(value: object) -> str:
     """The one run or result folder that ``run_id`` names.
 
     Raises:
-        UserError: It names none, or several.
+        UserError: It names none, several, or a file that is no manifest.
     """
     references = listed_paths(value)
     if len(references) != 1:
         raise UserError("set run_id to the id of one sensitivity run, or to the folder of its result")
+    if made_by(Path(references[0])) is None:  # no checkpoint, behind which its run is found
+        check_manifests(references)
     return references[0]
 
 

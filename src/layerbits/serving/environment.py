@@ -92,10 +92,8 @@ def find_environment(python: str | None, root: Path) -> Environment:
         Skipped: There is no environment, or one for GPUs on a machine without one.
         UserError: The Python that was named has no vLLM.
     """
-    path = user_path(python) if python else root / FOLDER / "bin" / "python"
+    path = named_python(python) if python else root / FOLDER / "bin" / "python"
     if not path.is_file():
-        if python:
-            raise UserError(f"vllm.python={python} is no file; {MAKE}")
         raise Skipped(f"there is no vLLM environment at {path.parent.parent}; {MAKE}")
     try:
         done = subprocess.run([path, "-c", _FIND], capture_output=True, text=True, check=False, timeout=60)
@@ -109,6 +107,18 @@ def find_environment(python: str | None, root: Path) -> Environment:
             "installs the build for CPUs"
         )
     return environment
+
+
+def named_python(python: str) -> Path:
+    """The Python of an environment that a user names.
+
+    Raises:
+        UserError: It is no file.
+    """
+    path = user_path(python)
+    if not path.is_file():
+        raise UserError(f"vllm.python={python} is no file; {MAKE}")
+    return path
 
 
 def _gpu() -> bool:

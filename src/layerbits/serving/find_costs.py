@@ -11,8 +11,9 @@ from layerbits.errors import Skipped, UserError
 from layerbits.export.target import NO_TARGET, THIS_MACHINE
 from layerbits.history.derived import artifact
 from layerbits.history.source import connect, get_run
+from layerbits.paths import names_file
 from layerbits.schemes.budget_kinds import Counted, Measure
-from layerbits.schemes.cost_table import FILE, MEASURE, CostTable, is_file
+from layerbits.schemes.cost_table import FILE, MEASURE, CostTable
 from layerbits.schemes.source import Source
 from layerbits.serving.environment import Environment, find_environment
 
@@ -54,7 +55,7 @@ def find_costs(reference: str, uri: str | None) -> CostTable:
     Raises:
         UserError: There is none.
     """
-    if is_file(reference):
+    if names_file(reference):
         return CostTable.load(reference)
     kind = get_run(connect(uri), reference).tags.get("layerbits.kind") or "sensitivity"
     if kind != "costs":

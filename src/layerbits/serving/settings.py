@@ -8,9 +8,10 @@ from pathlib import Path
 
 from layerbits.errors import UserError
 from layerbits.paths import named_folder, output_folder, user_path
-from layerbits.plain import Composed, flag, unset
+from layerbits.plain import Composed, check_address, flag, unset
 from layerbits.schemes.settings import listed, listed_paths, source_name
 from layerbits.scoring.settings import check_device
+from layerbits.serving.environment import named_python
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _LAST_PORT = 65535
@@ -50,9 +51,9 @@ class VllmSettings:
         if texts["url"] and texts["python"]:
             raise UserError("vllm.url talks to a running server, vllm.python starts one: set one of them")
         for key in ("url", "unquantized_url"):
-            address = texts[key]
-            if address and not address.startswith(("http://", "https://")):
-                raise UserError(f"vllm.{key}={address} is no address; use http://host:port")
+            check_address(f"vllm.{key}", texts[key])
+        if texts["python"]:
+            named_python(texts["python"])
         if texts["unquantized_url"] and not texts["url"]:
             raise UserError("vllm.unquantized_url goes with vllm.url; set both, or neither")
         if config["dtype"] not in DTYPES:
@@ -98,12 +99,13 @@ class SpeedRequest:
         Raises:
             UserError: A value is no positive whole number, or there is nothing to time.
         """
-        if not flag("speed.measure", config["measure"]):
-            return None
+        measure = flag("speed.measure", config["measure"])
         batches = tuple(dict.fromkeys(positive("speed.batches", batch) for batch in listed(config["batches"])))
+        numbers = [positive(f"speed.{key}", config[key]) for key in ("prompt_tokens", "new_tokens", "repeats")]
+        if not measure:
+            return None
         if not batches:
             raise UserError("there is nothing to time; give speed.batches, or speed.measure=false")
-        numbers = (positive(f"speed.{key}", config[key]) for key in ("prompt_tokens", "new_tokens", "repeats"))
         return cls(batches, *numbers)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerbits.errors import UserError
+from layerbits.paths import names_file
 from layerbits.results.comparable import REPETITION, facts, reasons
 from layerbits.results.experiment import made_by
 from layerbits.results.manifest import load_manifest
@@ -26,7 +27,7 @@ def load_run(reference: str, tracking_uri: str | None) -> SensitivityResult:
         UserError: There is no such run, or it does not say how it was made.
     """
     reference = scored_run(reference, tracking_uri)
-    if Path(reference).exists() or "/" in reference or reference.endswith(".json"):
+    if names_file(reference):
         result = load_manifest(reference)
     else:
         from layerbits import history

@@ -239,6 +239,6 @@ def bound_of(value: str) -> float | None:
         bound = float(value)
     except ValueError:
         bound = -1.0
-    if not bound >= 0:
+    if not 0 <= bound < math.inf:
         raise UserError(f"bound={value} is no relative difference; use auto, 0 or a number above")
     return bound
