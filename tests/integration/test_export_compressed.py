@@ -3,21 +3,25 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llama4ForCausalLM, Llama4TextConfig
 
 from layerbits.checkpoint import shards
-from layerbits.checkpoint.labels import read_quantization
+from layerbits.checkpoint.label import COMPRESSED
+from layerbits.checkpoint.labels import label_of, read_quantization
 from layerbits.checkpoint.logits import DRIFT_BOUND
 from layerbits.checkpoint.reader import open_checkpoint
 from layerbits.checkpoint.restore import restore
+from layerbits.checkpoint.write_compressed import quantization_config
 from layerbits.errors import Unsupported, UserError
 from layerbits.export.plan import plan_export
 from layerbits.export.scheme import NotProven, export_scheme
 from layerbits.inputs.models import language_model_linears, output_head, unscored_patterns
+from layerbits.inputs.names import names_on_disk
 from layerbits.inputs.weights import INDEXES
 from layerbits.results.assignment import Assignment
 from layerbits.results.result import Group
@@ -27,7 +31,7 @@ from tests.families import build
 
 from .export_support import FILES, planned, prepared, saved, spoil
 from .schemes_support import HELD_OUT, logits
-from .scoring_support import candidate
+from .scoring_support import VOCABULARY, candidate
 
 EVERY = ("qkv", "o", "gate_up", "down")
 LAYER = "model.layers.0.mlp.down_proj"
@@ -139,6 +143,21 @@ def test_a_quantized_output_head_has_a_target_that_vllm_finds_it_by(tmp_path, ki
     ours = restore(open_checkpoint(made.folder), read_quantization(open_checkpoint(made.folder)), "cpu")
     theirs = loaded(made.folder, kind)
     assert all(torch.equal(weight, theirs.get_parameter(name)) for name, weight in ours.named_parameters())
+
+
+def test_experts_that_no_decision_is_made_about_are_ignored_by_name():
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "intermediate_size_mlp": 256, "vocab_size": VOCABULARY}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2}
+    config = Llama4TextConfig(**sizes, **heads, num_local_experts=4, pad_token_id=0, tie_word_embeddings=False)
+    model = Llama4ForCausalLM(config)
+    shared = "model.layers.0.feed_forward.shared_expert.down_proj"
+    layer = SimpleNamespace(module=shared, stored=shared, label=label_of(INT8.info, COMPRESSED))
+    config = quantization_config(model, [layer], names_on_disk(model), ())
+    patterns = [pattern.removeprefix("re:") for pattern in config["ignore"] if pattern.startswith("re:")]
+    # the names by which vLLM asks for routed experts, whatever the files call them
+    asked = [f"model.layers.{block}.feed_forward.experts.0.gate_proj" for block in range(2)]
+    assert all(any(re.match(pattern, name) for pattern in patterns) for name in asked)
+    assert not any(re.match(pattern, shared) for pattern in patterns)
 
 
 def test_everything_else_is_the_sources(tmp_path):

@@ -187,6 +187,16 @@ def test_experts_left_alone_are_compared_too(tmp_path, monkeypatch):
         export_scheme(plan, "cpu")
 
 
+def test_experts_left_alone_keep_a_model_out_of_compressed_tensors(tmp_path):
+    output = "model.layers.1.self_attn.o_proj"
+    with pytest.raises(Unsupported, match="holds experts, which ModelOpt's format alone has; use format=modelopt"):
+        planned("qwen3_moe", tmp_path, FP8, "compressed-tensors", output)
+    plan = planned("qwen3_moe", tmp_path / "auto", TOKENS, "auto", output, FP8)
+    assert plan.format == "modelopt"  # the mix would be one of compressed-tensors for a model without experts
+    with pytest.raises(Unsupported, match=r"only ModelOpt's format has experts, which model\.layers\.0\.mlp\.experts"):
+        planned("qwen3_moe", tmp_path / "int8", candidate("wint8_aint8", "recipe_match_channel_token"), "auto", output)
+
+
 @pytest.mark.parametrize(
     ("pair", "format", "words"),
     [("wint4_afp16", "modelopt", "is not proven for experts"), ("wfp8_afp8", "compressed-tensors", "format=modelopt")],

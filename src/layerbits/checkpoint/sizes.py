@@ -15,6 +15,7 @@ from layerbits.checkpoint.label import FORMATS, MODELOPT, Label
 from layerbits.checkpoint.runtimes import only_alone, reads
 from layerbits.errors import UserError
 from layerbits.inputs.cache_size import attention_layers, cached_numbers
+from layerbits.inputs.experts import named_experts
 from layerbits.results.result import FloatArray, Group
 from layerbits.schemes.sizes import Load, Sizes, Stored
 
@@ -92,7 +93,7 @@ def sizes_of(
 
     fp8_cache = source.kv_cache == "fp8"
     weights = _weights(model, source.groups, linears)
-    experts = any(len(linears.get(module, ())) > 1 for group in source.groups for module in group.modules)
+    experts = bool(named_experts(model))  # scored or not: ModelOpt's format alone has them
     formats = {}
     for name in (MODELOPT,) if experts or fp8_cache else FORMATS:
         rest = _whole(resolved, model, name) - sum(rows * columns * size for g in weights for rows, columns, size in g)

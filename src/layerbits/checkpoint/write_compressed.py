@@ -170,10 +170,16 @@ def quantization_config(
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=[
             *_ignored(model, {layer.module for layer in layers}, on_disk),
+            *_experts(model),
             *(rf"re:{re.escape(module)}(\..*)?$" for module in carried),
         ],
     )
     return {"version": compressed_tensors.__version__, **config.model_dump(mode="json")}
+
+
+def _experts(model: PreTrainedModel) -> list[str]:
+    """What vLLM finds routed experts by: a target that is all linears is one of theirs, too (``get_moe_method``)."""
+    return [r"re:.*\.experts(\..*)?$"] if any(name.endswith(".experts") for name, _ in model.named_modules()) else []
 
 
 def _ignored(model: PreTrainedModel, quantized: Collection[str], on_disk: Mapping[str, str]) -> list[str]:

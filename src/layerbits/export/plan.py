@@ -98,6 +98,7 @@ def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportP
         Unsupported: A candidate whose label would not say what was scored, a weight that does not fit it, or a KV cache
             other than FP8.
     """
+    from layerbits.inputs.experts import named_experts
     from layerbits.inputs.loading import empty_model
     from layerbits.inputs.models import scored_linears
 
@@ -121,11 +122,14 @@ def plan_export(prepared: Prepared, target: Path, format: str = AUTO) -> ExportP
     model = empty_model(prepared.resolved)
     linears = scored_linears(model, prepared.resolved.spec)
     experts = [module for module in scheme.modules if len(linears.get(module, ())) > 1]
-    if experts and format == COMPRESSED:
-        raise Unsupported(f"{experts[0]} holds experts, which ModelOpt's format alone has; use format=modelopt")
+    mixture = next(iter(named_experts(model)), None)
+    if mixture is not None and format == COMPRESSED:
+        raise Unsupported(f"{mixture} holds experts, which ModelOpt's format alone has; use format=modelopt")
     try:
-        format, labels = choose_format(scheme.candidates, MODELOPT if experts else format)
+        format, labels = choose_format(scheme.candidates, format if mixture is None else MODELOPT)
     except Unsupported as error:
+        if mixture is not None:
+            raise Unsupported(f"{error}; only ModelOpt's format has experts, which {mixture} holds") from None
         if scheme.kv_cache == NO_CACHE:
             raise
         raise Unsupported(
