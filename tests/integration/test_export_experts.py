@@ -150,9 +150,14 @@ def test_experts_that_a_runtime_takes_for_quantized_are_found(tmp_path, monkeypa
 
 @pytest.mark.parametrize("other", [TOKENS, FP8], ids=["alone", "in a mix"])
 def test_a_label_that_vllm_has_not_for_experts_is_said(other, tmp_path):
-    (line,) = refused(planned("qwen3_moe", tmp_path, TOKENS, other=other))
+    *_, line = refused(planned("qwen3_moe", tmp_path, TOKENS, other=other))
     assert "refuses routed experts under FP8_PER_CHANNEL_PER_TOKEN (model.layers.1.mlp.experts)" in line
-    assert refused(planned("qwen3_moe", tmp_path / "other", FP8, other=TOKENS)) == []
+    assert refused(planned("qwen3_moe", tmp_path / "other", FP8)) == []
+
+
+def test_a_mix_that_vllm_reads_wrongly_is_said_where_no_other_format_has_the_model(tmp_path):
+    (line,) = refused(planned("qwen3_moe", tmp_path, FP8, other=TOKENS))
+    assert "vLLM 0.26.0 takes linears under FP8_PER_CHANNEL_PER_TOKEN for unquantized beside other labels" in line
 
 
 def test_what_vllm_refuses_is_a_warning_before_the_export(tmp_path, capsys, monkeypatch):

@@ -53,16 +53,23 @@ def only_alone(label: Label) -> bool:
     return label.format == MODELOPT and label.algo in ONLY_ALONE
 
 
-def refused_modules(format: str, algos: Mapping[str, str]) -> list[str]:
-    """What both known versions of vLLM refuse of an export for where a label is, a line each.
+def refused_modules(format: str, algos: Mapping[str, str], mixture: bool = False) -> list[str]:
+    """What vLLM refuses of an export, or reads wrongly, for where a label is, a line each.
 
     Args:
         format: Of the export.
         algos: Name in memory of each quantized module → its label.
+        mixture: Whether the model has routed experts, so that no other format has it.
     """
     if format != MODELOPT:
         return []
-    lines = []
+    lines, alone = [], set(algos.values()).intersection(ONLY_ALONE)
+    if mixture and alone and len(set(algos.values())) > 1:
+        lines.append(
+            f"vLLM 0.26.0 takes linears under {', '.join(sorted(alone))} for unquantized beside other labels: it "
+            "refuses them or, in Qwen3-MoE, computes with weights that lack their scales, without a word "
+            "(models/qwen3_moe.py:529); use one label for all, or vLLM 0.32.0"
+        )
     if module := next((m for m, algo in algos.items() if m.endswith(".experts") and algo not in FOR_EXPERTS), None):
         known = ", ".join(FOR_EXPERTS)
         lines.append(f"vLLM refuses routed experts under {algos[module]} ({module}); it reads them under {known}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.shipped import load_overlays, load_pairs
+from layerbits.checkpoint.experts import expert_module
 from layerbits.checkpoint.gpus import TARGETS, VERSION, Kernel, generation, kernel
 from layerbits.checkpoint.label import AUTO
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
@@ -55,9 +56,10 @@ def differences(plan: ExportPlan, target: str) -> list[str]:
 
 
 def refused(plan: ExportPlan) -> list[str]:
-    """A line for each part of an export that vLLM refuses, on whichever machine."""
+    """A line for each part of an export that vLLM refuses, or reads wrongly, on whichever machine."""
     algos = {module: plan.labels[info.name].algo for module, info in plan.scheme.modules.items()}
-    return [f"{plan.scheme.name}: {line}" for line in refused_modules(plan.format, algos)]
+    mixture = any(map(expert_module, plan.source.entries))
+    return [f"{plan.scheme.name}: {line}" for line in refused_modules(plan.format, algos, mixture)]
 
 
 def as_served(candidates: Sequence[CandidateInfo], target: str | None) -> list[str]:
