@@ -189,3 +189,12 @@ def test_vllm_takes_some_towers_for_16_bits_where_there_is_one_label():
     assert refused_modules(COMPRESSED, algos) == []
     assert refused_modules(MODELOPT, {**algos, tower: "NVFP4"}) == []
     assert refused_modules(MODELOPT, {"model.visual.blocks.0.attn.proj": "FP8"}) == []
+
+
+@pytest.mark.parametrize("format", [MODELOPT, COMPRESSED])
+def test_vllm_has_no_quantized_head_of_some_models(format):
+    algos = {"lm_head": "FP8", "model.decoder.layers.0.fc1": "FP8"}
+    (line,) = refused_modules(format, algos, "OPTForCausalLM")
+    assert line.startswith("vLLM has no quantized output head for OPTForCausalLM")
+    assert refused_modules(format, algos, "LlamaForCausalLM") == []
+    assert refused_modules(format, {"model.decoder.layers.0.fc1": "FP8"}, "OPTForCausalLM") == []

@@ -17,6 +17,9 @@ ONLY_ALONE = ("FP8_PER_CHANNEL_PER_TOKEN",)
 FOR_EXPERTS = ("FP8", "NVFP4", "W4A16_NVFP4")
 """Labels of ours that vLLM has for routed experts: it takes one scale for a tensor of an expert (``routed_experts.py``,
 ``_to_scalar``), alone and in a mix, 0.26.0 and 0.32.0."""
+_PLAIN_HEADS = ("JambaForCausalLM", "OPTForCausalLM", "Qwen3NextForCausalLM")
+"""Models whose head gets no quantization, in both versions (``models/jamba.py:426``, ``opt.py:355``,
+``qwen3_next.py:810`` of 0.26.0)."""
 _TOWERS = ("vision_tower", "vision_model", "vit_large_projector")
 """Names that are 16 bits to vLLM in a checkpoint of one label (``modelopt.py:202`` of 0.26.0, ``:243`` of 0.32.0)."""
 
@@ -53,17 +56,20 @@ def only_alone(label: Label) -> bool:
     return label.format == MODELOPT and label.algo in ONLY_ALONE
 
 
-def refused_modules(format: str, algos: Mapping[str, str], mixture: bool = False) -> list[str]:
+def refused_modules(format: str, algos: Mapping[str, str], architecture: str = "", mixture: bool = False) -> list[str]:
     """What vLLM refuses of an export, or reads wrongly, for where a label is, a line each.
 
     Args:
         format: Of the export.
         algos: Name in memory of each quantized module → its label.
+        architecture: Class of the model.
         mixture: Whether the model has routed experts, so that no other format has it.
     """
-    if format != MODELOPT:
-        return []
     lines, alone = [], set(algos.values()).intersection(ONLY_ALONE)
+    if "lm_head" in algos and architecture in _PLAIN_HEADS:
+        lines.append(f"vLLM has no quantized output head for {architecture}, and refuses its scales; leave it out")
+    if format != MODELOPT:
+        return lines
     if mixture and alone and len(set(algos.values())) > 1:
         lines.append(
             f"vLLM 0.26.0 takes linears under {', '.join(sorted(alone))} for unquantized beside other labels: it "

@@ -58,8 +58,8 @@ def differences(plan: ExportPlan, target: str) -> list[str]:
 def refused(plan: ExportPlan) -> list[str]:
     """A line for each part of an export that vLLM refuses, or reads wrongly, on whichever machine."""
     algos = {module: plan.labels[info.name].algo for module, info in plan.scheme.modules.items()}
-    mixture = any(map(expert_module, plan.source.entries))
-    return [f"{plan.scheme.name}: {line}" for line in refused_modules(plan.format, algos, mixture)]
+    mixture, architecture = any(map(expert_module, plan.source.entries)), plan.scheme.model.architecture
+    return [f"{plan.scheme.name}: {line}" for line in refused_modules(plan.format, algos, architecture, mixture)]
 
 
 def as_served(candidates: Sequence[CandidateInfo], target: str | None) -> list[str]:
