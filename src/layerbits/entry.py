@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerbits import process
-from layerbits.errors import UserError
+from layerbits.errors import UserError, failed
 from layerbits.keys import composition_error
 from layerbits.libraries import known_lines_left_out
 from layerbits.overrides import check_grammar, hydra_arguments
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 USER_ERROR_STATUS = 2
-
-failed: list[str] = []
-"""Why jobs of this process's multirun, or cells of its grid, failed, one line each."""
 
 
 def check_choices(arguments: Sequence[str], configs: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from layerbits.candidates.candidate import check_target, resolve_candidate
+from layerbits.candidates.candidate import Candidate, check_target, resolve_candidate
 from layerbits.config import Settings
 from layerbits.results.result import CandidateInfo, SensitivityResult
 from layerbits.stages.plan import Plan
@@ -22,11 +22,22 @@ def plan(settings: Settings) -> Plan:
     Raises:
         UserError: Whatever can be known to fail by now, with what to change.
     """
+    candidate = candidate_of(settings)
+    bench = workbench(settings)
+    return bench.plan([(candidate, bench.check(candidate))])
+
+
+def candidate_of(settings: Settings) -> Candidate:
+    """What a run scores, checked as far as that goes without the model.
+
+    Raises:
+        UserError: There is no such device here, the pair, its format and the overlay do not go together, or the budget
+            is out of reach.
+    """
     device_of(settings.device)  # asks torch; a candidate asks ModelOpt
     candidate = resolve_candidate(settings.quant_pair, settings.overlay, settings.fp4, settings.experimental)
     check_target(candidate, settings.autoquant.effective_bits, settings.autoquant.vision_bits)
-    bench = workbench(settings)
-    return bench.plan([(candidate, bench.check(candidate))])
+    return candidate
 
 
 def sensitivity(

@@ -16,11 +16,14 @@ import time
 from pathlib import Path
 
 import hydra
-from layerbits import tracking
+from layerbits import errors, tracking
 
 
 @hydra.main(version_base=None, config_path=".", config_name="config")
 def main(cfg):
+    if cfg.pair == "refused":
+        errors.failed.append("pair=refused is not known")
+        return
     tracking.open_store(cfg.tracking.uri, Path(__file__).parent)
     with tracking.start_run(f"pair {cfg.pair}", cfg.tracking.experiment, system_metrics=False):
         if cfg.pair == "slow":
@@ -106,6 +109,16 @@ def test_a_multirun_is_a_parent_with_a_child_per_job(project, client):
         "pair b": ("FINISHED", "ok", "multirun pair=a,b"),
     }
     assert client.get_experiment_by_name("mine") is not None
+
+
+def test_a_job_that_was_refused_before_it_had_a_run_fails_the_parent(project, client):
+    run(project, "job.py", "-m", "pair=a,refused")
+    assert runs(client) == {
+        "multirun pair=a,refused": ("FAILED", "partial", None),
+        "pair a": ("FINISHED", "ok", "multirun pair=a,refused"),
+    }
+    (parent,) = client.search_runs([client.get_experiment_by_name("mine").experiment_id], "tags.outcome = 'partial'")
+    assert parent.data.tags["reason"] == "pair=refused is not known"
 
 
 def test_under_mlflow_run_the_parent_is_the_run_that_it_made(project, client):

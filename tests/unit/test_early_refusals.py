@@ -200,6 +200,11 @@ WITHOUT_A_RUN += [
         )
         for number in (-1, 0, 17)
     ),
+    *(
+        (entry, ["run_id=abc", f"tracking.experiment={none}"], "tracking.experiment has no name; give one")
+        for entry in ("probe", "schemes", "serve_check", "validate", "verify")
+        for none in ("", "null")
+    ),
     ("sensitivity", ["autoquant.checkpoint=/dev/null"], "autoquant.checkpoint=/dev/null cannot be written"),
     ("sensitivity", [f"seed={2**64}"], f"seed={2**64} does not fit into 64 bits; give a smaller number"),
     ("sensitivity", ["model.device_map=x"], "model.device_map=x is not known; use null for one device, or auto, bal"),
@@ -208,6 +213,11 @@ WITHOUT_A_RUN += [
         ("grid", [f"{key}=null"], f"the grid is empty: give at least one value for {key}")
         for key in ("quant_pairs", "quant_granularities", "dataset_sizes")
     ),
+]
+OF_A_CANDIDATE = [  # ModelOpt is asked, which takes its time
+    ("sensitivity", ["autoquant.effective_bits=5"], "effective_bits=5 cannot be reached: the floor of wfp8_afp8 is 8"),
+    ("sensitivity", ["quant_pair.weight=x"], "quant pair wfp8_afp8 says weight: x, but format FP8_DEFAULT_CFG is fp8"),
+    ("sensitivity", ["quant_pair.format=x"], "format 'x' is not known"),
 ]
 PROGRAM = """
 import json, sys
@@ -258,7 +268,7 @@ def test_wrong_values_leave_no_run(python, tmp_path):
             "import sys; from layerbits import tracking; tracking.open_store(sys.argv[1], sys.argv[2])", uri, tmp_path
         )
     )
-    check(python, [], WITHOUT_A_RUN, f"tracking.uri={uri}")
+    check(python, [], [*WITHOUT_A_RUN, *OF_A_CANDIDATE], f"tracking.uri={uri}")
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
         assert store.execute("select count(*) from runs").fetchone() == (0,)
 

@@ -18,7 +18,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
 from layerbits import entry
-from layerbits.errors import UserError
+from layerbits.errors import UserError, failed
 
 if TYPE_CHECKING:
     from submitit import Job
@@ -147,5 +147,5 @@ def _dead(job: Job, name: str, state: str) -> JobReturn:
 
 def _failed(name: str, reason: str) -> JobReturn:
     print(f"error: {name}: {reason}", file=sys.stderr, flush=True)
-    entry.failed.append(reason)
+    failed.append(reason)
     return JobReturn(overrides=name.split(), status=JobStatus.COMPLETED, _return_value=reason)

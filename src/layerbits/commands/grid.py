@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from layerbits import entry, tracking
+from layerbits import tracking
 from layerbits.atomic import dated
 from layerbits.config import Settings
-from layerbits.errors import Skipped, UserError
+from layerbits.errors import Skipped, UserError, failed
 from layerbits.export.target import as_served, find_target
 from layerbits.grid import Cell, CellOutcome, axis, candidate_of, cells, run_grid, run_names, summary
 from layerbits.jobs import JobRun, Tracker
@@ -55,7 +55,7 @@ def grid(config: Composed, root: Path) -> None:
         if "skipped" in found and not found & {"ok", "failed"}:
             raise Skipped("every cell that can be scored is finished already")
     # a queue goes by the exit status
-    entry.failed.extend(outcome.reason for outcome in outcomes if outcome.status == "failed")
+    failed.extend(outcome.reason for outcome in outcomes if outcome.status == "failed")
 
 
 def say_served(wanted: Sequence[Cell], settings: Settings, configs: Path, target: str | None) -> None:

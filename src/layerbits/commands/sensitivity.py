@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from layerbits.atomic import optional_part
 from layerbits.config import Settings
+from layerbits.errors import Unsupported
 from layerbits.export.target import as_served, find_target
 from layerbits.jobs import Tracker
 from layerbits.plain import Composed
@@ -44,6 +46,8 @@ def _score(settings: Settings, root: Path, target: str | None) -> None:
     if tracker is None:
         run(job.plan(settings), root)
         return
+    with suppress(Unsupported):  # a sweep has a run that says so
+        job.candidate_of(settings)
     with tracker.run(settings.run_name, system_metrics=True) as opened:
         directory, result = job.sensitivity(settings, root, lambda info: as_served([info], target))
         with optional_part("the summary below"):

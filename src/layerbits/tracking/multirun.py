@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hydra.experimental.callback import Callback
 
-from layerbits.errors import UserError
+from layerbits.errors import UserError, failed
 from layerbits.tracking.session import parent_run
 from layerbits.tracking.store import open_store
 
@@ -58,5 +58,6 @@ class MultirunParent(Callback):  # type: ignore[misc]  # Hydra's class, untyped 
             raise SystemExit(2) from error
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        """Closes it."""
-        self._open.close()
+        """Closes it; a job that was refused before it had a run counts as one that failed."""
+        error = UserError(failed[0]) if failed else None
+        self._open.__exit__(None if error is None else UserError, error, None)

@@ -366,7 +366,9 @@ def ending_of_children(
         return Ending("FAILED", "failed", reason, counts)
     if counts["failed"] or error is not None:
         # Such a sweep exits non-zero, and FAILED is what `mlflow run` makes of that.
-        return Ending("FAILED", "partial", f"{counts['failed']} of {counts.total()} child runs failed", counts)
+        some = f"{counts['failed']} of {counts.total()} child runs failed"
+        reason = some if error is None or counts["failed"] else ending_of(error).reason
+        return Ending("FAILED", "partial", reason, counts)
     return Ending("FINISHED", "ok", counts=counts)
 
 
