@@ -45,12 +45,6 @@ class ExpertLinear:
         return tensor[self.expert, self.start : self.stop]
 
 
-def expert_module(name: str) -> str:
-    """Name of the module of routed experts that a linear or tensor is of; empty where it is of none."""
-    before, found, _ = f"{name}.".rpartition(".experts.")
-    return f"{before}.experts" if found else ""
-
-
 def expert_linears(model: PreTrainedModel) -> list[ExpertLinear]:
     """The linears of all experts of a model, by transformers' own conversion of names.
 

@@ -12,7 +12,7 @@ import torch
 from layerbits.candidates.fused import fused
 from layerbits.checkpoint import compressed, modelopt
 from layerbits.checkpoint.dequantize import check_parts
-from layerbits.checkpoint.experts import expert_module
+from layerbits.checkpoint.expert_names import expert_module
 from layerbits.checkpoint.files import read_json
 from layerbits.checkpoint.label import COMPRESSED
 from layerbits.checkpoint.labels import read_quantization

@@ -21,7 +21,8 @@ import torch
 
 from layerbits.checkpoint import config_file, modelopt
 from layerbits.checkpoint.compare import fake_quantized
-from layerbits.checkpoint.experts import ExpertLinear, expert_module
+from layerbits.checkpoint.expert_names import expert_module
+from layerbits.checkpoint.experts import ExpertLinear
 from layerbits.checkpoint.files import copy_files
 from layerbits.checkpoint.reader import Checkpoint
 from layerbits.checkpoint.scored import ScoredLayer

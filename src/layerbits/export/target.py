@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from layerbits.candidates.candidate import resolve_candidate
 from layerbits.candidates.shipped import load_overlays, load_pairs
-from layerbits.checkpoint.experts import expert_module
+from layerbits.checkpoint.expert_names import expert_module
 from layerbits.checkpoint.gpus import TARGETS, VERSION, Kernel, generation, kernel
 from layerbits.checkpoint.label import AUTO
 from layerbits.checkpoint.processors import MISSING, OTHERWISE, UNKNOWN, WRITTEN
