@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from layerbits.errors import UserError
 
@@ -51,7 +52,14 @@ def check_address(key: str, address: str | None) -> None:
     Raises:
         UserError: It is none of HTTP.
     """
-    if address and not address.startswith(("http://", "https://")):
+    if address is None:
+        return
+    try:
+        parts = urlsplit(address)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or beyond the last
+        usable = False
+    if not usable:
         raise UserError(f"{key}={address} is no address; use http://host:port")
 
 

@@ -182,6 +182,19 @@ WITHOUT_A_RUN += [
     ("schemes", ["run_id=abc", "measured=/none"], "no probe at /none; give the folder of a probe, or its run id"),
     ("schemes", ["run_id=abc", "measured=/dev/null"], "/dev/null cannot be read"),
     ("evaluate", ["run_id=abc", "endpoint=host:8000"], "endpoint=host:8000 is no address; use http://host:port"),
+    *(
+        (
+            "serve_check",
+            ["run_id=abc", f"vllm.url={address}"],
+            f"vllm.url={address} is no address; use http://host:port",
+        )
+        for address in ("http://", "http://host:99999999", "http://host:x", "http://[x")
+    ),
+    (
+        "schemes",
+        ["run_id=abc", "schemes=none"],
+        "controls take their bits from schemes and there are none; name a scheme",
+    ),
     ("verify", ["run_id=abc", "bound=inf"], "bound=inf is no relative difference; use auto, 0 or a number above"),
     ("serve_check", ["run_id=abc", "vllm.python=/none"], "vllm.python=/none is no file; `make vllm` makes one"),
     *(

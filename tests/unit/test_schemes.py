@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from layerbits.candidates.kv_cache import kv_formats
 from layerbits.errors import UserError
 from layerbits.history.scheme_inputs import load_scores
 from layerbits.results.assignment import Assignment
@@ -577,6 +578,13 @@ def test_a_run_with_measured_groups_does_not_compare_with_one_without(make_resul
     measured = replace(four, measured_se=np.full(len(four.groups), np.nan))
     with pytest.raises(UserError, match="groups measured: none and some"):
         combine({"run8": eight, "run4": measured})
+
+
+def test_schemes_controls_and_formats_that_are_typed_twice_are_one():
+    twice = settings_of(schemes="fp8_autoquant_full,fp8_autoquant_full", controls="random,random", candidates="a,a")
+    assert [spec.name for spec in twice.specs] == ["fp8_autoquant_full", "random"]
+    assert twice.base.candidates == ("a",)
+    assert kv_formats("fp8+nvfp4+fp8") == ("fp8", "nvfp4")
 
 
 def test_a_budget_that_is_typed_twice_is_one_and_its_name_has_no_plus():

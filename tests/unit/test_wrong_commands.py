@@ -9,6 +9,8 @@ from layerbits.cli import main
     ("typed", "words"),
     [
         (("compare", "abc", "abc"), "run abc is compared with itself; give two runs"),
+        (("serve", "abc", "--port", "99999999"), "--port 99999999 is no port; give one from 1 to 65535"),
+        (("view", "--port", "0"), "--port 0 is no port; give one from 1 to 65535"),
         (("push", "FILE"), "FILE is not JSON"),
         (("costs", "abc", "-o", "."), "cannot be written (Is a directory); name a file of a folder"),
         (("costs", "abc", "-o", "FILE/costs.json"), "cannot be written (Not a directory); name a file of a folder"),

@@ -42,7 +42,7 @@ def kv_formats(given: object, key: str = "kv_cache") -> tuple[str, ...]:
     for name in names:
         if name not in KV_FORMATS:
             raise UserError(f"{key}={name} is not known; use one of {', '.join(KV_FORMATS)}, several joined by +")
-    return names
+    return tuple(dict.fromkeys(names))
 
 
 def kv_name(settings: Mapping[str, object] | None) -> str | None:

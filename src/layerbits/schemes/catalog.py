@@ -19,6 +19,7 @@ from layerbits.schemes.controls import KINDS
 from layerbits.schemes.coverage import ORDERS
 
 OBJECTIVES = ("score", "predicted_kl")
+CONTROLS_ALONE = "controls take their bits from schemes and there are none; name a scheme or set effective_bits"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from layerbits.errors import UserError
 from layerbits.results.assignment import UNQUANTIZED_BITS, Assignment
 from layerbits.results.result import CandidateInfo, FloatArray, bits_apart, costs, effective_bits
 from layerbits.schemes import solver
-from layerbits.schemes.catalog import Budget, SchemeSpec
+from layerbits.schemes.catalog import CONTROLS_ALONE, Budget, SchemeSpec
 from layerbits.schemes.controls import control
 from layerbits.schemes.cost_budgets import not_counted
 from layerbits.schemes.coverage import covered_blocks
@@ -37,7 +37,7 @@ def make_schemes(specs: Sequence[SchemeSpec], source: Source) -> list[Scheme]:
     schemes = [scheme for spec in specs if spec.control is None for scheme in from_scores(spec, source)]
     controls = [spec for spec in specs if spec.control is not None]
     if controls and not schemes:
-        raise UserError("controls take their bits from schemes and there are none; name a scheme or set effective_bits")
+        raise UserError(CONTROLS_ALONE)
     made = [*schemes, *(c for scheme in schemes for spec in controls for c in controls_of(spec, scheme, source))]
     names = [scheme.name for scheme in made]
     if twice := sorted({n for n in names if names.count(n) > 1}):

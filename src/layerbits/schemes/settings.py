@@ -15,7 +15,7 @@ from layerbits.results.manifest import check_manifests
 from layerbits.results.result import COST_MODELS
 from layerbits.schemes.budget_kinds import Counted, Measure, Timed
 from layerbits.schemes.budgets import check_bits, tower_budget
-from layerbits.schemes.catalog import OBJECTIVES, Budget, SchemeSpec, load_specs
+from layerbits.schemes.catalog import CONTROLS_ALONE, OBJECTIVES, Budget, SchemeSpec, load_specs
 from layerbits.schemes.cost_table import DECODE, MEASURE, CostTable, Step
 from layerbits.schemes.kv_cache import AUTO, chosen_cache, kv_choice
 from layerbits.schemes.sizes import Load
@@ -95,7 +95,7 @@ class SchemeSettings:
             UserError: A scheme is not known, or a value is not one of its choices.
         """
         references = runs_of(config["run_id"])
-        candidates = listed(config["candidates"])
+        candidates = list(dict.fromkeys(listed(config["candidates"])))
         budgets, gib, ms = (_amounts(key, config[key]) for key in ("effective_bits", "budget_gib", "budget_ms"))
         shared = {
             "candidates": [] if candidates == ["all"] else candidates,
@@ -103,7 +103,7 @@ class SchemeSettings:
             "vision_bits": tower_budget(config.get("vision_bits"), "vision_bits"),
         }
         base = SchemeSpec.from_mapping({"name": "bits", "effective_bits": budgets or [16], **shared})
-        named = load_specs([*listed(config["schemes"]), *listed(config["controls"])], folder)
+        named = load_specs(list(dict.fromkeys([*listed(config["schemes"]), *listed(config["controls"])])), folder)
         if not unset(config["coverage_order"]):
             named = [_ordered(spec, config["coverage_order"]) for spec in named]
         if (tower := base.vision_bits) is not None:
@@ -120,6 +120,8 @@ class SchemeSettings:
             raise UserError(f"pareto={points} is no number of budgets; use 0 for no curve")
         if not specs and not points:
             raise UserError("nothing to make: name schemes, or set effective_bits, budget_gib, budget_ms or pareto")
+        if specs and all(spec.control for spec in specs):
+            raise UserError(CONTROLS_ALONE)
         return cls(
             references=tuple(references),
             specs=specs,
