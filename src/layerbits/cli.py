@@ -223,11 +223,13 @@ def _stability(options: argparse.Namespace) -> int:
 
 
 def _scheme_stability(runs: Sequence[str], options: argparse.Namespace) -> int:
+    from layerbits.export.target import find_target
     from layerbits.history.scheme_inputs import load_scores
     from layerbits.schemes.settings import SchemeSettings
     from layerbits.schemes.sureness import by_group, in_words, sureness
     from layerbits.serving.find_costs import measuring
 
+    find_target(options.target)
     settings = SchemeSettings.of_budgets(
         runs,
         effective_bits=options.bits,
@@ -287,12 +289,15 @@ def _costs(options: argparse.Namespace) -> int:
     from layerbits.paths import user_path
     from layerbits.schemes.settings import listed
     from layerbits.serving.costs import in_words, measure_costs
-    from layerbits.serving.environment import find_environment
+    from layerbits.serving.environment import find_environment, named_python
     from layerbits.serving.server import Launch
     from layerbits.serving.settings import CostRequest, split_arguments
     from layerbits.serving.unscored import unscored
 
     asked = CostRequest.of(options.batches, options.prefill, options.repeats)
+    arguments = split_arguments("--arguments ", options.arguments)
+    if options.python:
+        named_python(options.python)
     output = user_path(options.output)
     if why := why_no_file(output):
         raise UserError(f"--output {output} cannot be written ({why}); name a file of a folder that you can write")
@@ -304,9 +309,7 @@ def _costs(options: argparse.Namespace) -> int:
         source = unscored(options.runs[0], listed(options.candidates))
     else:
         raise UserError("--candidates goes with one model; leave it out for runs")
-    launch = Launch(
-        find_environment(options.python, Path.cwd()), arguments=split_arguments("--arguments ", options.arguments)
-    )
+    launch = Launch(find_environment(options.python, Path.cwd()), arguments=arguments)
     table = measure_costs(source, asked, launch, output.with_name(f"{output.name}.work"))
     print(f"{in_words(table)}\ncosts: {table.save(output)}")
     return 0
