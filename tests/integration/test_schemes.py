@@ -330,7 +330,7 @@ def test_a_probe_of_scheme_files_is_logged(scored, made):
     best, other, *_ = MlflowClient(store).search_logged_models(
         [run.info.experiment_id], "metrics.bits < 16", order_by=[{"field_name": "metrics.probed_kl"}]
     )
-    assert (best.name, other.name) == ("tiny bits_9", "tiny bits_6")
+    assert (best.name, other.name) == ("bits_9 wfp8_afp8 tiny", "bits_6 wfp8_afp8 + wint4_afp16 tiny")
     known = {metric.key: metric for metric in best.metrics}
     assert known["probed_kl"].value == known["probe/bits_9/kl"].value == run.data.metrics["probe/bits_9/kl"]
     on = {one.dataset.name for one in run.inputs.dataset_inputs}

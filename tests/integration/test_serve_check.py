@@ -420,7 +420,8 @@ def checker(exported, tmp_path):
     vllm = dict.fromkeys(("python", "url", "unquantized_url", "model", "port", "plugin", "arguments"), "none")
     settings = {"run_id": "none", "checkpoint": str(folder), "device": "cpu", "tokens": 40, "top_k": "all"}
     settings |= {"new_tokens": 1, "output_root": tmp_path, "vllm": {**vllm, "dtype": "auto", "seconds": 1}}
-    settings |= {"speed": {"measure": False}, "strict": False, "compare": True}
+    speed = {"measure": False, "batches": 1, "prompt_tokens": 8, "new_tokens": 2, "repeats": 1}
+    settings |= {"speed": speed, "strict": False, "compare": True}
     return Checker(ServeSettings.from_config(settings), tmp_path), folder
 
 
