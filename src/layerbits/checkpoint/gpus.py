@@ -55,7 +55,11 @@ _FP8 = ("FP8_TENSOR-FP8_*", "FP8_CHANNEL-FP8_*")
 _OTHER_WEIGHTS = {"CutlassW4A8LinearKernel": (FP8_SCALES, f"{_LINEAR}/mixed_precision/cutlass.py:93")}
 """Kernels that change the weights when they are loaded: how, and where."""
 _MIXED = Kernel(
-    Computed(MISSING, "beside other labels it is read as unquantized; format=compressed-tensors is read"),
+    Computed(
+        MISSING,
+        "beside other labels it is read as unquantized; use one label, or format=compressed-tensors, which routed "
+        "experts have no place in",
+    ),
     "",
     f"measured on an H200, 2026-11-30, and {_SCHEMES}/modelopt.py:2526",
 )

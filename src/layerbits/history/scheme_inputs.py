@@ -11,6 +11,7 @@ from layerbits.history.derived import artifact
 from layerbits.history.query import no_scores, result
 from layerbits.history.source import connect, get_run, search
 from layerbits.paths import names_file
+from layerbits.plain import JsonObject
 from layerbits.results.manifest import load_manifest
 from layerbits.results.result import SensitivityResult
 from layerbits.schemes.additivity import Factor, factors_of
@@ -52,12 +53,15 @@ def load_factors(reference: str, tracking_uri: str | None, revision: str) -> lis
     Raises:
         UserError: There is no such probe, or as :func:`~layerbits.schemes.additivity.factors_of`.
     """
-    data = read_probe(reference) if names_file(reference) else artifact(reference, "probe.json", tracking_uri)
-    return factors_of(json.loads(data), reference, revision)
+    if names_file(reference):
+        probe = read_probe(reference)
+    else:
+        probe = json.loads(artifact(reference, "probe.json", tracking_uri))
+    return factors_of(probe, reference, revision)
 
 
-def read_probe(reference: str) -> str:
-    """The record of a probe on disk, which is JSON.
+def read_probe(reference: str) -> JsonObject:
+    """The record of a probe on disk.
 
     Args:
         reference: Folder or ``probe.json`` of a probe.
@@ -68,13 +72,12 @@ def read_probe(reference: str) -> str:
     path = Path(reference)
     path = path / "probe.json" if path.is_dir() else path
     try:
-        text = path.read_text("utf-8")
-        json.loads(text)
+        probe: JsonObject = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"no probe at {path}; give the folder of a probe, or its run id") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); give the folder of a probe, or its run id") from None
-    return text
+    return probe
 
 
 def requested_schemes(request: SchemeRequest, tracking_uri: str | None, measure: Measure) -> list[Scheme]:

@@ -23,8 +23,8 @@ def check_inputs(settings: Settings) -> None:
 
     Raises:
         UserError: There are no such captions or pictures or too few, the model's folder is no whole checkpoint or,
-            for pictures, has no processor, the disk is full or a folder cannot be written, or there is
-            no place for a cache.
+            for pictures, has no processor, the disk is full, a folder cannot be written, or there is no place for a
+            cache.
     """
     dataset, model = settings.dataset, settings.model
     check_pixels(dataset.min_pixels, dataset.max_pixels)
