@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerbits import process
-from layerbits.errors import UserError, failed
+from layerbits.errors import UserError
+from layerbits.failures import failed
 from layerbits.keys import composition_error
 from layerbits.libraries import known_lines_left_out
 from layerbits.overrides import check_grammar, hydra_arguments

@@ -1,8 +1,5 @@
 """The exceptions that a user is meant to read, and what another library's says in a line."""
 
-failed: list[str] = []
-"""Why jobs of this process's multirun, or cells of its grid, failed, one line each."""
-
 
 class UserError(Exception):
     """Bad input or a missing requirement, in one line that also says what to change.

@@ -54,7 +54,7 @@ def start(script: str, *arguments: object, **changes: str) -> Ended:
     import mlflow
     from hydra.core.global_hydra import GlobalHydra
 
-    from layerbits import entry
+    from layerbits.failures import failed
 
     path, status = ROOT / "experiments" / f"{script}.py", 0
     out, errors = io.StringIO(), io.StringIO()
@@ -77,7 +77,7 @@ def start(script: str, *arguments: object, **changes: str) -> Ended:
             os.chdir(folder)
             logging.root.handlers[:] = handlers
             GlobalHydra.instance().clear()
-            entry.failed.clear()
+            failed.clear()
             while mlflow.active_run():  # a process would have taken it along; the next script is no child of it
                 mlflow.end_run()
             mlflow.set_tracking_uri(None)

@@ -10,7 +10,7 @@ from itertools import groupby
 
 from hydra.core.global_hydra import GlobalHydra
 
-from layerbits import entry
+from layerbits.failures import failed
 
 END = "this script ended with"
 
@@ -27,7 +27,7 @@ def run(script, *arguments):
         traceback.print_exc()
         status = 1
     GlobalHydra.instance().clear()
-    entry.failed.clear()
+    failed.clear()
     for stream in (sys.stdout, sys.stderr):
         print(END, status, file=stream, flush=True)
 

@@ -16,13 +16,13 @@ import time
 from pathlib import Path
 
 import hydra
-from layerbits import errors, tracking
+from layerbits import failures, tracking
 
 
 @hydra.main(version_base=None, config_path=".", config_name="config")
 def main(cfg):
     if cfg.pair == "refused":
-        errors.failed.append("pair=refused is not known")
+        failures.failed.append("pair=refused is not known")
         return
     tracking.open_store(cfg.tracking.uri, Path(__file__).parent)
     with tracking.start_run(f"pair {cfg.pair}", cfg.tracking.experiment, system_metrics=False):

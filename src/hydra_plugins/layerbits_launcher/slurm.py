@@ -18,7 +18,8 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 
 from layerbits import entry
-from layerbits.errors import UserError, failed
+from layerbits.errors import UserError
+from layerbits.failures import failed
 
 if TYPE_CHECKING:
     from submitit import Job

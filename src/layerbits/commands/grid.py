@@ -13,8 +13,9 @@ from tqdm import tqdm
 from layerbits import tracking
 from layerbits.atomic import dated
 from layerbits.config import Settings
-from layerbits.errors import Skipped, UserError, failed
+from layerbits.errors import Skipped, UserError
 from layerbits.export.target import as_served, find_target
+from layerbits.failures import failed
 from layerbits.grid import Cell, CellOutcome, axis, candidate_of, cells, run_grid, run_names, summary
 from layerbits.jobs import JobRun, Tracker
 from layerbits.plain import Composed, flag

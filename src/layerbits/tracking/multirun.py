@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from hydra.experimental.callback import Callback
 
-from layerbits.errors import UserError, failed
+from layerbits.errors import UserError
+from layerbits.failures import failed
 from layerbits.tracking.session import parent_run
 from layerbits.tracking.store import open_store
 
