@@ -280,9 +280,10 @@ def made(scored):
     """Schemes of a grid's two candidates, and their probe."""
     store, out, ids, _ = scored
     arguments = ("schemes=none", "effective_bits=6,9", "controls=random")
+    earlier = set((out / "tmp").glob("schemes_*"))  # of tests that ran before
     done = run_script("scheme", store, out, f"run_id={ids['grid']}", *arguments, "pareto=5", "target=a100")
     assert done.returncode == 0, done.stderr
-    (folder,) = (out / "tmp").glob("schemes_*")
+    (folder,) = set((out / "tmp").glob("schemes_*")) - earlier
     first = folder / "schemes" / "bits_6.json"
     probed_ = run_script(
         "probe", store, out, f"scheme_files={first},{folder}/schemes/bits_9.json", "rows=4", "batch_size=4"
